@@ -1,0 +1,108 @@
+"""Space: a data set, the dimensions that a search varies, and the recipes that it tries first."""
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from trainables.recipe import Recipe, checked_value, parse_value, spec_of
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from low to high, both included; whole ones for a whole-number setting, evenly in the logarithm if `log`."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.low:g}..{self.high:g}{' (log)' if self.log else ''}"
+
+    def clip(self, value: float) -> float:
+        return min(max(value, self.low), self.high)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some values."""
+
+    values: tuple
+
+    def __str__(self) -> str:
+        return ", ".join(str(value) for value in self.values)
+
+    def clip(self, value: Any) -> Any:
+        return value if value in self.values else self.values[0]
+
+
+Dimension = Range | Choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """What one search is about. `settings` are the recipe of trial 0; a dimension varies one of them."""
+
+    name: str
+    doc: str
+    dataset: str  # a name in trainables.data.DATASETS
+    settings: dict[str, Any]
+    dimensions: dict[str, Dimension]
+    first: tuple[dict[str, Any], ...] = ()  # recipes tried after trial 0, as changes to `settings`
+    num_trials: int = 20
+    split_seed: int = field(default=0)
+
+    def __post_init__(self) -> None:
+        Recipe.from_dict(self.settings)
+        for name, dimension in self.dimensions.items():
+            check_dimension(name, dimension)
+
+    def first_configs(self) -> list[dict[str, Any]]:
+        """A value for every dimension of each recipe tried first, trial 0 before all; moved into narrowed dimensions."""
+        defaults = Recipe.from_dict(self.settings).to_dict()
+        configs = []
+        for changes in ({}, *self.first):
+            values = defaults | changes
+            config = {name: dimension.clip(values[name]) for name, dimension in self.dimensions.items()}
+            if config not in configs:
+                configs.append(config)
+        return configs
+
+    def with_setting(self, text: str) -> "Space":
+        """This space with `NAME=VALUE` pinned, `NAME=LOW..HIGH` or `NAME=A,B` searched. Raises `ValueError`."""
+        name, equals, value = text.partition("=")
+        if not equals or not value:
+            raise ValueError(f"--set {text}: expected NAME=VALUE, NAME=LOW..HIGH or NAME=A,B")
+        spec = spec_of(name)
+        others = {key: dimension for key, dimension in self.dimensions.items() if key != name}
+        if ".." in value and spec.type in (int, float):
+            low, high = (parse_value(name, end) for end in value.split("..", 1))
+            if low >= high:
+                raise ValueError(f"--set {text}: the first number must be the smaller one")
+            searched = self.dimensions.get(name)
+            log = searched.log if isinstance(searched, Range) else spec.metadata["log"]
+            return replace(self, dimensions=others | {name: Range(low, high, log)})
+        if "," in value:
+            return replace(self, dimensions=others | {name: Choice(tuple(parse_value(name, v) for v in value.split(",")))})
+        return replace(self, dimensions=others, settings=self.settings | {name: parse_value(name, value)})
+
+
+def check_dimension(name: str, dimension: Dimension) -> None:
+    """Raises `ValueError` where a dimension holds values that its setting cannot take."""
+    ends = (dimension.low, dimension.high) if isinstance(dimension, Range) else dimension.values
+    for value in ends:
+        checked_value(name, value)
+
+
+def space_names() -> list[str]:
+    """The spaces that there are, without importing them."""
+    import search.spaces
+
+    return sorted(module.name for module in pkgutil.iter_modules(search.spaces.__path__))
+
+
+def load_space(name: str) -> Space:
+    """The space called `name`; raises `ValueError` that lists those that there are."""
+    if name not in space_names():
+        raise ValueError(f"--space {name}: there is no such space. There are: {', '.join(space_names())}.")
+    return importlib.import_module(f"search.spaces.{name}").SPACE

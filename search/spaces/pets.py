@@ -1,0 +1,22 @@
+"""Oxford-IIIT Pets from pretrained ResNets, as in chapter 5 of fastai's book."""
+
+from search.space import Choice, Range, Space
+
+SPACE = Space(
+    name="pets",
+    doc="Oxford-IIIT Pets (37 breeds) from pretrained ResNets",
+    dataset="pets",
+    settings=dict(arch="resnet34.tv_in1k", epochs=6, freeze_epochs=1, batch_size=64, presize=460, image_size=224),
+    dimensions=dict(
+        arch=Choice(("resnet18.tv_in1k", "resnet34.tv_in1k", "resnet50.tv_in1k", "resnet101.tv_in1k")),
+        head=Choice(("linear", "mlp")),
+        epochs=Range(3, 15),
+        freeze_epochs=Range(1, 3),
+        lr_max_frozen=Range(5e-4, 2e-2, log=True),
+        lr_max=Range(1e-4, 1e-2, log=True),
+        lr_ratio=Range(3, 1000, log=True),
+        mixup_alpha=Range(0.0, 0.4),
+        smoothing=Range(0.0, 0.2),
+    ),
+    num_trials=40,
+)

@@ -1,0 +1,31 @@
+"""The pets space at a size that fits two CPU cores, on drawn animals and with small pretrained networks."""
+
+from search.space import Choice, Range, Space
+
+SPACE = Space(
+    name="quickstart",
+    doc="drawn animals (12 breeds, made on first use) from pretrained EfficientNet-Lites, for two CPU cores",
+    dataset="quickstart",
+    settings=dict(
+        arch="tf_efficientnet_lite0",
+        epochs=1,
+        freeze_epochs=1,
+        batch_size=32,
+        lr_max_frozen=2e-3,
+        lr_max=1e-3,
+        lr_ratio=100.0,
+        presize=160,
+        image_size=96,
+    ),
+    dimensions=dict(
+        arch=Choice(("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")),
+        image_size=Choice((96, 112, 128)),
+        epochs=Range(1, 3),
+        lr_max_frozen=Range(5e-4, 2e-2, log=True),
+        lr_max=Range(1e-4, 1e-2, log=True),
+        lr_ratio=Range(3, 1000, log=True),
+        mixup_alpha=Range(0.0, 0.4),
+        smoothing=Range(0.0, 0.2),
+    ),
+    num_trials=10,
+)

@@ -1,0 +1,385 @@
+"""Finding, labelling, splitting and fetching images, as a user meets it. Files are empty here: only names matter."""
+
+import dataclasses
+import functools
+import hashlib
+import http.server
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from trainables import data
+from trainables.data import DATASETS, DataError, find_images, fingerprint, prepare, prepare_in_subprocess, split
+
+DEAD_URL = "http://127.0.0.1:9/images.tar.gz"  # nothing listens on the discard port
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("FINETUNE_SEARCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def fill(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def labelled(folder: data.ImageFolder) -> dict[str, str]:
+    return {path: folder.classes[label] for path, label in zip(folder.paths, folder.labels, strict=True)}
+
+
+# --- Layouts ----------------------------------------------------------------------------------------------------------
+
+
+def test_pets_layout_takes_the_breed_from_the_name_with_underscores_and_any_suffix_case(tmp_path):
+    names = [
+        "shiba_inu_1.jpg",
+        "shiba_inu_20.JPG",
+        "Bengal_3.jpeg",
+        "Bengal_4.JPEG",
+        "a b'c_\n_7.jpg",
+        "a b'c_\n_8.jpg",
+    ]
+    found = find_images(fill(tmp_path, *(f"images/{name}" for name in names)))
+    assert found.layout == "Oxford Pets"
+    assert found.classes == ("Bengal", "a b'c_\n", "shiba_inu")
+    assert labelled(found)["images/shiba_inu_20.JPG"] == "shiba_inu"
+    assert labelled(found)["images/a b'c_\n_8.jpg"] == "a b'c_\n"
+    assert list(found.paths) == sorted(found.paths)
+    assert found.valid is None
+    assert found.describe() == "Oxford Pets layout, 6 images, 3 classes"
+
+
+@pytest.mark.parametrize("given", [".", "oxford-iiit-pet", "oxford-iiit-pet/images"])
+def test_pets_are_found_as_torchvision_unpacks_them_and_from_inside(tmp_path, given):
+    breeds = [f"oxford-iiit-pet/images/{breed}_{n}.jpg" for breed in ("pug", "boxer") for n in (1, 2)]
+    masks = [f"oxford-iiit-pet/annotations/trimaps/pug_{n}.png" for n in (1, 2)]
+    found = find_images(fill(tmp_path, *breeds, *masks) / given)
+    assert (found.layout, found.classes, len(found.paths)) == ("Oxford Pets", ("boxer", "pug"), 4)
+    assert all((found.root / path).exists() for path in found.paths)
+
+
+def test_class_folders_with_every_suffix_and_nested_folders(tmp_path):
+    names = ["cat/1.jpg", "cat/deep/er/2.PNG", "dog/1.webp", "dog/2.jpeg", "train/1.jpg", "train/2.jpg"]
+    found = find_images(fill(tmp_path, *names))
+    assert found.layout == "class folders"
+    assert labelled(found) == {name: name.split("/")[0] for name in names}
+    assert found.labels == (0, 0, 1, 1, 2, 2)
+
+
+@pytest.mark.parametrize("valid", ["val", "valid", "validation", "test", "Val"])
+def test_split_folders_keep_the_given_split(tmp_path, valid):
+    names = ["train/cat/1.jpg", "train/dog/1.jpg", "train/dog/2.jpg", f"{valid}/cat/1.jpg", f"{valid}/dog/9.jpg"]
+    found = find_images(fill(tmp_path, *names))
+    assert found.layout == "split folders"
+    assert found.classes == ("cat", "dog")
+    assert {p for p, held in zip(found.paths, found.valid, strict=True) if held} == set(names[3:])
+    assert found.describe() == "split folders layout, 5 images (3 for training, 2 for validation), 2 classes"
+
+
+def test_a_val_folder_is_preferred_to_test(tmp_path):
+    names = [f"{part}/{name}/1.jpg" for part in ("train", "test", "val") for name in ("cat", "dog")]
+    assert not any(path.startswith("test/") for path in find_images(fill(tmp_path, *names)).paths)
+
+
+def test_imagenette_is_found_as_torchvision_unpacks_it(tmp_path):
+    names = [f"imagenette2-320/{part}/{name}/1.JPEG" for part in ("train", "val") for name in ("n01", "n02")]
+    found = find_images(fill(tmp_path, *names, "imagenette2-320.tgz", "imagenette2-320/noisy_imagenette.csv"))
+    assert (found.layout, found.paths) == ("split folders", tuple(sorted(names)))
+
+
+def test_files_that_are_no_images_are_ignored(tmp_path):
+    images = ["cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/2.jpg"]
+    others = ["cat/._1.jpg", "cat/.hidden/1.jpg", "cat/notes.txt", "cat/noext", "__MACOSX/cat/1.jpg", "dog/Thumbs.db"]
+    fill(tmp_path, *images, *others, ".git/1.jpg", "empty/readme.md", "cover.jpg")
+    os.mkfifo(tmp_path / "dog" / "pipe.jpg")
+    assert find_images(tmp_path).paths == tuple(images)
+
+
+def test_link_loops_end_and_links_to_images_are_followed(tmp_path):
+    fill(tmp_path / "data", "cat/1.jpg", "cat/2.jpg", "dog/1.jpg")
+    fill(tmp_path / "elsewhere", "3.jpg")
+    root = tmp_path / "data"
+    for link, target in {
+        "cat/up": "..",
+        "cat/far_up": "../../..",
+        "cat/self": "self",
+        "dog/there": "../../elsewhere",
+        "elsewhere/back": "../data/dog",
+    }.items():
+        (tmp_path / link if link.startswith("elsewhere") else root / link).symlink_to(target)
+    assert find_images(root).paths == ("cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/there/3.jpg")
+
+
+def test_classes_that_differ_only_in_case_stay_apart_and_are_pointed_out(tmp_path, caplog):
+    found = find_images(fill(tmp_path, "Cat/1.jpg", "Cat/2.jpg", "cat/1.jpg", "cat/2.jpg"))
+    assert found.classes == ("Cat", "cat")
+    assert "'Cat', 'cat' differ only in case" in caplog.text
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+ERRORS = {
+    "missing folder": ([], "nowhere", "There is no folder .*/nowhere"),
+    "a file": (["cats.zip"], "cats.zip", "cats.zip is a file.*unpack"),
+    "no images": (["cat/notes.txt", ".hidden/1.jpg"], ".", "no images in"),
+    "names without labels": (["images/a.jpg", "images/b.jpg"], ".", "do not tell two classes apart.*'a.jpg'"),
+    "one breed": (["images/pug_1.jpg", "images/pug_2.jpg"], ".", "do not tell two classes apart.*'pug_1.jpg'"),
+    "one class": (["cat/1.jpg", "cat/2.jpg"], ".", "only one class, 'cat'"),
+    "classes with one image": (
+        [f"{name}/1.jpg" for name in "abcdefg"] + ["z/1.jpg", "z/2.jpg"],
+        ".",
+        r"fewer than two images in 7 classes \('a', 'b', 'c', 'd', 'e', \.\.\.\)",
+    ),
+    "no label in some names": (
+        [f"images/{name}_{n}.jpg" for name in "ab" for n in range(9)] + ["images/holiday.jpg"],
+        ".",
+        r"1 image \('holiday.jpg'\) of 19 .* carry no label",
+    ),
+    "validation class never trained": (
+        ["train/cat/1.jpg", "train/dog/1.jpg", "val/cat/1.jpg", "val/dog/1.jpg", "val/owl/1.jpg", "val/owl/2.jpg"],
+        ".",
+        r"no training images of 1 class \('owl'\)",
+    ),
+    "no validation folder": (["train/cat/1.jpg", "train/dog/1.jpg"], ".", "no validation folder"),
+    "empty validation folder": (
+        ["train/cat/1.jpg", "train/dog/1.jpg", "val/readme.txt"],
+        ".",
+        "has no class folders with images",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_a_folder_that_cannot_be_used_is_refused_in_one_paragraph(tmp_path, case):
+    names, given, message = ERRORS[case]
+    with pytest.raises(DataError, match=message) as caught:
+        find_images(fill(tmp_path, *names) / given)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
+    fill(tmp_path, "cat/1.jpg", "dog/1.jpg")
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "dog":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # the tests may run as root, who may read everything
+    with pytest.raises(DataError, match=r"/dog cannot be read \(Permission denied\)"):
+        find_images(tmp_path)
+
+
+# --- Splitting --------------------------------------------------------------------------------------------------------
+
+
+def test_the_split_is_the_same_on_every_machine():
+    labels = np.arange(40) % 4
+    train, valid = split(labels, seed=7)
+    assert valid.tolist() == PINNED
+    assert sorted([*train, *valid]) == list(range(40))
+    assert split(labels, seed=8)[1].tolist() != PINNED
+
+
+PINNED = [6, 10, 21, 23, 24, 32, 37, 39]
+
+
+def test_each_class_gives_its_share_to_validation():
+    labels = np.repeat(np.arange(5), [100, 50, 23, 11, 2])
+    for seed in range(20):
+        train, valid = split(labels, seed=seed)
+        assert len(valid) == round(0.2 * len(labels))
+        held = np.bincount(labels[valid], minlength=5)
+        assert (np.abs(held - 0.2 * np.bincount(labels)) < 1).all()
+        assert (np.bincount(labels[train], minlength=5) >= 1).all()
+
+
+def test_a_thousand_classes_of_two_images_all_train_and_the_seed_chooses_which_validate():
+    labels = np.repeat(np.arange(1000), 2)
+    train, valid = split(labels)
+    assert len(valid) == 400
+    assert set(labels[train]) == set(range(1000))
+    assert 100 < (labels[valid] < 500).sum() < 300  # not just the first or the last names
+    assert len(split(labels, valid_fraction=0.9)[1]) == 1000  # never a class's last image
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, float("nan")])
+def test_a_fraction_that_leaves_one_side_empty_is_refused(fraction):
+    with pytest.raises(ValueError, match="valid_fraction"):
+        split([0, 0, 1, 1], valid_fraction=fraction)
+
+
+def test_fingerprint_notices_every_change_and_survives_a_move(tmp_path):
+    root = fill(tmp_path / "a", "cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/2.jpg")
+    first = fingerprint(find_images(root))
+    root = root.rename(tmp_path / "b")
+    assert fingerprint(find_images(root)) == first
+    seen = {first}
+    (root / "cat/1.jpg").write_bytes(b"x")
+    seen.add(fingerprint(find_images(root)))
+    os.utime(root / "cat/1.jpg", ns=(0, 1))
+    seen.add(fingerprint(find_images(root)))
+    (root / "cat/2.jpg").rename(root / "cat/3.jpg")
+    seen.add(fingerprint(find_images(root)))
+    (root / "cat").rename(root / "kitten")
+    seen.add(fingerprint(find_images(root)))
+    assert len(seen) == 5
+
+
+# --- Known data sets --------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    assert data.cache_dir() == tmp_path / "cache"
+    monkeypatch.delenv("FINETUNE_SEARCH_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert data.cache_dir() == tmp_path / "xdg/finetune-search"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert data.cache_dir() == Path.home() / ".cache/finetune-search"
+
+
+def test_an_unknown_data_set_is_refused_with_the_known_ones():
+    with pytest.raises(DataError, match=r"'cars'.*quickstart, pets, imagenette"):
+        prepare_in_subprocess("cars")
+
+
+@pytest.fixture
+def small_pets(monkeypatch):
+    """The Pets data set as if it had four images, so that tests can place all of it."""
+
+    def configure(url: str) -> None:
+        monkeypatch.setitem(DATASETS, "pets", dataclasses.replace(DATASETS["pets"], num_images=4, url=url))
+
+    configure(DEAD_URL)
+    return configure
+
+
+BREEDS = [f"images/{breed}_{n}.jpg" for breed in ("pug", "boxer") for n in (1, 2)]
+
+
+def test_without_network_the_error_says_what_was_tried_where_to_put_it_and_the_ways_on(cache, monkeypatch):
+    # Sends the child process to a dead proxy: a real failure of the network, at once.
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(DataError) as caught:
+        prepare_in_subprocess("pets")
+    assert time.monotonic() - started < 20
+    message = str(caught.value)
+    for part in (
+        "https://www.robots.ox.ac.uk/~vgg/data/pets/data/images.tar.gz failed: [Errno 111] Connection refused",
+        f"{cache}/data/pets/oxford-iiit-pet/images/<breed>_<number>.jpg, where 0 of 7390 were found",
+        "--data DIR",
+        "by hand from https://www.robots.ox.ac.uk/~vgg/data/pets/",
+        "--space quickstart",
+    ):
+        assert part in message
+    assert "\n" not in message and "Traceback" not in message
+
+
+def test_a_server_that_never_answers_is_given_up(small_pets, monkeypatch):
+    monkeypatch.setattr(data, "CONNECT_SECONDS", 0.5)
+    with http.server.HTTPServer(
+        ("127.0.0.1", 0), http.server.BaseHTTPRequestHandler
+    ) as silent:  # accepts, never serves
+        small_pets(f"http://127.0.0.1:{silent.server_port}/images.tar.gz")
+        with pytest.raises(DataError, match=r"timed out|no answer within"):
+            prepare("pets")
+
+
+def test_a_data_set_that_was_placed_by_hand_is_used_without_network(cache, small_pets):
+    fill(cache / "data/pets", *BREEDS[:3])
+    with pytest.raises(DataError, match="where 3 of 4 were found"):
+        prepare("pets", download=False)
+    fill(cache / "data/pets", *BREEDS)
+    assert prepare_in_subprocess("pets") == cache / "data/pets"
+    assert len(find_images(prepare("pets")).paths) == 4
+
+
+def test_a_second_process_waits_for_the_first_to_download_and_says_so(cache, small_pets, caplog):
+    root = cache / "data/pets"
+    root.mkdir(parents=True)
+    caplog.set_level("INFO")
+    locked = threading.Event()
+
+    def first() -> None:
+        with FileLock(root.with_name(".pets.lock")):
+            locked.set()
+            while "waiting" not in caplog.text:
+                time.sleep(0.01)
+            fill(root, *BREEDS)
+
+    thread = threading.Thread(target=first, daemon=True)
+    thread.start()
+    assert locked.wait(10)
+    assert prepare("pets") == root
+    thread.join()
+    assert "waiting for another process that prepares Oxford-IIIT Pet" in caplog.text
+
+
+def test_a_failing_child_process_is_an_error_and_not_a_silent_success(small_pets, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -9, stdout=""))
+    with pytest.raises(DataError, match="exit code -9"):
+        prepare_in_subprocess("pets")
+
+
+def test_download_unpacks_checks_and_repairs_a_half_unpacked_data_set(tmp_path, cache, small_pets, monkeypatch):
+    torchvision = pytest.importorskip("torchvision")
+    pets = torchvision.datasets.OxfordIIITPet
+    assert pets._RESOURCES[0][0] == "https://www.robots.ox.ac.uk/~vgg/data/pets/data/images.tar.gz"
+    assert torchvision.datasets.Imagenette._ARCHIVES["320px"][0] == DATASETS["imagenette"].url
+    served = tmp_path / "served"
+    fill(served, *BREEDS, "annotations/trainval.txt")
+    for name in ("images", "annotations"):
+        with tarfile.open(served / f"{name}.tar.gz", "w:gz") as archive:
+            archive.add(served / name, arcname=name)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(served))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}"
+        small_pets(f"{base}/images.tar.gz")
+        sums = {
+            name: hashlib.md5((served / f"{name}.tar.gz").read_bytes()).hexdigest()
+            for name in ("images", "annotations")
+        }
+        monkeypatch.setattr(pets, "_RESOURCES", [(f"{base}/{name}.tar.gz", "0" * 32) for name in sums])
+        with pytest.raises(DataError, match=r"corrupted.*where 0 of 4"):
+            prepare("pets")
+        monkeypatch.setattr(pets, "_RESOURCES", [(f"{base}/{name}.tar.gz", md5) for name, md5 in sums.items()])
+        assert len(find_images(prepare("pets")).paths) == 4
+        server.shutdown()
+    root = cache / "data/pets/oxford-iiit-pet"
+    assert not list(root.glob("*.tar.gz"))  # 800 MB that nobody needs any more
+    # Killed while it unpacked: the archives are there, the images are not all.
+    (root / BREEDS[0]).unlink()
+    for name in ("images", "annotations"):
+        (served / f"{name}.tar.gz").rename(root / f"{name}.tar.gz")
+    assert len(find_images(prepare("pets")).paths) == 4
+
+
+def test_the_quickstart_set_is_drawn_here_and_once():
+    root = prepare_in_subprocess("quickstart")
+    found = find_images(root)
+    assert found.layout == "Oxford Pets" and found.num_classes >= 12
+    before = fingerprint(found)
+    assert fingerprint(find_images(prepare_in_subprocess("quickstart"))) == before
+
+
+def test_finding_images_imports_nothing_heavy():
+    heavy = {"torch", "torchvision", "ray", "cv2", "PIL", "pandas"}
+    code = "import sys, trainables.data; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "trainables.data" in loaded and not heavy & set(loaded)

@@ -1,0 +1,139 @@
+"""Batch augmentation: every geometric change of an image as one map of coordinates, read with one interpolation.
+
+The changes and their ranges are those of fastai's `aug_transforms` (fastai book, chapter 5). A map takes a point of the
+output square, both axes running from -1 to 1, to the point of the input square that it shows: a 3 x 3 homography.
+"""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from trainables.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Augmentations:
+    """What happens to each of n images, drawn for a whole batch so that it depends on the seed alone."""
+
+    window: np.ndarray  # (n,) where the square window lies along the longer side, 0 to 1
+    maps: np.ndarray  # (n, 3, 3) output point -> point of the window
+    lighting: np.ndarray  # (n, 256) uint8: the new value of each pixel value
+
+    def __getitem__(self, rows) -> "Augmentations":
+        return Augmentations(self.window[rows], self.maps[rows], self.lighting[rows])
+
+
+def draw(rng: np.random.Generator, n: int, recipe: Recipe) -> Augmentations:
+    """Random training augmentations for n images."""
+    window = rng.random(n)
+    crop = random_crops(rng, n, recipe.min_scale)
+    warp_x = _maybe(rng, recipe.affine_p, rng.uniform(-1, 1, n) * recipe.max_warp, 0.0)
+    warp_y = _maybe(rng, recipe.affine_p, rng.uniform(-1, 1, n) * recipe.max_warp, 0.0)
+    angle = _maybe(rng, recipe.affine_p, rng.uniform(-1, 1, n) * recipe.max_rotate, 0.0)
+    factor = _maybe(rng, recipe.affine_p, rng.uniform(1, recipe.max_zoom, n), 1.0)
+    zoom = zooms(factor, rng.uniform(-1, 1, (n, 2)))
+    flip = flips(rng.random(n) < 0.5 if recipe.flip else np.zeros(n, bool))
+    brightness = _maybe(rng, recipe.lighting_p, rng.uniform(-1, 1, n) * recipe.max_lighting, 0.0)
+    contrast = np.exp(_maybe(rng, recipe.lighting_p, rng.uniform(-1, 1, n) * np.log(1 - recipe.max_lighting), 0.0))
+    maps = flip @ rotations(angle) @ zoom @ warps(warp_x, warp_y) @ crop
+    return Augmentations(window, maps, lighting_tables(brightness, contrast))
+
+
+def centre(n: int) -> Augmentations:
+    """What validation sees: the centre square, as it is."""
+    maps = np.broadcast_to(np.eye(3), (n, 3, 3))
+    return Augmentations(np.full(n, 0.5), maps, np.broadcast_to(np.arange(256, dtype=np.uint8), (n, 256)))
+
+
+def apply(image: np.ndarray, augmentation: Augmentations, size: int) -> np.ndarray:
+    """One image (h, w, 3) uint8 through its row of `augmentation`, to (size, size, 3) uint8; beyond its edge it reflects."""
+    square = square_window(image, float(augmentation.window))
+    side = square.shape[0]
+    shrink = side / (2 * size)
+    if shrink > 1:
+        # Bilinear reading sees 2 x 2 pixels only; average first what it would skip, as fastai does.
+        square = cv2.resize(square, (round(side / shrink),) * 2, interpolation=cv2.INTER_AREA)
+        side = square.shape[0]
+    pixels = _to_pixels(side) @ augmentation.maps @ np.linalg.inv(_to_pixels(size))
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    warped = cv2.warpPerspective(square, pixels, (size, size), flags=flags, borderMode=cv2.BORDER_REFLECT_101)
+    return cv2.LUT(warped, augmentation.lighting)
+
+
+def square_window(image: np.ndarray, position: float) -> np.ndarray:
+    """The square over the full shorter side of `image`; `position` 0 to 1 along the longer side. A view, not a copy."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = round((height - side) * position), round((width - side) * position)
+    return image[top : top + side, left : left + side]
+
+
+def random_crops(rng: np.random.Generator, n: int, min_scale: float) -> np.ndarray:
+    """Maps to square crops that keep `min_scale` to all of the area, anywhere inside."""
+    side = np.sqrt(rng.uniform(min_scale, 1, n))
+    maps = _identity(n)
+    maps[:, 0, 0] = maps[:, 1, 1] = side
+    maps[:, :2, 2] = rng.uniform(-1, 1, (n, 2)) * (1 - side)[:, None]
+    return maps
+
+
+def rotations(degrees: np.ndarray) -> np.ndarray:
+    maps = _identity(len(degrees))
+    angle = np.deg2rad(degrees)
+    maps[:, 0, 0] = maps[:, 1, 1] = np.cos(angle)
+    maps[:, 1, 0] = np.sin(angle)
+    maps[:, 0, 1] = -maps[:, 1, 0]
+    return maps
+
+
+def zooms(factors: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Maps that enlarge by `factors` (n,) around `centres` (n, 2) in -1..1."""
+    maps = _identity(len(factors))
+    maps[:, 0, 0] = maps[:, 1, 1] = 1 / factors
+    maps[:, :2, 2] = (1 - 1 / factors)[:, None] * centres
+    return maps
+
+
+def flips(flip: np.ndarray) -> np.ndarray:
+    maps = _identity(len(flip))
+    maps[:, 0, 0] = np.where(flip, -1, 1)
+    return maps
+
+
+def warps(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Perspective maps that shear opposite sides by `x` and `y`, as if the picture were seen from the side or below."""
+    corners = np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]], np.float32)
+    product = corners.prod(axis=1, keepdims=True)
+    maps = _identity(len(x))
+    for i in np.flatnonzero((x != 0) | (y != 0)):
+        moved = corners - product * np.array([y[i], x[i]], np.float32)
+        maps[i] = cv2.getPerspectiveTransform(moved, corners)
+    return maps
+
+
+def lighting_tables(brightness: np.ndarray, contrast: np.ndarray) -> np.ndarray:
+    """Lighting changes as one table of 256 uint8 values per image.
+
+    `brightness` (n,) in -1..1 moves mid-grey to 0.5 * (1 + brightness), `contrast` (n,) > 0 scales around it. Both act on
+    the logits of the pixel values, as in fastai, so no value leaves 0..1 and nothing clips.
+    """
+    values = np.clip(np.arange(256) / 255, 1e-7, 1 - 1e-7)
+    middle = 0.5 * (1 + brightness)
+    logits = np.log(values / (1 - values)) + np.log(middle / (1 - middle))[:, None]
+    return np.round(255 / (1 + np.exp(-logits * contrast[:, None]))).astype(np.uint8)
+
+
+def _identity(n: int) -> np.ndarray:
+    return np.tile(np.eye(3), (n, 1, 1))
+
+
+def _maybe(rng: np.random.Generator, p: float, drawn: np.ndarray, otherwise: float) -> np.ndarray:
+    """`drawn` (n,) for a share `p` of the images, `otherwise` for the rest."""
+    return np.where(rng.random(len(drawn)) < p, drawn, otherwise)
+
+
+def _to_pixels(side: int) -> np.ndarray:
+    """From -1..1 to pixel centres 0..side - 1."""
+    half = (side - 1) / 2
+    return np.array([[half, 0, half], [0, half, half], [0, 0, 1]])

@@ -1,0 +1,543 @@
+"""Finds labelled images in a folder, splits them into training and validation, and fetches the known data sets.
+
+Imports no torch: the search driver uses this module. Only the download needs torchvision, in a process of its own.
+"""
+
+import contextlib
+import http.client
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+PETS_NAME = re.compile(r"(.+)_\d+\.jpe?g", re.IGNORECASE | re.DOTALL)
+VALID_NAMES = ("val", "valid", "validation", "test")
+LAYOUTS = (
+    "The layouts that are read: Oxford Pets (images/<breed>_<number>.jpg), class folders (<class>/*.jpg) and split "
+    "folders (train/<class>/*.jpg with val/<class>/*.jpg), with JPEG, PNG or WebP images."
+)
+CONNECT_SECONDS = 20.0  # how long a server may stay silent, before a download and within one
+
+
+class DataError(ValueError):
+    """The images cannot be used as they are; the message is one paragraph for the user."""
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The labelled images of one folder; entry i of `paths`, `labels` and `valid` describes the same image."""
+
+    root: Path
+    layout: str
+    """"Oxford Pets", "class folders" or "split folders"."""
+    paths: tuple[str, ...]
+    """POSIX paths relative to `root`, sorted."""
+    labels: tuple[int, ...]
+    classes: tuple[str, ...]
+    """Class names, sorted; a label is an index into them."""
+    valid: tuple[bool, ...] | None = None
+    """Which images the folder itself sets aside for validation (split folders), or None."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def describe(self) -> str:
+        given = ""
+        if self.valid is not None:
+            given = f" ({len(self.valid) - sum(self.valid)} for training, {sum(self.valid)} for validation)"
+        return f"{self.layout} layout, {len(self.paths)} images{given}, {self.num_classes} classes"
+
+
+def cache_dir() -> Path:
+    """Where downloads and presized images are kept: FINETUNE_SEARCH_CACHE, or finetune-search in the user's cache."""
+    if given := os.environ.get("FINETUNE_SEARCH_CACHE"):
+        return Path(given).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().absolute() / "finetune-search"
+
+
+# --- Finding images ---------------------------------------------------------------------------------------------------
+
+
+def find_images(root: Path | str) -> ImageFolder:
+    """Detects the layout of `root` and labels its images; raises DataError where they cannot be used."""
+    found = _find(_existing_folder(root))
+    check_classes(found)
+    _warn_of_case(found.classes)
+    logger.info("%s: %s", found.root, found.describe())
+    return found
+
+
+def _find(root: Path) -> ImageFolder:
+    # A known data set as its archive unpacks lies one folder deeper.
+    inner = [name for name in _folders(root) if name == "oxford-iiit-pet" or name.startswith("imagenette2")]
+    for base in [*(f"{name}/" for name in inner), ""]:
+        found = _oxford_pets(root, base) or _split_folders(root, base) or _class_folders(root, base)
+        if found:
+            return found
+    raise _nothing_found(root)
+
+
+def check_classes(folder: ImageFolder, left_out: int = 0) -> None:
+    """Raises DataError unless there are two classes or more, each with two images or more and one for training."""
+    after = f" ({left_out} unreadable left out)" if left_out else ""
+    if folder.num_classes < 2:
+        raise DataError(
+            f"{folder.root} ({folder.layout} layout) has only one class, {folder.classes[0]!r}, and a classifier needs "
+            f"two or more. If the class folders lie deeper, give the folder that holds them. {LAYOUTS}"
+        )
+    labels = np.asarray(folder.labels)
+    counts = np.bincount(labels, minlength=folder.num_classes)
+    if small := [name for name, count in zip(folder.classes, counts, strict=True) if count < 2]:
+        raise DataError(
+            f"{folder.root} has fewer than two images{after} in {_some(small, 'class', 'classes')}, and each class "
+            "needs one to train on and one to validate on. Add images to these classes or remove them."
+        )
+    if folder.valid is None:
+        return
+    valid = np.asarray(folder.valid)
+    trained = np.bincount(labels[~valid], minlength=folder.num_classes)
+    if missing := [name for name, count in zip(folder.classes, trained, strict=True) if count == 0]:
+        raise DataError(
+            f"{folder.root} has validation images but no training images{after} of "
+            f"{_some(missing, 'class', 'classes')}. Each class needs a folder of the same name, with images, in the "
+            "training folder; class names are compared letter by letter."
+        )
+    if not valid.any():
+        raise DataError(f"{folder.root} has no validation images{after}. Add images to its validation folder.")
+
+
+def _existing_folder(root: Path | str) -> Path:
+    root = Path(root).expanduser()
+    if not root.exists():
+        raise DataError(f"There is no folder {root.absolute()}. Expected a folder of labelled images. {LAYOUTS}")
+    if not root.is_dir():
+        raise DataError(f"{root.absolute()} is a file. Expected a folder of labelled images: unpack it if it is an "
+                        f"archive. {LAYOUTS}")  # fmt: skip
+    return root.resolve()
+
+
+def _oxford_pets(root: Path, base: str) -> ImageFolder | None:
+    """`images/<breed>_<number>.jpg`, or the same files directly in the folder."""
+    for inside in (f"{base}images/", base):
+        if not (root / inside).is_dir():
+            continue
+        names = [entry.name for entry in _entries(root / inside) if _is_image(entry)]
+        matches = {name: match[1] for name in names if (match := PETS_NAME.fullmatch(name))}
+        if len(set(matches.values())) < 2 or 2 * len(matches) <= len(names):
+            continue
+        if others := [name for name in names if name not in matches]:
+            text = f"{_some(others, 'image', 'images')} of {len(names)} in {root / inside} carry no label"
+            if len(others) > 0.01 * len(names):
+                raise DataError(
+                    f"{text}: the others are named <breed>_<number>.jpg (Oxford Pets layout). Rename or remove them."
+                )
+            logger.warning("%s (expected <breed>_<number>.jpg): left out", text)
+        return _image_folder(root, "Oxford Pets", ((inside + name, breed, None) for name, breed in matches.items()))
+    return None
+
+
+def _split_folders(root: Path, base: str) -> ImageFolder | None:
+    """`train/<class>` and one of `val`, `valid`, `validation`, `test`, in this order; other folders are left alone."""
+    by_lower = {name.lower(): name for name in reversed(_folders(root / base))}
+    train = by_lower.get("train")
+    if train is None or any(_is_image(entry) for entry in _entries(root / base / train)):
+        return None  # a class may be called "train" too
+    valid = next((by_lower[name] for name in VALID_NAMES if name in by_lower), None)
+    train_images = list(_images_by_class(root, f"{base}{train}/"))
+    if not train_images:
+        return None
+    if valid is None:
+        if len(by_lower) > 1:
+            return None
+        raise DataError(
+            f"{root / base} has a folder {train} but no validation folder beside it (one of {', '.join(VALID_NAMES)}). "
+            f"Add one, or give {root / base / train} to have a part of its images set aside for validation."
+        )
+    valid_images = list(_images_by_class(root, f"{base}{valid}/"))
+    if not valid_images:
+        raise DataError(
+            f"{root / base / valid} has no class folders with images. Expected {valid}/<class>/*.jpg, with the same "
+            f"classes as in {train}. Fill it, or remove it and give {root / base / train}."
+        )
+    labelled = [(path, name, False) for path, name in train_images] + [
+        (path, name, True) for path, name in valid_images
+    ]
+    return _image_folder(root, "split folders", labelled)
+
+
+def _class_folders(root: Path, base: str) -> ImageFolder | None:
+    labelled = [(path, name, None) for path, name in _images_by_class(root, base)]
+    if {name for _, name, _ in labelled} <= {"images"}:  # the folder of the Pets layout, with names that do not label
+        return None
+    return _image_folder(root, "class folders", labelled)
+
+
+def _image_folder(root: Path, layout: str, labelled: Iterable[tuple[str, str, bool | None]]) -> ImageFolder:
+    paths, names, valid = zip(*sorted(labelled), strict=True)
+    classes = tuple(sorted(set(names)))
+    index = {name: label for label, name in enumerate(classes)}
+    given = valid if layout == "split folders" else None
+    return ImageFolder(root, layout, paths, tuple(index[name] for name in names), classes, given)
+
+
+def _images_by_class(root: Path, base: str) -> Iterator[tuple[str, str]]:
+    """(path relative to root, class) of the images below each sub-folder of `base`."""
+    above = {_identity(folder) for folder in (root / base, root, *root.parents)}
+    for name in _folders(root / base):
+        for path in _images_below(root / base / name, set(above)):
+            yield f"{base}{name}/{path}", name
+
+
+def _images_below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[str]:
+    """Images in `folder` and its sub-folders, relative to it. Reads each real folder once, so that link loops end."""
+    waiting = [(folder, "")]
+    while waiting:
+        path, prefix = waiting.pop()
+        if (identity := _identity(path)) in seen:
+            continue
+        seen.add(identity)
+        for entry in _entries(path):
+            if _is_folder(entry):
+                waiting.append((path / entry.name, f"{prefix}{entry.name}/"))
+            elif _is_image(entry):
+                yield prefix + entry.name
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """What lies in `folder`, sorted, without hidden files and the __MACOSX folders of zip archives."""
+    try:
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
+    except OSError as error:
+        raise DataError(
+            f"The folder {folder} cannot be read ({error.strerror or error}). Every folder of a data set must be "
+            "readable: change its permissions, or move it out of the data set."
+        ) from error
+    return sorted(visible, key=lambda entry: entry.name)
+
+
+def _folders(folder: Path) -> list[str]:
+    return [entry.name for entry in _entries(folder) if _is_folder(entry)]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_image(entry: os.DirEntry) -> bool:
+    """By its name; a broken link counts, to be reported as unreadable, a pipe or a folder does not."""
+    if not entry.name.lower().endswith(IMAGE_SUFFIXES):
+        return False
+    try:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))  # noqa: PTH110
+    except OSError:
+        return entry.is_symlink()
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _nothing_found(root: Path) -> DataError:
+    for folder in (root / "images", root):
+        if folder.is_dir() and (names := [entry.name for entry in _entries(folder) if _is_image(entry)]):
+            return DataError(
+                f"The {len(names)} images in {folder} do not tell two classes apart by their names (the first is "
+                f"{names[0]!r}). Sort them into one folder per class, or name them <class>_<number>.jpg. {LAYOUTS}"
+            )
+    return DataError(f"There are no images in {root}. {LAYOUTS} Hidden files and other suffixes are ignored.")
+
+
+def _warn_of_case(classes: Sequence[str]) -> None:
+    folded: dict[str, list[str]] = {}
+    for name in classes:
+        folded.setdefault(name.casefold(), []).append(name)
+    for names in folded.values():
+        if len(names) > 1:
+            logger.warning("classes %s differ only in case; each is a class of its own", ", ".join(map(repr, names)))
+
+
+def _some(names: Sequence[str], one: str, many: str) -> str:
+    """ "3 classes ('a', 'b', 'c')", with at most five names."""
+    shown = ", ".join(repr(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
+    return f"{len(names)} {one if len(names) == 1 else many} ({shown})"
+
+
+# --- Splitting and naming the content ---------------------------------------------------------------------------------
+
+
+def split(
+    labels: Sequence[int] | np.ndarray, *, valid_fraction: float = 0.2, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices of the training and the validation images, drawn at random within each class.
+
+    Validation gets round(valid_fraction * n) images, shared among the classes by largest remainder; the last image of a
+    class always trains, so it gets fewer where most classes are tiny. The same on every machine: only PCG64's doubles
+    and stable sorts are used.
+    """
+    if not 0 < valid_fraction < 1:
+        raise ValueError(f"valid_fraction is {valid_fraction}; expected a number between 0 and 1, such as 0.2.")
+    labels = np.asarray(labels, dtype=np.int64)
+    rng = np.random.default_rng(seed)
+    order = np.argsort(rng.random(len(labels)), kind="stable")
+    counts = np.bincount(labels)
+    most = np.maximum(counts - 1, 0)
+    share = valid_fraction * counts
+    quota = np.minimum(np.floor(share).astype(np.int64), most)
+    # Ties between remainders are broken by the seed, so that no class is favoured for its name.
+    by_remainder = np.lexsort((rng.random(len(counts)), quota - share))
+    missing = min(round(valid_fraction * len(labels)), int(most.sum())) - int(quota.sum())
+    while missing > 0:
+        open_classes = [label for label in by_remainder if quota[label] < most[label]][:missing]
+        quota[open_classes] += 1
+        missing -= len(open_classes)
+    in_class = labels[order]
+    valid = [order[in_class == label][: quota[label]] for label in range(len(counts))]
+    valid = np.sort(np.concatenate(valid)) if valid else np.empty(0, dtype=np.int64)
+    return np.setdiff1d(np.arange(len(labels)), valid), valid
+
+
+def fingerprint(folder: ImageFolder) -> str:
+    """SHA-256 over classes, labels, relative paths, sizes and modification times of the images.
+
+    The modification time stands in for the content: an edited image is noticed without reading every byte. `root` is
+    left out, so a data set that moves with its times (mv, rsync -a, cp -p) keeps its fingerprint.
+    """
+    digest = sha256(ascii((folder.classes, folder.valid)).encode())
+    for path, label in zip(folder.paths, folder.labels, strict=True):
+        try:
+            status = (folder.root / path).stat()
+            size, changed = status.st_size, status.st_mtime_ns
+        except OSError:  # a broken link: presize counts it as unreadable
+            size, changed = -1, -1
+        digest.update(f"{path!a} {label} {size} {changed}\n".encode())
+    return digest.hexdigest()
+
+
+# --- Known data sets --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownDataset:
+    """A data set that a space can name: what it holds once complete and where it comes from."""
+
+    title: str
+    num_images: int = 0
+    url: str = ""
+    """What torchvision downloads first; empty where the images are drawn."""
+    source: str = ""
+    """The official page, for people."""
+    files: str = ""
+    """An image's place within the data set's folder."""
+    archives: tuple[str, ...] = ()
+    """Where torchvision puts the archives within the data set's folder."""
+
+
+DATASETS: dict[str, KnownDataset] = {
+    "quickstart": KnownDataset(title="the drawn quickstart images"),
+    "pets": KnownDataset(
+        title="Oxford-IIIT Pet",
+        num_images=7390,
+        url="https://www.robots.ox.ac.uk/~vgg/data/pets/data/images.tar.gz",
+        source="https://www.robots.ox.ac.uk/~vgg/data/pets/",
+        files="oxford-iiit-pet/images/<breed>_<number>.jpg",
+        archives=("oxford-iiit-pet/images.tar.gz", "oxford-iiit-pet/annotations.tar.gz"),
+    ),
+    "imagenette": KnownDataset(
+        title="Imagenette (320 px)",
+        num_images=13394,
+        url="https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz",
+        source="https://github.com/fastai/imagenette",
+        files="imagenette2-320/train/<class>/*.JPEG and imagenette2-320/val/<class>/*.JPEG",
+        archives=("imagenette2-320.tgz",),
+    ),
+}
+
+
+def locate(name: str) -> Path:
+    """The folder that a known data set lies in once it is there."""
+    if name not in DATASETS:
+        raise DataError(f"There is no known data set {name!r}. Expected one of {', '.join(DATASETS)}.")
+    return cache_dir() / "data" / name
+
+
+def prepare(name: str, *, download: bool = True) -> Path:
+    """The folder of a known data set for `find_images`, drawn or downloaded first where it is missing.
+
+    Of several processes on a node one downloads and the others wait. Imports torchvision where it must download.
+    """
+    root = locate(name)
+    try:
+        if name == "quickstart":
+            from trainables import quickstart_images
+
+            return quickstart_images.draw(root)  # keeps its own lock and its own marker
+        settled = _marker(root).exists() or (root.exists() and not os.access(root, os.W_OK))
+        if settled and _num_found(root) >= DATASETS[name].num_images:
+            return root
+        root.mkdir(parents=True, exist_ok=True)
+        with locked(root.with_name(f".{name}.lock"), f"for another process that prepares {DATASETS[name].title}"):
+            if _num_found(root) < DATASETS[name].num_images:
+                if not download:
+                    raise _no_data(name, "it is not there and downloading is off")
+                _download(name, root)
+            _marker(root).touch()
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"Cannot prepare {DATASETS[name].title} in {root}: {error}. Make room or make it writable, or set "
+            "FINETUNE_SEARCH_CACHE to another folder."
+        ) from error
+    return root
+
+
+def prepare_in_subprocess(name: str) -> Path:
+    """`prepare` for processes that must stay free of torch: a download runs in a child process that shows progress."""
+    try:
+        return prepare(name, download=False)
+    except DataError:
+        if name not in DATASETS or not DATASETS[name].url:
+            raise
+    package_root = str(Path(__file__).resolve().parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([package_root, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "trainables.data", name]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, errors="replace", env=environment)
+    if child.returncode == 0:
+        return locate(name)
+    if child.returncode == 2 and (lines := child.stdout.strip().splitlines()):
+        raise DataError(lines[-1])
+    raise _no_data(name, f"the process that downloads it ended with exit code {child.returncode}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m trainables.data NAME`: prepares a known data set; the last line is its folder or what went wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        if len(arguments) != 1:
+            raise DataError(
+                f"Expected the name of one data set ({', '.join(DATASETS)}), got {len(arguments)} arguments."
+            )
+        print(prepare(arguments[0]))
+    except DataError as error:
+        print(" ".join(str(error).split()))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _download(name: str, root: Path) -> None:
+    dataset = DATASETS[name]
+    archives = [root / archive for archive in dataset.archives]
+    if not all(archive.exists() for archive in archives):
+        # Asked first because torchvision sets no time limit, and because importing it takes many seconds.
+        if problem := _unreachable(dataset.url):
+            raise _no_data(name, f"downloading {dataset.url} failed: {problem}")
+        logger.info("downloading %s from %s to %s", dataset.title, dataset.source, root)
+    from torchvision import datasets
+    from torchvision.datasets.utils import extract_archive
+
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(CONNECT_SECONDS)
+    try:
+        if name == "pets":
+            datasets.OxfordIIITPet(root, download=True)  # one archive holds the images of both its splits
+        else:
+            datasets.Imagenette(root, size="320px", download=True)
+        if _num_found(root) < dataset.num_images and archives[0].exists():
+            extract_archive(archives[0])  # an earlier run was killed while it unpacked
+    except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError) as error:
+        raise _no_data(name, f"downloading {dataset.url} failed: {error}") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    if _num_found(root) < dataset.num_images:
+        raise _no_data(
+            name, "its folder there is incomplete, and torchvision replaces none that exists: remove it first"
+        )
+    for archive in archives:  # unpacked by now, and large
+        archive.unlink(missing_ok=True)
+
+
+def _unreachable(url: str) -> str:
+    """Why `url` does not answer within CONNECT_SECONDS, or "". In a thread: looking up a host knows no time limit."""
+    answers = [f"no answer within {CONNECT_SECONDS:.0f} s"]
+
+    def ask() -> None:
+        request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "finetune-search"})
+        try:
+            urllib.request.urlopen(request, timeout=CONNECT_SECONDS).close()
+            answers.append("")
+        except urllib.error.HTTPError:  # it did answer
+            answers.append("")
+        except (OSError, http.client.HTTPException) as error:
+            answers.append(str(getattr(error, "reason", error)) or type(error).__name__)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(CONNECT_SECONDS)
+    return answers[-1]
+
+
+def _no_data(name: str, problem: str) -> DataError:
+    dataset, root = DATASETS[name], locate(name)
+    return DataError(
+        f"The data set {dataset.title} is not available: {problem}. Its images are looked for as "
+        f"{root}/{dataset.files}, where {_num_found(root)} of {dataset.num_images} were found. Ways on: give another "
+        f"copy, or images of your own, with --data DIR; or download it by hand from {dataset.source} and unpack it so "
+        "that the images lie as above; or try --space quickstart, which draws its images and downloads none."
+    )
+
+
+def _num_found(root: Path) -> int:
+    """How many images lie in a known data set's folder, 0 where it is missing or damaged."""
+    try:
+        return len(_find(_existing_folder(root)).paths)
+    except DataError:
+        return 0
+
+
+def _marker(root: Path) -> Path:
+    return root / ".complete"
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting_for: str) -> Iterator[None]:
+    """Holds the file lock `path`, which ends with its process; logs a line where it must wait."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("waiting %s (lock %s)", waiting_for, path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

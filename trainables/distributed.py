@@ -1,0 +1,95 @@
+"""Training shared by several workers so that the result does not depend on how many there are."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class World:
+    """This worker's place among the workers of one trial."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def current(cls) -> "World":
+        """The initialized process group, or a world of one."""
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+
+    def share(self, count: int) -> slice:
+        """This worker's contiguous part of `count` things; parts differ by one at most."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over all workers; in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """`model` with its gradients averaged over the workers after each backward pass."""
+        if self.size == 1:
+            return model
+        device_ids = [device] if device.type == "cuda" else None
+        # Batch statistics are shared already, so the buffers agree without a broadcast before each step.
+        return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+
+
+def init_from_environment() -> torch.device:
+    """Join the process group that `torchrun` describes in the environment, if there is one; this worker's device."""
+    has_gpu = torch.cuda.is_available()
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if has_gpu else "gloo")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    return device
+
+
+def share_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` with batch norms that take their statistics over the batch of all workers."""
+    from timm.layers import convert_sync_batchnorm
+
+    model = convert_sync_batchnorm(model)
+    if device.type == "cpu":
+        for module in model.modules():
+            if isinstance(module, nn.SyncBatchNorm):
+                # torch's SyncBatchNorm refuses CPU tensors. Same parameters and buffers, another forward.
+                module.__class__ = CpuSyncBatchNorm
+    return model
+
+
+class CpuSyncBatchNorm(nn.SyncBatchNorm):
+    """Batch norm over all workers in plain differentiable operations, with timm's fused activation where it has one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            x = self._normalize_by_batch(x)
+        else:
+            x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        for name in ("drop", "act"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
+
+    def _normalize_by_batch(self, x: torch.Tensor) -> torch.Tensor:
+        other_dims = [d for d in range(x.ndim) if d != 1]
+        count = x.new_tensor([x.numel() / x.shape[1]])
+        count, total = all_reduce(torch.cat([count, x.sum(other_dims)])).split([1, x.shape[1]])
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        centred = x - (total / count).view(shape)
+        # Two passes: a variance from the sum of squares loses its digits where the mean is large.
+        variance = all_reduce((centred * centred).sum(other_dims)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(total / count, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return centred * scale.view(shape) + self.bias.view(shape)

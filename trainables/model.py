@@ -1,0 +1,163 @@
+"""The network of one trial: a timm backbone, its head, its layer groups, and the pretrained weights in it."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from trainables.recipe import Recipe
+from trainables.weights import WeightsError, find_weights, in_timm_names, no_weights_message
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model with what training and prediction must know of it."""
+
+    model: nn.Module
+    mean: tuple[float, float, float]  # per RGB channel, of pixels in 0..1
+    std: tuple[float, float, float]
+
+    @property
+    def classifier(self) -> nn.Module:
+        return self.model.get_submodule(classifier_name(self.model))
+
+    def layer_groups(self) -> list[list[nn.Parameter]]:
+        """Parameters from the earliest layers to the head, which is the last group.
+
+        The backbone is cut where timm's `group_matcher` (coarse) cuts it, so every timm architecture has groups.
+        """
+        parameters = dict(self.model.named_parameters())
+        head = f"{classifier_name(self.model)}."
+        by_depth = timm.models.group_parameters(self.model, self.model.group_matcher(coarse=True))
+        groups = [[name for name in names if not name.startswith(head)] for names in by_depth.values()]
+        groups.append([name for name in parameters if name.startswith(head)])
+        return [[parameters[name] for name in names] for names in groups if names]
+
+    def freeze_backbone(self) -> None:
+        """Train the head alone: the backbone gets no gradients, so autograd computes none in it."""
+        self.model.requires_grad_(False)
+        self.classifier.requires_grad_(True)
+
+    def unfreeze(self) -> None:
+        self.model.requires_grad_(True)
+
+    def train(self, *, frozen: bool, freeze_bn: bool) -> None:
+        """Training mode; a frozen backbone stays in evaluation mode, and so do all its batch norms if `freeze_bn`."""
+        self.model.train(not frozen)
+        if freeze_bn:
+            for module in self.model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        self.classifier.train()
+
+    def share_dropout(self, rows: slice, batch_size: int) -> None:
+        """Tell the head's dropout which rows of the whole batch this worker trains on."""
+        for module in self.classifier.modules():
+            if isinstance(module, BatchDropout):
+                module.rows, module.batch_size = rows, batch_size
+
+    def with_model(self, model: nn.Module) -> "Network":
+        return dataclasses.replace(self, model=model)
+
+
+def build(recipe: Recipe, num_classes: int, weights: Path | None = None, *, load_pretrained: bool = True) -> Network:
+    """The network of a recipe, with fresh head; `load_pretrained=False` where a checkpoint will be loaded over it.
+
+    Raises `ValueError` for an architecture or a pooling that timm does not have, `WeightsError` where there are none.
+    """
+    torch.manual_seed(recipe.seed)  # for the head's first weights
+    source = find_weights(recipe.arch, weights) if recipe.pretrained else None
+    options = dict(num_classes=num_classes)
+    if recipe.concat_pool:
+        options["global_pool"] = "catavgmax"
+    if recipe.pretrained and load_pretrained:
+        options["pretrained"] = True
+        if source:
+            options["pretrained_cfg_overlay"] = dict(file=str(in_timm_names(source)))
+    model = _create(recipe, options, weights, from_hub=source is None)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = recipe.bn_momentum
+    if recipe.head == "mlp":
+        _replace_classifier(model, recipe, num_classes)
+    elif recipe.pretrained:
+        # From zeros (Kolesnikov et al. 2020) all classes start alike; some timm heads start so large that the first
+        # epochs only unlearn them.
+        for parameter in model.get_submodule(classifier_name(model)).parameters():
+            nn.init.zeros_(parameter)
+    mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    if source and source.mean:
+        mean, std = source.mean, source.std
+    return Network(model, tuple(mean), tuple(std))
+
+
+def _create(recipe: Recipe, options: dict, weights: Path | None, *, from_hub: bool) -> nn.Module:
+    if not timm.is_model(recipe.arch.split(".")[0]):
+        near = timm.list_models(f"*{recipe.arch[:6]}*")[:8]
+        raise ValueError(
+            f"arch={recipe.arch!r} is not a timm architecture. Names like it: {', '.join(near) or 'none'}."
+        )
+    try:
+        return timm.create_model(recipe.arch, **options)
+    except AssertionError as error:
+        raise ValueError(f"{recipe.arch} does not take these options {options}: {error}") from error
+    except Exception as error:
+        if options.get("pretrained") and from_hub:
+            raise WeightsError(no_weights_message(recipe.arch, weights, error)) from error
+        raise
+
+
+def classifier_name(model: nn.Module) -> str:
+    """Dotted name of the module that maps pooled features to classes."""
+    name = model.pretrained_cfg["classifier"]
+    if not isinstance(name, str):
+        arch = model.pretrained_cfg.get("architecture")
+        raise ValueError(f"{arch} has more than one classifier ({name}), expected an architecture with one")
+    return name
+
+
+def _replace_classifier(model: nn.Module, recipe: Recipe, num_classes: int) -> None:
+    linear = model.get_submodule(classifier_name(model))
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(
+            f"head=mlp needs a linear classifier to replace, but {recipe.arch} has {type(linear).__name__}"
+        )
+    model.set_submodule(classifier_name(model), mlp_head(linear.in_features, num_classes, recipe))
+
+
+def mlp_head(in_features: int, num_classes: int, recipe: Recipe) -> nn.Sequential:
+    """fastai's `create_head` after the pooling: norm, dropout, linear, ReLU, norm, dropout, linear; Kaiming weights."""
+    head = nn.Sequential(
+        nn.BatchNorm1d(in_features),
+        BatchDropout(recipe.dropout / 2),
+        nn.Linear(in_features, recipe.hidden, bias=False),
+        nn.ReLU(inplace=True),
+        nn.BatchNorm1d(recipe.hidden),
+        BatchDropout(recipe.dropout),
+        nn.Linear(recipe.hidden, num_classes, bias=False),
+    )
+    for layer in head:
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight)
+    return head
+
+
+class BatchDropout(nn.Dropout):
+    """Dropout whose mask is drawn for the whole batch, so that it does not depend on how many workers share it.
+
+    Every worker draws the same mask from the same seed and takes its own rows of it. `rows` and `batch_size` are set
+    by the training loop before each step; without them it is plain dropout.
+    """
+
+    rows: slice | None = None
+    batch_size: int = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0 or self.rows is None:
+            return super().forward(x)
+        keep = torch.rand(self.batch_size, *x.shape[1:], device=x.device)[self.rows] >= self.p
+        return x * keep / (1 - self.p)

@@ -1,0 +1,146 @@
+"""Recipe: every hyperparameter of one fine-tuning, with its unit and range, validated.
+
+The defaults follow fastai's `vision_learner` and `fine_tune` where they have one (fastai book, chapters 5 and 7).
+"""
+
+import dataclasses
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+def setting(default: Any, doc: str, *, low=None, high=None, choices: tuple = (), log: bool = False) -> Any:
+    """A dataclass field that carries its own documentation and range: `low` and `high` are inclusive."""
+    return dataclasses.field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices, log=log))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One fine-tuning, start to end. Raises `ValueError` naming every setting that is out of its range."""
+
+    arch: str = setting("resnet34.tv_in1k", "timm architecture, with its weight tag")
+    pretrained: bool = setting(True, "start from pretrained weights; false trains from scratch")
+    head: str = setting(
+        "linear", "linear = timm's own classifier, mlp = fastai's two layers", choices=("linear", "mlp")
+    )
+    concat_pool: bool = setting(False, "pool by average and maximum, concatenated, instead of timm's default")
+    hidden: int = setting(512, "width of the mlp head's hidden layer", low=8, high=8192)
+    dropout: float = setting(
+        0.5, "dropout before the mlp head's last layer; half of it before the first", low=0, high=0.95
+    )
+
+    freeze_epochs: int = setting(1, "epochs that train the head alone, the backbone frozen", low=0, high=1000)
+    epochs: int = setting(5, "epochs that train the whole network, after the frozen ones", low=0, high=1000)
+    batch_size: int = setting(64, "images per optimizer step, over all workers together", low=2, high=65536)
+    lr_max_frozen: float = setting(2e-3, "peak learning rate of the frozen stage", low=1e-7, high=10, log=True)
+    lr_max: float = setting(1e-3, "peak learning rate of the head once unfrozen", low=1e-7, high=10, log=True)
+    lr_ratio: float = setting(
+        100.0, "lr_max / rate of the earliest layers, geometric between", low=1, high=1e6, log=True
+    )
+    pct_start_frozen: float = setting(0.99, "share of the frozen stage in which the rate rises", low=0.01, high=0.99)
+    pct_start: float = setting(0.3, "share of the unfrozen stage in which the rate rises", low=0.01, high=0.99)
+    div_frozen: float = setting(25.0, "peak / first learning rate of the frozen stage", low=1, high=1e6, log=True)
+    div: float = setting(5.0, "peak / first learning rate of the unfrozen stage", low=1, high=1e6, log=True)
+    div_final: float = setting(1e5, "peak / last learning rate of either stage", low=1, high=1e12, log=True)
+    mom_high: float = setting(0.95, "momentum (Adam's first beta) where the rate is lowest", low=0, high=0.999)
+    mom_low: float = setting(0.85, "momentum where the rate is highest", low=0, high=0.999)
+    weight_decay: float = setting(0.01, "decoupled weight decay; none on norms and biases", low=0, high=10)
+
+    freeze_bn: bool = setting(False, "batch norms keep the pretrained statistics while unfrozen too; for small sets")
+    bn_momentum: float = setting(0.1, "weight of a batch in batch norm's running statistics", low=0.001, high=1)
+
+    mixup_alpha: float = setting(0.0, "mixup's Beta(alpha, alpha); 0 = no mixup", low=0, high=10)
+    smoothing: float = setting(0.0, "label smoothing epsilon", low=0, high=0.9)
+
+    presize: int = setting(460, "px; shorter side of the cached images, before augmentation", low=16, high=4096)
+    image_size: int = setting(224, "px; side of the square that the network sees", low=16, high=4096)
+    min_scale: float = setting(0.75, "smallest share of the area that a random crop keeps", low=0.01, high=1)
+    flip: bool = setting(True, "flip half of the training images left to right")
+    affine_p: float = setting(0.75, "probability of each of rotation, zoom and warp", low=0, high=1)
+    max_rotate: float = setting(10.0, "degrees; largest rotation either way", low=0, high=180)
+    max_zoom: float = setting(1.1, "largest zoom in", low=1, high=4)
+    max_warp: float = setting(0.2, "largest perspective warp", low=0, high=0.5)
+    lighting_p: float = setting(0.75, "probability of each of brightness and contrast", low=0, high=1)
+    max_lighting: float = setting(0.2, "largest change of brightness and contrast", low=0, high=0.9)
+
+    precision: str = setting("auto", "auto = bf16 where the GPU has it, else fp32", choices=("auto", "fp32", "bf16"))
+    seed: int = setting(0, "seed of everything random in this training", low=0, high=2**31 - 1)
+
+    def __post_init__(self) -> None:
+        problems = []
+        for spec in fields(self):
+            try:
+                object.__setattr__(self, spec.name, checked_value(spec.name, getattr(self, spec.name)))
+            except ValueError as error:
+                problems.append(str(error))
+        if not problems and self.epochs + self.freeze_epochs < 1:
+            problems.append("epochs and freeze_epochs are both 0, expected at least one epoch in one of them")
+        if not problems and self.image_size > self.presize:
+            problems.append(f"image_size={self.image_size} is larger than presize={self.presize}; raise presize")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def lr_min(self) -> float:
+        """Peak learning rate of the earliest layer group in the unfrozen stage."""
+        return self.lr_max / self.lr_ratio
+
+    @property
+    def total_epochs(self) -> int:
+        return self.freeze_epochs + self.epochs
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """A recipe from plain values, as in a search's config or a saved recipe.json; unknown names raise `ValueError`."""
+        for name in values:
+            spec_of(name)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def spec_of(name: str) -> dataclasses.Field:
+    """The field called `name`; raises `ValueError` that lists the known names."""
+    known = {spec.name: spec for spec in fields(Recipe)}
+    if name not in known:
+        raise ValueError(f"unknown setting {name!r}, expected one of: {', '.join(known)}")
+    return known[name]
+
+
+def checked_value(name: str, value: Any) -> Any:
+    """`value` as the type of setting `name`; raises `ValueError` naming the value and what was expected."""
+    spec = spec_of(name)
+    expected, meta = spec.type, spec.metadata
+    # A whole number is a fine float, and 3.0 is a fine whole number; True is neither.
+    if expected in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if expected is float or value == int(value):
+            value = expected(value)
+    if type(value) is not expected:
+        raise ValueError(f"{name}={value!r} is not {_TYPE_WORDS[expected]}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(meta['choices'])}")
+    # Written so that nan fails too.
+    if expected in (int, float) and not meta["low"] <= value <= meta["high"]:
+        raise ValueError(f"{name}={value!r} is out of range, expected {meta['low']:g} to {meta['high']:g}")
+    return value
+
+
+def parse_value(name: str, text: str) -> Any:
+    """The value of setting `name` written as `text` on a command line."""
+    expected = spec_of(name).type
+    if expected is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if text.lower() not in words:
+            raise ValueError(f"{name}={text!r} is not true or false")
+        return words[text.lower()]
+    if expected in (int, float):
+        try:
+            return checked_value(name, float(text))
+        except (ValueError, OverflowError) as error:
+            if "expected" in str(error):
+                raise
+            raise ValueError(f"{name}={text!r} is not {_TYPE_WORDS[expected]}") from None
+    return checked_value(name, text)
+
+
+_TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

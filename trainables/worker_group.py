@@ -1,0 +1,287 @@
+"""Warm worker groups: one Ray Train run whose workers serve one trial after another.
+
+A trial talks to a `GroupHost`, an actor that runs one `TorchTrainer` for as long as the search lasts. The trainer's
+train function (`serve`) is a loop that asks the host for commands: "train the next epoch of this trial". Starting a
+worker (process, imports, process group) is paid once per slot of the search instead of once per trial.
+
+The host keeps the trial's last state, so when Ray Train restarts a group whose worker was lost, the new workers rebuild
+the trial and repeat the command.
+"""
+
+import asyncio
+import logging
+import shutil
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from trainables.checkpoint import Files
+from trainables.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+MAX_TRIES = 3
+"""A command that lost its workers this often fails its trial."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSize:
+    """The workers of one trial and what each of them reserves."""
+
+    num_workers: int = 1
+    cpus_per_worker: float = 1
+    gpus_per_worker: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSpec:
+    """All that a worker needs to build a trial."""
+
+    trial_id: str
+    recipe: dict[str, Any]
+    data: str  # folder of images, at the same path on every node
+    weights: str | None = None  # folder of pretrained weights
+    split_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Command:
+    """Train the epoch after `epochs_done` of `trial`. Safe to repeat."""
+
+    number: int
+    trial: TrialSpec
+    epochs_done: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a command: an epoch's metrics and the state after it, or the reason why the trial failed."""
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    state: Files | None = None
+    failure: str | None = None
+
+
+class GroupEnded(RuntimeError):
+    """The worker group is gone and will not come back by itself."""
+
+
+class GroupHost:
+    """Async actor between one trial slot and its workers. Imports torch (through Ray Train), so that trials need not."""
+
+    def __init__(self, size: GroupSize) -> None:
+        self._trial: TrialSpec | None = None
+        self._epochs_done = 0
+        self._state: Files | None = None
+        self._command: Command | None = None
+        self._tries = 0
+        self._numbers = 0
+        self._closing = False
+        self._changed = asyncio.Condition()
+        self._outcome: asyncio.Future | None = None
+        self._loop = asyncio.get_event_loop()
+        myself = ray.get_runtime_context().current_actor
+        threading.Thread(target=self._run_trainer, args=(size, myself), daemon=True).start()
+
+    # Called by the trial.
+
+    async def begin(self, trial: TrialSpec, epochs_done: int, state: Files | None) -> None:
+        """Make `trial` the current one, at the end of `epochs_done` epochs with `state`."""
+        self._trial, self._epochs_done, self._state = trial, epochs_done, state
+
+    async def run_epoch(self) -> Outcome:
+        """Train the current trial's next epoch. Raises `GroupEnded` where there are no workers any more."""
+        self._numbers += 1
+        self._tries = 0
+        self._outcome = self._outcome_of_ended_group() or self._loop.create_future()
+        self._command = Command(self._numbers, self._trial, self._epochs_done)
+        await self._notify()
+        outcome = await self._outcome
+        if outcome.failure is None:
+            self._epochs_done += 1
+            self._state = outcome.state
+        return outcome
+
+    async def close(self) -> None:
+        """Let the workers leave their loop, which ends the Ray Train run."""
+        self._closing = True
+        await self._notify()
+
+    # Called by the workers.
+
+    async def join(self, rank: int) -> None:
+        """A worker (re)entered its loop. If a command was under way, it lost its workers."""
+        if rank != 0 or self._command is None:
+            return
+        self._tries += 1
+        if self._tries > MAX_TRIES:
+            epoch = self._command.epochs_done + 1
+            self._resolve(self._command.number, Outcome(failure=f"lost its workers {MAX_TRIES} times in epoch {epoch}"))
+
+    async def next_command(self, after: int) -> Command | None:
+        """Wait for a command numbered above `after`; None tells the worker to leave."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._closing or (self._command and self._command.number > after))
+        return None if self._closing else self._command
+
+    async def state(self) -> Files | None:
+        """The current trial's last state, for a worker that has to build the trial."""
+        return self._state
+
+    async def deliver(self, number: int, outcome: Outcome) -> None:
+        self._resolve(number, outcome)
+
+    def _resolve(self, number: int, outcome: Outcome) -> None:
+        if self._command is not None and self._command.number == number and not self._outcome.done():
+            self._command = None
+            self._outcome.set_result(outcome)
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    # The Ray Train run, in its own thread.
+
+    _ended: str | None = None
+
+    def _run_trainer(self, size: GroupSize, myself) -> None:
+        from ray import train
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        # Ray Train wants a folder for checkpoints, but none go this way: a trial's state travels through the object store.
+        storage = tempfile.mkdtemp(prefix="worker_group_")
+        resources = {"CPU": size.cpus_per_worker}
+        if size.gpus_per_worker:
+            resources["GPU"] = size.gpus_per_worker
+        trainer = TorchTrainer(
+            serve,
+            train_loop_config=dict(host=myself, num_threads=max(1, int(size.cpus_per_worker))),
+            torch_config=TorchConfig(backend="nccl" if size.gpus_per_worker else "gloo"),
+            scaling_config=train.ScalingConfig(
+                num_workers=size.num_workers,
+                use_gpu=bool(size.gpus_per_worker),
+                resources_per_worker=resources,
+                placement_strategy="PACK",
+            ),
+            run_config=train.RunConfig(
+                name="worker_group",
+                storage_path=storage,
+                failure_config=train.FailureConfig(max_failures=-1),  # failures count per command, see `join`
+            ),
+        )
+        try:
+            trainer.fit()
+            ended = "the worker group left its loop"
+        except Exception as error:  # whatever ended Ray Train's run ends the group, and the trial must hear of it
+            ended = f"the worker group ended: {error}"
+        finally:
+            shutil.rmtree(storage, ignore_errors=True)
+        self._loop.call_soon_threadsafe(self._end, ended)
+
+    def _end(self, reason: str) -> None:
+        self._ended = reason
+        if self._outcome is not None and not self._outcome.done():
+            self._outcome.set_exception(GroupEnded(reason))
+
+    def _outcome_of_ended_group(self) -> asyncio.Future | None:
+        if self._ended is None:
+            return None
+        future = self._loop.create_future()
+        future.set_exception(GroupEnded(self._ended))
+        return future
+
+
+def serve(config: dict[str, Any]) -> None:
+    """The train function: run the host's commands until it says that there are no more."""
+    import ray.train
+    import torch
+
+    torch.set_num_threads(config["num_threads"])
+    host, context = config["host"], ray.train.get_context()
+    rank, several = context.get_world_rank(), context.get_world_size() > 1
+    slot = _Slot(host, config["num_threads"])
+    ray.get(host.join.remote(rank))
+    number = 0
+    while (command := ray.get(host.next_command.remote(number))) is not None:
+        number = command.number
+        outcome, reusable = slot.run(command)
+        if rank == 0 or outcome.failure:
+            ray.get(host.deliver.remote(number, outcome))
+        if several and not reusable:
+            # The other workers may be waiting for this one inside a collective; only a restart frees them.
+            raise RuntimeError(outcome.failure)
+
+
+class _Slot:
+    """One worker's side of a trial slot: the training in progress."""
+
+    def __init__(self, host, num_threads: int) -> None:
+        self.host = host
+        self.num_threads = num_threads
+        self.training = None
+        self.trial_id = None
+        self.idle_since = time.perf_counter()
+
+    def run(self, command: Command) -> tuple[Outcome, bool]:
+        """The outcome, and whether this worker's group can take the next command as it is."""
+        from trainables.finetune import Diverged
+
+        try:
+            self._prepare(command)
+            overhead = time.perf_counter() - self.idle_since
+            metrics = self.training.run_epoch()
+            self.idle_since = time.perf_counter()
+            # Every worker has the state; only the first one's is wanted.
+            state = self.training.state() if self.training.world.rank == 0 else None
+            return Outcome(metrics | dict(overhead_seconds=overhead), state), True
+        except Diverged as error:  # the losses are summed over the workers, so all of them are here
+            self._drop()
+            return Outcome(failure=f"diverged: {error}"), True
+        except Exception as error:  # anything else fails the trial and is shown; the search goes on
+            logger.exception("trial %s failed", command.trial.trial_id)
+            self._drop()
+            return Outcome(failure=f"{type(error).__name__}: {error}"), False
+
+    def _prepare(self, command: Command) -> None:
+        """Have the trial of `command` in memory, at the epoch that it starts from."""
+        import ray.train.torch
+
+        from trainables.finetune import FineTune
+
+        trial = command.trial
+        ready = self.training is not None and self.trial_id == trial.trial_id
+        if ready and self.training.epochs_done == command.epochs_done:
+            return
+        self._drop()
+        recipe = Recipe.from_dict(trial.recipe)
+        self.training = FineTune(
+            recipe,
+            _presized_images(trial.data, recipe.presize),
+            weights=Path(trial.weights) if trial.weights else None,
+            device=ray.train.torch.get_device(),
+            num_threads=self.num_threads,
+            split_seed=trial.split_seed,
+            load_pretrained=command.epochs_done == 0,
+        )
+        if command.epochs_done:
+            self.training.load_state(ray.get(self.host.state.remote()))
+        self.trial_id = trial.trial_id
+
+    def _drop(self) -> None:
+        if self.training is not None:
+            self.training.close()
+        self.training = None
+
+
+@lru_cache(maxsize=4)
+def _presized_images(data: str, size: int):
+    from trainables.data import find_images
+    from trainables.presize import presize
+
+    return presize(find_images(Path(data)), size)
