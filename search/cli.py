@@ -13,9 +13,9 @@ INTERRUPTED = 128 + signal.SIGINT
 def run_cli(main: Callable[[], int]) -> NoReturn:
     """Runs a command and exits with the code that it returns.
 
-    What the user can mend (`ValueError`: data, weights, settings, arguments) is one paragraph on stderr and exit code 2.
-    Ctrl-C exits with 130 and a reader that closed the pipe ends the command, both without a word. Anything else is a bug
-    and keeps its traceback.
+    What the user can mend (`ValueError`: data, weights, settings, arguments) is one paragraph on stderr and exit code
+    2. Ctrl-C exits with 130 and a reader that closed the pipe ends the command, both without a word. Anything else is a
+    bug and keeps its traceback.
     """
     try:
         code = main()

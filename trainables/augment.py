@@ -47,7 +47,7 @@ def centre(n: int) -> Augmentations:
 
 
 def apply(image: np.ndarray, augmentation: Augmentations, size: int) -> np.ndarray:
-    """One image (h, w, 3) uint8 through its row of `augmentation`, to (size, size, 3) uint8; beyond its edge it reflects."""
+    """Image (h, w, 3) uint8 through its row of `augmentation` to (size, size, 3) uint8; it reflects at its edges."""
     square = square_window(image, float(augmentation.window))
     side = square.shape[0]
     shrink = side / (2 * size)
@@ -115,8 +115,8 @@ def warps(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def lighting_tables(brightness: np.ndarray, contrast: np.ndarray) -> np.ndarray:
     """Lighting changes as one table of 256 uint8 values per image.
 
-    `brightness` (n,) in -1..1 moves mid-grey to 0.5 * (1 + brightness), `contrast` (n,) > 0 scales around it. Both act on
-    the logits of the pixel values, as in fastai, so no value leaves 0..1 and nothing clips.
+    `brightness` (n,) in -1..1 moves mid-grey to 0.5 * (1 + brightness), then `contrast` (n,) > 0 scales around it.
+    Both act on the logits of the pixel values, as in fastai, so no value leaves 0..1 and nothing clips.
     """
     values = np.clip(np.arange(256) / 255, 1e-7, 1 - 1e-7)
     middle = 0.5 * (1 + brightness)

@@ -81,10 +81,11 @@ class CpuSyncBatchNorm(nn.SyncBatchNorm):
 
     def _normalize_by_batch(self, x: torch.Tensor) -> torch.Tensor:
         other_dims = [d for d in range(x.ndim) if d != 1]
-        count = x.new_tensor([x.numel() / x.shape[1]])
-        count, total = all_reduce(torch.cat([count, x.sum(other_dims)])).split([1, x.shape[1]])
+        values = x.float()  # bf16 has too few digits for sums over a batch
+        count = values.new_tensor([x.numel() / x.shape[1]])
+        count, total = all_reduce(torch.cat([count, values.sum(other_dims)])).split([1, x.shape[1]])
         shape = [1, -1] + [1] * (x.ndim - 2)
-        centred = x - (total / count).view(shape)
+        centred = values - (total / count).view(shape)
         # Two passes: a variance from the sum of squares loses its digits where the mean is large.
         variance = all_reduce((centred * centred).sum(other_dims)) / count
         with torch.no_grad():
@@ -92,4 +93,4 @@ class CpuSyncBatchNorm(nn.SyncBatchNorm):
             self.running_mean.lerp_(total / count, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return centred * scale.view(shape) + self.bias.view(shape)
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)

@@ -14,10 +14,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from trainables import augment, model, optim
@@ -27,7 +29,6 @@ from trainables.distributed import World, init_from_environment, share_batch_nor
 from trainables.loader import BatchLoader
 from trainables.presize import PresizedImages, presize
 from trainables.recipe import Recipe, parse_value
-
 
 
 class Diverged(RuntimeError):
@@ -141,19 +142,20 @@ class FineTune:
         loss, errors = (self.world.sum(sums) / len(self.valid_indices)).tolist()
         if not np.isfinite(loss):
             raise Diverged(f"validation loss is {loss} after epoch {self.epochs_done + 1}")
-        return dict(valid_loss=loss, error_rate=errors, accuracy=1 - errors)
+        return {"valid_loss": loss, "error_rate": errors, "accuracy": 1 - errors}
 
     def state(self) -> Files:
         """All that is needed to go on from here, as the files of a checkpoint. Nothing random needs to be kept."""
         training = io.BytesIO()
-        torch.save(dict(epochs_done=self.epochs_done, optimizer=self.optimizer.state_dict()), training)
+        torch.save({"epochs_done": self.epochs_done, "optimizer": self.optimizer.state_dict()}, training)
         weights = {name: value.contiguous() for name, value in self.network.model.state_dict().items()}
         return {WEIGHTS_FILE: safetensors.torch.save(weights), TRAINING_FILE: training.getvalue()}
 
     def load_state(self, state: Files) -> None:
         """Go on from `state`, which any number of workers may have made."""
         self.network.model.load_state_dict(safetensors.torch.load(state[WEIGHTS_FILE]))
-        training = torch.load(io.BytesIO(state[TRAINING_FILE]), map_location=self.device, weights_only=True)
+        # To the CPU: the optimizer moves its moments to the parameters' device, but its step counts must stay here.
+        training = torch.load(io.BytesIO(state[TRAINING_FILE]), map_location="cpu", weights_only=True)
         self.epochs_done = training["epochs_done"]
         self._enter_stage()
         self.optimizer.load_state_dict(training["optimizer"])
@@ -243,8 +245,8 @@ class FineTune:
         if len(bad):
             rate = max(group["lr"] for group in self.optimizer.param_groups)
             raise Diverged(
-                f"training loss is {losses[bad[0]]} at epoch {self.epochs_done + 1}, step {bad[0] + 1} of {len(losses)} "
-                f"(head's learning rate at the epoch's end {rate:.2g})"
+                f"training loss is {losses[bad[0]]} at epoch {self.epochs_done + 1}, step {bad[0] + 1} of "
+                f"{len(losses)} (head's learning rate at the epoch's end {rate:.2g})"
             )
         return float(losses.mean())
 
@@ -261,16 +263,27 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="folder with <arch>.safetensors")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipe")
     args = parser.parse_args()
-    settings = dict(text.split("=", 1) for text in args.set)
-    recipe = Recipe(**{name: parse_value(name, text) for name, text in settings.items()})
-
-    device = init_from_environment()
-    training = FineTune(recipe, presize(find_images(args.data), recipe.presize), weights=args.weights, device=device)
+    try:
+        recipe = Recipe(**dict(_parse_setting(text) for text in args.set))
+        images = presize(find_images(args.data), recipe.presize)
+        device = init_from_environment()
+        training = FineTune(recipe, images, weights=args.weights, device=device)
+    except ValueError as error:
+        parser.error(str(error))
     for _ in range(recipe.total_epochs):
         metrics = training.run_epoch()
         if training.world.rank == 0:
             print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
     training.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _parse_setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set {text!r} is not NAME=VALUE")
+    return name, parse_value(name, value)
 
 
 if __name__ == "__main__":

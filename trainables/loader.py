@@ -15,7 +15,7 @@ cv2.setNumThreads(0)
 
 
 class BatchLoader:
-    """Reads, augments and stacks images: `images[i]` is (h, w, 3) uint8, batches are (n, 3, size, size) channels-last."""
+    """Reads, augments and stacks images: `images[i]` is (h, w, 3) uint8, batches (n, 3, size, size), channels-last."""
 
     def __init__(self, images: Sequence[np.ndarray], *, num_threads: int, prefetch: int = 2) -> None:
         self.images = images

@@ -2,15 +2,17 @@
 
 import dataclasses
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import timm
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainables.recipe import Recipe
-from trainables.weights import WeightsError, find_weights, in_timm_names, no_weights_message
+from trainables.weights import WeightsError, WeightsFile, find_weights, in_timm_names, no_weights_message
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,22 @@ class Network:
 def build(recipe: Recipe, num_classes: int, weights: Path | None = None, *, load_pretrained: bool = True) -> Network:
     """The network of a recipe, with fresh head; `load_pretrained=False` where a checkpoint will be loaded over it.
 
-    Raises `ValueError` for an architecture or a pooling that timm does not have, `WeightsError` where there are none.
+    Raises `ValueError` for an architecture or a pooling that timm does not have, `WeightsError` where there are no
+    weights or they are not those of the architecture.
     """
+    _check_arch(recipe.arch)
     torch.manual_seed(recipe.seed)  # for the head's first weights
     source = find_weights(recipe.arch, weights) if recipe.pretrained else None
-    options = dict(num_classes=num_classes)
+    options = {"num_classes": num_classes}
     if recipe.concat_pool:
         options["global_pool"] = "catavgmax"
+    if timm.get_pretrained_cfg_value(recipe.arch, "fixed_input_size"):
+        options["img_size"] = recipe.image_size  # transformers with position embeddings; timm resizes pretrained ones
     if recipe.pretrained and load_pretrained:
         options["pretrained"] = True
         if source:
-            options["pretrained_cfg_overlay"] = dict(file=str(in_timm_names(source)))
-    model = _create(recipe, options, weights, from_hub=source is None)
+            options["pretrained_cfg_overlay"] = {"file": str(in_timm_names(source))}
+    model = _create(recipe, options, weights, source)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.momentum = recipe.bn_momentum
@@ -95,20 +101,43 @@ def build(recipe: Recipe, num_classes: int, weights: Path | None = None, *, load
     return Network(model, tuple(mean), tuple(std))
 
 
-def _create(recipe: Recipe, options: dict, weights: Path | None, *, from_hub: bool) -> nn.Module:
-    if not timm.is_model(recipe.arch.split(".")[0]):
-        near = timm.list_models(f"*{recipe.arch[:6]}*")[:8]
-        raise ValueError(
-            f"arch={recipe.arch!r} is not a timm architecture. Names like it: {', '.join(near) or 'none'}."
-        )
+def _check_arch(arch: str) -> None:
+    name, _, tag = arch.partition(".")
+    if not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models(), n=8)
+        raise ValueError(f"arch={arch!r} is not a timm architecture. Names like it: {', '.join(near) or 'none'}.")
+    tagged = timm.models.get_arch_pretrained_cfgs(name)
+    if tag and tagged and arch not in tagged:
+        raise ValueError(f"arch={arch!r} has an unknown weight tag. Known: {', '.join(tagged)}.")
+
+
+def _create(recipe: Recipe, options: dict, weights: Path | None, source: WeightsFile | None) -> nn.Module:
     try:
-        return timm.create_model(recipe.arch, **options)
+        model = timm.create_model(recipe.arch, **options)
     except AssertionError as error:
         raise ValueError(f"{recipe.arch} does not take these options {options}: {error}") from error
     except Exception as error:
-        if options.get("pretrained") and from_hub:
+        if not options.get("pretrained"):
+            raise
+        if source is None:
             raise WeightsError(no_weights_message(recipe.arch, weights, error)) from error
-        raise
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(f"{source.path} cannot be loaded into {recipe.arch}: {reason}") from error
+    if options.get("pretrained") and source:
+        _check_names(model, source)
+    return model
+
+
+def _check_names(model: nn.Module, source: WeightsFile) -> None:
+    """Refuse a file that has nothing of `model`; timm would only log it, and the training would start from scratch."""
+    with safe_open(in_timm_names(source), framework="pt") as file:
+        names = set(file.keys())
+    if names.isdisjoint(model.state_dict()):
+        arch = model.pretrained_cfg["architecture"]
+        raise WeightsError(
+            f"{source.path} holds none of the parameters of {arch}, expected timm's names such as "
+            f"{next(iter(model.state_dict()))}; it has {', '.join(sorted(names)[:3])}"
+        )
 
 
 def classifier_name(model: nn.Module) -> str:

@@ -10,7 +10,9 @@ from typing import Any
 
 def setting(default: Any, doc: str, *, low=None, high=None, choices: tuple = (), log: bool = False) -> Any:
     """A dataclass field that carries its own documentation and range: `low` and `high` are inclusive."""
-    return dataclasses.field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices, log=log))
+    return dataclasses.field(
+        default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices, "log": log}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,8 @@ class Recipe:
     affine_p: float = setting(0.75, "probability of each of rotation, zoom and warp", low=0, high=1)
     max_rotate: float = setting(10.0, "degrees; largest rotation either way", low=0, high=180)
     max_zoom: float = setting(1.1, "largest zoom in", low=1, high=4)
-    max_warp: float = setting(0.2, "largest perspective warp", low=0, high=0.5)
+    # From about 0.36 on, the horizon of a warp can lie inside the image.
+    max_warp: float = setting(0.2, "largest perspective warp", low=0, high=0.3)
     lighting_p: float = setting(0.75, "probability of each of brightness and contrast", low=0, high=1)
     max_lighting: float = setting(0.2, "largest change of brightness and contrast", low=0, high=0.9)
 
@@ -90,9 +93,15 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
-        """A recipe from plain values, as in a search's config or a saved recipe.json; unknown names raise `ValueError`."""
-        for name in values:
-            spec_of(name)
+        """A recipe from plain values, as in a search's config or a saved recipe.json. `ValueError` on unknown names."""
+        problems = []
+        for name, value in values.items():
+            try:
+                checked_value(name, value)
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("; ".join(problems))
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,9 +121,9 @@ def checked_value(name: str, value: Any) -> Any:
     spec = spec_of(name)
     expected, meta = spec.type, spec.metadata
     # A whole number is a fine float, and 3.0 is a fine whole number; True is neither.
-    if expected in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if expected is float or value == int(value):
-            value = expected(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and (expected is float or (expected is int and float(value).is_integer())):
+        value = expected(value)
     if type(value) is not expected:
         raise ValueError(f"{name}={value!r} is not {_TYPE_WORDS[expected]}")
     if meta["choices"] and value not in meta["choices"]:
@@ -135,11 +144,10 @@ def parse_value(name: str, text: str) -> Any:
         return words[text.lower()]
     if expected in (int, float):
         try:
-            return checked_value(name, float(text))
-        except (ValueError, OverflowError) as error:
-            if "expected" in str(error):
-                raise
+            number = float(text)
+        except ValueError:
             raise ValueError(f"{name}={text!r} is not {_TYPE_WORDS[expected]}") from None
+        return checked_value(name, number)
     return checked_value(name, text)
 
 

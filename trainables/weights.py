@@ -135,7 +135,7 @@ def rename_lite_to_timm(theirs: dict) -> dict:
         block = int(parts[1])
         return ".".join([places[block], (expanding if block else first)[parts[2]], *parts[3:]])
 
-    return {rename(name): value for name, value in theirs.items()}
+    return {rename(name): value.contiguous() for name, value in theirs.items()}
 
 
 def main() -> None:

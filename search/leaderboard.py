@@ -1,0 +1,131 @@
+"""What a person sees while a search runs: a live table on a terminal, a line per event in a log file."""
+
+import time
+from typing import Any
+
+from ray import tune
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from search.results import RUNNING, ResultsTable, Row, leaders, table_id
+
+SHOWN = 8
+
+
+class Leaderboard(tune.Callback):
+    """Reads the results table, so it must come after it among the callbacks."""
+
+    def __init__(self, table: ResultsTable, *, num_trials: int, time_budget: float | None) -> None:
+        self.table = table
+        self.num_trials = num_trials
+        self.time_budget = time_budget
+        self.started = time.monotonic()
+        self.live: Live | None = None
+
+    def setup(self, **info: Any) -> None:
+        self.started = time.monotonic()
+        self.ended_before = self._num_ended()
+        self.console = Console(soft_wrap=True)
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, get_renderable=self._render, refresh_per_second=2, transient=True)
+            self.live.start()
+
+    def on_trial_start(self, iteration: int, trials: list, trial, **info: Any) -> None:
+        row = self.table.rows[table_id(trial)]
+        self._say(row, f"starts: {_recipe(row, self.table.dimensions)}")
+
+    def on_trial_result(self, iteration: int, trials: list, trial, result: dict[str, Any], **info: Any) -> None:
+        row = self.table.rows[table_id(trial)]
+        if not result["failure"]:
+            epoch = f"epoch {row['epochs_done']}/{row['epochs_total']} ({result['stage']})"
+            losses = f"train loss {result['train_loss']:.3f}, valid loss {row['valid_loss']:.3f}"
+            self._say(row, f"{epoch}: error {_percent(row)}, {losses}, {result['images_per_second']:.0f} images/s")
+
+    def on_trial_complete(self, iteration: int, trials: list, trial, **info: Any) -> None:
+        row = self.table.rows[table_id(trial)]
+        reason = f": {row['reason']}" if row["reason"] else f": error {_percent(row)}"
+        self._say(row, f"{row['status']}{reason}. {self._summary()}")
+
+    def on_trial_error(self, iteration: int, trials: list, trial, **info: Any) -> None:
+        self.on_trial_complete(iteration, trials, trial)
+
+    def on_experiment_end(self, trials: list, **info: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | dict(live=None, console=None)  # Tune pickles its callbacks; a terminal does not travel
+
+    def _say(self, row: Row, text: str) -> None:
+        if self.live is None:
+            clock = time.strftime("%H:%M:%S")
+            self.console.print(f"{clock}  trial {row['number']:<3} {text}", highlight=False, markup=False)
+
+    def _num_ended(self) -> int:
+        return sum(row["status"] != RUNNING for row in self.table.rows.values())
+
+    def _summary(self) -> str:
+        best = leaders(self.table.rows.values())
+        incumbent = f"best error {_percent(best[0])} (trial {best[0]['number']})" if best else "no trial completed yet"
+        return f"{self._num_ended()}/{self.num_trials} trials ended, {incumbent}, {self._time_left()}"
+
+    def _time_left(self) -> str:
+        elapsed = time.monotonic() - self.started
+        ended = self._num_ended() - self.ended_before
+        guesses = [self.time_budget - elapsed] if self.time_budget else []
+        if ended:
+            guesses.append(elapsed / ended * (self.num_trials - self._num_ended()))
+        left = f", about {duration(max(0, min(guesses)))} left" if guesses else ""
+        return f"{duration(elapsed)} gone{left}"
+
+    def _render(self) -> Group:
+        rows = list(self.table.rows.values())
+        running = [row for row in rows if row["status"] == RUNNING]
+        return Group(leaderboard(rows, self.table.dimensions, running=running), Text(self._summary()))
+
+
+def leaderboard(rows: list[Row], dimensions: list[str], *, running: list[Row] | None = None) -> Table:
+    """The running trials and the best completed ones, as a table for `rich`."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("trial", "status", "epochs", "error", "loss", "seconds"):
+        table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True)
+    table.add_column("recipe", overflow="fold")
+    for row in [*(running or []), *leaders(rows)[:SHOWN]]:
+        known = row["epochs_done"] > 0
+        cells = [str(row["number"]), row["status"], f"{row['epochs_done']}/{row['epochs_total']}"]
+        cells += [_percent(row) if known else "", f"{row['valid_loss']:.3f}" if known else "", f"{row['seconds']:.0f}"]
+        table.add_row(*cells, _recipe(row, dimensions))
+    return table
+
+
+def counts(rows: list[Row]) -> str:
+    by_status = {status: sum(row["status"] == status for row in rows) for status in dict.fromkeys(r["status"] for r in rows)}
+    return ", ".join(f"{count} {status}" for status, count in by_status.items())
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _recipe(row: Row, dimensions: list[str]) -> str:
+    return "  ".join(f"{name} {_short(row[name])}" for name in dimensions)
+
+
+def _percent(row: Row) -> str:
+    return f"{100 * row['error_rate']:.1f} %"
+
+
+def _short(value: Any) -> str:
+    """A number in three digits; anything else as it is."""
+    try:
+        return f"{float(value):.3g}"
+    except ValueError:
+        return str(value)

@@ -1,0 +1,78 @@
+"""From what the cluster has to the workers of a trial and the number of trials at once."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainables.worker_group import GroupSize
+
+AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
+"""`ray up` leaves the cluster's configuration here on the head node."""
+
+
+@dataclass(frozen=True)
+class Node:
+    cpus: float
+    gpus: float
+
+    def workers(self, size: GroupSize) -> int:
+        """How many workers of this size fit on the node."""
+        fits = [self.cpus / size.cpus_per_worker] if size.cpus_per_worker else []
+        fits += [self.gpus / size.gpus_per_worker] if size.gpus_per_worker else []
+        return math.floor(min(fits))
+
+
+def group_size(nodes: list[Node], *, num_workers: int, cpus_per_worker: float | None, gpus_per_worker: int | None):
+    """The size of a trial's worker group; what is not asked for follows from the nodes.
+
+    A GPU per worker where there are GPUs, with its share of the node's CPUs; else two CPUs, which train one trial
+    faster than they train two at once slowed by the second start-up.
+    """
+    largest = max(nodes, key=lambda node: (node.gpus, node.cpus), default=Node(0, 0))
+    if gpus_per_worker is None:
+        gpus_per_worker = 1 if largest.gpus else 0
+    if cpus_per_worker is None:
+        share = largest.cpus * gpus_per_worker // largest.gpus if gpus_per_worker and largest.gpus else 2
+        cpus_per_worker = max(1, min(share, 8, largest.cpus // (1 if gpus_per_worker else num_workers)))
+    return GroupSize(num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
+
+
+def trials_at_once(nodes: list[Node], size: GroupSize, asked: int | None) -> int:
+    """How many trials run at once; raises `ValueError` with the arithmetic where the request can never be scheduled."""
+    workers = sum(node.workers(size) for node in nodes)
+    most = workers // size.num_workers
+    if most >= max(1, asked or 1):
+        return asked or most
+    per_worker = f"{size.cpus_per_worker:g} CPUs" + (f" and {size.gpus_per_worker} GPUs" if size.gpus_per_worker else "")
+    have = ", ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in nodes) or "nothing"
+    wanted = f"{asked} trials at once of {size.num_workers}" if asked else f"A trial of {size.num_workers}"
+    raise ValueError(
+        f"This can never be scheduled. {wanted} workers, each with {per_worker}, needs room for "
+        f"{(asked or 1) * size.num_workers} workers, but the cluster's nodes ({have}) have room for {workers}. "
+        f"Lower --max-concurrent, --workers-per-trial, --cpus-per-worker or --gpus-per-worker, or add nodes."
+    )
+
+
+def cluster_nodes() -> list[Node]:
+    """The nodes that the connected cluster has, or those that its autoscaler can add, whichever is more."""
+    import ray
+
+    present = [_node(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return max(present, _nodes_of_autoscaler(), key=lambda nodes: (sum(n.gpus for n in nodes), sum(n.cpus for n in nodes)))
+
+
+def _nodes_of_autoscaler() -> list[Node]:
+    path = AUTOSCALER_CONFIG.expanduser()
+    if not path.is_file():
+        return []
+    import yaml
+
+    config = yaml.safe_load(path.read_text())
+    types = config.get("available_node_types", {}).values()
+    most = config.get("max_workers", 0)
+    return [_node(t.get("resources", {})) for t in types for _ in range(min(most, t.get("max_workers", 0)))]
+
+
+def _node(resources: dict[str, Any]) -> Node:
+    return Node(cpus=resources.get("CPU", 0), gpus=resources.get("GPU", 0))

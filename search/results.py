@@ -1,0 +1,238 @@
+"""The results table: `trials.csv` with one row a trial, `epochs.csv` with one row an epoch, `best/` with the winner."""
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from search.files import replace_folder, write_atomically
+from search.scheduler import stop_reasons
+from trainables.checkpoint import TRAINING_FILE, WEIGHTS_FILE
+from trainables.recipe import Recipe
+
+COMPLETED, STOPPED, FAILED, RUNNING = "completed", "stopped early", "failed", "running"
+METRICS = ("error_rate", "valid_loss", "accuracy", "epochs_done", "epochs_total")
+COSTS = ("seconds", "overhead_seconds", "images_per_second")
+EPOCH_COLUMNS = (
+    "number trial_id epoch stage progress train_loss valid_loss error_rate accuracy "
+    "train_seconds valid_seconds images_per_second finished_at"
+).split()
+
+Row = dict[str, Any]
+
+
+class RunFolder:
+    """Where things are in the folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.trials = self.path / "trials.csv"
+        self.epochs = self.path / "epochs.csv"
+        self.space = self.path / "space.json"
+        self.command = self.path / "command.json"
+        self.best = self.path / "best"
+        self.journal = self.path / "study.journal"
+        self.rungs = self.path / "rungs.json"
+        self.tune = self.path / "tune"
+
+
+def table_id(trial) -> str:
+    """Tune's trial id, such as 00876659 or 976e1612, made unmistakable for a number."""
+    return f"t{trial.trial_id}"
+
+
+def rank(row: Row) -> tuple[float, float]:
+    """Sorts completed trials best first: lowest error rate, ties by validation loss."""
+    return row["error_rate"], row["valid_loss"]
+
+
+def leaders(rows: Iterable[Row]) -> list[Row]:
+    """The completed trials, best first."""
+    return sorted((row for row in rows if row["status"] == COMPLETED), key=rank)
+
+
+class ResultsTable(tune.Callback):
+    """Keeps the tables as the search goes. After a kill at any moment the files on disk are whole, and `setup` reads
+    them back when the search goes on.
+
+    A trial's `error_rate` and the other metrics are those of its last epoch. `seconds` is its training and validation;
+    `overhead_seconds` is how long its workers did neither before its first epoch, since the trial before it.
+    """
+
+    def __init__(self, folder: RunFolder, *, settings: dict[str, Any], dimensions: list[str], labels: list[str]) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.dimensions = dimensions
+        self.labels = labels
+        self.rows: dict[str, Row] = {}
+
+    @property
+    def columns(self) -> list[str]:
+        return ["number", "trial_id", "status", *METRICS, *COSTS, *self.dimensions, "reason"]
+
+    def failures_in_a_row(self) -> int:
+        """How many of the trials that ended last have failed without another end between them."""
+        count = 0
+        for row in sorted(self.rows.values(), key=lambda row: row["number"], reverse=True):
+            if row["status"] in (COMPLETED, STOPPED):
+                break
+            count += row["status"] == FAILED
+        return count
+
+    def setup(self, **info: Any) -> None:
+        self.rows = {row["trial_id"]: row for row in read_trials(self.folder.trials)}
+        epochs = {(row["trial_id"], row["epoch"]): row for row in read_rows(self.folder.epochs)}
+        write_atomically(self.folder.epochs, as_csv(EPOCH_COLUMNS, epochs.values()))
+        self._write_trials()
+
+    def on_trial_start(self, iteration: int, trials: list, trial, **info: Any) -> None:
+        self._row(trial)["status"] = RUNNING
+        self._write_trials()
+
+    def on_trial_result(self, iteration: int, trials: list, trial, result: dict[str, Any], **info: Any) -> None:
+        row = self._row(trial)
+        if result["failure"]:
+            row["reason"] = result["failure"]
+            return
+        row |= {name: result[name] for name in ("error_rate", "valid_loss", "accuracy", "epochs_total", "images_per_second")}
+        row["epochs_done"] = result["epoch"]
+        row["overhead_seconds"] = result["overhead_seconds"]
+        row["seconds"] += result["train_seconds"] + result["valid_seconds"]
+        self._append_epoch(row, result)
+        self._write_trials()
+
+    def on_checkpoint(self, iteration: int, trials: list, trial, checkpoint, **info: Any) -> None:
+        """The end of a training reaches the disk before its trial counts as complete."""
+        row = self._row(trial)
+        if row["epochs_done"] == row["epochs_total"] and not row["reason"]:
+            best = leaders(self.rows.values())
+            if not best or rank(row) < rank(best[0]):
+                self._keep_as_best(trial, row, Path(checkpoint.path))
+
+    def on_trial_complete(self, iteration: int, trials: list, trial, **info: Any) -> None:
+        row = self._row(trial)
+        if row["reason"]:
+            row["status"] = FAILED
+        elif row["epochs_done"] == row["epochs_total"]:
+            row["status"] = COMPLETED
+        else:
+            row["status"] = STOPPED
+            row["reason"] = stop_reasons(self.folder.rungs).get(trial.trial_id, "the search's time was up")
+        self._write_trials()
+        self._drop_checkpoint(trial)
+
+    def on_trial_error(self, iteration: int, trials: list, trial, **info: Any) -> None:
+        row = self._row(trial)
+        last_line = (trial.get_error() and str(trial.get_error()).strip().splitlines()[-1]) or "its actor was lost"
+        row |= dict(status=FAILED, reason=last_line)
+        self._write_trials()
+
+    def _row(self, trial) -> Row:
+        trial_id = table_id(trial)
+        if trial_id not in self.rows:
+            nothing_yet = dict.fromkeys(("error_rate", "valid_loss", "accuracy", "images_per_second"), math.nan)
+            recipe = self.settings | trial.config
+            self.rows[trial_id] = dict(
+                number=len(self.rows),
+                trial_id=trial_id,
+                status=RUNNING,
+                **nothing_yet,
+                epochs_done=0,
+                epochs_total=recipe["epochs"] + recipe["freeze_epochs"],
+                seconds=0.0,
+                overhead_seconds=math.nan,
+                **{name: trial.config[name] for name in self.dimensions},
+                reason="",
+            )
+        return self.rows[trial_id]
+
+    def _keep_as_best(self, trial, row: Row, checkpoint: Path) -> None:
+        recipe = Recipe.from_dict(self.settings | trial.config)
+
+        def fill(folder: Path) -> None:
+            shutil.copyfile(checkpoint / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+            contents = dict(recipe=recipe.to_dict(), labels=self.labels, metrics=row | dict(status=COMPLETED))
+            for name, content in contents.items():
+                (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+        replace_folder(self.folder.best, fill)
+
+    def _drop_checkpoint(self, trial) -> None:
+        """An ended trial's state is of no more use: the best one's weights are in best/."""
+        if trial.checkpoint:
+            for name in (WEIGHTS_FILE, TRAINING_FILE):
+                (Path(trial.checkpoint.path) / name).unlink(missing_ok=True)
+
+    def _append_epoch(self, row: Row, result: dict[str, Any]) -> None:
+        finished_at = datetime.now().astimezone().isoformat(timespec="seconds")
+        epoch = {name: result[name] for name in EPOCH_COLUMNS if name in result}
+        epoch |= dict(number=row["number"], trial_id=row["trial_id"], finished_at=finished_at)
+        line = as_csv(EPOCH_COLUMNS, [epoch], header=False).encode()
+        # One write of one whole line: a kill leaves the file with or without it.
+        file = os.open(self.folder.epochs, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(file, line)
+        finally:
+            os.close(file)
+
+    def _write_trials(self) -> None:
+        rows = sorted(self.rows.values(), key=lambda row: row["number"])
+        write_atomically(self.folder.trials, as_csv(self.columns, rows))
+
+
+class TooManyFailures(tune.Stopper):
+    """Ends a search in which one trial after another fails: it is the search that is wrong, not the trials."""
+
+    def __init__(self, table: ResultsTable, limit: int) -> None:
+        self.table = table
+        self.limit = limit
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.table.failures_in_a_row() >= self.limit
+
+
+def as_csv(columns: list[str], rows: Iterable[Row], *, header: bool = True) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _as_text(row.get(name, "")) for name in columns})
+    return text.getvalue()
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a table as text; none where there is no file yet."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values()]
+
+
+def read_trials(path: Path) -> list[Row]:
+    """The rows of `trials.csv` with numbers as numbers; dimensions as in the file."""
+    rows: list[Row] = []
+    for row in read_rows(path):
+        for name in ("error_rate", "valid_loss", "accuracy", *COSTS):
+            row[name] = float(row[name]) if row[name] else math.nan
+        for name in ("number", "epochs_done", "epochs_total"):
+            row[name] = int(row[name])
+        rows.append(row)
+    return rows
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return value

@@ -1,0 +1,107 @@
+"""Optuna as Tune's searcher, told the truth about every trial: finished, stopped early, or failed."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+
+from search.space import Choice, Dimension, Space
+from trainables.recipe import spec_of
+
+METRIC = "error_rate"
+_TUNE_ID = "trial_id"
+
+
+class OptunaSearcher(Searcher):
+    """Asks Optuna for configs; the space's own recipes go first.
+
+    The study is kept in a journal file, which Optuna's own tools can open while the search runs. Unlike Ray's
+    `OptunaSearch` it reports a value at every `progress` percent, tells PRUNED for a trial that was stopped early and
+    FAIL for one that failed.
+    """
+
+    def __init__(self, space: Space, journal: Path, *, sampler: str, seed: int) -> None:
+        super().__init__(metric=METRIC, mode="min")
+        self.space = space
+        self.journal = Path(journal)
+        self.sampler = _sampler(sampler, seed)
+        self.distributions = {name: _distribution(name, d) for name, d in space.dimensions.items()}
+        self.first_configs = space.first_configs()
+        self.numbers: dict[str, int] = {}  # Tune's trial id -> Optuna's trial number
+        self._study: optuna.Study | None = None
+
+    @property
+    def study(self) -> optuna.Study:
+        if self._study is None:
+            optuna.logging.set_verbosity(optuna.logging.WARNING)
+            storage = JournalStorage(JournalFileBackend(str(self.journal)))
+            self._study = optuna.create_study(
+                storage=storage, study_name=self.space.name, sampler=self.sampler, load_if_exists=True
+            )
+        return self._study
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        asked = len(self.study.get_trials(deepcopy=False))
+        if asked < len(self.first_configs):
+            self.study.enqueue_trial(self.first_configs[asked])
+        trial = self.study.ask(self.distributions)
+        trial.set_user_attr(_TUNE_ID, trial_id)
+        self.numbers[trial_id] = trial.number
+        return trial.params
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        trial = self._running_trial(trial_id)
+        # In the frozen stage progress stands still, and a study has one value per step.
+        if trial is not None and result["progress"] > 0:
+            trial.report(result[METRIC], result["progress"])
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        trial = self._running_trial(trial_id)
+        if trial is None:
+            return
+        if error or not result or result.get("failure"):
+            trial.set_user_attr("failure", (result or {}).get("failure") or "error")
+            self.study.tell(trial, state=TrialState.FAIL)
+        elif result["epoch"] == result["epochs_total"]:
+            self.study.tell(trial, result[METRIC])
+        else:
+            self.study.tell(trial, state=TrialState.PRUNED)
+
+    def save(self, checkpoint_path: str) -> None:
+        """The study is in its journal already; what is left is the sampler's random state and who is who."""
+        Path(checkpoint_path).write_bytes(pickle.dumps((self.sampler, self.numbers)))
+
+    def restore(self, checkpoint_path: str) -> None:
+        self.sampler, self.numbers = pickle.loads(Path(checkpoint_path).read_bytes())
+        self._study = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_study": None}  # Tune pickles its searcher; a journal's lock does not travel
+
+    def _running_trial(self, trial_id: str) -> optuna.Trial | None:
+        number = self.numbers.get(trial_id)
+        if number is None:
+            return None
+        frozen = self.study.get_trials(deepcopy=False)[number]
+        return optuna.Trial(self.study, frozen._trial_id) if frozen.state == TrialState.RUNNING else None
+
+
+def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
+    if name == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    # Few random configs first: most searches here are short, and trial 0 is a good one already.
+    return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=5)
+
+
+def _distribution(name: str, dimension: Dimension) -> BaseDistribution:
+    if isinstance(dimension, Choice):
+        return CategoricalDistribution(dimension.values)
+    if spec_of(name).type is int:
+        return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
+    return FloatDistribution(float(dimension.low), float(dimension.high), log=dimension.log)

@@ -1,0 +1,97 @@
+"""One space and the options of a run -> `ray.tune.Tuner`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from search.leaderboard import Leaderboard
+from search.results import ResultsTable, RunFolder, TooManyFailures, table_id
+from search.scheduler import ProgressHalvingScheduler
+from search.searcher import METRIC, OptunaSearcher
+from search.space import Space
+from trainables.recipe import Recipe
+from trainables.trial import FineTuneTrial, TrialOptions
+from trainables.worker_group import GroupSize
+
+ACTOR_RETRIES = 2
+"""How often Tune starts a trial's actor again where the actor itself is lost."""
+MOST_FAILURES = 5
+"""So many failed trials in a row end the search."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """One search: what it is about, where it writes, and how long it goes on."""
+
+    space: Space
+    folder: RunFolder
+    data: str
+    weights: str | None
+    labels: list[str]
+    group_size: GroupSize
+    num_trials: int
+    time_budget: float | None  # seconds
+    method: str
+    max_concurrent: int
+    seed: int
+
+
+def new_tuner(options: RunOptions) -> tune.Tuner:
+    settings = full_settings(options.space)
+    sampler, _, early = options.method.partition("-")
+    table = ResultsTable(
+        options.folder, settings=settings, dimensions=list(options.space.dimensions), labels=options.labels
+    )
+    leaderboard = Leaderboard(table, num_trials=options.num_trials, time_budget=options.time_budget)
+    return tune.Tuner(
+        trainable(options, settings),
+        tune_config=tune.TuneConfig(
+            search_alg=OptunaSearcher(options.space, options.folder.journal, sampler=sampler, seed=options.seed),
+            scheduler=ProgressHalvingScheduler(METRIC, options.folder.rungs) if early else None,
+            num_samples=options.num_trials,
+            max_concurrent_trials=options.max_concurrent,
+            time_budget_s=options.time_budget,
+            reuse_actors=True,
+            trial_name_creator=table_id,
+            trial_dirname_creator=table_id,
+        ),
+        run_config=tune.RunConfig(
+            name=options.folder.tune.name,
+            storage_path=str(options.folder.path.resolve()),
+            callbacks=[table, leaderboard, tune.logger.TBXLoggerCallback()],
+            stop=TooManyFailures(table, MOST_FAILURES),
+            failure_config=tune.FailureConfig(max_failures=ACTOR_RETRIES),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, num_to_keep=1),
+            verbose=0,
+        ),
+    )
+
+
+def restored_tuner(options: RunOptions) -> tune.Tuner:
+    """The search in `options.folder` where it was left: finished trials stay, the others go on from their last epoch."""
+    return tune.Tuner.restore(
+        str(options.folder.tune.resolve()),
+        trainable=trainable(options, full_settings(options.space)),
+        resume_unfinished=True,
+        resume_errored=False,
+    )
+
+
+def trainable(options: RunOptions, settings: dict[str, Any]):
+    """The trial, with what all trials share. Its actor is pinned to the head node, where checkpoints become files."""
+    shared = TrialOptions(
+        settings=settings,
+        data=options.data,
+        weights=options.weights,
+        group_size=options.group_size,
+        split_seed=options.space.split_seed,
+    )
+    on_head = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
+    return tune.with_resources(tune.with_parameters(FineTuneTrial, options=shared), on_head)
+
+
+def full_settings(space: Space) -> dict[str, Any]:
+    """Every setting of a trial, searched or not, as trial 0 has it."""
+    return Recipe.from_dict(space.settings | space.first_configs()[0]).to_dict()

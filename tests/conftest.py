@@ -1,0 +1,44 @@
+"""Fixtures that several test files share: a cache of their own, and a small set of drawn images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+COLOURS = {"amber": (220, 40, 40), "fern": (40, 220, 40), "lake": (40, 40, 220)}
+"""Class name -> colour of nearly all of its pixels; label i is the class whose channel i is the largest."""
+
+
+@pytest.fixture(scope="session")
+def search_cache(tmp_path_factory) -> Path:
+    """FINETUNE_SEARCH_CACHE for the whole session, child processes included."""
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_SEARCH_CACHE", str(cache))
+        yield cache
+
+
+@pytest.fixture(scope="session")
+def colour_folder(tmp_path_factory) -> Path:
+    """36 images in the Pets layout, 12 for each of 3 classes, 64 px and a little more; a class is known by its colour."""
+    root = tmp_path_factory.mktemp("colours")
+    (root / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        for n in range(12):
+            height, width = (64, 64 + n) if n % 2 else (64 + n, 64)
+            image = np.clip(rng.normal(colour, 12, (height, width, 3)), 0, 255).astype(np.uint8)
+            top, left = rng.integers(0, 48, 2)
+            image[top : top + 16, left : left + 16] = 128
+            Image.fromarray(image).save(root / "images" / f"{name}_{n}.jpg", quality=95)
+    return root
+
+
+@pytest.fixture(scope="session")
+def colour_images(colour_folder, search_cache):
+    """The presized images of `colour_folder`, 48 px."""
+    from trainables.data import find_images
+    from trainables.presize import presize
+
+    return presize(find_images(colour_folder), 48)
