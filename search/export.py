@@ -22,7 +22,8 @@ from typing import Any
 
 from search.cli import run_cli
 from search.files import replace_folder
-from search.predict import PREPROCESSING_FILE, ModelFolder, Predictor, load_model, open_run, read_json
+from search.model_folder import PREPROCESSING_FILE, ModelFolder, open_run, read_json
+from search.predict import Predictor, load_model
 from trainables.checkpoint import WEIGHTS_FILE
 from trainables.data import DataError
 
@@ -149,6 +150,7 @@ def write(best: ModelFolder, folder: Path) -> None:
     if best.recipe.head == "mlp":
         config["note"] = "head=mlp: timm cannot build this classifier; load the folder with search.predict.Predictor"
     timm.models.save_for_hf(model, str(folder), model_config=config, safe_serialization=True)
+    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors leaves it for its owner alone
     (folder / PREPROCESSING_FILE).write_text(json.dumps(asdict(preprocessing), indent=2) + "\n")
     for name in COPIED:
         shutil.copyfile(best.path / name, folder / name)
@@ -168,7 +170,9 @@ def check_against_table(folder: Path, run: Path, metrics: dict[str, Any]) -> Non
     try:
         found = in_new_process(check_export, folder, data, command["split_seed"])
     except DataError as error:
-        print(f"warning: not checked against the table, as the run's images are no longer there. {error}", file=sys.stderr)
+        print(
+            f"warning: not checked against the table, as the run's images are no longer there. {error}", file=sys.stderr
+        )
         return
     expected = metrics["error_rate"] * found.num_images
     same_rounding = found.on_gpu == bool(command.get("group_size", {}).get("gpus_per_worker"))

@@ -1,6 +1,5 @@
 """Writing files so that a kill at any moment leaves either the old content or the new."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:

@@ -60,7 +60,7 @@ class Leaderboard(tune.Callback):
             self.live = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | dict(live=None, console=None)  # Tune pickles its callbacks; a terminal does not travel
+        return self.__dict__ | {"live": None, "console": None}  # Tune pickles its callbacks; a terminal does not travel
 
     def _say(self, row: Row, text: str) -> None:
         if self.live is None:
@@ -105,7 +105,9 @@ def leaderboard(rows: list[Row], dimensions: list[str], *, running: list[Row] | 
 
 
 def counts(rows: list[Row]) -> str:
-    by_status = {status: sum(row["status"] == status for row in rows) for status in dict.fromkeys(r["status"] for r in rows)}
+    by_status = {
+        status: sum(row["status"] == status for row in rows) for status in dict.fromkeys(r["status"] for r in rows)
+    }
     return ", ".join(f"{count} {status}" for status, count in by_status.items())
 
 

@@ -44,7 +44,9 @@ def trials_at_once(nodes: list[Node], size: GroupSize, asked: int | None) -> int
     most = workers // size.num_workers
     if most >= max(1, asked or 1):
         return asked or most
-    per_worker = f"{size.cpus_per_worker:g} CPUs" + (f" and {size.gpus_per_worker} GPUs" if size.gpus_per_worker else "")
+    per_worker = f"{size.cpus_per_worker:g} CPUs" + (
+        f" and {size.gpus_per_worker} GPUs" if size.gpus_per_worker else ""
+    )
     have = ", ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in nodes) or "nothing"
     wanted = f"{asked} trials at once of {size.num_workers}" if asked else f"A trial of {size.num_workers}"
     raise ValueError(
@@ -59,7 +61,9 @@ def cluster_nodes() -> list[Node]:
     import ray
 
     present = [_node(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    return max(present, _nodes_of_autoscaler(), key=lambda nodes: (sum(n.gpus for n in nodes), sum(n.cpus for n in nodes)))
+    return max(
+        present, _nodes_of_autoscaler(), key=lambda nodes: (sum(n.gpus for n in nodes), sum(n.cpus for n in nodes))
+    )
 
 
 def _nodes_of_autoscaler() -> list[Node]:
@@ -70,8 +74,8 @@ def _nodes_of_autoscaler() -> list[Node]:
 
     config = yaml.safe_load(path.read_text())
     types = config.get("available_node_types", {}).values()
-    most = config.get("max_workers", 0)
-    return [_node(t.get("resources", {})) for t in types for _ in range(min(most, t.get("max_workers", 0)))]
+    nodes = [_node(kind.get("resources", {})) for kind in types for _ in range(kind.get("max_workers", 0))]
+    return nodes[: config.get("max_workers", 0)]
 
 
 def _node(resources: dict[str, Any]) -> Node:

@@ -21,10 +21,18 @@ from trainables.recipe import Recipe
 COMPLETED, STOPPED, FAILED, RUNNING = "completed", "stopped early", "failed", "running"
 METRICS = ("error_rate", "valid_loss", "accuracy", "epochs_done", "epochs_total")
 COSTS = ("seconds", "overhead_seconds", "images_per_second")
-EPOCH_COLUMNS = (
-    "number trial_id epoch stage progress train_loss valid_loss error_rate accuracy "
-    "train_seconds valid_seconds images_per_second finished_at"
-).split()
+EPOCH_COLUMNS = [
+    "number",
+    "trial_id",
+    "epoch",
+    "stage",
+    "progress",
+    "train_loss",
+    "valid_loss",
+    "error_rate",
+    "accuracy",
+]
+EPOCH_COLUMNS += ["train_seconds", "valid_seconds", "images_per_second", "finished_at"]
 
 Row = dict[str, Any]
 
@@ -67,21 +75,26 @@ class ResultsTable(tune.Callback):
     `overhead_seconds` is how long its workers did neither before its first epoch, since the trial before it.
     """
 
-    def __init__(self, folder: RunFolder, *, settings: dict[str, Any], dimensions: list[str], labels: list[str]) -> None:
+    def __init__(
+        self, folder: RunFolder, *, settings: dict[str, Any], dimensions: list[str], labels: list[str]
+    ) -> None:
         self.folder = folder
         self.settings = settings
         self.dimensions = dimensions
         self.labels = labels
         self.rows: dict[str, Row] = {}
+        self.epoch_rows: dict[tuple[str, int], Row] = {}  # by trial and epoch
+        self.ended_before: set[str] = set()  # trials, before this start of the search
 
     @property
     def columns(self) -> list[str]:
         return ["number", "trial_id", "status", *METRICS, *COSTS, *self.dimensions, "reason"]
 
     def failures_in_a_row(self) -> int:
-        """How many of the trials that ended last have failed without another end between them."""
+        """How many of the trials that ended last have failed without another end between them, since this start."""
         count = 0
-        for row in sorted(self.rows.values(), key=lambda row: row["number"], reverse=True):
+        rows = (row for trial_id, row in self.rows.items() if trial_id not in self.ended_before)
+        for row in sorted(rows, key=lambda row: row["number"], reverse=True):
             if row["status"] in (COMPLETED, STOPPED):
                 break
             count += row["status"] == FAILED
@@ -89,8 +102,9 @@ class ResultsTable(tune.Callback):
 
     def setup(self, **info: Any) -> None:
         self.rows = {row["trial_id"]: row for row in read_trials(self.folder.trials)}
-        epochs = {(row["trial_id"], row["epoch"]): row for row in read_rows(self.folder.epochs)}
-        write_atomically(self.folder.epochs, as_csv(EPOCH_COLUMNS, epochs.values()))
+        self.ended_before = {trial_id for trial_id, row in self.rows.items() if row["status"] != RUNNING}
+        self.epoch_rows = {(row["trial_id"], int(row["epoch"])): row for row in read_rows(self.folder.epochs)}
+        self._write_epochs()
         self._write_trials()
 
     def on_trial_start(self, iteration: int, trials: list, trial, **info: Any) -> None:
@@ -102,11 +116,17 @@ class ResultsTable(tune.Callback):
         if result["failure"]:
             row["reason"] = result["failure"]
             return
-        row |= {name: result[name] for name in ("error_rate", "valid_loss", "accuracy", "epochs_total", "images_per_second")}
+        row |= {
+            name: result[name] for name in ("error_rate", "valid_loss", "accuracy", "epochs_total", "images_per_second")
+        }
         row["epochs_done"] = result["epoch"]
         row["overhead_seconds"] = result["overhead_seconds"]
-        row["seconds"] += result["train_seconds"] + result["valid_seconds"]
-        self._append_epoch(row, result)
+        self._add_epoch(row, result)
+        row["seconds"] = sum(
+            float(epoch["train_seconds"]) + float(epoch["valid_seconds"])
+            for (trial_id, _), epoch in self.epoch_rows.items()
+            if trial_id == row["trial_id"]
+        )
         self._write_trials()
 
     def on_checkpoint(self, iteration: int, trials: list, trial, checkpoint, **info: Any) -> None:
@@ -125,14 +145,20 @@ class ResultsTable(tune.Callback):
             row["status"] = COMPLETED
         else:
             row["status"] = STOPPED
-            row["reason"] = stop_reasons(self.folder.rungs).get(trial.trial_id, "the search's time was up")
+            row["reason"] = stop_reasons(self.folder.rungs).get(trial.trial_id, "the search ended")
         self._write_trials()
         self._drop_checkpoint(trial)
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        """A search that ends (time budget, too many failures) terminates its trials without telling callbacks."""
+        for trial in trials:
+            if trial.status == trial.TERMINATED and self.rows.get(table_id(trial), {}).get("status") == RUNNING:
+                self.on_trial_complete(iteration, trials, trial)
 
     def on_trial_error(self, iteration: int, trials: list, trial, **info: Any) -> None:
         row = self._row(trial)
         last_line = (trial.get_error() and str(trial.get_error()).strip().splitlines()[-1]) or "its actor was lost"
-        row |= dict(status=FAILED, reason=last_line)
+        row |= {"status": FAILED, "reason": last_line}
         self._write_trials()
 
     def _row(self, trial) -> Row:
@@ -159,7 +185,8 @@ class ResultsTable(tune.Callback):
 
         def fill(folder: Path) -> None:
             shutil.copyfile(checkpoint / WEIGHTS_FILE, folder / WEIGHTS_FILE)
-            contents = dict(recipe=recipe.to_dict(), labels=self.labels, metrics=row | dict(status=COMPLETED))
+            metrics = row | trial.config | {"status": COMPLETED}  # a row read back has its dimensions as text
+            contents = {"recipe": recipe.to_dict(), "labels": self.labels, "metrics": metrics}
             for name, content in contents.items():
                 (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
@@ -171,10 +198,16 @@ class ResultsTable(tune.Callback):
             for name in (WEIGHTS_FILE, TRAINING_FILE):
                 (Path(trial.checkpoint.path) / name).unlink(missing_ok=True)
 
-    def _append_epoch(self, row: Row, result: dict[str, Any]) -> None:
+    def _add_epoch(self, row: Row, result: dict[str, Any]) -> None:
         finished_at = datetime.now().astimezone().isoformat(timespec="seconds")
         epoch = {name: result[name] for name in EPOCH_COLUMNS if name in result}
-        epoch |= dict(number=row["number"], trial_id=row["trial_id"], finished_at=finished_at)
+        epoch |= {"number": row["number"], "trial_id": row["trial_id"], "finished_at": finished_at}
+        key = row["trial_id"], result["epoch"]
+        repeated = key in self.epoch_rows  # its trial went on from before it
+        self.epoch_rows[key] = epoch
+        if repeated:
+            self._write_epochs()
+            return
         line = as_csv(EPOCH_COLUMNS, [epoch], header=False).encode()
         # One write of one whole line: a kill leaves the file with or without it.
         file = os.open(self.folder.epochs, os.O_WRONLY | os.O_APPEND)
@@ -182,6 +215,9 @@ class ResultsTable(tune.Callback):
             os.write(file, line)
         finally:
             os.close(file)
+
+    def _write_epochs(self) -> None:
+        write_atomically(self.folder.epochs, as_csv(EPOCH_COLUMNS, self.epoch_rows.values()))
 
     def _write_trials(self) -> None:
         rows = sorted(self.rows.values(), key=lambda row: row["number"])

@@ -60,8 +60,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     where = parser.add_argument_group("on what")
     where.add_argument("--address", help="Ray cluster: auto, or host:port (default: start Ray on this machine)")
     where.add_argument("--workers-per-trial", type=_positive, default=1, metavar="N", help="DDP workers (default 1)")
-    where.add_argument("--cpus-per-worker", type=float, metavar="N", help="default: a GPU's share of its node, or 2")
-    where.add_argument("--gpus-per-worker", type=int, metavar="N", help="whole GPUs; default: 1 where there are any")
+    where.add_argument(
+        "--cpus-per-worker", type=_above_zero, metavar="N", help="default: a GPU's share of a node, or 2"
+    )
+    where.add_argument("--gpus-per-worker", type=_whole, metavar="N", help="whole GPUs; default: 1 where there are any")
     where.add_argument("--max-concurrent", type=_positive, metavar="N", help="trials at once (default: what fits)")
     out = parser.add_argument_group("results")
     out.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results/")
@@ -149,16 +151,7 @@ def run(options, *, resume: bool) -> int:
 
 def with_settings(space: Space, args: argparse.Namespace) -> Space:
     """The space with the command line's `--set`s and seed in it; all their problems in one `ValueError`."""
-    space = replace(space, settings=space.settings | dict(seed=args.seed))
-    problems = []
-    for text in args.set:
-        try:
-            space = space.with_setting(text)
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("; ".join(problems))
-    return space
+    return replace(space, settings=space.settings | {"seed": args.seed}).with_settings(args.set)
 
 
 def find_data(space: Space, args: argparse.Namespace):
@@ -189,7 +182,9 @@ def presize_here(space: Space, images, args: argparse.Namespace) -> None:
     with Progress(transient=True) as progress:
         for size in setting_values(space, "presize"):
             task = progress.add_task(f"presizing to {size} px", total=len(images.paths))
-            presized = presize(images, size, progress=lambda done, total, t=task: progress.update(t, completed=done, total=total))
+            presized = presize(
+                images, size, progress=lambda done, total, t=task: progress.update(t, completed=done, total=total)
+            )
     train, valid = presized.split(seed=space.split_seed)
     left_out = f", {len(presized.unreadable)} unreadable ones left out" if presized.unreadable else ""
     say(f"split: {len(train)} training and {len(valid)} validation images{left_out}")
@@ -232,7 +227,7 @@ def start_ray(args: argparse.Namespace):
         address=args.address or "local",
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env=dict(env_vars=environment),
+        runtime_env={"env_vars": environment},
     )
     if context.dashboard_url:
         say(f"Ray's dashboard: http://{context.dashboard_url}")
@@ -241,7 +236,9 @@ def start_ray(args: argparse.Namespace):
 
 def announce(options) -> None:
     size, folder = options.group_size, options.folder
-    what = f"{options.num_trials} trials" + (f" in at most {options.time_budget / 60:g} min" if options.time_budget else "")
+    what = f"{options.num_trials} trials" + (
+        f" in at most {options.time_budget / 60:g} min" if options.time_budget else ""
+    )
     gpus = f" and {size.gpus_per_worker} GPUs" if size.gpus_per_worker else ""
     say(
         f"search: {what}, {options.max_concurrent} at once, each on {size.num_workers} workers of "
@@ -286,35 +283,44 @@ def write_command(args: argparse.Namespace, options) -> None:
 
     options.folder.path.mkdir(parents=True, exist_ok=True)
     packages = ("finetune-search", "ray", "torch", "torchvision", "timm", "optuna")
-    command = dict(
-        argv=sys.argv[1:],
-        arguments={name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
-        data=options.data,
-        weights=options.weights,
-        split_seed=options.space.split_seed,
-        group_size=asdict(options.group_size),
-        max_concurrent=options.max_concurrent,
-        started_at=datetime.now().astimezone().isoformat(timespec="seconds"),
-        versions=dict(python=platform.python_version()) | {name: version(name) for name in packages},
-        hardware=dict(machine=platform.machine(), system=platform.system(), cpus=os.cpu_count()),
-    )
+    command = {
+        "argv": sys.argv[1:],
+        "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+        "data": options.data,
+        "weights": options.weights,
+        "split_seed": options.space.split_seed,
+        "group_size": asdict(options.group_size),
+        "max_concurrent": options.max_concurrent,
+        "started_at": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()},
+    }
     write_atomically(options.folder.command, json.dumps(command, indent=2) + "\n")
-    space = asdict(options.space) | dict(dimensions={n: str(d) for n, d in options.space.dimensions.items()})
+    space = asdict(options.space) | {"dimensions": {n: str(d) for n, d in options.space.dimensions.items()}}
     write_atomically(options.folder.space, json.dumps(space, indent=2) + "\n")
 
 
 def saved_arguments(folder, args: argparse.Namespace) -> argparse.Namespace:
     """The arguments that a run was started with; where it goes on is this command's."""
     if not folder.command.is_file():
-        raise ValueError(f"{folder.path} holds no run to resume (no command.json in it). Runs are listed by: ls {args.results}")
+        raise ValueError(
+            f"{folder.path} holds no run to resume (no command.json in it). Runs are listed by: ls {args.results}"
+        )
     saved = json.loads(folder.command.read_text())["arguments"]
     for name in ("data", "weights", "results"):
         saved[name] = Path(saved[name]) if saved[name] else None
-    return argparse.Namespace(**saved | dict(resume=True, address=args.address, name=args.name, results=args.results))
+    return argparse.Namespace(
+        **saved | {"resume": True, "address": args.address, "name": args.name, "results": args.results}
+    )
 
 
 class Interruptible:
-    """Within it, the first Ctrl-C (or SIGTERM) asks Tune to save its state and return; a second one ends at once."""
+    """Within it, the first Ctrl-C (or SIGTERM) asks Tune to save its state and return; a second one ends at once.
+
+    Tune then waits for the epochs under way. They are not wanted any more, so the wait is cut short.
+    """
+
+    PATIENCE = 6.0  # seconds, of which saving takes a fraction of one
 
     def __init__(self) -> None:
         self.interrupted = False
@@ -322,19 +328,23 @@ class Interruptible:
     def __enter__(self) -> "Interruptible":
         # Tune ends in good order on SIGUSR1, too, and leaves SIGINT to us by TUNE_DISABLE_SIGINT_HANDLER. Until it
         # listens, a signal is a plain interrupt.
-        handlers = {signal.SIGUSR1: _interrupt, signal.SIGINT: self._pass_on, signal.SIGTERM: self._pass_on}
+        handlers = dict.fromkeys((signal.SIGUSR1, signal.SIGALRM), _interrupt)
+        handlers |= dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._pass_on)
         self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, error_type: type | None, *error: object) -> bool:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        return error_type is KeyboardInterrupt and self.interrupted
 
     def _pass_on(self, number: int, frame: object) -> None:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
         say("ending the search: saving its state (again to end at once)")
+        signal.setitimer(signal.ITIMER_REAL, self.PATIENCE)
         os.kill(os.getpid(), signal.SIGUSR1)
 
 
@@ -354,7 +364,9 @@ def description(space: Space) -> str:
     lines += ["", "all settings, with this space's default:"]
     for spec in fields(Recipe):
         meta, kind = spec.metadata, spec.type.__name__
-        allowed = ", ".join(meta["choices"]) or (kind if meta["low"] is None else f"{kind} {meta['low']:g}..{meta['high']:g}")
+        allowed = ", ".join(meta["choices"]) or (
+            kind if meta["low"] is None else f"{kind} {meta['low']:g}..{meta['high']:g}"
+        )
         lines.append(f"  {spec.name:18} {defaults[spec.name]!s:22} {meta['doc']} [{allowed}]")
     return "\n".join(lines)
 
@@ -367,6 +379,22 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
+    return int(text)
+
+
+def _above_zero(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
 
 
 def _seconds(text: str) -> float:

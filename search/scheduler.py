@@ -21,7 +21,7 @@ def cut_off(recorded: Sequence[float], keep: float) -> float | None:
 
 
 def rung_at(progress: int, rungs: Sequence[int]) -> int | None:
-    """The highest rung that `progress` percent has reached; None below the first, and at the end, where none is left."""
+    """The highest rung that `progress` percent has reached; None below the first, and at the end."""
     return max((rung for rung in rungs if rung <= progress < 100), default=None)
 
 
@@ -65,5 +65,5 @@ class ProgressHalvingScheduler(FIFOScheduler):
         self.recorded[rung][trial.trial_id] = value
         if stop:
             self.reasons[trial.trial_id] = f"{self.watched} {value:.4f} above the cut-off {limit:.4f} of rung {rung} %"
-        write_atomically(self.state_file, json.dumps(dict(recorded=self.recorded, reasons=self.reasons)))
+        write_atomically(self.state_file, json.dumps({"recorded": self.recorded, "reasons": self.reasons}))
         return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE

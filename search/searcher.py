@@ -65,10 +65,14 @@ class OptunaSearcher(Searcher):
         trial = self._running_trial(trial_id)
         if trial is None:
             return
-        if error or not result or result.get("failure"):
-            trial.set_user_attr("failure", (result or {}).get("failure") or "error")
+        result = result or {}
+        if error or result.get("failure") or "epoch" not in result:
+            failure = result.get("failure") or ("error" if error else "ended before its first epoch")
+            trial.set_user_attr("failure", failure)
             self.study.tell(trial, state=TrialState.FAIL)
-        elif result["epoch"] == result["epochs_total"]:
+            return
+        self.on_trial_result(trial_id, result)  # Tune keeps the result with which a trial ends for this call
+        if result["epoch"] == result["epochs_total"]:
             self.study.tell(trial, result[METRIC])
         else:
             self.study.tell(trial, state=TrialState.PRUNED)

@@ -1,7 +1,9 @@
 """Space: a data set, the dimensions that a search varies, and the recipes that it tries first."""
 
 import importlib
+import itertools
 import pkgutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +12,7 @@ from trainables.recipe import Recipe, checked_value, parse_value, spec_of
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from low to high, both included; whole ones for a whole-number setting, evenly in the logarithm if `log`."""
+    """Numbers from low to high, both included; whole ones for a whole-number setting, in the logarithm if `log`."""
 
     low: float
     high: float
@@ -38,6 +40,9 @@ class Choice:
 
 Dimension = Range | Choice
 
+TIED = ("epochs", "freeze_epochs", "image_size", "presize")
+"""Settings whose values must fit each other, see `Recipe`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
@@ -56,9 +61,12 @@ class Space:
         Recipe.from_dict(self.settings)
         for name, dimension in self.dimensions.items():
             check_dimension(name, dimension)
+        tied = [name for name in TIED if name in self.dimensions]
+        for corner in itertools.product(*(ends(self.dimensions[name]) for name in tied)):
+            Recipe.from_dict(self.settings | dict(zip(tied, corner, strict=True)))
 
     def first_configs(self) -> list[dict[str, Any]]:
-        """A value for every dimension of each recipe tried first, trial 0 before all; moved into narrowed dimensions."""
+        """A value for every dimension of each recipe tried first, trial 0 before all; clipped to the dimensions."""
         defaults = Recipe.from_dict(self.settings).to_dict()
         configs = []
         for changes in ({}, *self.first):
@@ -68,30 +76,53 @@ class Space:
                 configs.append(config)
         return configs
 
-    def with_setting(self, text: str) -> "Space":
-        """This space with `NAME=VALUE` pinned, `NAME=LOW..HIGH` or `NAME=A,B` searched. Raises `ValueError`."""
-        name, equals, value = text.partition("=")
-        if not equals or not value:
+    def with_settings(self, texts: Iterable[str]) -> "Space":
+        """This space with each `NAME=VALUE` pinned and each `NAME=LOW..HIGH` or `NAME=A,B` searched.
+
+        Raises one `ValueError` with the problems of all. What settings must be to each other is checked when all are
+        in, so their order does not matter.
+        """
+        settings, dimensions, problems = Recipe.from_dict(self.settings).to_dict(), dict(self.dimensions), []
+        for text in texts:
+            try:
+                name, value = self._parse(text)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            dimensions.pop(name, None)
+            if isinstance(value, Dimension):
+                dimensions[name] = value
+                value = value.clip(settings[name])
+            settings[name] = value
+        if problems:
+            raise ValueError("; ".join(problems))
+        return replace(self, settings=settings, dimensions=dimensions)
+
+    def _parse(self, text: str) -> tuple[str, Any]:
+        """The name in a `--set`, and its value or `Dimension`."""
+        name, _, value = text.partition("=")
+        if not all(value.split(",")):
             raise ValueError(f"--set {text}: expected NAME=VALUE, NAME=LOW..HIGH or NAME=A,B")
         spec = spec_of(name)
-        others = {key: dimension for key, dimension in self.dimensions.items() if key != name}
         if ".." in value and spec.type in (int, float):
             low, high = (parse_value(name, end) for end in value.split("..", 1))
             if low >= high:
                 raise ValueError(f"--set {text}: the first number must be the smaller one")
             searched = self.dimensions.get(name)
-            log = searched.log if isinstance(searched, Range) else spec.metadata["log"]
-            return replace(self, dimensions=others | {name: Range(low, high, log)})
-        if "," in value:
-            return replace(self, dimensions=others | {name: Choice(tuple(parse_value(name, v) for v in value.split(",")))})
-        return replace(self, dimensions=others, settings=self.settings | {name: parse_value(name, value)})
+            return name, Range(low, high, searched.log if isinstance(searched, Range) else spec.metadata["log"])
+        values = tuple(dict.fromkeys(parse_value(name, part) for part in value.split(",")))
+        return name, Choice(values) if len(values) > 1 else values[0]
 
 
 def check_dimension(name: str, dimension: Dimension) -> None:
     """Raises `ValueError` where a dimension holds values that its setting cannot take."""
-    ends = (dimension.low, dimension.high) if isinstance(dimension, Range) else dimension.values
-    for value in ends:
+    for value in ends(dimension):
         checked_value(name, value)
+
+
+def ends(dimension: Dimension) -> tuple:
+    """The values between which a dimension lies; all of a choice."""
+    return (dimension.low, dimension.high) if isinstance(dimension, Range) else dimension.values
 
 
 def space_names() -> list[str]:

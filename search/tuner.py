@@ -1,7 +1,6 @@
 """One space and the options of a run -> `ray.tune.Tuner`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -70,7 +69,9 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
 
 
 def restored_tuner(options: RunOptions) -> tune.Tuner:
-    """The search in `options.folder` where it was left: finished trials stay, the others go on from their last epoch."""
+    """The search in `options.folder` where it was left: ended trials stay, the others go on from their last epoch."""
+    if not tune.Tuner.can_restore(str(options.folder.tune.resolve())):
+        return new_tuner(options)  # it ended before Tune saved anything
     return tune.Tuner.restore(
         str(options.folder.tune.resolve()),
         trainable=trainable(options, full_settings(options.space)),

@@ -21,7 +21,7 @@ def search_cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def colour_folder(tmp_path_factory) -> Path:
-    """36 images in the Pets layout, 12 for each of 3 classes, 64 px and a little more; a class is known by its colour."""
+    """36 images in the Pets layout, 12 for each of 3 classes, 64 px or a little more; the colour tells the class."""
     root = tmp_path_factory.mktemp("colours")
     (root / "images").mkdir()
     rng = np.random.default_rng(0)

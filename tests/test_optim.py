@@ -34,7 +34,7 @@ def test_the_cycle_starts_at_a_fraction_peaks_at_pct_start_and_ends_near_zero():
 
 @pytest.mark.parametrize("position", [0, 0.1, 0.15, 0.29, 0.3, 0.5, 0.65, 0.9, 1])
 def test_the_cycle_follows_fastai_formula(position):
-    """fastai's `SchedCos(start, end)(pos) = start + (1 + cos(pi * (1 - pos))) * (end - start) / 2`, two of them combined."""
+    """Two of its `SchedCos(start, end)(pos) = start + (1 + cos(pi * (1 - pos))) * (end - start) / 2`, combined."""
     start, end, place = (1 / 5, 1, position / 0.3) if position < 0.3 else (1, 1e-5, (position - 0.3) / 0.7)
     assert CYCLE.lr_factor(position) == pytest.approx(start + (1 + math.cos(math.pi * (1 - place))) * (end - start) / 2)
 

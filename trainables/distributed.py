@@ -1,5 +1,6 @@
 """Training shared by several workers so that the result does not depend on how many there are."""
 
+import inspect
 import os
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -38,8 +40,11 @@ class World:
         if self.size == 1:
             return model
         device_ids = [device] if device.type == "cuda" else None
-        # Batch statistics are shared already, so the buffers agree without a broadcast before each step.
-        return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+        # Batch statistics are shared already, so the buffers agree without a broadcast before each step. torch 2.14
+        # renamed the option.
+        known = inspect.signature(DistributedDataParallel).parameters
+        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return DistributedDataParallel(model, device_ids=device_ids, **{option: False})
 
 
 def init_from_environment() -> torch.device:
@@ -61,12 +66,13 @@ def share_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cpu":
         for module in model.modules():
             if isinstance(module, nn.SyncBatchNorm):
-                # torch's SyncBatchNorm refuses CPU tensors. Same parameters and buffers, another forward.
+                # torch's SyncBatchNorm refuses CPU tensors, and DistributedDataParallel refuses its subclasses on the
+                # CPU. Same parameters and buffers, another forward.
                 module.__class__ = CpuSyncBatchNorm
     return model
 
 
-class CpuSyncBatchNorm(nn.SyncBatchNorm):
+class CpuSyncBatchNorm(_BatchNorm):
     """Batch norm over all workers in plain differentiable operations, with timm's fused activation where it has one."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ from trainables.distributed import World, init_from_environment, share_batch_nor
 from trainables.loader import BatchLoader
 from trainables.presize import PresizedImages, presize
 from trainables.recipe import Recipe, parse_value
+from trainables.weights import WeightsError
 
 
 class Diverged(RuntimeError):
@@ -265,10 +266,14 @@ def main() -> None:
     args = parser.parse_args()
     try:
         recipe = Recipe(**dict(_parse_setting(text) for text in args.set))
+        model.check_architecture(recipe.arch)
         images = presize(find_images(args.data), recipe.presize)
-        device = init_from_environment()
-        training = FineTune(recipe, images, weights=args.weights, device=device)
     except ValueError as error:
+        parser.error(str(error))
+    device = init_from_environment()
+    try:
+        training = FineTune(recipe, images, weights=args.weights, device=device)
+    except WeightsError as error:
         parser.error(str(error))
     for _ in range(recipe.total_epochs):
         metrics = training.run_epoch()

@@ -72,7 +72,7 @@ def build(recipe: Recipe, num_classes: int, weights: Path | None = None, *, load
     Raises `ValueError` for an architecture or a pooling that timm does not have, `WeightsError` where there are no
     weights or they are not those of the architecture.
     """
-    _check_arch(recipe.arch)
+    check_architecture(recipe.arch)
     torch.manual_seed(recipe.seed)  # for the head's first weights
     source = find_weights(recipe.arch, weights) if recipe.pretrained else None
     options = {"num_classes": num_classes}
@@ -101,7 +101,8 @@ def build(recipe: Recipe, num_classes: int, weights: Path | None = None, *, load
     return Network(model, tuple(mean), tuple(std))
 
 
-def _check_arch(arch: str) -> None:
+def check_architecture(arch: str) -> None:
+    """Raises `ValueError`, naming what there is, where timm has no such architecture or weight tag."""
     name, _, tag = arch.partition(".")
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=8)

@@ -56,12 +56,15 @@ class FineTuneTrial(tune.Trainable):
         self.epochs_done = 0
         self.overhead_seconds = 0.0
         self.handed_over = False
+        self.last_result: dict[str, Any] = {}
 
     def step(self) -> dict[str, Any]:
         try:
             total = Recipe.from_dict(self.recipe).total_epochs
         except ValueError as error:
             return _failed(str(error))
+        if self.epochs_done == total:  # restored from its end: the search was killed before it took note
+            return self.last_result
         outcome = self._run_epoch()
         if outcome.failure:
             self.handed_over = False
@@ -71,17 +74,21 @@ class FineTuneTrial(tune.Trainable):
         self.files = checkpoint.weights_only(outcome.state) if finished else outcome.state
         if self.epochs_done == 1:
             self.overhead_seconds = outcome.metrics["overhead_seconds"]
-        overhead = dict(overhead_seconds=self.overhead_seconds)
-        return {**outcome.metrics, **overhead, "epochs_total": total, "failure": "", "done": finished}
+        overhead = {"overhead_seconds": self.overhead_seconds}
+        result = {**outcome.metrics, **overhead, "epochs_total": total, "failure": "", "done": finished}
+        self.last_result = dict(result)  # Tune adds to the one that it gets
+        return result
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        progress = dict(epochs_done=self.epochs_done, overhead_seconds=self.overhead_seconds)
+        progress = {"epochs_done": self.epochs_done, "overhead_seconds": self.overhead_seconds}
+        progress["last_result"] = self.last_result
         (Path(checkpoint_dir) / PROGRESS_FILE).write_text(json.dumps(progress))
         checkpoint.write(Path(checkpoint_dir), self.files or {})
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         progress = json.loads((Path(checkpoint_dir) / PROGRESS_FILE).read_text())
         self.epochs_done, self.overhead_seconds = progress["epochs_done"], progress["overhead_seconds"]
+        self.last_result = progress["last_result"]
         self.files = checkpoint.read(Path(checkpoint_dir))
         self.handed_over = False
 
@@ -123,4 +130,4 @@ class FineTuneTrial(tune.Trainable):
 
 
 def _failed(reason: str) -> dict[str, Any]:
-    return dict(failure=reason, error_rate=math.nan, valid_loss=math.nan, done=True)
+    return {"failure": reason, "error_rate": math.nan, "valid_loss": math.nan, "done": True}

@@ -8,10 +8,13 @@ import importlib.util
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from filelock import FileLock
 
@@ -144,14 +147,35 @@ def main() -> None:
     parser.add_argument("arch", nargs="+")
     parser.add_argument("--weights", type=Path)
     args = parser.parse_args()
+    unreachable = _hub_unreachable()
+    if unreachable:
+        # The hub's client would retry for most of a minute; offline it looks into its cache and says so at once.
+        os.environ["HF_HUB_OFFLINE"] = "1"
     import timm
+
+    from trainables.model import check_architecture
 
     for arch in args.arch:
         try:
+            check_architecture(arch)
             timm.create_model(arch, pretrained=True)
-        except Exception as error:  # the hub's clients raise all kinds; the message names which
-            print(no_weights_message(arch, args.weights, error))
+        except ValueError as error:
+            print(error)
             sys.exit(2)
+        except Exception as error:  # the hub's clients raise all kinds; the message names which
+            print(no_weights_message(arch, args.weights, unreachable or error))
+            sys.exit(2)
+
+
+def _hub_unreachable() -> OSError | None:
+    if getproxies().get("https"):
+        return None  # names are the proxy's to find
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        return OSError(f"{host} is not to be found ({error.strerror})")
+    return None
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class GroupEnded(RuntimeError):
 
 
 class GroupHost:
-    """Async actor between one trial slot and its workers. Imports torch (through Ray Train), so that trials need not."""
+    """Async actor between a trial slot and its workers. Imports torch (through Ray Train), so that trials need not."""
 
     def __init__(self, size: GroupSize) -> None:
         self._trial: TrialSpec | None = None
@@ -81,6 +81,7 @@ class GroupHost:
         self._state: Files | None = None
         self._command: Command | None = None
         self._tries = 0
+        self._taken = 0
         self._numbers = 0
         self._closing = False
         self._changed = asyncio.Condition()
@@ -116,19 +117,23 @@ class GroupHost:
     # Called by the workers.
 
     async def join(self, rank: int) -> None:
-        """A worker (re)entered its loop. If a command was under way, it lost its workers."""
-        if rank != 0 or self._command is None:
+        """A worker (re)entered its loop. If the first one had taken a command, that command lost its workers."""
+        if rank != 0 or self._command is None or self._command.number != self._taken:
             return
         self._tries += 1
-        if self._tries > MAX_TRIES:
+        if self._tries >= MAX_TRIES:
             epoch = self._command.epochs_done + 1
             self._resolve(self._command.number, Outcome(failure=f"lost its workers {MAX_TRIES} times in epoch {epoch}"))
 
-    async def next_command(self, after: int) -> Command | None:
+    async def next_command(self, rank: int, after: int) -> Command | None:
         """Wait for a command numbered above `after`; None tells the worker to leave."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._closing or (self._command and self._command.number > after))
-        return None if self._closing else self._command
+        if self._closing:
+            return None
+        if rank == 0:
+            self._taken = self._command.number
+        return self._command
 
     async def state(self) -> Files | None:
         """The current trial's last state, for a worker that has to build the trial."""
@@ -154,14 +159,14 @@ class GroupHost:
         from ray import train
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        # Ray Train wants a folder for checkpoints, but none go this way: a trial's state travels through the object store.
+        # Ray Train wants a folder for checkpoints, but a trial's state travels through the object store.
         storage = tempfile.mkdtemp(prefix="worker_group_")
         resources = {"CPU": size.cpus_per_worker}
         if size.gpus_per_worker:
             resources["GPU"] = size.gpus_per_worker
         trainer = TorchTrainer(
             serve,
-            train_loop_config=dict(host=myself, num_threads=max(1, int(size.cpus_per_worker))),
+            train_loop_config={"host": myself, "num_threads": max(1, int(size.cpus_per_worker))},
             torch_config=TorchConfig(backend="nccl" if size.gpus_per_worker else "gloo"),
             scaling_config=train.ScalingConfig(
                 num_workers=size.num_workers,
@@ -208,7 +213,7 @@ def serve(config: dict[str, Any]) -> None:
     slot = _Slot(host, config["num_threads"])
     ray.get(host.join.remote(rank))
     number = 0
-    while (command := ray.get(host.next_command.remote(number))) is not None:
+    while (command := ray.get(host.next_command.remote(rank, number))) is not None:
         number = command.number
         outcome, reusable = slot.run(command)
         if rank == 0 or outcome.failure:
@@ -239,7 +244,7 @@ class _Slot:
             self.idle_since = time.perf_counter()
             # Every worker has the state; only the first one's is wanted.
             state = self.training.state() if self.training.world.rank == 0 else None
-            return Outcome(metrics | dict(overhead_seconds=overhead), state), True
+            return Outcome(metrics | {"overhead_seconds": overhead}, state), True
         except Diverged as error:  # the losses are summed over the workers, so all of them are here
             self._drop()
             return Outcome(failure=f"diverged: {error}"), True

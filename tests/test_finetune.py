@@ -1,0 +1,400 @@
+"""The training loop: it learns, continues exactly from any epoch, and does not depend on the number of workers."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import weakref
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import COLOURS
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from trainables import finetune
+from trainables.distributed import share_batch_norm
+from trainables.finetune import Diverged, FineTune
+from trainables.optim import frozen_cycle, unfrozen_cycle
+from trainables.presize import PresizedImages
+from trainables.recipe import Recipe
+
+SMALL = {"arch": "test_resnet", "pretrained": False, "presize": 48, "image_size": 32, "batch_size": 8, "hidden": 16}
+SMALL |= {"freeze_epochs": 1, "epochs": 1, "lr_ratio": 10}
+HARD = {"head": "mlp", "dropout": 0.5, "mixup_alpha": 0.4, "smoothing": 0.1}
+LOSSES = ("train_loss", "valid_loss", "error_rate")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def fine_tune(images, **settings) -> FineTune:
+    return FineTune(Recipe(**(SMALL | settings)), images)
+
+
+def losses(training: FineTune) -> tuple[float, ...]:
+    metrics = training.run_epoch()
+    return tuple(metrics[name] for name in LOSSES)
+
+
+class RecordedSteps:
+    """Every optimizer step taken within: the norm of each gradient and the learning rate of each group."""
+
+    def __enter__(self):
+        self.gradients, self.rates = [], []
+        self.hook = register_optimizer_step_pre_hook(self._record)
+        return self
+
+    def __exit__(self, *error):
+        self.hook.remove()
+
+    def _record(self, optimizer, args, kwargs):
+        groups = optimizer.param_groups
+        self.gradients.append([p.grad.norm().item() for group in groups for p in group["params"]])
+        self.rates.append([group["lr"] for group in groups])
+
+
+# --- Learning ---------------------------------------------------------------------------------------------------------
+
+
+def test_training_learns_what_tells_the_classes_apart(colour_images):
+    training = fine_tune(colour_images, epochs=5, batch_size=4, lr_max=1e-2, lr_ratio=1, bn_momentum=0.5)
+    first, *_, last = [training.run_epoch() for _ in range(6)]
+    assert last["error_rate"] <= 0.15 < first["error_rate"]
+    assert last["valid_loss"] < 0.6 * first["valid_loss"]
+    assert last["train_loss"] < 0.6 * first["train_loss"]
+
+
+def test_metrics_say_where_the_training_stands(colour_images):
+    training = fine_tune(colour_images, freeze_epochs=1, epochs=3)
+    rows = [training.run_epoch() for _ in range(4)]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert [row["stage"] for row in rows] == ["frozen", "unfrozen", "unfrozen", "unfrozen"]
+    assert [row["progress"] for row in rows] == [0, 33, 66, 100]
+    for row in rows:
+        assert row["accuracy"] == 1 - row["error_rate"]
+        assert row["images_per_second"] > 0
+
+
+@pytest.mark.parametrize(("freeze_epochs", "epochs", "stages"), [(2, 0, ["frozen"] * 2), (0, 2, ["unfrozen"] * 2)])
+def test_either_stage_can_be_left_out(colour_images, freeze_epochs, epochs, stages):
+    training = fine_tune(colour_images, freeze_epochs=freeze_epochs, epochs=epochs)
+    rows = [training.run_epoch() for _ in range(2)]
+    assert [row["stage"] for row in rows] == stages
+    assert rows[-1]["progress"] == 100
+    assert np.isfinite([row["train_loss"] for row in rows]).all()
+    assert training.state()
+
+
+def test_one_cycle_spans_all_epochs_of_a_stage(colour_images):
+    training = fine_tune(colour_images, freeze_epochs=2, epochs=3, lr_max=0.01, lr_max_frozen=0.02)
+    with RecordedSteps() as steps:
+        for _ in range(5):
+            training.run_epoch()
+    per_epoch = training.steps_per_epoch
+    assert (per_epoch, len(steps.rates)) == (3, 15)
+    frozen, unfrozen = frozen_cycle(training.recipe), unfrozen_cycle(training.recipe)
+    highest, lowest = ([end(rates) for rates in steps.rates] for end in (max, min))
+    assert highest[:6] == pytest.approx([0.02 * frozen.lr_factor(i / 6) for i in range(6)])
+    assert highest[6:] == pytest.approx([0.01 * unfrozen.lr_factor(i / 9) for i in range(9)])
+    assert [10 * rate for rate in lowest[6:]] == pytest.approx(highest[6:])
+
+
+def test_the_frozen_stage_computes_no_gradients_of_the_backbone(colour_images):
+    training = fine_tune(colour_images, head="mlp", freeze_epochs=1, epochs=1)
+    model, seen = training.network.model, []
+    head = {id(parameter) for parameter in training.network.classifier.parameters()}
+
+    def record(optimizer, args, kwargs):
+        seen.append([(id(p) in head, p.grad is not None, p.requires_grad) for p in model.parameters()])
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    hook = register_optimizer_step_pre_hook(record)
+    try:
+        training.run_epoch()
+        frozen_steps = len(seen)
+        changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        training.run_epoch()
+    finally:
+        hook.remove()
+    for step in seen[:frozen_steps]:
+        assert all(has_gradient == wants_gradient == is_head for is_head, has_gradient, wants_gradient in step)
+    for step in seen[frozen_steps:]:
+        assert all(has_gradient for _, has_gradient, _ in step)
+    assert changed
+    assert all(name.startswith("fc.") for name in changed)
+
+
+def test_a_diverged_training_names_the_epoch_and_the_rate(colour_images):
+    training = fine_tune(colour_images, freeze_epochs=1, epochs=1)
+    training.run_epoch()
+    for group in training.optimizer.param_groups:
+        group["lr_max"] = 1e30
+    with pytest.raises(Diverged, match=r"training loss is (nan|inf) at epoch 2, step [123] of 3 .*rate \d.*e\+\d\d\)"):
+        training.run_epoch()
+
+
+class ColourOracle(nn.Module):
+    """Knows the classes of the drawn images: the largest of the three channels."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 100 * x.mean(dim=(2, 3))
+
+
+def test_images_keep_their_labels_in_evaluation(colour_images):
+    training = fine_tune(colour_images, batch_size=3)
+    object.__setattr__(training.network, "model", ColourOracle())
+    assert training.evaluate()["error_rate"] == 0
+    training.labels = (training.labels + 1) % 3
+    assert training.evaluate()["error_rate"] == 1
+
+
+@pytest.mark.parametrize("mixup_alpha", [0, 1])
+def test_images_keep_their_labels_in_training_and_mixup_mixes_both_alike(colour_images, mixup_alpha):
+    training = fine_tune(colour_images, mixup_alpha=mixup_alpha, lighting_p=0, batch_size=13)
+    steps = list(training._plan_epoch())
+    plans = [(step.indices, step.augmentations) for step in steps]
+    colours = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
+    mixed = 0
+    for step, batch in zip(steps, training.loader.batches(plans, 32, torch.device("cpu")), strict=True):
+        inputs, targets = training._mixed(batch, step)
+        assert inputs.shape == (13, 3, 32, 32)
+        seen = (inputs * training.std + training.mean).mean(dim=(2, 3))
+        # A grey square hides up to a tenth of an image.
+        assert (seen - targets @ colours).abs().max() < 30
+        torch.testing.assert_close(targets.sum(dim=1), torch.ones(13))
+        mixed += (targets.max(dim=1).values < 0.99).sum().item()
+    assert (mixed > 5) == (mixup_alpha > 0)
+
+
+def test_each_epoch_sees_each_image_once_at_most_in_another_order(colour_images):
+    training = fine_tune(colour_images)
+    first = np.concatenate([step.indices for step in training._plan_epoch()])
+    training.epochs_done = 1
+    second = np.concatenate([step.indices for step in training._plan_epoch()])
+    assert len(np.unique(first)) == len(first) == 24
+    assert set(first) <= set(training.train_indices)
+    assert list(first) != list(second)
+
+
+# --- Continuing -------------------------------------------------------------------------------------------------------
+
+CONTINUED = SMALL | HARD | {"freeze_epochs": 2, "epochs": 2}
+
+
+def continued(cache: str, state: dict[str, bytes]) -> tuple[float, ...]:
+    """The next epoch's losses from `state`; runs in a new process."""
+    torch.set_num_threads(1)
+    torch.manual_seed(np.random.SeedSequence().entropy % 2**31)  # what went on before must not matter
+    training = FineTune(Recipe(**CONTINUED), PresizedImages(cache), load_pretrained=False)
+    training.load_state(state)
+    return losses(training)
+
+
+def test_a_training_continues_exactly_in_a_new_process_from_any_epoch(colour_images):
+    straight = FineTune(Recipe(**CONTINUED), colour_images)
+    states, expected = [straight.state()], []
+    for _ in range(4):
+        expected.append(losses(straight))
+        states.append(straight.state())
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = [pool.submit(continued, str(colour_images.path), state) for state in states[:-1]]
+        assert [future.result(timeout=120) for future in found] == expected
+    assert len({train_loss for train_loss, *_ in expected}) == 4
+
+
+def test_a_state_holds_the_trained_weights_and_the_optimizer(colour_images):
+    training = fine_tune(colour_images, epochs=2)
+    training.run_epoch()
+    training.run_epoch()
+    copy = fine_tune(colour_images, epochs=2, seed=5)
+    copy.load_state(training.state())
+    theirs, ours = training.network.model.state_dict(), copy.network.model.state_dict()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    assert copy.epochs_done == 2
+    moments = [p["exp_avg"].abs().sum() for p in copy.optimizer.state_dict()["state"].values()]
+    assert len(moments) == len(list(copy.network.model.parameters()))
+    assert all(moment > 0 for moment in moments)
+    assert copy.evaluate() == training.evaluate()
+
+
+# --- Several workers --------------------------------------------------------------------------------------------------
+
+SHARED = {
+    "linear head": {"epochs": 2},
+    "mlp head": {"head": "mlp", "epochs": 2},
+    "odd batch": {"batch_size": 7, "head": "mlp"},
+    "mixup": {"epochs": 2, "batch_size": 9} | HARD,
+    "fused norms": {"arch": "test_efficientnet", "mixup_alpha": 0.2},
+    "frozen norms": {"freeze_bn": True, "freeze_epochs": 0, "epochs": 2},
+    "layer norms": {"arch": "test_vit", "batch_size": 5},
+}
+
+
+def run_recipe(images, settings: dict) -> dict:
+    """All epochs of a recipe: losses, gradients of each step, and how many wrappers outlive their stage."""
+    training = fine_tune(images, **settings)
+    found = {"losses": [], "wrappers_left": 0}
+    with RecordedSteps() as steps:
+        for _ in range(training.recipe.total_epochs):
+            before = weakref.ref(training.parallel_model)
+            found["losses"].append(losses(training))
+            found["wrappers_left"] += before() not in (None, training.parallel_model)
+    training.close()
+    return found | {"gradients": steps.gradients}
+
+
+def norm_errors(rank: int) -> dict[str, float]:
+    """Largest differences of the shared batch norm from `nn.BatchNorm` over the whole batch, by what differs."""
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((8, 6, 5, 5), (8, 6)):
+            torch.manual_seed(0)
+            x = (50 + 3 * torch.randn(shape)).to(dtype)
+            weights = torch.randn(shape)
+            whole = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(6, momentum=0.3)
+            nn.init.normal_(whole.weight)
+            nn.init.normal_(whole.bias)
+            shared = nn.Sequential(type(whole)(6, momentum=0.3))
+            shared[0].load_state_dict(whole.state_dict())
+            shared = share_batch_norm(shared, torch.device("cpu"))
+            rows = slice(0, 3) if rank == 0 else slice(3, 8)
+            x_whole, x_part = x.clone().requires_grad_(), x[rows].clone().requires_grad_()
+            y_whole, y_part = whole(x_whole), shared(x_part)
+            (y_whole * weights).sum().backward()
+            (y_part * weights[rows]).sum().backward()
+            ours = dict(shared[0].named_parameters())
+            for parameter in ours.values():
+                dist.all_reduce(parameter.grad)
+            pairs = {"output": (y_part, y_whole[rows]), "input gradient": (x_part.grad, x_whole.grad[rows])}
+            pairs |= {f"{name} gradient": (ours[name].grad, p.grad) for name, p in whole.named_parameters()}
+            pairs |= {name: (buffer, whole.get_buffer(name)) for name, buffer in shared[0].named_buffers()}
+            whole.eval(), shared.eval()
+            pairs["evaluation"] = (shared(x_part), whole(x_whole)[rows])
+            assert y_part.dtype == dtype
+            for name, (found, expected) in pairs.items():
+                error = (found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-6)
+                errors[f"{name}, {dtype}, {len(shape)} dimensions"] = error.item()
+    return errors
+
+
+def work(rank: int, rendezvous: str, cache: str, state: dict[str, bytes]) -> dict:
+    """One of two workers: every recipe of SHARED, a state made by one worker, and the batch norm alone."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    images = PresizedImages(cache)
+    found = {name: run_recipe(images, settings) for name, settings in SHARED.items()}
+    resumed = fine_tune(images, **SHARED["mixup"])
+    resumed.load_state(state)
+    found["resumed"] = losses(resumed)
+    found["norm errors"] = norm_errors(rank)
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.fixture(scope="module")
+def state_after_two_epochs(colour_images) -> tuple[dict[str, bytes], tuple[float, ...]]:
+    """A state made by one worker, and the losses of the epoch after it."""
+    training = fine_tune(colour_images, **SHARED["mixup"])
+    training.run_epoch()
+    training.run_epoch()
+    return training.state(), losses(training)
+
+
+@pytest.fixture(scope="module")
+def two_workers(colour_images, state_after_two_epochs, tmp_path_factory) -> list[dict]:
+    rendezvous = str(tmp_path_factory.mktemp("workers") / "rendezvous")
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        arguments = rendezvous, str(colour_images.path), state_after_two_epochs[0]
+        futures = [pool.submit(work, rank, *arguments) for rank in range(2)]
+        return [future.result(timeout=200) for future in futures]
+
+
+@pytest.fixture(scope="module")
+def one_worker(colour_images) -> dict:
+    return {name: run_recipe(colour_images, settings) for name, settings in SHARED.items()}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_two_workers_train_like_one(one_worker, two_workers, name):
+    for worker in two_workers:
+        np.testing.assert_allclose(worker[name]["losses"], one_worker[name]["losses"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_two_workers_step_along_the_gradients_of_the_whole_batch_in_both_stages(one_worker, two_workers, name):
+    """AdamW hides a wrong scale of the gradients from the losses, so the gradients themselves are compared."""
+    alone = one_worker[name]["gradients"]
+    first, second = (worker[name]["gradients"] for worker in two_workers)
+    assert first == second
+    assert [len(step) for step in first] == [len(step) for step in alone]
+    for shared, single in zip(first, alone, strict=True):
+        # Some gradients are zero but for rounding (of a bias before a norm), so small ones are compared to the step's.
+        np.testing.assert_allclose(shared, single, rtol=5e-3, atol=1e-3 * max(single))
+
+
+def test_the_wrapper_of_the_frozen_stage_is_gone_in_the_unfrozen_one(two_workers):
+    assert [worker[name]["wrappers_left"] for worker in two_workers for name in SHARED] == [0] * 2 * len(SHARED)
+
+
+def test_two_workers_continue_what_one_began(two_workers, state_after_two_epochs):
+    for worker in two_workers:
+        np.testing.assert_allclose(worker["resumed"], state_after_two_epochs[1], rtol=1e-4)
+
+
+def test_the_shared_batch_norm_equals_that_of_the_whole_batch(two_workers):
+    for worker in two_workers:
+        for what, error in worker["norm errors"].items():
+            assert error < (2e-2 if "bfloat16" in what else 2e-5), what
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+def command(folder: Path, *settings: str) -> list[str]:
+    options = [f"--set={name}={value}" for name, value in SMALL.items()]
+    return ["-m", "trainables.finetune", "--data", str(folder), *options, *(f"--set={text}" for text in settings)]
+
+
+def test_the_command_line_trains_alone_and_under_torchrun_alike(colour_folder, search_cache):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    reports = []
+    for launcher in ([], torchrun):
+        arguments = [sys.executable, *launcher, *command(colour_folder, "head=mlp", "batch_size=7")]
+        child = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
+        assert child.returncode == 0, child.stderr
+        rows = [dict(part.split(" ", 1) for part in line.split("  ")) for line in child.stdout.splitlines()]
+        assert [(row["epoch"], row["stage"]) for row in rows] == [("1", "frozen"), ("2", "unfrozen")]
+        reports.append([[float(row[name]) for name in LOSSES] for row in rows])
+    np.testing.assert_allclose(reports[1], reports[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("epoch=3", "unknown setting 'epoch'"),
+        ("epochs", "'epochs' is not NAME=VALUE"),
+        ("arch=resnt", "not a timm architecture"),
+    ],
+)
+def test_the_command_line_refuses_a_wrong_setting_in_one_paragraph(
+    colour_folder, search_cache, monkeypatch, capsys, setting, problem
+):
+    monkeypatch.setattr(sys, "argv", command(colour_folder, setting)[1:])
+    with pytest.raises(SystemExit) as error:
+        finetune.main()
+    assert error.value.code == 2
+    assert problem in capsys.readouterr().err
