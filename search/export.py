@@ -8,28 +8,27 @@ it loads with `search.predict.Predictor`, as all exports do. `preprocessing.json
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shlex
 import shutil
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from search.cli import run_cli
 from search.files import replace_folder
-from search.model_folder import PREPROCESSING_FILE, ModelFolder, open_run, read_json
+from search.model_folder import ModelFolder, open_run, read_json
 from search.predict import Predictor, load_model
-from trainables.checkpoint import WEIGHTS_FILE
+from trainables.checkpoint import PREPROCESSING_FILE, WEIGHTS_FILE
 from trainables.data import DataError
 
 CONFIG_FILE = "config.json"
-COPIED = ("recipe.json", "labels.json", "metrics.json")
-FILES = (WEIGHTS_FILE, CONFIG_FILE, PREPROCESSING_FILE, *COPIED)
+COPIED = (PREPROCESSING_FILE, "recipe.json", "labels.json", "metrics.json")
+FILES = (WEIGHTS_FILE, CONFIG_FILE, *COPIED)
 MAX_TIMM_DIFFERENCE = 0.01
 """Largest difference between timm's loader and ours, as a share of the largest logit; more is another model."""
 
@@ -109,8 +108,6 @@ def export(run: Path, out: Path, *, force: bool = False, check: bool = True) -> 
         replace_folder(out, fill)
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error}. Make room, or give another --out.") from error
-    finally:
-        shutil.rmtree(out.with_name(f".{out.name}.partial"), ignore_errors=True)
 
 
 def require_free(out: Path, *, force: bool) -> None:
@@ -131,7 +128,7 @@ def write(best: ModelFolder, folder: Path) -> None:
     """All files of an export, into an empty folder."""
     import timm
 
-    model, preprocessing = load_model(best)
+    model, preprocessing = load_model(best), best.preprocessing
     side = preprocessing.image_size
     config: dict[str, Any] = {
         "pretrained_cfg": {
@@ -151,7 +148,6 @@ def write(best: ModelFolder, folder: Path) -> None:
         config["note"] = "head=mlp: timm cannot build this classifier; load the folder with search.predict.Predictor"
     timm.models.save_for_hf(model, str(folder), model_config=config, safe_serialization=True)
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors leaves it for its owner alone
-    (folder / PREPROCESSING_FILE).write_text(json.dumps(asdict(preprocessing), indent=2) + "\n")
     for name in COPIED:
         shutil.copyfile(best.path / name, folder / name)
 

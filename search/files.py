@@ -17,7 +17,11 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
-    fill(partial)
+    try:
+        fill(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)

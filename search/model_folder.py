@@ -5,24 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainables.checkpoint import WEIGHTS_FILE
+from trainables.checkpoint import PREPROCESSING_FILE, WEIGHTS_FILE, Preprocessing
 from trainables.recipe import Recipe
-
-PREPROCESSING_FILE = "preprocessing.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preprocessing:
-    """From an image to the input of the network, as validation does it in training."""
-
-    presize: int
-    """px; the shorter side is brought to this first, by averaging areas."""
-    image_size: int
-    """px; side of the square that the centre square is then brought to, bilinear."""
-    mean: tuple[float, float, float]
-    """Per RGB channel, of values in 0..1; taken off first."""
-    std: tuple[float, float, float]
-    """Per RGB channel; then divided by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +16,7 @@ class ModelFolder:
     path: Path
     recipe: Recipe
     labels: tuple[str, ...]
-    preprocessing: Preprocessing | None
-    """Kept by an export; None in a run, where mean and std come from the source of the pretrained weights."""
-    pretrained: Path | None = None
-    """The run's folder of pretrained weights, if it was given one."""
+    preprocessing: Preprocessing
 
     @property
     def weights(self) -> Path:
@@ -56,13 +37,7 @@ def open_model(path: Path | str) -> ModelFolder:
             f"{path} is neither an exported model (it has no {PREPROCESSING_FILE}) nor a run (it has no command.json). "
             "Give a folder that python -m search.export has written, or a run such as results/<name>."
         )
-    stored = read_json(path / PREPROCESSING_FILE)
-    try:
-        numbers = {name: tuple(map(float, stored[name])) for name in ("mean", "std")}
-        sizes = {name: int(stored[name]) for name in ("presize", "image_size")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path / PREPROCESSING_FILE} is damaged ({error!r}). Export the run again.") from error
-    return _model_folder(path, preprocessing=Preprocessing(**sizes, **numbers))
+    return _model_folder(path)
 
 
 def open_run(path: Path) -> ModelFolder:
@@ -75,8 +50,7 @@ def open_run(path: Path) -> ModelFolder:
             f"{path} has no best model yet: no trial has completed. See {path / 'trials.csv'} for how its trials fare, "
             f"or go on with it: python -m search.run --resume --name {path.name}"
         )
-    weights = read_json(path / "command.json").get("weights")
-    return _model_folder(path / "best", preprocessing=None, pretrained=Path(weights) if weights else None)
+    return _model_folder(path / "best")
 
 
 def is_run(path: Path) -> bool:
@@ -87,7 +61,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return _read_json(file, dict)
 
 
-def _model_folder(path: Path, *, preprocessing: Preprocessing | None, pretrained: Path | None = None) -> ModelFolder:
+def _model_folder(path: Path) -> ModelFolder:
     if not (path / WEIGHTS_FILE).is_file():
         raise ValueError(f"{path} is incomplete: {WEIGHTS_FILE} is missing.")
     labels = _read_json(path / "labels.json", list)
@@ -95,9 +69,17 @@ def _model_folder(path: Path, *, preprocessing: Preprocessing | None, pretrained
         recipe = Recipe.from_dict(read_json(path / "recipe.json"))
     except ValueError as error:
         raise ValueError(f"{path / 'recipe.json'}: {error}") from error
-    return ModelFolder(
-        path=path, recipe=recipe, labels=tuple(map(str, labels)), preprocessing=preprocessing, pretrained=pretrained
-    )
+    return ModelFolder(path=path, recipe=recipe, labels=tuple(map(str, labels)), preprocessing=_preprocessing(path))
+
+
+def _preprocessing(path: Path) -> Preprocessing:
+    stored = read_json(path / PREPROCESSING_FILE)
+    try:
+        numbers = {name: tuple(map(float, stored[name])) for name in ("mean", "std")}
+        sizes = {name: int(stored[name]) for name in ("presize", "image_size")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path / PREPROCESSING_FILE} is damaged ({error!r}). Export the run again.") from error
+    return Preprocessing(**sizes, **numbers)
 
 
 def _read_json(file: Path, expected: type) -> Any:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from search.cli import run_cli
-from search.model_folder import ModelFolder, Preprocessing, open_model
+from search.model_folder import ModelFolder, open_model
 from trainables.data import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
@@ -73,19 +73,19 @@ class Predictor:
         folder = open_model(path)
         import torch
 
-        from trainables.finetune import _amp_dtype
+        from trainables.finetune import autocast_dtype
 
         self.labels = folder.labels
         self.device = _device(device)
         self.batch_size = batch_size
         self.num_threads = num_threads or _num_cpus()
-        model, self.preprocessing = load_model(folder)
-        self.model = model.eval().to(self.device, memory_format=torch.channels_last)
+        self.preprocessing = folder.preprocessing
+        self.model = load_model(folder).eval().to(self.device, memory_format=torch.channels_last)
         self.mean, self.std = (
             255 * torch.tensor(values, device=self.device).view(1, 3, 1, 1)
             for values in (self.preprocessing.mean, self.preprocessing.std)
         )
-        self.amp_dtype = _amp_dtype(folder.recipe.precision, self.device)
+        self.amp_dtype = autocast_dtype(folder.recipe.precision, self.device)
 
     def predict(self, images: Iterable[Path | str], *, top: int | None = None) -> list[Prediction]:
         """One prediction per image file, in the given order; of those that cannot be read it is the `problem`."""
@@ -134,8 +134,8 @@ class Predictor:
             return model((batch.float() - self.mean) / self.std).float()
 
 
-def load_model(folder: ModelFolder) -> tuple[nn.Module, Preprocessing]:
-    """The trained network on the CPU, whatever its head, and the preprocessing it wants. Raises `ValueError`."""
+def load_model(folder: ModelFolder) -> nn.Module:
+    """The trained network on the CPU, whatever its head. Raises `ValueError`."""
     import safetensors.torch
     import torch
     from safetensors import SafetensorError
@@ -143,17 +143,13 @@ def load_model(folder: ModelFolder) -> tuple[nn.Module, Preprocessing]:
     from trainables.model import build
 
     with torch.random.fork_rng(devices=[]):  # build seeds it
-        network = build(folder.recipe, len(folder.labels), folder.pretrained, load_pretrained=False)
+        network = build(folder.recipe, len(folder.labels), load_pretrained=False)
     try:
         network.model.load_state_dict(safetensors.torch.load_file(folder.weights))
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder.weights} does not hold the model of the recipe beside it: {reason}") from error
-    recipe = folder.recipe
-    from_source = Preprocessing(
-        presize=recipe.presize, image_size=recipe.image_size, mean=network.mean, std=network.std
-    )
-    return network.model, folder.preprocessing or from_source
+    return network.model
 
 
 class _PresizedFiles:

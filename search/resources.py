@@ -72,7 +72,7 @@ def _nodes_of_autoscaler() -> list[Node]:
         return []
     import yaml
 
-    config = yaml.safe_load(path.read_text())
+    config = yaml.safe_load(path.read_text()) or {}
     types = config.get("available_node_types", {}).values()
     nodes = [_node(kind.get("resources", {})) for kind in types for _ in range(kind.get("max_workers", 0))]
     return nodes[: config.get("max_workers", 0)]

@@ -15,7 +15,7 @@ from ray import tune
 
 from search.files import replace_folder, write_atomically
 from search.scheduler import stop_reasons
-from trainables.checkpoint import TRAINING_FILE, WEIGHTS_FILE
+from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE
 from trainables.recipe import Recipe
 
 COMPLETED, STOPPED, FAILED, RUNNING = "completed", "stopped early", "failed", "running"
@@ -41,7 +41,7 @@ class RunFolder:
     """Where things are in the folder of one run."""
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).resolve()  # Tune pickles it, and a search may go on from another folder
         self.trials = self.path / "trials.csv"
         self.epochs = self.path / "epochs.csv"
         self.space = self.path / "space.json"
@@ -50,6 +50,10 @@ class RunFolder:
         self.journal = self.path / "study.journal"
         self.rungs = self.path / "rungs.json"
         self.tune = self.path / "tune"
+
+    def __str__(self) -> str:
+        """The path as a person would type it here."""
+        return os.path.relpath(self.path) if self.path.is_relative_to(Path.cwd()) else str(self.path)
 
 
 def table_id(trial) -> str:
@@ -114,7 +118,7 @@ class ResultsTable(tune.Callback):
     def on_trial_result(self, iteration: int, trials: list, trial, result: dict[str, Any], **info: Any) -> None:
         row = self._row(trial)
         if result["failure"]:
-            row["reason"] = result["failure"]
+            fail(row, result["failure"])
             return
         row |= {
             name: result[name] for name in ("error_rate", "valid_loss", "accuracy", "epochs_total", "images_per_second")
@@ -158,7 +162,8 @@ class ResultsTable(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list, trial, **info: Any) -> None:
         row = self._row(trial)
         last_line = (trial.get_error() and str(trial.get_error()).strip().splitlines()[-1]) or "its actor was lost"
-        row |= {"status": FAILED, "reason": last_line}
+        row["status"] = FAILED
+        fail(row, last_line)
         self._write_trials()
 
     def _row(self, trial) -> Row:
@@ -184,7 +189,8 @@ class ResultsTable(tune.Callback):
         recipe = Recipe.from_dict(self.settings | trial.config)
 
         def fill(folder: Path) -> None:
-            shutil.copyfile(checkpoint / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+            for name in (WEIGHTS_FILE, PREPROCESSING_FILE):
+                shutil.copyfile(checkpoint / name, folder / name)
             metrics = row | trial.config | {"status": COMPLETED}  # a row read back has its dimensions as text
             contents = {"recipe": recipe.to_dict(), "labels": self.labels, "metrics": metrics}
             for name, content in contents.items():
@@ -222,6 +228,11 @@ class ResultsTable(tune.Callback):
     def _write_trials(self) -> None:
         rows = sorted(self.rows.values(), key=lambda row: row["number"])
         write_atomically(self.folder.trials, as_csv(self.columns, rows))
+
+
+def fail(row: Row, reason: str) -> None:
+    """A trial that failed scores nothing, however well its last epoch went."""
+    row |= dict.fromkeys(("error_rate", "valid_loss", "accuracy"), math.nan) | {"reason": reason}
 
 
 class TooManyFailures(tune.Stopper):

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import re
-import signal
+import socket
 import sys
 import time
 from dataclasses import asdict, replace
@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from search.cli import run_cli
+from search.cli import Interruptible, run_cli
 from search.space import Space, load_space, space_names
 
 METHODS = ("tpe-asha", "tpe", "random-asha", "random")
@@ -47,8 +47,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=(
         "pin a setting (epochs=5), narrow or add a dimension (epochs=3..8, arch=resnet18,resnet34); repeatable"
     ))  # fmt: skip
-    what.add_argument("--data", type=Path, metavar="DIR", help="folder of labelled images instead of the space's own")
-    what.add_argument("--weights", type=Path, metavar="DIR", help="folder with <arch>.safetensors, looked into first")
+    what.add_argument(
+        "--data", type=_absolute, metavar="DIR", help="folder of labelled images instead of the space's own"
+    )
+    what.add_argument(
+        "--weights", type=_absolute, metavar="DIR", help="folder with <arch>.safetensors, looked into first"
+    )
     what.add_argument("--describe", action="store_true", help="print the space and all settings, and stop")
     how = parser.add_argument_group("how")
     how.add_argument("--trials", type=_positive, metavar="N", help="how many recipes to try (default: the space's)")
@@ -90,7 +94,7 @@ def main() -> int:
     name = args.name or f"{args.space}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = RunFolder(args.results / name)
     if folder.path.exists():
-        raise ValueError(f"{folder.path} exists. Add --resume to go on with it, or give another --name.")
+        raise ValueError(f"{folder} exists. Add --resume to go on with it, or give another --name.")
     return search(args, folder)
 
 
@@ -117,7 +121,7 @@ def search(args: argparse.Namespace, folder) -> int:
         space=space,
         folder=folder,
         data=str(images.root),
-        weights=str(args.weights.resolve()) if args.weights else None,
+        weights=str(args.weights) if args.weights else None,
         labels=list(images.classes),
         group_size=size,
         num_trials=args.trials or space.num_trials,
@@ -222,6 +226,7 @@ def start_ray(args: argparse.Namespace):
     for name in ("ray", "ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     say("starting Ray on this machine" if args.address is None else f"connecting to Ray at {args.address}")
+    check_address(args.address)
     environment = {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
     context = ray.init(
         address=args.address or "local",
@@ -234,6 +239,20 @@ def start_ray(args: argparse.Namespace):
     return cluster_nodes()
 
 
+def check_address(address: str | None) -> None:
+    """Raises `ValueError` where nobody listens at host:port; Ray itself would go on trying for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if not colon or not port.isdigit() or "/" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ValueError(
+            f"--address {address}: no Ray cluster answers there ({error}). Give the address that `ray start` printed on "
+            "the head node, or auto on the head node itself, or leave it out to start Ray on this machine."
+        ) from error
+
+
 def announce(options) -> None:
     size, folder = options.group_size, options.folder
     what = f"{options.num_trials} trials" + (
@@ -244,8 +263,8 @@ def announce(options) -> None:
         f"search: {what}, {options.max_concurrent} at once, each on {size.num_workers} workers of "
         f"{size.cpus_per_worker:g} CPUs{gpus}; the first one waits for its workers to start"
     )
-    say(f"results: {folder.path}/")
-    say(f"curves: tensorboard --logdir {folder.tune} (pip install tensorboard)")
+    say(f"results: {folder}/")
+    say(f"curves: tensorboard --logdir {folder}/tune (pip install tensorboard)")
 
 
 def conclude(options, seconds: float, *, interrupted: bool) -> int:
@@ -272,8 +291,8 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     first = next((row for row in rows if row["number"] == 0 and row["status"] == COMPLETED), None)
     beside = f" (trial 0, the space's own recipe: {100 * first['error_rate']:.1f} %)" if first else ""
     say(f"best: trial {best[0]['number']} with {100 * best[0]['error_rate']:.1f} % validation error{beside}")
-    say(f"table: {options.folder.trials}    best checkpoint: {options.folder.best}/")
-    say(f"next: python -m search.export {options.folder.path} --out exported")
+    say(f"table: {options.folder}/trials.csv    best checkpoint: {options.folder}/best/")
+    say(f"next: python -m search.export {options.folder} --out exported")
     return 0
 
 
@@ -304,7 +323,7 @@ def saved_arguments(folder, args: argparse.Namespace) -> argparse.Namespace:
     """The arguments that a run was started with; where it goes on is this command's."""
     if not folder.command.is_file():
         raise ValueError(
-            f"{folder.path} holds no run to resume (no command.json in it). Runs are listed by: ls {args.results}"
+            f"{folder} holds no run to resume (no command.json in it). Runs are listed by: ls {args.results}"
         )
     saved = json.loads(folder.command.read_text())["arguments"]
     for name in ("data", "weights", "results"):
@@ -312,44 +331,6 @@ def saved_arguments(folder, args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(
         **saved | {"resume": True, "address": args.address, "name": args.name, "results": args.results}
     )
-
-
-class Interruptible:
-    """Within it, the first Ctrl-C (or SIGTERM) asks Tune to save its state and return; a second one ends at once.
-
-    Tune then waits for the epochs under way. They are not wanted any more, so the wait is cut short.
-    """
-
-    PATIENCE = 6.0  # seconds, of which saving takes a fraction of one
-
-    def __init__(self) -> None:
-        self.interrupted = False
-
-    def __enter__(self) -> "Interruptible":
-        # Tune ends in good order on SIGUSR1, too, and leaves SIGINT to us by TUNE_DISABLE_SIGINT_HANDLER. Until it
-        # listens, a signal is a plain interrupt.
-        handlers = dict.fromkeys((signal.SIGUSR1, signal.SIGALRM), _interrupt)
-        handlers |= dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._pass_on)
-        self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        return self
-
-    def __exit__(self, error_type: type | None, *error: object) -> bool:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        return error_type is KeyboardInterrupt and self.interrupted
-
-    def _pass_on(self, number: int, frame: object) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        say("ending the search: saving its state (again to end at once)")
-        signal.setitimer(signal.ITIMER_REAL, self.PATIENCE)
-        os.kill(os.getpid(), signal.SIGUSR1)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def description(space: Space) -> str:
@@ -373,6 +354,11 @@ def description(space: Space) -> str:
 
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+def _absolute(text: str) -> Path:
+    """Workers, and a search that is resumed, may be in another folder."""
+    return Path(text).expanduser().absolute()
 
 
 def _positive(text: str) -> int:

@@ -50,7 +50,7 @@ class Space:
 
     name: str
     doc: str
-    dataset: str  # a name in trainables.data.DATASETS
+    dataset: str  # a name in trainables.datasets.DATASETS
     settings: dict[str, Any]
     dimensions: dict[str, Dimension]
     first: tuple[dict[str, Any], ...] = ()  # recipes tried after trial 0, as changes to `settings`

@@ -1,5 +1,6 @@
 """One space and the options of a run -> `ray.tune.Tuner`."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
     table = ResultsTable(
         options.folder, settings=settings, dimensions=list(options.space.dimensions), labels=options.labels
     )
+    import_tensorboardx()
     leaderboard = Leaderboard(table, num_trials=options.num_trials, time_budget=options.time_budget)
     return tune.Tuner(
         trainable(options, settings),
@@ -58,7 +60,7 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
         ),
         run_config=tune.RunConfig(
             name=options.folder.tune.name,
-            storage_path=str(options.folder.path.resolve()),
+            storage_path=str(options.folder.path),
             callbacks=[table, leaderboard, tune.logger.TBXLoggerCallback()],
             stop=TooManyFailures(table, MOST_FAILURES),
             failure_config=tune.FailureConfig(max_failures=ACTOR_RETRIES),
@@ -70,10 +72,11 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
 
 def restored_tuner(options: RunOptions) -> tune.Tuner:
     """The search in `options.folder` where it was left: ended trials stay, the others go on from their last epoch."""
-    if not tune.Tuner.can_restore(str(options.folder.tune.resolve())):
+    if not tune.Tuner.can_restore(str(options.folder.tune)):
         return new_tuner(options)  # it ended before Tune saved anything
+    import_tensorboardx()
     return tune.Tuner.restore(
-        str(options.folder.tune.resolve()),
+        str(options.folder.tune),
         trainable=trainable(options, full_settings(options.space)),
         resume_unfinished=True,
         resume_errored=False,
@@ -91,6 +94,17 @@ def trainable(options: RunOptions, settings: dict[str, Any]):
     )
     on_head = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
     return tune.with_resources(tune.with_parameters(FineTuneTrial, options=shared), on_head)
+
+
+def import_tensorboardx() -> None:
+    """Before Tune does: tensorboardX imports torch, 190 MB, to know its tensors when it sees them. None come here."""
+    if "torch" in sys.modules:
+        return
+    sys.modules["torch"] = None  # an `import torch` fails
+    try:
+        import tensorboardX  # noqa: F401
+    finally:
+        del sys.modules["torch"]
 
 
 def full_settings(space: Space) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def test_a_diverged_training_names_the_epoch_and_the_rate(colour_images):
     training.run_epoch()
     for group in training.optimizer.param_groups:
         group["lr_max"] = 1e30
-    with pytest.raises(Diverged, match=r"training loss is (nan|inf) at epoch 2, step [123] of 3 .*rate \d.*e\+\d\d\)"):
+    with pytest.raises(Diverged, match=r"training loss is (nan|inf) at epoch 2, step [123] of 3 .*rate .* \d\.\de\+29"):
         training.run_epoch()
 
 
@@ -209,7 +209,7 @@ def test_a_training_continues_exactly_in_a_new_process_from_any_epoch(colour_ima
         states.append(straight.state())
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         found = [pool.submit(continued, str(colour_images.path), state) for state in states[:-1]]
-        assert [future.result(timeout=120) for future in found] == expected
+        assert [future.result(timeout=300) for future in found] == expected
     assert len({train_loss for train_loss, *_ in expected}) == 4
 
 
@@ -232,11 +232,11 @@ def test_a_state_holds_the_trained_weights_and_the_optimizer(colour_images):
 
 SHARED = {
     "linear head": {"epochs": 2},
-    "mlp head": {"head": "mlp", "epochs": 2},
+    "mlp head": {"head": "mlp"},
     "odd batch": {"batch_size": 7, "head": "mlp"},
     "mixup": {"epochs": 2, "batch_size": 9} | HARD,
     "fused norms": {"arch": "test_efficientnet", "mixup_alpha": 0.2},
-    "frozen norms": {"freeze_bn": True, "freeze_epochs": 0, "epochs": 2},
+    "frozen norms": {"freeze_bn": True, "freeze_epochs": 0},
     "layer norms": {"arch": "test_vit", "batch_size": 5},
 }
 
@@ -292,7 +292,7 @@ def work(rank: int, rendezvous: str, cache: str, state: dict[str, bytes]) -> dic
     """One of two workers: every recipe of SHARED, a state made by one worker, and the batch norm alone."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=180)
     )
     images = PresizedImages(cache)
     found = {name: run_recipe(images, settings) for name, settings in SHARED.items()}
@@ -319,7 +319,7 @@ def two_workers(colour_images, state_after_two_epochs, tmp_path_factory) -> list
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         arguments = rendezvous, str(colour_images.path), state_after_two_epochs[0]
         futures = [pool.submit(work, rank, *arguments) for rank in range(2)]
-        return [future.result(timeout=200) for future in futures]
+        return [future.result(timeout=300) for future in futures]
 
 
 @pytest.fixture(scope="module")

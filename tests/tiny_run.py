@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trainables.checkpoint import WEIGHTS_FILE, weights_only, write
+from trainables.checkpoint import WEIGHTS_FILE, model_only, write
 from trainables.data import find_images
 from trainables.finetune import FineTune
 from trainables.presize import presize
@@ -49,7 +49,7 @@ def make_run(folder: Path, data: Path, *, weights: Path | None = None, **setting
     for _ in range(recipe.total_epochs):
         metrics = training.run_epoch()
     training.close()
-    write(folder / "best", weights_only(training.state()))
+    write(folder / "best", model_only(training.state()))
     assert (folder / "best" / WEIGHTS_FILE).is_file()
     command = {"data": str(data), "weights": str(weights) if weights else None, "split_seed": 3}
     command["group_size"] = {"num_workers": 1, "gpus_per_worker": 0}

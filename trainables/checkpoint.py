@@ -1,12 +1,28 @@
-"""The files of a checkpoint: the weights, and what only going on with the training needs."""
+"""The files of a checkpoint: the weights, the preprocessing they want, and what going on with the training needs."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 WEIGHTS_FILE = "model.safetensors"
+PREPROCESSING_FILE = "preprocessing.json"
 TRAINING_FILE = "training.pt"
 
 Files = dict[str, bytes]
 """File name -> content."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """From an image to the input of the network, as validation does it in training."""
+
+    presize: int
+    """px; the shorter side is brought to this first, by averaging areas."""
+    image_size: int
+    """px; side of the square that the centre square is then brought to, bilinear."""
+    mean: tuple[float, float, float]
+    """Per RGB channel, of values in 0..1; taken off first."""
+    std: tuple[float, float, float]
+    """Per RGB channel; then divided by."""
 
 
 def write(folder: Path, files: Files) -> None:
@@ -16,9 +32,10 @@ def write(folder: Path, files: Files) -> None:
 
 
 def read(folder: Path) -> Files:
-    return {name: (folder / name).read_bytes() for name in (WEIGHTS_FILE, TRAINING_FILE) if (folder / name).is_file()}
+    paths = [folder / name for name in (WEIGHTS_FILE, PREPROCESSING_FILE, TRAINING_FILE)]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
-def weights_only(files: Files) -> Files:
+def model_only(files: Files) -> Files:
     """What is worth keeping of a finished training."""
-    return {WEIGHTS_FILE: files[WEIGHTS_FILE]}
+    return {name: content for name, content in files.items() if name != TRAINING_FILE}

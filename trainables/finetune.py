@@ -10,9 +10,10 @@ the state of any epoch's end and does not depend on the number of workers.
 import argparse
 import gc
 import io
+import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from trainables import augment, model, optim
-from trainables.checkpoint import TRAINING_FILE, WEIGHTS_FILE, Files
+from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE, Files, Preprocessing
 from trainables.data import find_images
 from trainables.distributed import World, init_from_environment, share_batch_norm
 from trainables.loader import BatchLoader
@@ -81,10 +82,15 @@ class FineTune:
         self.network.model.to(self.device, memory_format=torch.channels_last)
         self.mean = 255 * torch.tensor(self.network.mean, device=self.device).view(1, 3, 1, 1)
         self.std = 255 * torch.tensor(self.network.std, device=self.device).view(1, 3, 1, 1)
-        self.amp_dtype = _amp_dtype(recipe.precision, self.device)
+        self.amp_dtype = autocast_dtype(recipe.precision, self.device)
         self.loader = BatchLoader(images, num_threads=num_threads)
         self.epochs_done = 0
         self._enter_stage()
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        sizes = {"presize": self.recipe.presize, "image_size": self.recipe.image_size}
+        return Preprocessing(**sizes, mean=self.network.mean, std=self.network.std)
 
     @property
     def frozen(self) -> bool:
@@ -150,7 +156,11 @@ class FineTune:
         training = io.BytesIO()
         torch.save({"epochs_done": self.epochs_done, "optimizer": self.optimizer.state_dict()}, training)
         weights = {name: value.contiguous() for name, value in self.network.model.state_dict().items()}
-        return {WEIGHTS_FILE: safetensors.torch.save(weights), TRAINING_FILE: training.getvalue()}
+        return {
+            WEIGHTS_FILE: safetensors.torch.save(weights),
+            PREPROCESSING_FILE: json.dumps(asdict(self.preprocessing), indent=2).encode(),
+            TRAINING_FILE: training.getvalue(),
+        }
 
     def load_state(self, state: Files) -> None:
         """Go on from `state`, which any number of workers may have made."""
@@ -252,7 +262,7 @@ class FineTune:
         return float(losses.mean())
 
 
-def _amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if precision == "bf16" or (precision == "auto" and has_bf16) else None
 

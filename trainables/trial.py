@@ -71,7 +71,7 @@ class FineTuneTrial(tune.Trainable):
             return _failed(outcome.failure)
         self.epochs_done = outcome.metrics["epoch"]
         finished = self.epochs_done == total
-        self.files = checkpoint.weights_only(outcome.state) if finished else outcome.state
+        self.files = checkpoint.model_only(outcome.state) if finished else outcome.state
         if self.epochs_done == 1:
             self.overhead_seconds = outcome.metrics["overhead_seconds"]
         overhead = {"overhead_seconds": self.overhead_seconds}

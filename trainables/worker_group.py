@@ -249,6 +249,8 @@ class _Slot:
             self._drop()
             return Outcome(failure=f"diverged: {error}"), True
         except Exception as error:  # anything else fails the trial and is shown; the search goes on
+            if _is_of_lost_worker(error):
+                raise  # not the trial's fault: Ray Train restarts the group, and the command is repeated
             logger.exception("trial %s failed", command.trial.trial_id)
             self._drop()
             return Outcome(failure=f"{type(error).__name__}: {error}"), False
@@ -282,6 +284,13 @@ class _Slot:
         if self.training is not None:
             self.training.close()
         self.training = None
+
+
+def _is_of_lost_worker(error: Exception) -> bool:
+    """Whether a collective failed, as it does where another worker of the group is gone."""
+    import torch.distributed
+
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)  # gloo raises plain RuntimeErrors
 
 
 @lru_cache(maxsize=4)

@@ -8,7 +8,7 @@ SPACE = Space(
     dataset="quickstart",
     settings={
         "arch": "tf_efficientnet_lite0",
-        "epochs": 1,
+        "epochs": 2,
         "freeze_epochs": 1,
         "batch_size": 32,
         "lr_max_frozen": 2e-3,

@@ -1,0 +1,396 @@
+"""The results table: whole at every moment, one row a trial, one row an epoch, and the best trial's weights."""
+
+import csv
+import json
+import math
+import threading
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from search.files import replace_folder, write_atomically
+from search.results import (
+    COMPLETED,
+    EPOCH_COLUMNS,
+    FAILED,
+    RUNNING,
+    STOPPED,
+    ResultsTable,
+    RunFolder,
+    TooManyFailures,
+    leaders,
+    read_rows,
+    read_trials,
+    table_id,
+)
+from trainables.checkpoint import TRAINING_FILE, WEIGHTS_FILE
+from trainables.recipe import Recipe
+
+SETTINGS = Recipe(epochs=2, freeze_epochs=1, arch="resnet18").to_dict()
+DIMENSIONS = ["arch", "lr_max"]
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    (tmp_path / "run").mkdir()
+    return RunFolder(tmp_path / "run")
+
+
+@pytest.fixture
+def table(folder) -> ResultsTable:
+    return made(folder)
+
+
+def made(folder) -> ResultsTable:
+    table = ResultsTable(folder, settings=SETTINGS, dimensions=DIMENSIONS, labels=["cat", "dog"])
+    table.setup()
+    return table
+
+
+class FakeTrial(SimpleNamespace):
+    """What the table knows of Tune's trials."""
+
+    TERMINATED = "TERMINATED"
+
+    def __init__(self, trial_id: str, **config) -> None:
+        config = {"arch": "resnet18", "lr_max": 1e-3} | config
+        super().__init__(trial_id=trial_id, config=config, checkpoint=None, status="RUNNING", error=None)
+
+    def get_error(self):
+        return self.error
+
+
+def result(epoch: int, error_rate: float, *, valid_loss: float = 0.5, overhead: float = 0.25) -> dict:
+    metrics = {"error_rate": error_rate, "valid_loss": valid_loss, "accuracy": 1 - error_rate, "train_loss": 0.7}
+    metrics |= {"stage": "frozen" if epoch == 1 else "unfrozen", "progress": 50 * (epoch - 1)}
+    times = {"train_seconds": 2.0, "valid_seconds": 0.5, "images_per_second": 100.0, "overhead_seconds": overhead}
+    return {"epoch": epoch, "epochs_total": 3, "failure": "", **metrics, **times}
+
+
+def run_epochs(table, trial, *error_rates: float, first: int = 1, **more) -> None:
+    for epoch, error_rate in enumerate(error_rates, first):
+        table.on_trial_result(0, [], trial, result(epoch, error_rate, **more))
+
+
+def save(table, trial, weights: bytes) -> None:
+    """As Tune does after each epoch."""
+    path = table.folder.path / "checkpoints" / trial.trial_id
+    path.mkdir(parents=True, exist_ok=True)
+    (path / WEIGHTS_FILE).write_bytes(weights)
+    (path / TRAINING_FILE).write_bytes(b"moments")
+    trial.checkpoint = SimpleNamespace(path=str(path))
+    table.on_checkpoint(0, [], trial, trial.checkpoint)
+
+
+def complete(table, trial_id: str, error_rate: float, *, valid_loss: float = 0.5, **config) -> FakeTrial:
+    trial = FakeTrial(trial_id, **config)
+    table.on_trial_start(0, [], trial)
+    run_epochs(table, trial, 0.9, 0.8, error_rate, valid_loss=valid_loss)
+    save(table, trial, trial_id.encode())
+    table.on_trial_complete(0, [], trial)
+    return trial
+
+
+def fail(table, trial_id: str, reason: str = "diverged") -> FakeTrial:
+    trial = FakeTrial(trial_id)
+    table.on_trial_start(0, [], trial)
+    table.on_trial_result(0, [], trial, {"failure": reason, "error_rate": math.nan, "done": True})
+    table.on_trial_complete(0, [], trial)
+    return trial
+
+
+def best(folder) -> tuple[bytes, dict, dict, list]:
+    contents = (json.loads((folder.best / f"{name}.json").read_text()) for name in ("recipe", "metrics", "labels"))
+    return ((folder.best / WEIGHTS_FILE).read_bytes(), *contents)
+
+
+def test_the_tables_are_there_and_whole_from_the_first_moment(table, folder):
+    assert read_trials(folder.trials) == read_rows(folder.epochs) == []
+    assert folder.trials.read_text().startswith("number,trial_id,status,error_rate,valid_loss,accuracy,epochs_done,")
+    assert folder.epochs.read_text().splitlines() == [",".join(EPOCH_COLUMNS)]
+
+
+def test_a_trials_row_is_right_after_every_event(table, folder):
+    trial = FakeTrial("abc", lr_max=0.002)
+    table.on_trial_start(0, [], trial)
+    [row] = read_trials(folder.trials)
+    assert (row["number"], row["trial_id"], row["status"]) == (0, "tabc", RUNNING)
+    assert (row["epochs_done"], row["epochs_total"], row["seconds"], row["lr_max"]) == (0, 3, 0, "0.002")
+    assert math.isnan(row["error_rate"])
+
+    run_epochs(table, trial, 0.9, 0.4)
+    [row] = read_trials(folder.trials)
+    assert (row["status"], row["epochs_done"], row["error_rate"], row["accuracy"]) == (RUNNING, 2, 0.4, 0.6)
+    assert (row["seconds"], row["overhead_seconds"], row["images_per_second"]) == (5, 0.25, 100)
+
+    run_epochs(table, trial, 0.3, first=3)
+    table.on_trial_complete(0, [], trial)
+    [row] = read_trials(folder.trials)
+    assert (row["status"], row["epochs_done"], row["error_rate"], row["reason"]) == (COMPLETED, 3, 0.3, "")
+    assert [(epoch["epoch"], epoch["error_rate"]) for epoch in read_rows(folder.epochs)] == [
+        ("1", "0.9"), ("2", "0.4"), ("3", "0.3")
+    ]  # fmt: skip
+
+
+def test_a_stopped_trial_keeps_its_last_epoch_and_the_schedulers_reason(table, folder):
+    trial = FakeTrial("abc")
+    run_epochs(table, trial, 0.9, 0.8)
+    folder.rungs.write_text(json.dumps({"recorded": {}, "reasons": {"abc": "error_rate 0.8 above the cut-off"}}))
+    table.on_trial_complete(0, [], trial)
+    [row] = read_trials(folder.trials)
+    assert (row["status"], row["error_rate"], row["epochs_done"]) == (STOPPED, 0.8, 2)
+    assert row["reason"] == "error_rate 0.8 above the cut-off"
+
+
+def test_a_trial_that_the_searchs_end_terminated_does_not_stay_running(table, folder):
+    """A time budget ends Tune's trials without a word to callbacks."""
+    running, terminated = FakeTrial("a"), FakeTrial("b")
+    for trial in (running, terminated):
+        table.on_trial_start(0, [], trial)
+        run_epochs(table, trial, 0.9)
+    terminated.status = "TERMINATED"
+    table.on_step_end(0, [running, terminated, FakeTrial("never started")])
+    rows = read_trials(folder.trials)
+    assert [row["status"] for row in rows] == [RUNNING, STOPPED]
+    assert rows[1]["reason"] == "the search ended"
+
+
+def test_a_failed_trial_has_its_reason_and_no_error_rate(table, folder):
+    fail(table, "abc", "diverged: training loss is nan")
+    [row] = read_trials(folder.trials)
+    assert (row["status"], row["reason"]) == (FAILED, "diverged: training loss is nan")
+    assert math.isnan(row["error_rate"])
+
+
+def test_a_trial_that_fails_after_a_good_epoch_scores_nothing(table, folder):
+    trial = FakeTrial("abc")
+    run_epochs(table, trial, 0.0)
+    table.on_trial_result(0, [], trial, {"failure": "diverged", "error_rate": math.nan, "done": True})
+    table.on_trial_complete(0, [], trial)
+    [row] = read_trials(folder.trials)
+    assert (row["status"], row["epochs_done"]) == (FAILED, 1)
+    assert all(math.isnan(row[name]) for name in ("error_rate", "valid_loss", "accuracy"))
+
+
+def test_a_trial_whose_actor_breaks_has_failed_with_the_last_line_of_its_error(table, folder):
+    trial = FakeTrial("abc")
+    trial.error = "Traceback ...\n  File x\nOSError: disk full\n"
+    table.on_trial_start(0, [], trial)
+    table.on_trial_error(0, [], trial)
+    lost = FakeTrial("def")
+    table.on_trial_error(0, [], lost)
+    assert [(row["status"], row["reason"]) for row in read_trials(folder.trials)] == [
+        (FAILED, "OSError: disk full"),
+        (FAILED, "its actor was lost"),
+    ]
+
+
+@pytest.mark.parametrize("reason", ['a, b, "c"', "two\nlines", "two\r\nlines", "ä ° 一", "'=1+1", " spaces "])
+def test_any_reason_comes_back_as_it_was(table, folder, reason):
+    fail(table, "abc", reason)
+    complete(table, "def", 0.1)
+    assert [row["reason"] for row in read_trials(folder.trials)] == [reason, ""]
+    made(folder)  # reads and writes it again
+    assert [row["reason"] for row in read_trials(folder.trials)] == [reason, ""]
+
+
+def test_pandas_reads_the_tables_with_ids_as_text(table, folder):
+    for trial_id in ("00876659", "976e1612"):
+        complete(table, trial_id, 0.1)
+    for path in (folder.trials, folder.epochs):
+        ids = pd.read_csv(path)["trial_id"].unique().tolist()
+        assert ids == ["t00876659", "t976e1612"]
+    frame = pd.read_csv(folder.trials)
+    assert frame["error_rate"].dtype == float
+    assert frame.set_index("trial_id").loc["t976e1612", "epochs_done"] == 3
+
+
+def test_a_reader_never_sees_half_a_table(table, folder):
+    """Somebody may open trials.csv at any moment, and a kill may come at any moment."""
+    ended = threading.Event()
+    seen: list[tuple[bool, int]] = []
+
+    def read() -> None:
+        while not ended.is_set():
+            text = folder.trials.read_text()
+            seen.append((text.endswith("\n"), len(list(csv.DictReader(text.splitlines())))))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for i in range(60):
+        complete(table, f"{i:04}", 0.5)
+    ended.set()
+    reader.join()
+    assert all(whole for whole, _ in seen)
+    assert seen == sorted(seen), "rows were missing for a moment"
+    assert len(seen) > 10
+
+
+def test_a_write_that_breaks_leaves_the_old_file(tmp_path):
+    path = tmp_path / "table.csv"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new \ud800")
+    assert path.read_text() == "old"
+
+
+def test_a_torn_last_line_is_gone_when_the_search_goes_on(table, folder):
+    complete(table, "abc", 0.1)
+    whole = folder.epochs.read_text()
+    folder.epochs.write_text(whole[: whole.rstrip("\n").rfind(",") - 5])
+    later = made(folder)
+    assert [row["epoch"] for row in read_rows(folder.epochs)] == ["1", "2"]
+    run_epochs(later, FakeTrial("abc"), 0.1, first=3)
+    assert [row["epoch"] for row in read_rows(folder.epochs)] == ["1", "2", "3"]
+
+
+def test_an_epoch_that_is_trained_again_has_one_row_the_last(table, folder):
+    trial = FakeTrial("abc")
+    run_epochs(table, trial, 0.9, 0.8)
+    run_epochs(table, FakeTrial("other"), 0.7)
+    run_epochs(table, trial, 0.85, 0.1, first=2)
+    rows = [(row["trial_id"], row["epoch"], row["error_rate"]) for row in read_rows(folder.epochs)]
+    assert sorted(rows) == [("tabc", "1", "0.9"), ("tabc", "2", "0.85"), ("tabc", "3", "0.1"), ("tother", "1", "0.7")]
+    assert read_trials(folder.trials)[0]["seconds"] == 7.5  # three epochs of 2.5
+
+
+def test_rows_doubled_by_hand_or_by_a_kill_are_one_when_the_search_goes_on(table, folder):
+    run_epochs(table, FakeTrial("abc"), 0.9, 0.8)
+    lines = folder.epochs.read_text().splitlines(keepends=True)
+    folder.epochs.write_text("".join([*lines, lines[2].replace("0.8,", "0.75,")]))
+    made(folder)
+    assert [(row["epoch"], row["error_rate"]) for row in read_rows(folder.epochs)] == [("1", "0.9"), ("2", "0.75")]
+
+
+def test_a_search_that_goes_on_keeps_its_rows_and_numbers(table, folder):
+    complete(table, "a", 0.2)
+    fail(table, "b")
+    running = FakeTrial("c")
+    run_epochs(table, running, 0.9)
+    before = folder.trials.read_text()
+    later = made(folder)
+    assert folder.trials.read_text() == before
+    run_epochs(later, running, 0.5, 0.4, first=2)
+    later.on_trial_complete(0, [], running)
+    complete(later, "d", 0.3)
+    rows = read_trials(folder.trials)
+    assert [(row["number"], row["status"]) for row in rows] == [
+        (0, COMPLETED), (1, FAILED), (2, COMPLETED), (3, COMPLETED)
+    ]  # fmt: skip
+    assert rows[2]["seconds"] == 7.5
+
+
+def test_the_first_completed_trial_is_the_best_at_once(table, folder):
+    complete(table, "a", 0.2, lr_max=0.004)
+    weights, recipe, metrics, labels = best(folder)
+    assert (weights, labels) == (b"a", ["cat", "dog"])
+    assert Recipe.from_dict(recipe) == Recipe.from_dict(SETTINGS | {"lr_max": 0.004})
+    assert (metrics["trial_id"], metrics["error_rate"], metrics["status"]) == ("ta", 0.2, COMPLETED)
+
+
+def test_best_changes_for_a_better_trial_only(table, folder):
+    for trial_id, error_rate, valid_loss, expected in [
+        ("a", 0.2, 0.5, b"a"),
+        ("b", 0.3, 0.1, b"a"),
+        ("c", 0.2, 0.6, b"a"),
+        ("d", 0.2, 0.4, b"d"),
+        ("e", 0.1, 0.9, b"e"),
+        ("f", 0.1, 0.9, b"e"),
+    ]:
+        complete(table, trial_id, error_rate, valid_loss=valid_loss)
+        assert best(folder)[0] == expected
+    assert leaders(table.rows.values())[0]["trial_id"] == best(folder)[2]["trial_id"] == "te"
+
+
+def test_a_trial_that_was_stopped_or_failed_is_never_the_best(table, folder):
+    complete(table, "a", 0.5)
+    stopped = FakeTrial("b")
+    run_epochs(table, stopped, 0.1, 0.1)
+    save(table, stopped, b"b")
+    table.on_trial_complete(0, [], stopped)
+    failed = FakeTrial("c")
+    run_epochs(table, failed, 0.1, 0.1)
+    table.on_trial_result(0, [], failed, {"failure": "diverged", "error_rate": math.nan})
+    save(table, failed, b"c")
+    table.on_trial_complete(0, [], failed)
+    assert best(folder)[0] == b"a"
+
+
+def test_the_best_of_before_is_known_when_the_search_goes_on(table, folder):
+    complete(table, "a", 0.2)
+    later = made(folder)
+    complete(later, "b", 0.3)
+    assert best(folder)[0] == b"a"
+    complete(later, "c", 0.1)
+    assert best(folder)[0] == b"c"
+
+
+def test_best_keeps_numbers_as_numbers_after_a_restart(table, folder):
+    trial = FakeTrial("a", lr_max=0.004)
+    run_epochs(table, trial, 0.9)
+    later = made(folder)
+    run_epochs(later, trial, 0.8, 0.1, first=2)
+    save(later, trial, b"a")
+    assert best(folder)[2]["lr_max"] == 0.004
+
+
+def test_an_ended_trials_state_leaves_the_disk(table, folder):
+    trial = complete(table, "a", 0.2)
+    assert list((folder.path / "checkpoints" / trial.trial_id).iterdir()) == []
+    assert best(folder)[0] == b"a"
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    folder = tmp_path / "best"
+    replace_folder(folder, lambda path: (path / "one").touch())
+
+    def break_off(path) -> None:
+        (path / "half").touch()
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        replace_folder(folder, break_off)
+    assert names(folder) == ["one"]
+    replace_folder(folder, lambda path: (path / "two").touch())
+    assert names(folder) == ["two"]
+    assert names(tmp_path) == ["best"]
+
+
+def names(folder) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def test_failures_count_from_the_last_success(table):
+    assert table.failures_in_a_row() == 0
+    fail(table, "a")
+    complete(table, "b", 0.1)
+    for i in range(3):
+        fail(table, f"c{i}")
+    table.on_trial_start(0, [], FakeTrial("running"))
+    assert table.failures_in_a_row() == 3
+    complete(table, "d", 0.1)
+    assert table.failures_in_a_row() == 0
+
+
+def test_so_many_failures_in_a_row_end_the_search(table):
+    stopper = TooManyFailures(table, 3)
+    for i in range(3):
+        assert not stopper.stop_all()
+        fail(table, f"a{i}")
+        assert not stopper(f"a{i}", {})
+    assert stopper.stop_all()
+
+
+def test_failures_of_before_do_not_end_a_search_that_goes_on(table, folder):
+    """Who resumes after five failures has mended what was wrong."""
+    for i in range(5):
+        fail(table, f"a{i}")
+    later = made(folder)
+    assert later.failures_in_a_row() == 0
+    fail(later, "b")
+    assert later.failures_in_a_row() == 1
+
+
+def test_trial_ids_in_the_table_cannot_be_taken_for_numbers():
+    assert table_id(FakeTrial("00876659")) == "t00876659"

@@ -1,0 +1,198 @@
+"""The command line before any search: quick help, and one paragraph on whatever a user got wrong."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_run import draw_images
+
+ROOT = Path(__file__).parents[1]
+SEARCH = ("-m", "search.run")
+
+
+@pytest.fixture
+def command(tmp_path):
+    """A function that runs `python -m search.run` as somebody with an empty home."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "XDG_"))}
+    environment |= {"HOME": str(tmp_path / "home"), "FINETUNE_SEARCH_CACHE": str(tmp_path / "cache")}
+    (tmp_path / "home").mkdir()
+
+    def run(*arguments: object, python: tuple[str, ...] = SEARCH, timeout: float = 60) -> subprocess.CompletedProcess:
+        words = [sys.executable, *python, *map(str, arguments)]
+        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return draw_images(tmp_path_factory.mktemp("data") / "images", each=3)
+
+
+def assert_refused(ended: subprocess.CompletedProcess, *expected: str) -> str:
+    """Exit code 2 and one paragraph; returns it."""
+    assert ended.returncode == 2, ended.stderr
+    *usage, message = ended.stderr.rstrip("\n").split("\n")
+    assert all(line.startswith(("usage:", "      ")) for line in usage), ended.stderr
+    assert "error: " in message
+    assert "Traceback" not in ended.stdout + ended.stderr
+    for text in expected:
+        assert text in message
+    return message
+
+
+def test_help_answers_at_once(command):
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
+        ended = command("--help")
+        times.append(time.monotonic() - started)
+        assert ended.returncode == 0
+    assert min(times) < 1.5, times
+
+
+def test_help_shows_every_option_and_how_to_begin(command):
+    text = command("--help").stdout
+    options = "space set data weights trials time-budget method seed address workers-per-trial cpus-per-worker"
+    for option in (options + " gpus-per-worker max-concurrent results name resume describe").split():
+        assert f"--{option}" in text
+    assert "python -m search.run --space quickstart" in text
+    assert "tpe-asha" in text
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--space", "pets", "--describe"), ("--trials", "0")])
+def test_neither_help_nor_description_nor_a_mistake_loads_torch_or_ray(command, arguments):
+    code = (
+        "import atexit, sys; from search import run\n"
+        "atexit.register(lambda: print('LOADED', sorted({'torch', 'ray', 'optuna', 'pandas'} & set(sys.modules))))\n"
+        "run.run_cli(run.main)"
+    )
+    assert command(*arguments, python=("-c", code)).stdout.endswith("LOADED []\n")
+
+
+def test_a_description_names_every_dimension_and_setting(command):
+    ended = command("--space", "pets", "--set", "epochs=4..6", "--set", "image_size=160", "--describe")
+    assert ended.returncode == 0
+    searched, settings = ended.stdout.split("all settings")
+    assert "epochs             4..6" in searched
+    assert "lr_max             0.0001..0.01 (log)" in searched
+    assert "resnet34.tv_in1k" in searched
+    assert "image_size         160 " in settings
+    for name in ("arch", "smoothing", "weight_decay", "seed"):
+        assert f"\n  {name} " in settings
+
+
+def test_a_wrong_set_is_refused_with_all_of_its_problems(command):
+    ended = command("--space", "quickstart", "--set", "epochs=soon", "--set", "epoch=3", "--set", "smoothing=2")
+    assert_refused(ended, "epochs='soon' is not a whole number", "unknown setting 'epoch'", "smoothing=2")
+
+
+def test_an_unknown_space_is_refused(command):
+    assert_refused(command("--space", "cats"), "--space cats: there is no such space", "quickstart")
+
+
+def test_no_space_at_all_is_refused(command):
+    assert_refused(command(), "--space is needed", "quickstart")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--trials", "0"),
+        ("--trials", "-3"),
+        ("--trials", "many"),
+        ("--time-budget", "soon"),
+        ("--time-budget", "0m"),
+        ("--time-budget", "-5m"),
+        ("--workers-per-trial", "0"),
+        ("--max-concurrent", "1.5"),
+        ("--cpus-per-worker", "0"),
+        ("--cpus-per-worker", "nan"),
+        ("--gpus-per-worker", "-1"),
+        ("--gpus-per-worker", "0.5"),
+        ("--method", "grid"),
+        ("--seed", "x"),
+    ],
+)
+def test_an_option_with_an_impossible_value_is_refused_by_name(command, option, value):
+    assert_refused(command("--space", "quickstart", f"{option}={value}"), f"argument {option}: ", repr(value)[1:-1])
+
+
+def test_a_seed_that_no_training_can_have_is_refused(command):
+    assert_refused(command("--space", "quickstart", "--seed", "-1"), "seed=-1 is out of range")
+
+
+def test_a_missing_folder_is_refused(command, tmp_path):
+    missing = tmp_path / "nowhere"
+    assert_refused(command("--space", "quickstart", "--data", missing), f"There is no folder {missing}")
+
+
+def test_a_folder_without_images_is_refused(command, tmp_path):
+    (tmp_path / "empty" / "cats").mkdir(parents=True)
+    (tmp_path / "empty" / "cats" / "notes.txt").touch()
+    message = assert_refused(command("--space", "quickstart", "--data", tmp_path / "empty"), "There are no images in")
+    assert "class folders (<class>/*.jpg)" in message
+
+
+def test_a_class_with_one_image_is_refused_by_name(command, tmp_path, images):
+    shutil.copytree(images, tmp_path / "data")
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / "data" / "wren" / name).unlink()
+    ended = command("--space", "quickstart", "--data", tmp_path / "data")
+    assert_refused(ended, "fewer than two images in 1 class ('wren')")
+
+
+def test_a_missing_weights_folder_is_refused(command, tmp_path, images):
+    ended = command("--space", "quickstart", "--data", images, "--weights", tmp_path / "nowhere")
+    assert_refused(ended, "--weights", str(tmp_path / "nowhere"), "is not a folder")
+
+
+def test_a_name_that_is_taken_is_refused_and_left_alone(command, tmp_path, images):
+    (tmp_path / "results" / "mine").mkdir(parents=True)
+    ended = command("--space", "quickstart", "--data", images, "--results", tmp_path / "results", "--name", "mine")
+    assert_refused(ended, f"{tmp_path}/results/mine exists", "--resume", "--name")
+    assert not [*(tmp_path / "results" / "mine").iterdir()]
+
+
+def test_resuming_nothing_is_refused(command, tmp_path):
+    ended = command("--resume", "--name", "mine", "--results", tmp_path)
+    assert_refused(ended, f"{tmp_path}/mine holds no run to resume")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_resuming_without_a_name_is_refused(command):
+    assert_refused(command("--resume"), "--resume needs --name")
+
+
+def test_nothing_is_left_behind_by_a_mistake(command, tmp_path):
+    results = tmp_path / "results"
+    assert_refused(command("--space", "quickstart", "--data", tmp_path / "nowhere", "--results", results))
+    assert not results.exists()
+
+
+def test_a_machine_without_network_and_data_is_told_the_ways_on(command, tmp_path):
+    """The download goes to a proxy that refuses it, so the test needs no particular machine."""
+    started = time.monotonic()
+    code = (
+        "import os; os.environ.update(https_proxy='http://127.0.0.1:9', http_proxy='http://127.0.0.1:9', no_proxy='');"
+        "from search import run; run.run_cli(run.main)"
+    )
+    ended = command("--space", "pets", python=("-c", code))
+    assert time.monotonic() - started < 60
+    message = assert_refused(ended, "Oxford-IIIT Pet is not available")
+    assert "downloading https://www.robots.ox.ac.uk/" in message  # what was tried
+    assert f"{tmp_path}/cache/data/pets/oxford-iiit-pet/images/<breed>_<number>.jpg" in message  # where it looks
+    for way_on in ("--data DIR", "download it by hand", "--space quickstart"):
+        assert way_on in message
+
+
+def test_an_address_where_no_cluster_is_is_refused(command, images):
+    """The last check before a search, and the first that needs Ray."""
+    settings = ("pretrained=false", "arch=test_resnet", "presize=32", "image_size=32")
+    pinned = [word for setting in settings for word in ("--set", setting)]
+    ended = command("--space", "quickstart", "--data", images, *pinned, "--address", "127.0.0.1:9", timeout=120)
+    assert_refused(ended, "--address 127.0.0.1:9")

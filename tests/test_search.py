@@ -1,0 +1,302 @@
+"""Whole searches on a real Ray, with a tiny network on tiny images: their end, their interruption, their failures.
+
+Found by `pytest -m ray`. Every search starts Ray of its own, which is what takes the time here.
+"""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tiny_run import draw_images
+
+from search.space import load_space
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[1]
+PINNED = "pretrained=false presize=40 image_size=32 batch_size=4 freeze_epochs=1 bn_momentum=0.3 div=1 weight_decay=10"
+SEARCHED = "arch=test_resnet.r160_in1k,test_vit.r160_in1k epochs=1..3"
+# With so much weight decay a rate of 10 multiplies the weights by -99 in every step: it diverges, whatever the network.
+ALSO_PINNED = "lr_ratio=10 lr_max_frozen=0.002 mixup_alpha=0 smoothing=0.1 freeze_bn=false head=linear"
+SETTINGS = f"{PINNED} {ALSO_PINNED} {SEARCHED} lr_max=0.001,10".split()
+NUM_TRIALS = 6
+SEED = 1
+TIMES = ("trial_id", "seconds", "overhead_seconds", "images_per_second")
+EPOCH_TIMES = ("trial_id", "train_seconds", "valid_seconds", "images_per_second", "finished_at")
+
+
+@pytest.fixture(scope="module")
+def class_folders(tmp_path_factory) -> Path:
+    return draw_images(tmp_path_factory.mktemp("search") / "data", each=20)
+
+
+class Search:
+    """`python -m search.run` in a process of its own, its output read as it comes."""
+
+    def __init__(self, folder: Path, *arguments: object) -> None:
+        self.folder = folder
+        # The same as `python -m search.run`, and tells at its end whether torch came in.
+        code = "import sys; from search import run; code = run.main(); print('torch' in sys.modules); sys.exit(code)"
+        common = ["--results", folder.parent, "--name", folder.name]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, [*arguments, *common])],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self.ray_processes: set[int] = set()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+    def wait_for(self, pattern: str, seconds: float = 120) -> None:
+        """Until a line of the output matches."""
+        deadline = time.monotonic() + seconds
+        while not any(re.search(pattern, line) for line in self.lines):
+            assert self.process.poll() is None, f"ended before {pattern!r}:\n{self.text}"
+            assert time.monotonic() < deadline, f"no {pattern!r} in {seconds} s:\n{self.text}"
+            time.sleep(0.02)
+        self.ray_processes |= descendants(self.process.pid)
+
+    def wait(self, seconds: float = 180) -> int:
+        code = self.process.wait(seconds)
+        self.reader.join(5)
+        return code
+
+    def processes(self, title: str) -> list[int]:
+        """Of this search, by what Ray calls them."""
+        return [pid for pid in descendants(self.process.pid) if title in command_line(pid)]
+
+
+def start(folder: Path, data: Path, *arguments: object) -> Search:
+    one_at_a_time = ("--max-concurrent", 1, "--cpus-per-worker", 1, "--seed", SEED)
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    return Search(folder, "--space", "quickstart", "--data", data, *one_at_a_time, *settings, *arguments)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(class_folders, search_cache, tmp_path_factory) -> Search:
+    """A search from start to end, and which of its processes had torch in memory."""
+    search = start(tmp_path_factory.mktemp("results") / "undisturbed", class_folders, "--trials", NUM_TRIALS)
+    search.wait_for("trial 1 .*epoch 1/")
+    titles = {"trial actor": "ray::FineTuneTrial", "worker": "ray::RayTrainWorker"}
+    search.has_torch = {name: [maps_torch(pid) for pid in search.processes(title)] for name, title in titles.items()}
+    search.has_torch["driver"] = [maps_torch(search.process.pid)]
+    search.code = search.wait()
+    return search
+
+
+def test_a_search_ends_well_and_says_what_it_found(undisturbed):
+    assert undisturbed.code == 0, undisturbed.text
+    best = min(completed(undisturbed.folder), key=lambda row: (float(row["error_rate"]), float(row["valid_loss"])))
+    text = undisturbed.text
+    assert re.search(r"trial +status +epochs +error +loss +seconds +recipe", text)
+    assert f"best: trial {best['number']} with {100 * float(best['error_rate']):.1f} % validation error" in text
+    assert f"{NUM_TRIALS} trials in " in text
+    for part in (undisturbed.folder / "trials.csv", undisturbed.folder / "best", "python -m search.export"):
+        assert str(part) in text
+    assert "Traceback" not in text
+
+
+def test_the_tables_hold_every_trial_and_every_epoch(undisturbed):
+    trials, epochs = tables(undisturbed.folder)
+    assert [row["number"] for row in trials] == [str(n) for n in range(NUM_TRIALS)]
+    assert {row["status"] for row in trials} <= {"completed", "stopped early", "failed"}
+    assert len(epochs) == sum(int(row["epochs_done"]) for row in trials)
+    for row in trials:
+        mine = [epoch for epoch in epochs if epoch["trial_id"] == row["trial_id"]]
+        assert [int(epoch["epoch"]) for epoch in mine] == list(range(1, int(row["epochs_done"]) + 1))
+        if row["status"] != "failed":
+            assert (row["error_rate"], row["valid_loss"]) == (mine[-1]["error_rate"], mine[-1]["valid_loss"])
+            seconds = sum(float(epoch["train_seconds"]) + float(epoch["valid_seconds"]) for epoch in mine)
+            assert float(row["seconds"]) == pytest.approx(seconds, rel=1e-3)
+        assert (row["status"] == "completed") == (row["epochs_done"] == row["epochs_total"])
+        assert bool(row["reason"]) == (row["status"] != "completed")
+
+
+def test_trial_0_is_the_default_recipe(undisturbed):
+    default = load_space("quickstart").with_settings(SETTINGS).first_configs()[0]
+    first = tables(undisturbed.folder)[0][0]
+    assert {name: first[name] for name in default} == {name: str(value) for name, value in default.items()}
+
+
+def test_best_is_the_best_completed_trial(undisturbed):
+    rows = completed(undisturbed.folder)
+    best = min(rows, key=lambda row: (float(row["error_rate"]), float(row["valid_loss"])))
+    recipe, metrics, labels = (json.loads((undisturbed.folder / "best" / f"{name}.json").read_text())
+                               for name in ("recipe", "metrics", "labels"))  # fmt: skip
+    assert metrics["trial_id"] == best["trial_id"]
+    assert metrics["error_rate"] == pytest.approx(float(best["error_rate"]), abs=1e-5)
+    assert (recipe["arch"], recipe["epochs"], recipe["presize"]) == (best["arch"], int(best["epochs"]), 40)
+    assert labels == ["blue_tit", "robin", "wren"]
+    assert (undisturbed.folder / "best" / "model.safetensors").stat().st_size > 10_000
+
+
+def test_what_ran_is_on_record(undisturbed, class_folders):
+    command, space = (json.loads((undisturbed.folder / f"{name}.json").read_text()) for name in ("command", "space"))
+    assert command["data"] == str(class_folders)
+    assert command["arguments"]["trials"] == NUM_TRIALS
+    assert {"python", "ray", "torch", "optuna"} <= set(command["versions"])
+    assert set(space["dimensions"]) == {"arch", "epochs", "lr_max"}
+    assert space["settings"]["presize"] == 40
+
+
+def test_the_state_of_ended_trials_does_not_fill_the_disk(undisturbed):
+    assert not [*undisturbed.folder.glob("tune/*/checkpoint_*/*.safetensors")]
+    assert not [*undisturbed.folder.glob("tune/*/checkpoint_*/*.pt")]
+
+
+def test_only_workers_load_torch(undisturbed):
+    assert undisturbed.lines[-1] == "False"  # 'torch' in the driver's sys.modules at its end
+    assert undisturbed.has_torch == {"driver": [False], "trial actor": [False], "worker": [True]}
+
+
+def test_further_trials_start_at_once(undisturbed):
+    """Worker processes are kept from trial to trial; a new one needs many seconds for its imports alone."""
+    overheads = [float(row["overhead_seconds"]) for row in tables(undisturbed.folder)[0] if row["overhead_seconds"]]
+    assert len(overheads) > 2
+    assert sorted(overheads[1:])[len(overheads[1:]) // 2] < 5
+
+
+def test_a_diverging_trial_fails_alone(undisturbed):
+    trials, _ = tables(undisturbed.folder)
+    failed = [row for row in trials if row["status"] == "failed"]
+    assert failed and all(row["lr_max"] == "10" for row in failed)
+    for row in failed:
+        assert re.match(r"diverged: (training|validation) loss is (nan|inf) ", row["reason"]), row
+        assert row["error_rate"] == row["valid_loss"] == row["accuracy"] == ""
+        assert f"trial {row['number']} failed: {row['reason']}" in undisturbed.text
+    later = [row["status"] for row in trials if int(row["number"]) > int(failed[0]["number"])]
+    assert "completed" in later
+
+
+def test_a_lost_worker_ctrl_c_and_a_kill_leave_no_trace_in_the_end(undisturbed, class_folders, tmp_path):
+    """One search that all of it happens to ends with the tables of the undisturbed one."""
+    expected_trials, expected_epochs = tables(undisturbed.folder)
+
+    search = start(tmp_path / "disturbed", class_folders, "--trials", NUM_TRIALS)
+    search.wait_for(r"trial 0 .*epoch 1/")
+    [worker] = search.processes("ray::RayTrainWorker")
+    os.kill(worker, signal.SIGKILL)
+    search.wait_for(r"trial 1 .*epoch 1/")
+    search.process.send_signal(signal.SIGINT)
+    asked = time.monotonic()
+    assert search.wait() == 130, search.text
+    assert time.monotonic() - asked < 15
+    assert not alive(search.ray_processes)
+    assert "python -m search.run --resume --name disturbed" in search.text
+    assert "Traceback" not in search.text
+    ended = [row for row in tables(search.folder)[0] if row["status"] != "running"]
+    assert ended and ended[0]["status"] == "completed"
+
+    killed = Search(search.folder, "--resume")
+    killed.wait_for(r"trial 2 .*(epoch 2/|failed|completed)")
+    killed.process.kill()
+    killed.wait()
+    rows, epochs = tables(search.folder)
+    assert rows[: len(ended)] == ended
+    assert without(rows[:2], TIMES) == without(expected_trials[:2], TIMES)
+    assert len(epochs) == sum(int(row["epochs_done"]) for row in rows)
+
+    resumed = Search(search.folder, "--resume")
+    assert resumed.wait() == 0, resumed.text
+    assert resumed.lines[-1] == "False"  # no torch in a resumed driver either
+    trials, epochs = tables(search.folder)
+    assert trials[: len(ended)] == ended
+    assert without(trials, TIMES) == without(expected_trials, TIMES)
+    assert sorted(without(epochs, EPOCH_TIMES), key=str) == sorted(without(expected_epochs, EPOCH_TIMES), key=str)
+
+
+def test_two_workers_learn_what_one_learns_and_survive_the_loss_of_one(undisturbed, class_folders, tmp_path):
+    search = start(tmp_path / "two", class_folders, "--trials", 2, "--workers-per-trial", 2)
+    search.wait_for(r"trial 1 .*starts")
+    workers = search.processes("ray::RayTrainWorker")
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    assert search.wait() == 0, search.text
+    trials, epochs = tables(search.folder)
+    expected = tables(undisturbed.folder)[1][: len(epochs)]
+    assert [row["status"] for row in trials] == ["completed", "completed"]
+    for epoch, other in zip(epochs, expected, strict=True):
+        assert (epoch["number"], epoch["epoch"], epoch["stage"]) == (other["number"], other["epoch"], other["stage"])
+        for loss in ("train_loss", "valid_loss"):
+            assert float(epoch[loss]) == pytest.approx(float(other[loss]), rel=1e-3)
+
+
+def test_five_failures_in_a_row_end_the_search(class_folders, search_cache, tmp_path):
+    hopeless = ("--set", "lr_max=9,10", "--set", "arch=test_vit.r160_in1k", "--set", "epochs=2")
+    search = start(tmp_path / "hopeless", class_folders, "--trials", 30, *hopeless)
+    assert search.wait() == 1, search.text
+    rows, _ = tables(search.folder)
+    assert [row["status"] for row in rows[:5]] == ["failed"] * 5
+    assert len(rows) <= 6  # one more may have started
+    assert all(row["status"] != "running" for row in rows)
+    assert "no trial completed" in search.text
+    assert not (search.folder / "best").exists()
+
+
+def tables(folder: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    def read(name: str) -> list[dict[str, str]]:
+        with (folder / name).open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    return read("trials.csv"), read("epochs.csv")
+
+
+def completed(folder: Path) -> list[dict[str, str]]:
+    return [row for row in tables(folder)[0] if row["status"] == "completed"]
+
+
+def without(rows: list[dict[str, str]], names: tuple[str, ...]) -> list[dict[str, str]]:
+    return [{name: value for name, value in row.items() if name not in names} for row in rows]
+
+
+def descendants(pid: int) -> set[int]:
+    """Processes below `pid`, without itself."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    found, waiting = set(), [pid]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found.update(below)
+        waiting += below
+    return found
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def maps_torch(pid: int) -> bool:
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
+def alive(pids: set[int]) -> list[str]:
+    """The command lines of those that still run (a process that ended may wait for its parent as a zombie)."""
+    return [line for pid in pids if (line := command_line(pid)) and "ray" in line]

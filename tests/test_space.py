@@ -1,0 +1,182 @@
+"""Spaces and `--set`: what is searched, what is pinned, what is tried first, and what a mistake is answered."""
+
+import itertools
+
+import pytest
+
+from search.space import Choice, Range, Space, ends, load_space, space_names
+from trainables.recipe import Recipe, spec_of
+
+SPACE = Space(
+    name="small",
+    doc="for tests",
+    dataset="quickstart",
+    settings={"arch": "resnet18", "epochs": 5, "lr_max": 1e-3, "presize": 160, "image_size": 128},
+    dimensions={
+        "arch": Choice(("resnet18", "resnet34")),
+        "epochs": Range(2, 8),
+        "lr_max": Range(1e-4, 1e-2, log=True),
+    },
+    first=({"arch": "resnet34", "epochs": 8}, {"lr_max": 5e-3}),
+)
+
+
+@pytest.mark.parametrize("name", space_names())
+def test_every_corner_of_a_shipped_space_is_a_valid_recipe(name):
+    space = load_space(name)
+    for corner in itertools.product(*map(ends, space.dimensions.values())):
+        Recipe.from_dict(space.settings | dict(zip(space.dimensions, corner, strict=True)))
+
+
+@pytest.mark.parametrize("name", space_names())
+def test_the_first_recipe_of_a_shipped_space_is_its_default_and_lies_inside(name):
+    space = load_space(name)
+    defaults = Recipe.from_dict(space.settings).to_dict()
+    assert space.first_configs()[0] == {key: defaults[key] for key in space.dimensions}
+    for config in space.first_configs():
+        assert Recipe.from_dict(space.settings | config)
+        for key, value in config.items():
+            assert space.dimensions[key].clip(value) == value
+
+
+def test_the_spaces_of_the_readme_are_there():
+    assert {"quickstart", "pets", "imagenette"} <= set(space_names())
+
+
+def test_an_unknown_space_is_answered_with_those_that_there_are():
+    with pytest.raises(ValueError, match=r"--space cats: .* imagenette, pets, quickstart") as error:
+        load_space("cats")
+    assert "\n" not in str(error.value)
+
+
+def test_a_pinned_dimension_is_searched_no_more():
+    space = SPACE.with_settings(["epochs=3"])
+    assert "epochs" not in space.dimensions
+    assert space.settings["epochs"] == 3
+    assert "epochs" not in space.first_configs()[0]
+
+
+def test_a_pinned_setting_keeps_the_dimensions():
+    space = SPACE.with_settings(["batch_size=8", "pretrained=false", "smoothing=0.1"])
+    assert space.dimensions == SPACE.dimensions
+    assert [space.settings[name] for name in ("batch_size", "pretrained", "smoothing")] == [8, False, 0.1]
+
+
+def test_a_narrowed_dimension_keeps_its_scale():
+    space = SPACE.with_settings(["lr_max=3e-4..3e-3", "epochs=3..4"])
+    assert space.dimensions["lr_max"] == Range(3e-4, 3e-3, log=True)
+    assert space.dimensions["epochs"] == Range(3, 4)
+    assert isinstance(space.dimensions["epochs"].low, int)
+
+
+def test_a_setting_becomes_a_dimension_on_the_scale_that_suits_it():
+    space = SPACE.with_settings(["lr_ratio=3..300", "mixup_alpha=0..0.4", "image_size=64,96"])
+    assert space.dimensions["lr_ratio"] == Range(3, 300, log=True)
+    assert space.dimensions["mixup_alpha"] == Range(0, 0.4)
+    assert space.dimensions["image_size"] == Choice((64, 96))
+
+
+def test_choices_take_the_type_of_their_setting():
+    assert SPACE.with_settings(["epochs=3,5"]).dimensions["epochs"] == Choice((3, 5))
+    assert SPACE.with_settings(["flip=true,no"]).dimensions["flip"] == Choice((True, False))
+    assert SPACE.with_settings(["arch=resnet50.tv_in1k,vit"]).dimensions["arch"] == Choice(("resnet50.tv_in1k", "vit"))
+
+
+def test_the_same_value_twice_is_one_value():
+    assert SPACE.with_settings(["epochs=3,5,3"]).dimensions["epochs"] == Choice((3, 5))
+    assert SPACE.with_settings(["epochs=3,3"]).settings["epochs"] == 3
+
+
+def test_the_last_word_on_a_setting_counts():
+    space = SPACE.with_settings(["epochs=3", "epochs=4..6"])
+    assert space.dimensions["epochs"] == Range(4, 6)
+    assert "epochs" not in SPACE.with_settings(["epochs=4..6", "epochs=3"]).dimensions
+
+
+def test_the_space_itself_stays_as_it_is():
+    before = repr(SPACE)
+    SPACE.with_settings(["epochs=3", "lr_max=1e-3..2e-3"])
+    assert repr(SPACE) == before
+
+
+def test_settings_that_depend_on_each_other_may_come_in_any_order():
+    """128 px images do not fit 64 px ones, but by the time all is said they need not."""
+    for texts in (["presize=64", "image_size=48"], ["image_size=48", "presize=64"]):
+        assert SPACE.with_settings(texts).settings["presize"] == 64
+    assert SPACE.with_settings(["presize=64", "image_size=32,48"]).first_configs()[0]["image_size"] == 32
+    assert SPACE.with_settings(["epochs=0", "freeze_epochs=2"]).settings["epochs"] == 0
+
+
+@pytest.mark.parametrize(
+    ("texts", "problem"),
+    [
+        (["image_size=96,256"], "image_size=256 is larger than presize=160"),
+        (["presize=100"], "image_size=128 is larger than presize=100"),
+        (["epochs=0..3", "freeze_epochs=0..1"], "epochs and freeze_epochs are both 0"),
+    ],
+)
+def test_values_that_cannot_meet_in_one_recipe_are_refused_before_the_search(texts, problem):
+    with pytest.raises(ValueError, match=problem):
+        SPACE.with_settings(texts)
+
+
+def test_what_is_tried_first_moves_into_narrowed_dimensions():
+    space = SPACE.with_settings(["epochs=6..7", "lr_max=2e-3..4e-3", "arch=resnet50,resnet34"])
+    assert space.first_configs() == [
+        {"arch": "resnet50", "epochs": 6, "lr_max": 2e-3},
+        {"arch": "resnet34", "epochs": 7, "lr_max": 2e-3},
+        {"arch": "resnet50", "epochs": 6, "lr_max": 4e-3},
+    ]
+
+
+def test_nothing_is_tried_first_twice():
+    assert SPACE.with_settings(["arch=resnet34", "epochs=8", "lr_max=1e-3..2e-3"]).first_configs() == [
+        {"lr_max": 1e-3},
+        {"lr_max": 2e-3},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("epochs", "--set epochs: expected NAME=VALUE, NAME=LOW..HIGH or NAME=A,B"),
+        ("epochs=", "--set epochs=: expected NAME=VALUE"),
+        ("arch=resnet18,", "--set arch=resnet18,: expected NAME=VALUE"),
+        ("epoch=3", "unknown setting 'epoch', expected one of: arch, pretrained"),
+        ("epochs=many", "epochs='many' is not a whole number"),
+        ("epochs=2.5", "epochs=2.5 is not a whole number"),
+        ("epochs=3..x", "epochs='x' is not a whole number"),
+        ("epochs=5..3", "--set epochs=5..3: the first number must be the smaller one"),
+        ("epochs=3..3", "the first number must be the smaller one"),
+        ("lr_max=nan", "lr_max=nan is out of range, expected 1e-07 to 10"),
+        ("lr_max=1e-3..1e6", "lr_max=1000000.0 is out of range"),
+        ("flip=perhaps", "flip='perhaps' is not true or false"),
+        ("head=conv", "head='conv' is not one of linear, mlp"),
+        ("seed=-1", "seed=-1 is out of range"),
+    ],
+)
+def test_a_bad_set_is_answered_with_what_was_expected(text, problem):
+    with pytest.raises(ValueError) as error:
+        SPACE.with_settings([text])
+    assert problem in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_all_bad_sets_are_answered_together():
+    with pytest.raises(ValueError) as error:
+        SPACE.with_settings(["epochs=many", "batch_size=16", "head=conv", "lr_max=99"])
+    for problem in ("epochs='many'", "head='conv'", "lr_max=99"):
+        assert problem in str(error.value)
+    assert "batch_size" not in str(error.value)
+
+
+def test_a_space_with_impossible_values_cannot_be_made():
+    with pytest.raises(ValueError, match=r"smoothing=2"):
+        Space(name="x", doc="", dataset="pets", settings={}, dimensions={"smoothing": Range(0, 2)})
+    with pytest.raises(ValueError, match="unknown setting"):
+        Space(name="x", doc="", dataset="pets", settings={"learning_rate": 1}, dimensions={})
+
+
+def test_every_setting_explains_itself():
+    for name in Recipe().to_dict():
+        assert spec_of(name).metadata["doc"]
