@@ -248,8 +248,8 @@ def check_address(address: str | None) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
         raise ValueError(
-            f"--address {address}: no Ray cluster answers there ({error}). Give the address that `ray start` printed on "
-            "the head node, or auto on the head node itself, or leave it out to start Ray on this machine."
+            f"--address {address}: no Ray cluster answers there ({error}). Give the address that `ray start` "
+            "printed on the head node, or auto on the head node itself, or leave it out to start Ray on this machine."
         ) from error
 
 

@@ -60,7 +60,7 @@ def test_timm_loads_the_model_that_was_trained_and_the_error_is_the_tables(tmp_p
 
     inputs = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected = load_model(open_run(trained))[0].eval()(inputs)
+        expected = load_model(open_run(trained)).eval()(inputs)
     np.save(tmp_path / "inputs.npy", inputs.numpy())
     code = (
         "import sys, timm, torch, numpy as np\n"

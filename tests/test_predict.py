@@ -254,6 +254,7 @@ def copy_of_run(run: Path, to: Path) -> Path:
         ("best/recipe.json", b"{", r"recipe.json cannot be read"),
         ("best/recipe.json", b"[]", r"recipe.json is damaged: it holds a list, expected a dict"),
         ("best/recipe.json", b'{"depth": 3}', r"recipe.json: .*depth"),
+        ("best/preprocessing.json", b'{"presize": 40}', r"preprocessing.json is damaged"),
     ],
 )
 def test_a_damaged_model_is_refused_with_the_file_at_fault(tmp_path, run, file, content, message):
@@ -267,9 +268,6 @@ def test_a_damaged_model_is_refused_with_the_file_at_fault(tmp_path, run, file, 
 
 def test_folders_without_a_model_are_told_apart(tmp_path):
     with pytest.raises(ValueError, match=r"neither an exported model .* nor a run"):
-        open_model(tmp_path)
-    write_json(tmp_path / "preprocessing.json", {"presize": 40})
-    with pytest.raises(ValueError, match=r"preprocessing.json is damaged"):
         open_model(tmp_path)
     write_json(tmp_path / "command.json", {})
     with pytest.raises(ValueError, match=r"no best model yet: no trial has completed.*--resume --name"):

@@ -24,7 +24,7 @@ from search.results import (
     read_trials,
     table_id,
 )
-from trainables.checkpoint import TRAINING_FILE, WEIGHTS_FILE
+from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE
 from trainables.recipe import Recipe
 
 SETTINGS = Recipe(epochs=2, freeze_epochs=1, arch="resnet18").to_dict()
@@ -78,6 +78,7 @@ def save(table, trial, weights: bytes) -> None:
     path = table.folder.path / "checkpoints" / trial.trial_id
     path.mkdir(parents=True, exist_ok=True)
     (path / WEIGHTS_FILE).write_bytes(weights)
+    (path / PREPROCESSING_FILE).write_text("{}")
     (path / TRAINING_FILE).write_bytes(b"moments")
     trial.checkpoint = SimpleNamespace(path=str(path))
     table.on_checkpoint(0, [], trial, trial.checkpoint)
@@ -218,10 +219,12 @@ def test_a_reader_never_sees_half_a_table(table, folder):
 
     reader = threading.Thread(target=read)
     reader.start()
-    for i in range(60):
-        complete(table, f"{i:04}", 0.5)
-    ended.set()
-    reader.join()
+    try:
+        for i in range(60):
+            complete(table, f"{i:04}", 0.5)
+    finally:
+        ended.set()
+        reader.join()
     assert all(whole for whole, _ in seen)
     assert seen == sorted(seen), "rows were missing for a moment"
     assert len(seen) > 10
