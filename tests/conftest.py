@@ -1,10 +1,14 @@
 """Fixtures that several test files share: a cache of their own, and a small set of drawn images."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+# Before torch is imported: threads that spin while they wait would take the cores from the other processes of a test.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 COLOURS = {"amber": (220, 40, 40), "fern": (40, 220, 40), "lake": (40, 40, 220)}
 """Class name -> colour of nearly all of its pixels; label i is the class whose channel i is the largest."""

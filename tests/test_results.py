@@ -340,7 +340,8 @@ def test_best_keeps_numbers_as_numbers_after_a_restart(table, folder):
 
 def test_an_ended_trials_state_leaves_the_disk(table, folder):
     trial = complete(table, "a", 0.2)
-    assert list((folder.path / "checkpoints" / trial.trial_id).iterdir()) == []
+    left = names(folder.path / "checkpoints" / trial.trial_id)
+    assert not {WEIGHTS_FILE, TRAINING_FILE} & set(left)
     assert best(folder)[0] == b"a"
 
 

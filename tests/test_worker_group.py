@@ -1,0 +1,205 @@
+"""The host between a trial and its workers: commands are repeated when workers are lost, and not for ever.
+
+The workers are played by the tests; real ones are in test_search.py.
+"""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from trainables import worker_group
+from trainables.worker_group import MAX_TRIES, GroupEnded, GroupHost, GroupSize, Outcome, TrialSpec
+
+GOOD = Outcome(metrics={"epoch": 1}, state={"model.safetensors": b"weights"})
+SOON = 5  # seconds
+
+
+class Host(GroupHost):
+    """Without Ray Train below it."""
+
+    def _run_trainer(self, size, myself) -> None:
+        pass
+
+
+@pytest.fixture
+def play(monkeypatch):
+    """Runs a coroutine that is given a host with a trial."""
+    monkeypatch.setattr(worker_group.ray, "get_runtime_context", lambda: SimpleNamespace(current_actor=None))
+
+    async def with_host(scene) -> None:
+        host = Host(GroupSize())
+        await host.begin(trial("first"), 0, None)
+        await asyncio.wait_for(scene(host), 4 * SOON)
+
+    return lambda scene: asyncio.run(with_host(scene))
+
+
+def trial(name: str) -> TrialSpec:
+    return TrialSpec(trial_id=name, recipe={}, data="")
+
+
+async def take(host: Host, *, rank: int = 0, after: int = 0):
+    return await asyncio.wait_for(host.next_command(rank, after), SOON)
+
+
+async def started(host: Host) -> asyncio.Task:
+    """An epoch that the trial waits for."""
+    task = asyncio.create_task(host.run_epoch())
+    await asyncio.sleep(0)
+    return task
+
+
+def test_a_command_goes_to_every_worker_and_its_outcome_to_the_trial(play):
+    async def scene(host):
+        epoch = await started(host)
+        commands = [await take(host, rank=rank) for rank in (0, 1)]
+        assert [(c.trial.trial_id, c.epochs_done) for c in commands] == [("first", 0)] * 2
+        await host.deliver(commands[0].number, GOOD)
+        assert await epoch == GOOD
+        assert await host.state() == GOOD.state
+        second = await started(host)
+        command = await take(host, after=commands[0].number)
+        assert command.epochs_done == 1
+        await host.deliver(command.number, GOOD)
+        await second
+
+    play(scene)
+
+
+def test_a_worker_that_comes_early_waits_for_the_trial(play):
+    async def scene(host):
+        await host.join(0)
+        waiting = asyncio.create_task(host.next_command(0, 0))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        epoch = await started(host)
+        command = await asyncio.wait_for(waiting, SOON)
+        await host.deliver(command.number, GOOD)
+        assert await epoch == GOOD
+
+    play(scene)
+
+
+def test_a_lost_group_gets_the_same_command_again_from_the_same_state(play):
+    async def scene(host):
+        await host.begin(trial("first"), 3, {"model.safetensors": b"third"})
+        epoch = await started(host)
+        command = await take(host)
+        await host.join(0)  # it is back, knowing nothing
+        assert await take(host) == command
+        assert (command.epochs_done, await host.state()) == (3, {"model.safetensors": b"third"})
+        await host.deliver(command.number, GOOD)
+        assert await epoch == GOOD
+
+    play(scene)
+
+
+def test_a_command_that_loses_its_workers_again_and_again_fails_and_the_group_serves_the_next_trial(play):
+    async def scene(host):
+        await host.join(0)
+        epoch = await started(host)
+        for _ in range(MAX_TRIES):
+            command = await take(host)
+            await host.join(0)
+        outcome = await asyncio.wait_for(epoch, SOON)
+        assert outcome.failure == f"lost its workers {MAX_TRIES} times in epoch 1"
+        await host.begin(trial("second"), 0, None)
+        epoch = await started(host)
+        command = await take(host, after=command.number)
+        assert command.trial.trial_id == "second"
+        await host.deliver(command.number, GOOD)
+        assert await epoch == GOOD
+
+    play(scene)
+
+
+def test_one_loss_less_is_survived(play):
+    async def scene(host):
+        epoch = await started(host)
+        await host.join(0)  # its first start is no loss
+        for _ in range(MAX_TRIES - 1):
+            await take(host, rank=1)
+            await take(host)
+            await host.join(1)
+            await host.join(0)
+        await host.deliver((await take(host)).number, GOOD)
+        assert await epoch == GOOD
+
+    play(scene)
+
+
+def test_losses_count_anew_for_every_epoch(play):
+    async def scene(host):
+        number = 0
+        for _ in range(3):
+            epoch = await started(host)
+            for _ in range(MAX_TRIES - 1):
+                await take(host, after=number)
+                await host.join(0)
+            number = (await take(host, after=number)).number
+            await host.deliver(number, GOOD)
+            assert await epoch == GOOD
+
+    play(scene)
+
+
+def test_a_late_answer_to_an_old_command_is_ignored(play):
+    async def scene(host):
+        first = await started(host)
+        number = (await take(host)).number
+        await host.deliver(number, Outcome(failure="diverged"))
+        await host.deliver(number, GOOD)
+        assert (await first).failure == "diverged"
+        second = await started(host)
+        await host.deliver(number, GOOD)
+        await asyncio.sleep(0.01)
+        assert not second.done()
+        second.cancel()
+
+    play(scene)
+
+
+def test_a_failed_epoch_leaves_the_trial_where_it_was(play):
+    async def scene(host):
+        await host.begin(trial("first"), 2, {"model.safetensors": b"second"})
+        epoch = await started(host)
+        await host.deliver((await take(host)).number, Outcome(failure="diverged"))
+        await epoch
+        assert await host.state() == {"model.safetensors": b"second"}
+
+    play(scene)
+
+
+def test_the_trial_hears_of_the_groups_end_while_it_waits_and_later(play):
+    async def scene(host):
+        epoch = await started(host)
+        host._end("no more nodes")
+        with pytest.raises(GroupEnded, match="no more nodes"):
+            await asyncio.wait_for(epoch, SOON)
+        with pytest.raises(GroupEnded, match="no more nodes"):
+            await asyncio.wait_for(host.run_epoch(), SOON)
+
+    play(scene)
+
+
+def test_workers_leave_when_the_group_is_closed(play):
+    async def scene(host):
+        waiting = [asyncio.create_task(host.next_command(rank, 0)) for rank in (0, 1)]
+        await asyncio.sleep(0.01)
+        await host.close()
+        assert [await asyncio.wait_for(task, SOON) for task in waiting] == [None, None]
+
+    play(scene)
+
+
+def test_a_broken_collective_is_the_loss_of_a_worker_and_other_errors_are_not():
+    import torch
+
+    gloo = RuntimeError(
+        "[.../third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:46"
+    )
+    assert worker_group._is_of_lost_worker(gloo)
+    assert worker_group._is_of_lost_worker(torch.distributed.DistBackendError("NCCL communicator was aborted"))
+    assert not worker_group._is_of_lost_worker(RuntimeError("CUDA out of memory"))
+    assert not worker_group._is_of_lost_worker(ValueError("no weights"))
