@@ -60,7 +60,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--method", choices=METHODS, default="tpe-asha", help=(
         "who proposes (Optuna's TPE or random), and whether bad trials end early (-asha); default tpe-asha"
     ))  # fmt: skip
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="seed of proposals and trainings (default 0)")
+    how.add_argument("--seed", type=int, metavar="N", help="seed of proposals and trainings (default: the space's)")
     where = parser.add_argument_group("on what")
     where.add_argument("--address", help="Ray cluster: auto, or host:port (default: start Ray on this machine)")
     where.add_argument("--workers-per-trial", type=_positive, default=1, metavar="N", help="DDP workers (default 1)")
@@ -128,7 +128,7 @@ def search(args: argparse.Namespace, folder) -> int:
         time_budget=args.time_budget,
         method=args.method,
         max_concurrent=trials_at_once(nodes, size, args.max_concurrent),
-        seed=args.seed,
+        seed=space.seed,
     )
     write_command(args, options)
     return run(options, resume=args.resume)
@@ -155,7 +155,8 @@ def run(options, *, resume: bool) -> int:
 
 def with_settings(space: Space, args: argparse.Namespace) -> Space:
     """The space with the command line's `--set`s and seed in it; all their problems in one `ValueError`."""
-    return replace(space, settings=space.settings | {"seed": args.seed}).with_settings(args.set)
+    seed = space.seed if args.seed is None else args.seed
+    return replace(space, seed=seed, settings=space.settings | {"seed": seed}).with_settings(args.set)
 
 
 def find_data(space: Space, args: argparse.Namespace):

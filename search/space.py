@@ -55,6 +55,7 @@ class Space:
     dimensions: dict[str, Dimension]
     first: tuple[dict[str, Any], ...] = ()  # recipes tried after trial 0, as changes to `settings`
     num_trials: int = 20
+    seed: int = 0  # of proposals and trainings, where the command line gives none
     split_seed: int = field(default=0)
 
     def __post_init__(self) -> None:
