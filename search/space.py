@@ -90,10 +90,11 @@ class Space:
             except ValueError as error:
                 problems.append(str(error))
                 continue
-            dimensions.pop(name, None)
             if isinstance(value, Dimension):
                 dimensions[name] = value
                 value = value.clip(settings[name])
+            else:
+                dimensions.pop(name, None)
             settings[name] = value
         if problems:
             raise ValueError("; ".join(problems))
