@@ -108,6 +108,20 @@ class ResultsTable(tune.Callback):
         self.rows = {row["trial_id"]: row for row in read_trials(self.folder.trials)}
         self.ended_before = {trial_id for trial_id, row in self.rows.items() if row["status"] != RUNNING}
         self.epoch_rows = {(row["trial_id"], int(row["epoch"])): row for row in read_rows(self.folder.epochs)}
+        self.restored = False
+        self._write_epochs()
+        self._write_trials()
+
+    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+        """Before the first step, drop the trials that began after Tune last saved its state: a kill made it forget
+        them, and it runs others in their place."""
+        if self.restored:
+            return
+        self.restored = True
+        known = {table_id(trial) for trial in trials}
+        forgotten = {i for i, row in self.rows.items() if row["status"] == RUNNING and i not in known}
+        self.rows = {i: row for i, row in self.rows.items() if i not in forgotten}
+        self.epoch_rows = {key: row for key, row in self.epoch_rows.items() if key[0] not in forgotten}
         self._write_epochs()
         self._write_trials()
 
@@ -172,7 +186,7 @@ class ResultsTable(tune.Callback):
             nothing_yet = dict.fromkeys(("error_rate", "valid_loss", "accuracy", "images_per_second"), math.nan)
             recipe = self.settings | trial.config
             self.rows[trial_id] = dict(
-                number=len(self.rows),
+                number=1 + max((row["number"] for row in self.rows.values()), default=-1),
                 trial_id=trial_id,
                 status=RUNNING,
                 **nothing_yet,

@@ -47,9 +47,8 @@ class OptunaSearcher(Searcher):
         return self._study
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
-        asked = len(self.study.get_trials(deepcopy=False))
-        if asked < len(self.first_configs):
-            self.study.enqueue_trial(self.first_configs[asked])
+        if len(self.numbers) < len(self.first_configs):
+            self.study.enqueue_trial(self.first_configs[len(self.numbers)])
         trial = self.study.ask(self.distributions)
         trial.set_user_attr(_TUNE_ID, trial_id)
         self.numbers[trial_id] = trial.number
@@ -84,9 +83,18 @@ class OptunaSearcher(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         self.sampler, self.numbers = pickle.loads(Path(checkpoint_path).read_bytes())
         self._study = None
+        self._fail_forgotten_trials()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_study": None}  # Tune pickles its searcher; a journal's lock does not travel
+
+    def _fail_forgotten_trials(self) -> None:
+        """Trials asked for after Tune last saved its state: nobody will ever tell how they ended."""
+        for frozen in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            if frozen.number not in self.numbers.values():
+                trial = optuna.Trial(self.study, frozen._trial_id)
+                trial.set_user_attr("failure", "forgotten when the search was killed")
+                self.study.tell(trial, state=TrialState.FAIL)
 
     def _running_trial(self, trial_id: str) -> optuna.Trial | None:
         number = self.numbers.get(trial_id)

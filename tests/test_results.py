@@ -398,3 +398,14 @@ def test_failures_of_before_do_not_end_a_search_that_goes_on(table, folder):
 
 def test_trial_ids_in_the_table_cannot_be_taken_for_numbers():
     assert table_id(FakeTrial("00876659")) == "t00876659"
+
+
+def test_a_trial_that_tune_forgot_in_a_kill_leaves_no_row(table, folder):
+    complete(table, "a", 0.2)
+    kept, forgotten = FakeTrial("b"), FakeTrial("c")
+    run_epochs(table, kept, 0.5)
+    run_epochs(table, forgotten, 0.5)
+    later = made(folder)
+    later.on_step_begin(0, [kept])
+    assert [row["trial_id"] for row in read_trials(folder.trials)] == ["ta", "tb"]
+    assert {row["trial_id"] for row in read_rows(folder.epochs)} == {"ta", "tb"}

@@ -191,3 +191,14 @@ def test_a_search_that_learns_proposes_what_worked(journal):
     rates = [math.log10(run_trial(searcher, f"t{i}")["lr_max"]) for i in range(40)]
     late = [abs(rate + 3) for rate in rates[25:]]
     assert sum(late) / len(late) < 0.3  # at random it would be 0.5
+
+
+def test_a_trial_that_tune_forgot_in_a_kill_does_not_stay_running(tmp_path, journal):
+    searcher = made(journal)
+    searcher.suggest("a")
+    searcher.save(str(tmp_path / "state"))
+    searcher.suggest("b")
+    later = made(journal)
+    later.restore(str(tmp_path / "state"))
+    assert [trial.state.name for trial in later.study.trials] == ["RUNNING", "FAIL"]
+    assert later.study.trials[1].user_attrs["failure"] == "forgotten when the search was killed"
