@@ -30,6 +30,15 @@ SPACE = Space(
         "smoothing": Range(0.0, 0.2),
     },
     # Where there are few images, batch statistics are what spoils the unfrozen stage.
-    first=({"freeze_bn": True, "freeze_epochs": 3},),
+    first=(
+        {
+            "freeze_bn": True,
+            "freeze_epochs": 3,
+            "lr_max_frozen": 5e-3,
+            "lr_max": 3e-4,
+            "lr_ratio": 10.0,
+            "smoothing": 0.1,
+        },
+    ),
     num_trials=40,
 )
