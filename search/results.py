@@ -120,6 +120,8 @@ class ResultsTable(tune.Callback):
         self.restored = True
         known = {table_id(trial) for trial in trials}
         forgotten = {i for i, row in self.rows.items() if row["status"] == RUNNING and i not in known}
+        if not forgotten:
+            return
         self.rows = {i: row for i, row in self.rows.items() if i not in forgotten}
         self.epoch_rows = {key: row for key, row in self.epoch_rows.items() if key[0] not in forgotten}
         self._write_epochs()
@@ -140,11 +142,9 @@ class ResultsTable(tune.Callback):
         row["epochs_done"] = result["epoch"]
         row["overhead_seconds"] = result["overhead_seconds"]
         self._add_epoch(row, result)
-        row["seconds"] = sum(
-            float(epoch["train_seconds"]) + float(epoch["valid_seconds"])
-            for (trial_id, _), epoch in self.epoch_rows.items()
-            if trial_id == row["trial_id"]
-        )
+        keys = ((row["trial_id"], epoch) for epoch in range(1, row["epochs_total"] + 1))
+        epochs = [self.epoch_rows[key] for key in keys if key in self.epoch_rows]
+        row["seconds"] = sum(float(epoch["train_seconds"]) + float(epoch["valid_seconds"]) for epoch in epochs)
         self._write_trials()
 
     def on_checkpoint(self, iteration: int, trials: list, trial, checkpoint, **info: Any) -> None:

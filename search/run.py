@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from search.cli import Interruptible, run_cli
+from search.cli import INTERRUPTED, Interruptible, run_cli
 from search.space import Space, load_space, space_names
 
 METHODS = ("tpe-asha", "tpe", "random-asha", "random")
@@ -128,7 +128,6 @@ def search(args: argparse.Namespace, folder) -> int:
         time_budget=args.time_budget,
         method=args.method,
         max_concurrent=trials_at_once(nodes, size, args.max_concurrent),
-        seed=space.seed,
     )
     write_command(args, options)
     return run(options, resume=args.resume)
@@ -284,7 +283,7 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     say(f"{len(rows)} trials in {duration(seconds)}: {counts(rows)}")
     if interrupted:
         say(f"interrupted. Go on with: python -m search.run --resume --name {options.folder.path.name}")
-        return 130
+        return INTERRUPTED
     for row in rows:
         if row["status"] == FAILED:
             say(f"trial {row['number']} failed: {row['reason']}")

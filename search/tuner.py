@@ -35,7 +35,6 @@ class RunOptions:
     time_budget: float | None  # seconds
     method: str
     max_concurrent: int
-    seed: int
 
 
 def new_tuner(options: RunOptions) -> tune.Tuner:
@@ -49,7 +48,7 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
     return tune.Tuner(
         trainable(options, settings),
         tune_config=tune.TuneConfig(
-            search_alg=OptunaSearcher(options.space, options.folder.journal, sampler=sampler, seed=options.seed),
+            search_alg=OptunaSearcher(options.space, options.folder.journal, sampler=sampler, seed=options.space.seed),
             scheduler=ProgressHalvingScheduler(METRIC, options.folder.rungs) if early else None,
             num_samples=options.num_trials,
             max_concurrent_trials=options.max_concurrent,
