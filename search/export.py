@@ -21,10 +21,12 @@ from typing import Any
 
 from search.cli import run_cli
 from search.files import replace_folder
-from search.model_folder import ModelFolder, open_run, read_json
-from search.predict import Predictor, load_model
+from search.model_folder import open_run
+from search.predict import Predictor
 from trainables.checkpoint import PREPROCESSING_FILE, WEIGHTS_FILE
 from trainables.data import DataError
+from trainables.model_folder import ModelFolder, read_json
+from trainables.predictor import load_model
 
 CONFIG_FILE = "config.json"
 COPIED = (PREPROCESSING_FILE, "recipe.json", "labels.json", "metrics.json")
@@ -213,7 +215,7 @@ def check_export(folder: Path, data: Path, split_seed: int) -> Check:
     from trainables.presize import presize
 
     predictor = Predictor(folder)
-    images = presize(find_images(data), predictor.preprocessing.presize)
+    images = presize(find_images(data), predictor.preprocessing.presize, predictor.preprocessing.resize_method)
     if images.classes != predictor.labels:
         raise DataError(f"{data} holds other classes now: {len(images.classes)}, and {len(predictor.labels)} then.")
     valid = images.split(seed=split_seed)[1]

@@ -9,28 +9,21 @@ The same from Python, best label first:
 Needs no Ray, and imports torch only once there is something to label.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import glob
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from search.cli import run_cli
-from search.model_folder import ModelFolder, open_model
+from search.model_folder import open_model
+from trainables import predictor
 from trainables.data import IMAGE_SUFFIXES
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from torch import nn
+from trainables.predictor import Prediction
 
 EXAMPLES = """
 examples:
@@ -38,6 +31,8 @@ examples:
       files, whole folders and patterns; prints a line for each image
   python -m search.predict results/pets-20250101-120000 cat.jpg --top 3
       straight from a run, with its best model so far, and the three most probable labels
+  python -m search.predict exported cat.jpg --tta 4
+      with test-time augmentation: the mean over four augmented views and the centre view
   python -m search.predict exported holiday/ --csv > labels.csv
       for a spreadsheet or a program; --json gives one JSON object a line
 
@@ -45,154 +40,11 @@ Exit code 0 if at least one image was labelled, 1 if none could be read, 2 if th
 """
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says of one image: labels from the most to the least probable, and their probabilities."""
+class Predictor(predictor.Predictor):
+    """Labels images with an exported folder's model or the best one of a run; see `trainables.predictor.Predictor`."""
 
-    path: Path
-    labels: tuple[str, ...] = ()
-    probabilities: tuple[float, ...] = ()
-    problem: str = ""
-    """Why the image could not be read; then there are no labels."""
-
-
-class Predictor:
-    """Labels images as validation did in training. `path` is an exported folder or a run.
-
-    `device` defaults to a GPU where there is one. Raises `ValueError` where `path` holds no model that can be loaded.
-    """
-
-    def __init__(
-        self,
-        path: Path | str,
-        *,
-        device: torch.device | str | None = None,
-        batch_size: int = 64,
-        num_threads: int | None = None,
-    ) -> None:
-        folder = open_model(path)
-        import torch
-
-        from trainables.finetune import autocast_dtype
-
-        self.labels = folder.labels
-        self.device = _device(device)
-        self.batch_size = batch_size
-        self.num_threads = num_threads or _num_cpus()
-        self.preprocessing = folder.preprocessing
-        self.model = load_model(folder).eval().to(self.device, memory_format=torch.channels_last)
-        self.mean, self.std = (
-            255 * torch.tensor(values, device=self.device).view(1, 3, 1, 1)
-            for values in (self.preprocessing.mean, self.preprocessing.std)
-        )
-        self.amp_dtype = autocast_dtype(folder.recipe.precision, self.device)
-
-    def predict(self, images: Iterable[Path | str], *, top: int | None = None) -> list[Prediction]:
-        """One prediction per image file, in the given order; of those that cannot be read it is the `problem`."""
-        return list(self.predict_each(images, top=top))
-
-    def predict_each(self, images: Iterable[Path | str], *, top: int | None = None) -> Iterator[Prediction]:
-        """The same one by one, as the batches are done."""
-        files = _PresizedFiles([Path(image) for image in images], self.preprocessing.presize)
-        top = min(top or len(self.labels), len(self.labels))
-        rows = (row for batch in self.logits(files) for row in zip(*_best(batch, top), strict=True))
-        for index, (probabilities, indices) in enumerate(rows):
-            if problem := files.problems.pop(index, ""):
-                yield Prediction(files.paths[index], problem=problem)
-            else:
-                labels = tuple(self.labels[i] for i in indices)
-                yield Prediction(files.paths[index], labels, tuple(probabilities))
-
-    def logits(self, images: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
-        """Logits (n, classes) of presized images (h, w, 3) uint8, batch by batch."""
-        import torch
-
-        for batch in self.batches(images):
-            with torch.inference_mode():
-                yield self.forward(self.model, batch)
-
-    def batches(self, images: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
-        """Presized images as uint8 batches (n, 3, image_size, image_size), made by threads ahead of their use."""
-        import numpy as np
-
-        from trainables import augment
-        from trainables.loader import BatchLoader
-
-        chunks = (range(i, min(i + self.batch_size, len(images))) for i in range(0, len(images), self.batch_size))
-        plans = ((np.asarray(chunk), augment.centre(len(chunk))) for chunk in chunks)
-        loader = BatchLoader(images, num_threads=self.num_threads)
-        try:
-            yield from loader.batches(plans, self.preprocessing.image_size, self.device)
-        finally:
-            loader.close()
-
-    def forward(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-        """Float logits of a uint8 batch, in the precision of the training's validation."""
-        import torch
-
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            return model((batch.float() - self.mean) / self.std).float()
-
-
-def load_model(folder: ModelFolder) -> nn.Module:
-    """The trained network on the CPU, whatever its head. Raises `ValueError`."""
-    import safetensors.torch
-    import torch
-    from safetensors import SafetensorError
-
-    from trainables.model import build
-
-    with torch.random.fork_rng(devices=[]):  # build seeds it
-        network = build(folder.recipe, len(folder.labels), load_pretrained=False)
-    try:
-        network.model.load_state_dict(safetensors.torch.load_file(folder.weights))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{folder.weights} does not hold the model of the recipe beside it: {reason}") from error
-    return network.model
-
-
-class _PresizedFiles:
-    """Image files as presized images, decoded when asked for. One that cannot be read is black, its reason kept."""
-
-    def __init__(self, paths: list[Path], size: int) -> None:
-        self.paths = paths
-        self.size = size
-        self.problems: dict[int, str] = {}
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        import numpy as np
-
-        from trainables.presize import UnreadableImage, read_image, resize_shorter_side
-
-        try:
-            return resize_shorter_side(read_image(self.paths[index], self.size), self.size)
-        except UnreadableImage as error:
-            self.problems[int(index)] = str(error)
-            return np.zeros((self.size, self.size, 3), np.uint8)
-
-
-def _best(logits: torch.Tensor, top: int) -> tuple[list[list[float]], list[list[int]]]:
-    indices = logits.topk(top, dim=1).indices
-    return logits.softmax(dim=1).gather(1, indices).tolist(), indices.tolist()
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    import torch
-
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch's words for a wrong name and for a missing GPU
-        raise ValueError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    def __init__(self, path: Path | str, **options) -> None:
+        super().__init__(open_model(path), **options)
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
@@ -213,6 +65,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object a line: path, labels, probabilities")
     form.add_argument("--csv", action="store_true", help="a row for each label: path, rank, label, probability")
+    parser.add_argument("--tta", type=_positive, default=0, metavar="N", help=(
+        "average over N augmented views and the centre view of each image: slower, often a little better"
+    ))  # fmt: skip
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images at a time (default 64)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     return parser.parse_args(argv)
@@ -229,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         paths += found
     if not paths:
         return 1
-    predictor = Predictor(args.model, device=args.device, batch_size=args.batch_size)
+    predictor = Predictor(args.model, device=args.device, batch_size=args.batch_size, tta=args.tta)
     write = _writer(args, paths, predictor.labels)
     num_read = 0
     with _progress(len(paths)) as advance:

@@ -19,7 +19,9 @@ from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FIL
 from trainables.recipe import Recipe
 
 COMPLETED, STOPPED, FAILED, RUNNING = "completed", "stopped early", "failed", "running"
-METRICS = ("error_rate", "valid_loss", "accuracy", "epochs_done", "epochs_total")
+METRICS = ("error_rate", "tta_error_rate", "valid_loss", "accuracy", "epochs_done", "epochs_total")
+SCORES = METRICS[:4]
+"""Metrics that a trial without a finished epoch, or a failed one, does not have."""
 COSTS = ("seconds", "overhead_seconds", "images_per_second")
 EPOCH_COLUMNS = [
     "number",
@@ -75,7 +77,8 @@ class ResultsTable(tune.Callback):
     """Keeps the tables as the search goes. After a kill at any moment the files on disk are whole, and `setup` reads
     them back when the search goes on.
 
-    A trial's `error_rate` and the other metrics are those of its last epoch. `seconds` is its training and validation;
+    A trial's `error_rate` and the other metrics are those of its last epoch; `tta_error_rate`, with test-time
+    augmentation, is known at the end only. `seconds` is its training and validation;
     `overhead_seconds` is how long its workers did neither before its first epoch, since the trial before it.
     """
 
@@ -136,9 +139,7 @@ class ResultsTable(tune.Callback):
         if result["failure"]:
             fail(row, result["failure"])
             return
-        row |= {
-            name: result[name] for name in ("error_rate", "valid_loss", "accuracy", "epochs_total", "images_per_second")
-        }
+        row |= {name: result.get(name, math.nan) for name in (*SCORES, "epochs_total", "images_per_second")}
         row["epochs_done"] = result["epoch"]
         row["overhead_seconds"] = result["overhead_seconds"]
         self._add_epoch(row, result)
@@ -183,7 +184,7 @@ class ResultsTable(tune.Callback):
     def _row(self, trial) -> Row:
         trial_id = table_id(trial)
         if trial_id not in self.rows:
-            nothing_yet = dict.fromkeys(("error_rate", "valid_loss", "accuracy", "images_per_second"), math.nan)
+            nothing_yet = dict.fromkeys((*SCORES, "images_per_second"), math.nan)
             recipe = self.settings | trial.config
             self.rows[trial_id] = dict(
                 number=1 + max((row["number"] for row in self.rows.values()), default=-1),
@@ -246,7 +247,7 @@ class ResultsTable(tune.Callback):
 
 def fail(row: Row, reason: str) -> None:
     """A trial that failed scores nothing, however well its last epoch went."""
-    row |= dict.fromkeys(("error_rate", "valid_loss", "accuracy"), math.nan) | {"reason": reason}
+    row |= dict.fromkeys(SCORES, math.nan) | {"reason": reason}
 
 
 class TooManyFailures(tune.Stopper):
@@ -285,7 +286,7 @@ def read_trials(path: Path) -> list[Row]:
     """The rows of `trials.csv` with numbers as numbers; dimensions as in the file."""
     rows: list[Row] = []
     for row in read_rows(path):
-        for name in ("error_rate", "valid_loss", "accuracy", *COSTS):
+        for name in (*SCORES, *COSTS):
             row[name] = float(row[name]) if row[name] else math.nan
         for name in ("number", "epochs_done", "epochs_total"):
             row[name] = int(row[name])

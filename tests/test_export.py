@@ -16,7 +16,8 @@ from tiny_run import draw_images, make_run, write_json
 from search import export
 from search.export import Check, Differs, check_against_table, check_export
 from search.model_folder import open_model, open_run
-from search.predict import Predictor, find_files, load_model
+from search.predict import Predictor, find_files
+from trainables.predictor import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"model.safetensors", "config.json", "preprocessing.json", "recipe.json", "labels.json", "metrics.json"}

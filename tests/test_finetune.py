@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from trainables import finetune
 from trainables.distributed import share_batch_norm
 from trainables.finetune import Diverged, FineTune
-from trainables.optim import frozen_cycle, unfrozen_cycle
+from trainables.optim import stage_cycle
 from trainables.presize import PresizedImages
 from trainables.recipe import Recipe
 
@@ -103,7 +103,7 @@ def test_one_cycle_spans_all_epochs_of_a_stage(colour_images):
             training.run_epoch()
     per_epoch = training.steps_per_epoch
     assert (per_epoch, len(steps.rates)) == (3, 15)
-    frozen, unfrozen = frozen_cycle(training.recipe), unfrozen_cycle(training.recipe)
+    frozen, unfrozen = (stage_cycle(training.recipe, frozen=f) for f in (True, False))
     highest, lowest = ([end(rates) for rates in steps.rates] for end in (max, min))
     assert highest[:6] == pytest.approx([0.02 * frozen.lr_factor(i / 6) for i in range(6)])
     assert highest[6:] == pytest.approx([0.01 * unfrozen.lr_factor(i / 9) for i in range(9)])
@@ -162,7 +162,7 @@ def test_images_keep_their_labels_in_evaluation(colour_images):
 @pytest.mark.parametrize("mixup_alpha", [0, 1])
 def test_images_keep_their_labels_in_training_and_mixup_mixes_both_alike(colour_images, mixup_alpha):
     training = fine_tune(colour_images, mixup_alpha=mixup_alpha, lighting_p=0, batch_size=13)
-    steps = list(training._plan_epoch())
+    steps = list(training._steps(training.epochs_done))
     plans = [(step.indices, step.augmentations) for step in steps]
     colours = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
     mixed = 0
@@ -179,9 +179,9 @@ def test_images_keep_their_labels_in_training_and_mixup_mixes_both_alike(colour_
 
 def test_each_epoch_sees_each_image_once_at_most_in_another_order(colour_images):
     training = fine_tune(colour_images)
-    first = np.concatenate([step.indices for step in training._plan_epoch()])
+    first = np.concatenate([step.indices for step in training._steps(training.epochs_done)])
     training.epochs_done = 1
-    second = np.concatenate([step.indices for step in training._plan_epoch()])
+    second = np.concatenate([step.indices for step in training._steps(training.epochs_done)])
     assert len(np.unique(first)) == len(first) == 24
     assert set(first) <= set(training.train_indices)
     assert list(first) != list(second)
@@ -236,7 +236,7 @@ SHARED = {
     "odd batch": {"batch_size": 7, "head": "mlp"},
     "mixup": {"epochs": 2, "batch_size": 9} | HARD,
     "fused norms": {"arch": "test_efficientnet", "mixup_alpha": 0.2},
-    "frozen norms": {"freeze_bn": True, "freeze_epochs": 0},
+    "frozen norms": {"train_bn": "never", "freeze_epochs": 0},
     "layer norms": {"arch": "test_vit", "batch_size": 5},
 }
 

@@ -32,7 +32,7 @@ def names_of(network: Network, parameters: list) -> list[str]:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_layer_groups_hold_every_parameter_once_and_the_head_last(arch, head):
     net = network(arch, head=head)
-    groups = [names_of(net, group) for group in net.layer_groups()]
+    groups = [names_of(net, group) for group in net.layer_groups("blocks")]
     assert len(groups) >= 3
     assert all(groups)
     everything = [name for names in groups for name in names]
@@ -46,7 +46,7 @@ def test_layer_groups_run_from_the_image_to_the_head(arch):
     """A layer's first group never comes after a later layer's: timm defines parameters in the order of the layers."""
     net = network(arch)
     order = {name: place for place, (name, _) in enumerate(net.model.named_parameters())}
-    first = [min(order[name] for name in names_of(net, group)) for group in net.layer_groups()]
+    first = [min(order[name] for name in names_of(net, group)) for group in net.layer_groups("blocks")]
     assert first == sorted(first)
 
 
@@ -54,14 +54,14 @@ def test_layer_groups_run_from_the_image_to_the_head(arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_frozen_step_changes_the_head_and_nothing_of_the_backbone(arch, head):
     net = network(arch, head=head)
-    net.freeze_backbone()
-    net.train(frozen=True, freeze_bn=False)
+    net.freeze_backbone("unfrozen")
+    net.train(frozen=True, train_bn="unfrozen")
     prefix = f"{classifier_name(net.model)}."
     trainable = {name for name, parameter in net.model.named_parameters() if parameter.requires_grad}
     assert trainable == {name for name, _ in net.model.named_parameters() if name.startswith(prefix)}
 
     before = {name: value.clone() for name, value in net.model.state_dict().items()}
-    optimizer = adamw(net.layer_groups()[-1:], [0.1], Recipe())
+    optimizer = adamw(net.layer_groups("blocks")[-1:], [0.1], Recipe())
     F.cross_entropy(net.model(BATCH), TARGETS).backward()
     assert all((parameter.grad is not None) == (name in trainable) for name, parameter in net.model.named_parameters())
     optimizer.step()
@@ -72,9 +72,9 @@ def test_a_frozen_step_changes_the_head_and_nothing_of_the_backbone(arch, head):
 
 def test_unfreezing_trains_everything_batch_norms_included():
     net = network("test_resnet")
-    net.freeze_backbone()
+    net.freeze_backbone("unfrozen")
     net.unfreeze()
-    net.train(frozen=False, freeze_bn=False)
+    net.train(frozen=False, train_bn="unfrozen")
     before = {name: value.clone() for name, value in net.model.state_dict().items()}
     F.cross_entropy(net.model(BATCH), TARGETS).backward()
     assert all(parameter.grad is not None for parameter in net.model.parameters())
@@ -85,7 +85,7 @@ def test_unfreezing_trains_everything_batch_norms_included():
 def test_frozen_batch_norms_keep_their_statistics_but_the_head_does_not():
     net = network("test_resnet", head="mlp")
     net.unfreeze()
-    net.train(frozen=False, freeze_bn=True)
+    net.train(frozen=False, train_bn="never")
     before = {name: value.clone() for name, value in net.model.state_dict().items()}
     net.model(BATCH)
     moved = [name for name, value in net.model.state_dict().items() if not torch.equal(value, before[name])]
@@ -177,7 +177,7 @@ def test_an_unknown_weight_tag_is_refused_with_the_known_ones():
 
 def test_an_architecture_with_two_classifiers_is_refused():
     with pytest.raises(ValueError, match="more than one classifier"):
-        network("deit_tiny_distilled_patch16_224").layer_groups()
+        network("deit_tiny_distilled_patch16_224").layer_groups("blocks")
 
 
 # --- Weights ----------------------------------------------------------------------------------------------------------

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from trainables.optim import adamw, discriminative_rates, frozen_cycle, set_position, unfrozen_cycle
+from trainables.optim import adamw, discriminative_rates, set_position, stage_cycle
 from trainables.recipe import Recipe
 
 RECIPE = Recipe(pct_start=0.3, div=5, div_final=1e5, mom_high=0.95, mom_low=0.85, weight_decay=0.02)
-CYCLE = unfrozen_cycle(RECIPE)
+CYCLE = stage_cycle(RECIPE, frozen=False)
 
 
 def layers() -> list[list[nn.Parameter]]:
@@ -54,7 +54,7 @@ def test_momentum_is_low_where_the_rate_is_high():
 
 def test_each_stage_has_the_cycle_that_its_settings_describe():
     recipe = Recipe(pct_start_frozen=0.9, pct_start=0.2, div_frozen=50, div=4, div_final=100)
-    frozen, unfrozen = frozen_cycle(recipe), unfrozen_cycle(recipe)
+    frozen, unfrozen = stage_cycle(recipe, frozen=True), stage_cycle(recipe, frozen=False)
     assert [frozen.lr_factor(p) for p in (0, 0.9, 1)] == pytest.approx([1 / 50, 1, 1 / 100])
     assert [unfrozen.lr_factor(p) for p in (0, 0.2, 1)] == pytest.approx([1 / 4, 1, 1 / 100])
 

@@ -19,6 +19,7 @@ from search.predict import Prediction, Predictor, find_files
 from trainables import augment
 from trainables.data import find_images
 from trainables.finetune import FineTune
+from trainables.predictor import PresizedFiles
 from trainables.presize import presize
 from trainables.recipe import Recipe
 
@@ -53,8 +54,8 @@ def predictor(run) -> Predictor:
 def test_the_network_sees_the_pixels_that_validation_sees(run, data, predictor):
     folder = find_images(data)
     images = presize(folder, 40)
-    training = FineTune(Recipe.from_dict(json.loads((run / "best/recipe.json").read_text())), images)
-    files = predict._PresizedFiles([data / path for path in folder.paths], 40)
+    training = FineTune(Recipe.from_dict(json.loads((run / "best/recipe.json").read_text())), images, split_seed=3)
+    files = PresizedFiles([data / path for path in folder.paths], predictor.preprocessing)
     seen, plans = [], [(np.arange(len(images)), augment.centre(len(images)))]
     predictor.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
@@ -96,7 +97,7 @@ def test_an_export_predicts_with_its_own_statistics(tmp_path, run):
     exported.mkdir()
     for file in (run / "best").iterdir():
         (exported / file.name).write_bytes(file.read_bytes())
-    stored = {"presize": 48, "image_size": 24, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    stored = {"presize": 48, "resize_method": "crop", "image_size": 24, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     write_json(exported / "preprocessing.json", stored)
     predictor = Predictor(exported, device="cpu")
     assert predictor.mean.flatten().tolist() == pytest.approx([25.5, 51, 76.5])

@@ -108,7 +108,9 @@ def best(folder) -> tuple[bytes, dict, dict, list]:
 
 def test_the_tables_are_there_and_whole_from_the_first_moment(table, folder):
     assert read_trials(folder.trials) == read_rows(folder.epochs) == []
-    assert folder.trials.read_text().startswith("number,trial_id,status,error_rate,valid_loss,accuracy,epochs_done,")
+    assert folder.trials.read_text().startswith(
+        "number,trial_id,status,error_rate,tta_error_rate,valid_loss,accuracy,epochs_done,"
+    )
     assert folder.epochs.read_text().splitlines() == [",".join(EPOCH_COLUMNS)]
 
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 PINNED = "pretrained=false presize=40 image_size=32 batch_size=4 freeze_epochs=1 bn_momentum=0.3 div=1 weight_decay=10"
 SEARCHED = "arch=test_resnet.r160_in1k,test_vit.r160_in1k epochs=1..3"
 # With so much weight decay a rate of 10 multiplies the weights by -99 in every step: it diverges, whatever the network.
-ALSO_PINNED = "lr_ratio=10 lr_max_frozen=0.002 mixup_alpha=0 smoothing=0.1 freeze_bn=false head=linear"
+ALSO_PINNED = "lr_ratio=10 lr_max_frozen=0.002 mixup_alpha=0 smoothing=0.1 train_bn=unfrozen head=linear"
 SETTINGS = f"{PINNED} {ALSO_PINNED} {SEARCHED} lr_max=0.001,10".split()
 NUM_TRIALS = 6
 SEED = 1

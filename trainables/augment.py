@@ -19,15 +19,16 @@ class Augmentations:
     window: np.ndarray  # (n,) where the square window lies along the longer side, 0 to 1
     maps: np.ndarray  # (n, 3, 3) output point -> point of the window
     lighting: np.ndarray  # (n, 256) uint8: the new value of each pixel value
+    pad: bool = False  # the window lies over the full longer side instead, and images reflect beyond their edges
 
     def __getitem__(self, rows) -> "Augmentations":
-        return Augmentations(self.window[rows], self.maps[rows], self.lighting[rows])
+        return Augmentations(self.window[rows], self.maps[rows], self.lighting[rows], self.pad)
 
 
 def draw(rng: np.random.Generator, n: int, recipe: Recipe) -> Augmentations:
     """Random training augmentations for n images."""
     window = rng.random(n)
-    crop = random_crops(rng, n, recipe.min_scale)
+    crop = random_crops(rng, n, recipe.min_scale, recipe.max_aspect)
     warp_x = _maybe(rng, recipe.affine_p, rng.uniform(-1, 1, n) * recipe.max_warp, 0.0)
     warp_y = _maybe(rng, recipe.affine_p, rng.uniform(-1, 1, n) * recipe.max_warp, 0.0)
     angle = _maybe(rng, recipe.affine_p, rng.uniform(-1, 1, n) * recipe.max_rotate, 0.0)
@@ -36,19 +37,26 @@ def draw(rng: np.random.Generator, n: int, recipe: Recipe) -> Augmentations:
     flip = flips(rng.random(n) < 0.5 if recipe.flip else np.zeros(n, bool))
     brightness = _maybe(rng, recipe.lighting_p, rng.uniform(-1, 1, n) * recipe.max_lighting, 0.0)
     contrast = np.exp(_maybe(rng, recipe.lighting_p, rng.uniform(-1, 1, n) * np.log(1 - recipe.max_lighting), 0.0))
-    maps = flip @ rotations(angle) @ zoom @ warps(warp_x, warp_y) @ crop
-    return Augmentations(window, maps, lighting_tables(brightness, contrast))
+    maps = compose(flip=flip, rotation=rotations(angle), zoom=zoom, warp=warps(warp_x, warp_y), crop=crop)
+    return Augmentations(window, maps, lighting_tables(brightness, contrast), recipe.resize_method == "pad")
 
 
-def centre(n: int) -> Augmentations:
+def compose(*, flip: np.ndarray, rotation: np.ndarray, zoom: np.ndarray, warp: np.ndarray, crop: np.ndarray):
+    """One map (n, 3, 3) of all, in fastai's order: the image is warped, flipped, rotated, zoomed, then cropped."""
+    return warp @ flip @ rotation @ zoom @ crop
+
+
+def centre(n: int, *, pad: bool = False) -> Augmentations:
     """What validation sees: the centre square, as it is."""
     maps = np.broadcast_to(np.eye(3), (n, 3, 3))
-    return Augmentations(np.full(n, 0.5), maps, np.broadcast_to(np.arange(256, dtype=np.uint8), (n, 256)))
+    unchanged = np.broadcast_to(np.arange(256, dtype=np.uint8), (n, 256))
+    return Augmentations(np.full(n, 0.5), maps, unchanged, pad)
 
 
 def apply(image: np.ndarray, augmentation: Augmentations, size: int) -> np.ndarray:
     """Image (h, w, 3) uint8 through its row of `augmentation` to (size, size, 3) uint8; it reflects at its edges."""
-    square = square_window(image, float(augmentation.window))
+    window = padded_square if augmentation.pad else square_window
+    square = window(image, float(augmentation.window))
     side = square.shape[0]
     shrink = side / (2 * size)
     if shrink > 1:
@@ -69,12 +77,23 @@ def square_window(image: np.ndarray, position: float) -> np.ndarray:
     return image[top : top + side, left : left + side]
 
 
-def random_crops(rng: np.random.Generator, n: int, min_scale: float) -> np.ndarray:
-    """Maps to square crops that keep `min_scale` to all of the area, anywhere inside."""
-    side = np.sqrt(rng.uniform(min_scale, 1, n))
+def padded_square(image: np.ndarray, position: float) -> np.ndarray:
+    """`image` made a square over its longer side by reflection; `position` 0 to 1 is the padding's share before it."""
+    height, width = image.shape[:2]
+    side = max(height, width)
+    top, left = round((side - height) * position), round((side - width) * position)
+    after = side - height - top, side - width - left
+    return cv2.copyMakeBorder(image, top, after[0], left, after[1], cv2.BORDER_REFLECT_101)
+
+
+def random_crops(rng: np.random.Generator, n: int, min_scale: float, max_aspect: float = 1.0) -> np.ndarray:
+    """Maps to crops that keep `min_scale` to all of the area, anywhere inside; their sides differ by `max_aspect`."""
+    area, limit = rng.uniform(min_scale, 1, n), np.log(max_aspect)
+    aspect = np.exp(rng.uniform(-limit, limit, n))
+    sides = np.minimum(1, np.sqrt(np.stack([area * aspect, area / aspect], axis=1)))
     maps = _identity(n)
-    maps[:, 0, 0] = maps[:, 1, 1] = side
-    maps[:, :2, 2] = rng.uniform(-1, 1, (n, 2)) * (1 - side)[:, None]
+    maps[:, [0, 1], [0, 1]] = sides
+    maps[:, :2, 2] = rng.uniform(-1, 1, (n, 2)) * (1 - sides)
     return maps
 
 

@@ -16,7 +16,9 @@ class Preprocessing:
     """From an image to the input of the network, as validation does it in training."""
 
     presize: int
-    """px; the shorter side is brought to this first, by averaging areas."""
+    """px; images are brought to this first, by averaging areas."""
+    resize_method: str
+    """crop: `presize` is the shorter side, pad: the longer one, reflected to a square, squish: both."""
     image_size: int
     """px; side of the square that the centre square is then brought to, bilinear."""
     mean: tuple[float, float, float]

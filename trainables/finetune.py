@@ -3,17 +3,17 @@
     python -m trainables.finetune --data DIR --set arch=resnet18.tv_in1k --set epochs=3
     torchrun --nproc-per-node 2 -m trainables.finetune --data DIR
 
-Everything random in an epoch comes from (seed, epoch), drawn for the whole batch, so a training continues exactly from
-the state of any epoch's end and does not depend on the number of workers.
+A training continues exactly from the state of any epoch's end and does not depend on the number of workers, see `plan`.
 """
 
 import argparse
 import gc
 import io
+import itertools
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from trainables import augment, model, optim
+from trainables import augment, loss, lr_finder, model, normalize, optim, tta
 from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE, Files, Preprocessing
 from trainables.data import find_images
 from trainables.distributed import World, init_from_environment, share_batch_norm
 from trainables.loader import BatchLoader
+from trainables.plan import Step, plan_epoch
 from trainables.presize import PresizedImages, presize
 from trainables.recipe import Recipe, parse_value
 from trainables.weights import WeightsError
@@ -35,17 +36,6 @@ from trainables.weights import WeightsError
 
 class Diverged(RuntimeError):
     """The training loss is no longer a finite number."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step, as this worker sees it: the images it loads, and its rows of the batch among them."""
-
-    indices: np.ndarray
-    augmentations: augment.Augmentations
-    first: np.ndarray  # rows of this worker
-    second: np.ndarray | None  # their mixup partners, which may be another worker's rows
-    share: np.ndarray | None  # lambda: the part of the first image in the mixture
 
 
 class FineTune:
@@ -69,10 +59,10 @@ class FineTune:
         self.recipe = recipe
         self.device = torch.device(device)
         self.world = World.current()
+        self.epochs_done = 0
         self.train_indices, self.valid_indices = images.split(seed=split_seed)
         self.labels = torch.as_tensor(np.asarray(images.labels), dtype=torch.long)
         self.num_classes = len(images.classes)
-        self.batch_size = min(recipe.batch_size, len(self.train_indices))
         if self.batch_size < self.world.size:
             raise ValueError(f"a batch of {self.batch_size} images is too small for {self.world.size} workers")
 
@@ -80,16 +70,19 @@ class FineTune:
         if self.world.size > 1:
             self.network = self.network.with_model(share_batch_norm(self.network.model, self.device))
         self.network.model.to(self.device, memory_format=torch.channels_last)
+        if normalize.from_data(recipe):
+            mean, std = normalize.channel_statistics(images, self.train_indices)
+            self.network = replace(self.network, mean=mean, std=std)
         self.mean = 255 * torch.tensor(self.network.mean, device=self.device).view(1, 3, 1, 1)
         self.std = 255 * torch.tensor(self.network.std, device=self.device).view(1, 3, 1, 1)
         self.amp_dtype = autocast_dtype(recipe.precision, self.device)
         self.loader = BatchLoader(images, num_threads=num_threads)
-        self.epochs_done = 0
         self._enter_stage()
 
     @property
     def preprocessing(self) -> Preprocessing:
-        sizes = {"presize": self.recipe.presize, "image_size": self.recipe.image_size}
+        names = ("presize", "resize_method", "image_size")
+        sizes = {name: getattr(self.recipe, name) for name in names}
         return Preprocessing(**sizes, mean=self.network.mean, std=self.network.std)
 
     @property
@@ -98,8 +91,18 @@ class FineTune:
         return self.epochs_done < self.recipe.freeze_epochs
 
     @property
+    def image_size(self) -> int:
+        """px; of the next epoch, and after the last one of the model."""
+        return self.recipe.image_size_at(self.epochs_done)
+
+    @property
+    def batch_size(self) -> int:
+        """Of the next epoch, over all workers."""
+        return min(self.recipe.batch_size_at(self.epochs_done), len(self.train_indices))
+
+    @property
     def steps_per_epoch(self) -> int:
-        """Whole batches only: a last small one would make a noisy step and noisy batch statistics."""
+        """Of the next epoch: whole batches only."""
         return len(self.train_indices) // self.batch_size
 
     @property
@@ -112,49 +115,71 @@ class FineTune:
 
     def run_epoch(self) -> dict[str, float | int | str]:
         """Train one epoch, then evaluate; losses are means per image. Raises `Diverged` where one is not finite."""
-        stage = "frozen" if self.frozen else "unfrozen"
+        epoch = {"epoch": self.epochs_done + 1, "stage": "frozen" if self.frozen else "unfrozen"}
+        num_images = self.steps_per_epoch * self.batch_size
         started = time.perf_counter()
         train_loss = self._train()
         trained = time.perf_counter()
         metrics = self.evaluate()
+        if self.epochs_done + 1 == self.recipe.total_epochs and self.recipe.tta_views:
+            metrics |= {"tta_error_rate": self.tta_error_rate()}
         evaluated = time.perf_counter()
         self.epochs_done += 1
         if self.epochs_done == self.recipe.freeze_epochs:
             self._enter_stage()
         return dict(
-            epoch=self.epochs_done,
-            stage=stage,
+            **epoch,
             progress=self.progress,
             train_loss=train_loss,
             **metrics,
             train_seconds=trained - started,
             valid_seconds=evaluated - trained,
-            images_per_second=self.steps_per_epoch * self.batch_size / (trained - started),
+            images_per_second=num_images / (trained - started),
         )
 
-    @torch.inference_mode()
     def evaluate(self) -> dict[str, float]:
         """Plain cross-entropy and error rate over the whole validation split, the same on every worker."""
-        self.network.model.eval()
-        indices = self.valid_indices[self.world.share(len(self.valid_indices))]
-        chunks = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
-        plans = [(chunk, augment.centre(len(chunk))) for chunk in chunks]
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for chunk, batch in zip(chunks, self.loader.batches(plans, self.recipe.image_size, self.device), strict=True):
-            targets = self.labels[chunk].to(self.device)
-            with self._autocast():
-                logits = self.network.model(self._normalized(batch)).float()
-            sums[0] += F.cross_entropy(logits, targets, reduction="sum")
-            sums[1] += (logits.argmax(dim=1) != targets).sum()
-        loss, errors = (self.world.sum(sums) / len(self.valid_indices)).tolist()
-        if not np.isfinite(loss):
-            raise Diverged(f"validation loss is {loss} after epoch {self.epochs_done + 1}")
-        return {"valid_loss": loss, "error_rate": errors, "accuracy": 1 - errors}
+        rows, targets = self._my_validation_rows()
+        augmentations = augment.centre(len(self.valid_indices), pad=self.recipe.resize_method == "pad")
+        logits = self._valid_logits(augmentations[rows])
+        sums = torch.stack([F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(1) != targets).sum()])
+        total, errors = (self.world.sum(sums.double()) / len(self.valid_indices)).tolist()
+        if not np.isfinite(total):
+            raise Diverged(f"validation loss is {total} after epoch {self.epochs_done + 1}")
+        return {"valid_loss": total, "error_rate": errors, "accuracy": 1 - errors}
+
+    def tta_error_rate(self) -> float:
+        """Error rate over the validation split with the recipe's test-time augmentation."""
+        rows, targets = self._my_validation_rows()
+        views = self.recipe.tta_views
+        averaged = tta.predict(self._valid_logits, self.recipe, len(self.valid_indices), views=views, rows=rows)
+        wrong = (averaged.argmax(dim=1) != targets).sum().double()
+        return self.world.sum(wrong).item() / len(self.valid_indices)
+
+    def lr_range_test(self, *, num_it: int = 100, start: float = 1e-7, end: float = 10.0) -> lr_finder.Curve:
+        """Loss while the rate of all groups grows from `start` to `end` in `num_it` steps, or until it explodes.
+
+        The training is afterwards as it was before.
+        """
+        before = self.state()
+        torch.manual_seed(self.recipe.seed)
+        self.network.train(frozen=self.frozen, train_bn=self.recipe.train_bn)
+        steps = itertools.chain.from_iterable(self._steps(epoch) for epoch in itertools.count(self.epochs_done))
+        steps = list(itertools.islice(steps, num_it))
+        sweep = lr_finder.Sweep(num_it, start, end)
+        for step, batch in zip(steps, self._batches(steps), strict=True):
+            optim.set_rate(self.optimizer, sweep.rate)
+            sweep.record(self.world.sum(self._step(batch, step)).item())
+            if sweep.finished:
+                break
+        self.load_state(before)
+        return sweep.curve()
 
     def state(self) -> Files:
         """All that is needed to go on from here, as the files of a checkpoint. Nothing random needs to be kept."""
         training = io.BytesIO()
-        torch.save({"epochs_done": self.epochs_done, "optimizer": self.optimizer.state_dict()}, training)
+        parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        torch.save({"epochs_done": self.epochs_done, **parts}, training)
         weights = {name: value.contiguous() for name, value in self.network.model.state_dict().items()}
         return {
             WEIGHTS_FILE: safetensors.torch.save(weights),
@@ -170,23 +195,24 @@ class FineTune:
         self.epochs_done = training["epochs_done"]
         self._enter_stage()
         self.optimizer.load_state_dict(training["optimizer"])
+        self.scaler.load_state_dict(training["scaler"])
 
     def close(self) -> None:
         self.loader.close()
 
     def _enter_stage(self) -> None:
         """Set up what the frozen and the unfrozen stage do not share: gradients, rates, optimizer, schedule."""
-        recipe = self.recipe
-        if self.frozen:
-            self.network.freeze_backbone()
-            groups, rates = self.network.layer_groups()[-1:], [recipe.lr_max_frozen]
-            self.cycle, self.stage_epochs = optim.frozen_cycle(recipe), recipe.freeze_epochs
+        recipe, frozen = self.recipe, self.frozen
+        if frozen:
+            self.network.freeze_backbone(recipe.train_bn)
         else:
             self.network.unfreeze()
-            groups = self.network.layer_groups()
-            rates = optim.discriminative_rates(recipe.lr_min, recipe.lr_max, len(groups))
-            self.cycle, self.stage_epochs = optim.unfrozen_cycle(recipe), recipe.epochs
+        groups = self.network.layer_groups(recipe.layer_groups)
+        rates = optim.stage_rates(recipe, len(groups), frozen=frozen)
         self.optimizer = optim.adamw(groups, rates, recipe)
+        self.cycle = optim.stage_cycle(recipe, frozen=frozen)
+        self.stage_epochs = recipe.freeze_epochs if frozen else recipe.epochs
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
         # The wrapper of the stage before must be gone, or its gradient hooks would average a second time.
         self.parallel_model = None
         gc.collect()
@@ -194,55 +220,66 @@ class FineTune:
 
     def _train(self) -> float:
         """One epoch of steps; the mean loss over them."""
-        self.network.train(frozen=self.frozen, freeze_bn=self.recipe.freeze_bn)
+        self.network.train(frozen=self.frozen, train_bn=self.recipe.train_bn)
         torch.manual_seed(self.recipe.seed * 10_007 + self.epochs_done)  # dropout
-        steps = list(self._plan_epoch())
-        plans = ((step.indices, step.augmentations) for step in steps)
+        steps = list(self._steps(self.epochs_done))
         stage_epochs_done = self.epochs_done - (0 if self.frozen else self.recipe.freeze_epochs)
         losses = []
-        for step, batch in zip(steps, self.loader.batches(plans, self.recipe.image_size, self.device), strict=True):
-            inputs, targets = self._mixed(batch, step)
+        for step, batch in zip(steps, self._batches(steps), strict=True):
             epochs_done = stage_epochs_done + len(losses) / len(steps)
             optim.set_position(self.optimizer, self.cycle, epochs_done / self.stage_epochs)
-            with self._autocast():
-                logits = self.parallel_model(inputs).float()
-            loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.smoothing, reduction="sum")
-            loss = loss / self.batch_size
-            (loss * self.world.size).backward()  # the workers' gradients are averaged, but their losses add up
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach())
+            losses.append(self._step(batch, step))
         return self._checked_mean(torch.stack(losses))
 
-    def _plan_epoch(self) -> Iterator[Step]:
-        """The epoch's steps, drawn alike on every worker for the whole batch."""
-        rng = np.random.default_rng([self.recipe.seed, self.epochs_done])
-        n, mine = self.batch_size, self.world.share(self.batch_size)
-        self.network.share_dropout(mine, n)
-        order = rng.permutation(self.train_indices)
-        for start in range(0, self.steps_per_epoch * n, n):
-            indices, augmentations = order[start : start + n], augment.draw(rng, n, self.recipe)
-            rows = np.arange(n)[mine]
-            if self.recipe.mixup_alpha == 0:
-                yield Step(indices[rows], augmentations[rows], np.arange(len(rows)), None, None)
-                continue
-            share = rng.beta(self.recipe.mixup_alpha, self.recipe.mixup_alpha, n)
-            share = np.maximum(share, 1 - share)  # as in fastai: the first image is the larger part
-            partners = rng.permutation(n)[mine]
-            needed, places = np.unique(np.concatenate([rows, partners]), return_inverse=True)
-            first, second = np.split(places, 2)
-            yield Step(indices[needed], augmentations[needed], first, second, share[mine])
+    def _step(self, batch: torch.Tensor, step: Step) -> torch.Tensor:
+        """One optimizer step; this worker's part of the batch's mean loss."""
+        inputs, targets = self._mixed(batch, step)
+        with self._autocast():
+            logits = self.parallel_model(inputs).float()
+        value = loss.cross_entropy(logits, targets, self.recipe.smoothing) / self.batch_size
+        # The workers' gradients are averaged, but their losses add up.
+        self.scaler.scale(value * self.world.size).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value.detach()
+
+    def _steps(self, epoch: int) -> Iterator[Step]:
+        self.network.share_dropout(self.world.share(self.batch_size), self.batch_size)
+        return plan_epoch(self.recipe, self.train_indices, epoch=epoch, batch_size=self.batch_size, world=self.world)
+
+    def _batches(self, steps: list[Step]) -> Iterator[torch.Tensor]:
+        plans = ((step.indices, step.augmentations) for step in steps)
+        return self.loader.batches(plans, self.image_size, self.device)
 
     def _mixed(self, batch: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalized inputs and soft targets of this worker's rows, mixup (Zhang et al. 2018) included."""
+        """Normalized inputs and soft targets of this worker's rows, mixup included."""
         inputs = self._normalized(batch)
-        targets = F.one_hot(self.labels[step.indices], self.num_classes).to(self.device, torch.float32)
+        targets = loss.soft_targets(self.labels[step.indices], self.num_classes).to(self.device)
         if step.second is None:
             return inputs, targets
+        rows = [torch.as_tensor(part, device=self.device) for part in (step.first, step.second)]
         share = torch.as_tensor(step.share, dtype=torch.float32, device=self.device)
-        targets = torch.lerp(targets[step.second], targets[step.first], share[:, None])
-        mixed = torch.lerp(inputs[step.second], inputs[step.first], share[:, None, None, None])
-        return mixed.contiguous(memory_format=torch.channels_last), targets
+        mixed = loss.mix(inputs, *rows, share).contiguous(memory_format=torch.channels_last)
+        return mixed, loss.mix(targets, *rows, share)
+
+    def _my_validation_rows(self) -> tuple[slice, torch.Tensor]:
+        """Which rows of the validation split this worker labels, and their labels."""
+        rows = self.world.share(len(self.valid_indices))
+        return rows, self.labels[self.valid_indices[rows]].to(self.device)
+
+    @torch.inference_mode()
+    def _valid_logits(self, augmentations: augment.Augmentations) -> torch.Tensor:
+        """Logits (rows, classes) of this worker's validation images, augmented so."""
+        self.network.model.eval()
+        indices = self.valid_indices[self._my_validation_rows()[0]]
+        chunks = [slice(i, i + self.batch_size) for i in range(0, len(indices), self.batch_size)]
+        plans = [(indices[chunk], augmentations[chunk]) for chunk in chunks]
+        logits = [torch.empty(0, self.num_classes, device=self.device)]  # a worker may have no rows
+        for batch in self.loader.batches(plans, self.image_size, self.device):
+            with self._autocast():
+                logits.append(self.network.model(self._normalized(batch)).float())
+        return torch.cat(logits)
 
     def _normalized(self, batch: torch.Tensor) -> torch.Tensor:
         return (batch.float() - self.mean) / self.std
@@ -263,8 +300,10 @@ class FineTune:
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and has_bf16) else None
+    """What the forward pass computes in under `torch.autocast`; None for plain fp32."""
+    if precision == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 
 def main() -> None:
@@ -277,7 +316,7 @@ def main() -> None:
     try:
         recipe = Recipe(**dict(_parse_setting(text) for text in args.set))
         model.check_architecture(recipe.arch)
-        images = presize(find_images(args.data), recipe.presize)
+        images = presize(find_images(args.data), recipe.presize, recipe.resize_method)
     except ValueError as error:
         parser.error(str(error))
     device = init_from_environment()

@@ -1,6 +1,7 @@
 """The network of one trial: a timm backbone, its head, its layer groups, and the pretrained weights in it."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,33 +28,36 @@ class Network:
     def classifier(self) -> nn.Module:
         return self.model.get_submodule(classifier_name(self.model))
 
-    def layer_groups(self) -> list[list[nn.Parameter]]:
+    def layer_groups(self, kind: str) -> list[list[nn.Parameter]]:
         """Parameters from the earliest layers to the head, which is the last group.
 
-        The backbone is cut where timm's `group_matcher` (coarse) cuts it, so every timm architecture has groups.
+        `kind` blocks cuts the backbone where timm's `group_matcher` (coarse) does, so every timm architecture has
+        groups; fastai cuts a ResNet after its second stage (`_resnet_split`), and no other backbone (`default_split`).
         """
         parameters = dict(self.model.named_parameters())
         head = f"{classifier_name(self.model)}."
-        by_depth = timm.models.group_parameters(self.model, self.model.group_matcher(coarse=True))
-        groups = [[name for name in names if not name.startswith(head)] for names in by_depth.values()]
+        body = [name for name in parameters if not name.startswith(head)]
+        groups = _by_depth(self.model, body) if kind == "blocks" else _as_fastai(self.model, body)
         groups.append([name for name in parameters if name.startswith(head)])
         return [[parameters[name] for name in names] for names in groups if names]
 
-    def freeze_backbone(self) -> None:
-        """Train the head alone: the backbone gets no gradients, so autograd computes none in it."""
+    def freeze_backbone(self, train_bn: str) -> None:
+        """Train the head, and the backbone's batch norms with `train_bn` always; autograd computes no more."""
         self.model.requires_grad_(False)
+        if train_bn == "always":
+            for module in _batch_norms(self.model):
+                module.requires_grad_(True)
         self.classifier.requires_grad_(True)
 
     def unfreeze(self) -> None:
         self.model.requires_grad_(True)
 
-    def train(self, *, frozen: bool, freeze_bn: bool) -> None:
-        """Training mode; a frozen backbone stays in evaluation mode, and so do all its batch norms if `freeze_bn`."""
-        self.model.train(not frozen)
-        if freeze_bn:
-            for module in self.model.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+    def train(self, *, frozen: bool, train_bn: str) -> None:
+        """Training mode; a frozen backbone whose batch norms do not train stays in evaluation mode."""
+        self.model.train(not frozen or train_bn == "always")
+        if train_bn == "never":
+            for module in _batch_norms(self.model):
+                module.eval()
         self.classifier.train()
 
     def share_dropout(self, rows: slice, batch_size: int) -> None:
@@ -79,15 +83,16 @@ def build(recipe: Recipe, num_classes: int, weights: Path | None = None, *, load
     if recipe.concat_pool:
         options["global_pool"] = "catavgmax"
     if timm.get_pretrained_cfg_value(recipe.arch, "fixed_input_size"):
+        if recipe.start_size:
+            raise ValueError(f"{recipe.arch} takes images of one size only, expected start_size=0")
         options["img_size"] = recipe.image_size  # transformers with position embeddings; timm resizes pretrained ones
     if recipe.pretrained and load_pretrained:
         options["pretrained"] = True
         if source:
             options["pretrained_cfg_overlay"] = {"file": str(in_timm_names(source))}
     model = _create(recipe, options, weights, source)
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.momentum = recipe.bn_momentum
+    for module in _batch_norms(model):
+        module.momentum = recipe.bn_momentum
     if recipe.head == "mlp":
         _replace_classifier(model, recipe, num_classes)
     elif recipe.pretrained:
@@ -148,6 +153,23 @@ def classifier_name(model: nn.Module) -> str:
         arch = model.pretrained_cfg.get("architecture")
         raise ValueError(f"{arch} has more than one classifier ({name}), expected an architecture with one")
     return name
+
+
+def _by_depth(model: nn.Module, names: list[str]) -> list[list[str]]:
+    body = set(names)
+    groups = timm.models.group_parameters(model, model.group_matcher(coarse=True)).values()
+    return [[name for name in group if name in body] for group in groups]
+
+
+def _as_fastai(model: nn.Module, names: list[str]) -> list[list[str]]:
+    if not isinstance(model, timm.models.ResNet):
+        return [names]
+    late = [name for name in names if name.startswith(("layer3.", "layer4."))]
+    return [[name for name in names if name not in late], late]
+
+
+def _batch_norms(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if isinstance(module, _BatchNorm))
 
 
 def _replace_classifier(model: nn.Module, recipe: Recipe, num_classes: int) -> None:

@@ -40,24 +40,22 @@ def _cosine(start: float, end: float, position: float) -> float:
     return start + (1 + cos(pi * (1 - position))) * (end - start) / 2
 
 
-def frozen_cycle(recipe: Recipe) -> OneCycle:
+def stage_cycle(recipe: Recipe, *, frozen: bool) -> OneCycle:
+    """The schedule of the frozen or the unfrozen stage."""
     return OneCycle(
-        pct_start=recipe.pct_start_frozen,
-        div=recipe.div_frozen,
+        pct_start=recipe.pct_start_frozen if frozen else recipe.pct_start,
+        div=recipe.div_frozen if frozen else recipe.div,
         div_final=recipe.div_final,
         mom_high=recipe.mom_high,
         mom_low=recipe.mom_low,
     )
 
 
-def unfrozen_cycle(recipe: Recipe) -> OneCycle:
-    return OneCycle(
-        pct_start=recipe.pct_start,
-        div=recipe.div,
-        div_final=recipe.div_final,
-        mom_high=recipe.mom_high,
-        mom_low=recipe.mom_low,
-    )
+def stage_rates(recipe: Recipe, num_groups: int, *, frozen: bool) -> list[float]:
+    """One peak rate per layer group, earliest first. While frozen, those before the head hold batch norms."""
+    if frozen:
+        return [recipe.lr_max_frozen / recipe.lr_ratio_frozen] * (num_groups - 1) + [recipe.lr_max_frozen]
+    return discriminative_rates(recipe.lr_min, recipe.lr_max, num_groups)
 
 
 def discriminative_rates(lr_min: float, lr_max: float, num_groups: int) -> list[float]:
@@ -88,3 +86,9 @@ def set_position(optimizer: torch.optim.Optimizer, cycle: OneCycle, position: fl
     for group in optimizer.param_groups:
         group["lr"] = group["lr_max"] * cycle.lr_factor(position)
         group["betas"] = (cycle.momentum(position), group["betas"][1])
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """One rate for all parameter groups and fastai's constant momentum, for the learning-rate finder."""
+    for group in optimizer.param_groups:
+        group["lr"], group["betas"] = lr, (0.9, group["betas"][1])

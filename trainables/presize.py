@@ -103,6 +103,21 @@ def resize_shorter_side(image: np.ndarray, size: int) -> np.ndarray:
     return cv2.resize(image, (width, height), interpolation=method)
 
 
+def resize(image: np.ndarray, size: int, method: str = "crop") -> np.ndarray:
+    """Resizes uint8 (h, w, 3) as fastai's `Resize` does, but for the cutting and padding, which augmentation does.
+
+    `method` crop makes the shorter side `size`, pad the longer side, squish both.
+    """
+    if method == "crop":
+        return resize_shorter_side(image, size)
+    longer = max(image.shape[:2])
+    sides = (size, size) if method == "squish" else tuple(max(1, round(s * size / longer)) for s in image.shape[:2])
+    if image.shape[:2] == sides:
+        return np.ascontiguousarray(image)
+    interpolation = cv2.INTER_AREA if size < longer else cv2.INTER_LINEAR
+    return cv2.resize(image, sides[::-1], interpolation=interpolation)
+
+
 # --- The cache --------------------------------------------------------------------------------------------------------
 
 
@@ -154,21 +169,24 @@ class PresizedImages:
 def presize(
     folder: ImageFolder,
     size: int,
+    method: str = "crop",
     *,
     cache: Path | None = None,
     num_threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PresizedImages:
-    """Opens the cache of `folder` with shorter sides of `size` pixels; the first process on a node builds it.
+    """Opens the cache of `folder` at `size` pixels; the first process on a node builds it.
+
+    `method` is the recipe's `resize_method`: crop keeps whole images with shorter sides of `size`, see `resize`.
 
     `cache` is the folder of all caches (default: "presized" in cache_dir()); `progress` is called with (images done,
     images in all) by the process that builds. Raises DataError where more than 1 % of the images are unreadable, a
     class is left with fewer than two, or the cache cannot be written.
     """
     if size < 1:
-        raise ValueError(f"size is {size}; expected the shorter side in pixels, such as 460.")
+        raise ValueError(f"size is {size}; expected pixels, such as 460.")
     caches = data.cache_dir() / "presized" if cache is None else Path(cache)
-    key = sha256(f"{data.fingerprint(folder)} {size} {FORMAT_VERSION}".encode()).hexdigest()[:32]
+    key = sha256(f"{data.fingerprint(folder)} {size} {method} {FORMAT_VERSION}".encode()).hexdigest()[:32]
     path = caches / key
     if opened := _open(path):
         return opened
@@ -177,7 +195,7 @@ def presize(
         with data.locked(caches / f".{key}.lock", "for another process that presizes the same images"):
             if opened := _open(path):  # the other process has built it
                 return opened
-            _build(folder, size, path, num_threads or _num_cpus(), progress)
+            _build(folder, size, method, path, num_threads or _num_cpus(), progress)
     except OSError as error:
         raise _cannot_write(caches, folder, size, error) from error
     return PresizedImages(path)
@@ -217,18 +235,20 @@ class _Built:
     nbytes: int = 0
 
 
-def _build(folder: ImageFolder, size: int, path: Path, num_threads: int, progress: Callable | None) -> None:
+def _build(
+    folder: ImageFolder, size: int, method: str, path: Path, num_threads: int, progress: Callable | None
+) -> None:
     """Writes the cache to a temporary folder and renames it. The caller holds the lock."""
     started = time.perf_counter()
     logger.info("presizing %d images to %d px in %s", len(folder.paths), size, path)
-    least = len(folder.paths) * size * size * 3
+    least = len(folder.paths) * size * size * 3 / (MAX_ASPECT if method == "pad" else 1)
     if least * (1 - MAX_UNREADABLE) > shutil.disk_usage(path.parent).free:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     temporary = path.with_name(f".{path.name}.partial")  # one name: what a killed process left is removed
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        built = _write_pixels(folder, size, temporary / "pixels.u8", num_threads, progress)
+        built = _write_pixels(folder, size, method, temporary / "pixels.u8", num_threads, progress)
         remaining = _leave_out(folder, built)
         _write_index(remaining, size, built, temporary)
         shutil.rmtree(path, ignore_errors=True)  # a damaged one
@@ -239,10 +259,12 @@ def _build(folder: ImageFolder, size: int, path: Path, num_threads: int, progres
     logger.info("presized %d images, %.0f MB, in %.1f s", len(built.kept), built.nbytes / 1e6, seconds)
 
 
-def _write_pixels(folder: ImageFolder, size: int, file: Path, num_threads: int, progress: Callable | None) -> _Built:
+def _write_pixels(
+    folder: ImageFolder, size: int, method: str, file: Path, num_threads: int, progress: Callable | None
+) -> _Built:
     built = _Built()
     with file.open("wb") as pixels:
-        for index, image in enumerate(_decoded(folder, size, num_threads)):
+        for index, image in enumerate(_decoded(folder, size, method, num_threads)):
             if isinstance(image, UnreadableImage):
                 built.unreadable[folder.paths[index]] = str(image)
             else:
@@ -257,12 +279,12 @@ def _write_pixels(folder: ImageFolder, size: int, file: Path, num_threads: int, 
     return built
 
 
-def _decoded(folder: ImageFolder, size: int, num_threads: int) -> Iterator[np.ndarray | UnreadableImage]:
+def _decoded(folder: ImageFolder, size: int, method: str, num_threads: int) -> Iterator[np.ndarray | UnreadableImage]:
     """The presized images in order; a few per thread are in memory at a time. Pillow and OpenCV release the GIL."""
 
     def decode(path: str) -> np.ndarray | UnreadableImage:
         try:
-            return resize_shorter_side(read_image(folder.root / path, size), size)
+            return resize(read_image(folder.root / path, size), size, method)
         except UnreadableImage as error:
             return error
 

@@ -7,6 +7,9 @@ import dataclasses
 from dataclasses import dataclass, fields
 from typing import Any
 
+MIN_SIZE = 16
+"""px; no image is smaller."""
+
 
 def setting(default: Any, doc: str, *, low=None, high=None, choices: tuple = (), log: bool = False) -> Any:
     """A dataclass field that carries its own documentation and range: `low` and `high` are inclusive."""
@@ -29,11 +32,28 @@ class Recipe:
     dropout: float = setting(
         0.5, "dropout before the mlp head's last layer; half of it before the first", low=0, high=0.95
     )
+    normalize: str = setting(
+        "auto",
+        "mean and deviation of the inputs: the weights' own, or computed from the data; auto = data where from scratch",
+        choices=("auto", "weights", "data"),
+    )
 
     freeze_epochs: int = setting(1, "epochs that train the head alone, the backbone frozen", low=0, high=1000)
     epochs: int = setting(5, "epochs that train the whole network, after the frozen ones", low=0, high=1000)
     batch_size: int = setting(64, "images per optimizer step, over all workers together", low=2, high=65536)
+    layer_groups: str = setting(
+        "blocks",
+        "what shares a rate: blocks = each of timm's blocks, fastai = three parts of a ResNet, body and head of others",
+        choices=("blocks", "fastai"),
+    )
     lr_max_frozen: float = setting(2e-3, "peak learning rate of the frozen stage", low=1e-7, high=10, log=True)
+    lr_ratio_frozen: float = setting(
+        10.0,
+        "lr_max_frozen / rate of the frozen backbone's batch norms (train_bn=always)",
+        low=1,
+        high=1e6,
+        log=True,
+    )
     lr_max: float = setting(1e-3, "peak learning rate of the head once unfrozen", low=1e-7, high=10, log=True)
     lr_ratio: float = setting(
         100.0, "lr_max / rate of the earliest layers, geometric between", low=1, high=1e6, log=True
@@ -47,15 +67,33 @@ class Recipe:
     mom_low: float = setting(0.85, "momentum where the rate is highest", low=0, high=0.999)
     weight_decay: float = setting(0.01, "decoupled weight decay; none on norms and biases", low=0, high=10)
 
-    freeze_bn: bool = setting(False, "batch norms keep the pretrained statistics while unfrozen too; for small sets")
+    train_bn: str = setting(
+        "unfrozen",
+        "when the backbone's batch norms train: always = as in fastai while frozen too, unfrozen = once unfrozen, "
+        "never = they keep the pretrained statistics; for small sets",
+        choices=("always", "unfrozen", "never"),
+    )
     bn_momentum: float = setting(0.1, "weight of a batch in batch norm's running statistics", low=0.001, high=1)
 
     mixup_alpha: float = setting(0.0, "mixup's Beta(alpha, alpha); 0 = no mixup", low=0, high=10)
     smoothing: float = setting(0.0, "label smoothing epsilon", low=0, high=0.9)
 
-    presize: int = setting(460, "px; shorter side of the cached images, before augmentation", low=16, high=4096)
-    image_size: int = setting(224, "px; side of the square that the network sees", low=16, high=4096)
+    presize: int = setting(460, "px; side of the cached images, before augmentation", low=MIN_SIZE, high=4096)
+    resize_method: str = setting(
+        "crop",
+        "crop = presize is the shorter side, a random square trains and the centre one validates; "
+        "squish = to a square; pad = presize is the longer side, reflected to a square",
+        choices=("crop", "squish", "pad"),
+    )
+    image_size: int = setting(224, "px; side of the square that the network sees", low=MIN_SIZE, high=4096)
+    start_size: int = setting(0, "px; image_size of the first epochs (progressive resizing); 0 = off", low=0, high=4096)
+    start_share: float = setting(0.4, "share of all epochs at start_size, rounded down", low=0, high=0.95)
+    start_batch_size: int = setting(
+        0, "batch_size at start_size; 0 = batch_size * image_size / start_size", low=0, high=65536
+    )
+
     min_scale: float = setting(0.75, "smallest share of the area that a random crop keeps", low=0.01, high=1)
+    max_aspect: float = setting(1.0, "largest ratio of a random crop's sides; 1 = square", low=1, high=4, log=True)
     flip: bool = setting(True, "flip half of the training images left to right")
     affine_p: float = setting(0.75, "probability of each of rotation, zoom and warp", low=0, high=1)
     max_rotate: float = setting(10.0, "degrees; largest rotation either way", low=0, high=180)
@@ -65,7 +103,16 @@ class Recipe:
     lighting_p: float = setting(0.75, "probability of each of brightness and contrast", low=0, high=1)
     max_lighting: float = setting(0.2, "largest change of brightness and contrast", low=0, high=0.9)
 
-    precision: str = setting("auto", "auto = bf16 where the GPU has it, else fp32", choices=("auto", "fp32", "bf16"))
+    tta_views: int = setting(
+        4, "augmented views per image that test-time augmentation adds after the last epoch; 0 = off", low=0, high=100
+    )
+    tta_beta: float = setting(0.25, "weight of the centre view beside the augmented ones", low=0, high=1)
+
+    precision: str = setting(
+        "auto",
+        "auto = bf16 where the GPU has it, fp16 with a loss scaler on older GPUs, fp32 on CPUs",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
     seed: int = setting(0, "seed of everything random in this training", low=0, high=2**31 - 1)
 
     def __post_init__(self) -> None:
@@ -77,8 +124,11 @@ class Recipe:
                 problems.append(str(error))
         if not problems and self.epochs + self.freeze_epochs < 1:
             problems.append("epochs and freeze_epochs are both 0, expected at least one epoch in one of them")
-        if not problems and self.image_size > self.presize:
-            problems.append(f"image_size={self.image_size} is larger than presize={self.presize}; raise presize")
+        for name in ("image_size", "start_size"):
+            if not problems and getattr(self, name) > self.presize:
+                problems.append(f"{name}={getattr(self, name)} is larger than presize={self.presize}; raise presize")
+        if not problems and 0 < self.start_size < MIN_SIZE:
+            problems.append(f"start_size={self.start_size} is too small, expected 0 (off) or {MIN_SIZE} and more")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -90,6 +140,19 @@ class Recipe:
     @property
     def total_epochs(self) -> int:
         return self.freeze_epochs + self.epochs
+
+    def image_size_at(self, epoch: int) -> int:
+        """px; side of the images in epoch 0, 1, ..., with progressive resizing."""
+        return self.start_size if self._starting(epoch) else self.image_size
+
+    def batch_size_at(self, epoch: int) -> int:
+        """Images per step in epoch 0, 1, ...: smaller images come in larger batches, unless `start_batch_size` says."""
+        if not self._starting(epoch):
+            return self.batch_size
+        return self.start_batch_size or max(2, round(self.batch_size * self.image_size / self.start_size))
+
+    def _starting(self, epoch: int) -> bool:
+        return self.start_size > 0 and epoch < int(self.start_share * self.total_epochs)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":

@@ -269,7 +269,7 @@ class _Slot:
         recipe = Recipe.from_dict(trial.recipe)
         self.training = FineTune(
             recipe,
-            _presized_images(trial.data, recipe.presize),
+            _presized_images(trial.data, recipe.presize, recipe.resize_method),
             weights=Path(trial.weights) if trial.weights else None,
             device=ray.train.torch.get_device(),
             num_threads=self.num_threads,
@@ -294,8 +294,8 @@ def _is_of_lost_worker(error: Exception) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _presized_images(data: str, size: int):
+def _presized_images(data: str, size: int, method: str):
     from trainables.data import find_images
     from trainables.presize import presize
 
-    return presize(find_images(Path(data)), size)
+    return presize(find_images(Path(data)), size, method)

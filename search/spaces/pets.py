@@ -25,14 +25,14 @@ SPACE = Space(
         "lr_max_frozen": Range(5e-4, 2e-2, log=True),
         "lr_max": Range(1e-4, 1e-2, log=True),
         "lr_ratio": Range(3, 1000, log=True),
-        "freeze_bn": Choice((False, True)),
+        "train_bn": Choice(("unfrozen", "always", "never")),
         "mixup_alpha": Range(0.0, 0.4),
         "smoothing": Range(0.0, 0.2),
     },
     # Where there are few images, batch statistics are what spoils the unfrozen stage.
     first=(
         {
-            "freeze_bn": True,
+            "train_bn": "never",
             "freeze_epochs": 3,
             "lr_max_frozen": 5e-3,
             "lr_max": 3e-4,
