@@ -67,3 +67,7 @@ class Interruptible:
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
+
+
+def say(text: str) -> None:
+    print(text, flush=True)

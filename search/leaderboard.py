@@ -1,6 +1,8 @@
 """What a person sees while a search runs: a live table on a terminal, a line per event in a log file."""
 
+import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from ray import tune
@@ -9,7 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from search.results import RUNNING, ResultsTable, Row, leaders, table_id
+from search.results import COMPLETED, RUNNING, ResultsTable, Row, leaders, row_of, table_id
+from search.space import NamedRecipe, Space
 
 SHOWN = 8
 
@@ -104,6 +107,29 @@ def leaderboard(rows: list[Row], dimensions: list[str], *, running: list[Row] | 
     return table
 
 
+def recipes_table(space: Space, recipes: Sequence[NamedRecipe], rows: list[Row]) -> Table:
+    """Named recipes with the errors that they reached here and those that were published, as a table for `rich`."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("recipe")
+    for name in ("trial", "epochs", "seconds", "error", "published", "with TTA", "published"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("source")
+    for recipe in recipes:
+        settings = space.settings_of(recipe)
+        row = row_of(rows, {name: settings[name] for name in space.dimensions})
+        cells = ["", "", "", "not run", ""]
+        if row is not None:
+            errors = [_share(row["error_rate"]), _share(row["tta_error_rate"])]
+            if row["status"] != COMPLETED:
+                errors = [row["status"], ""]
+            epochs = f"{row['epochs_done']}/{row['epochs_total']}"
+            cells = [str(row["number"]), epochs, f"{row['seconds']:.0f}", *errors]
+        *costs, error, averaged = cells
+        published = _share(recipe.error_rate), _share(recipe.tta_error_rate)
+        table.add_row(recipe.name, *costs, error, published[0], averaged, published[1], recipe.source)
+    return table
+
+
 def counts(rows: list[Row]) -> str:
     by_status = {
         status: sum(row["status"] == status for row in rows) for status in dict.fromkeys(r["status"] for r in rows)
@@ -122,7 +148,11 @@ def _recipe(row: Row, dimensions: list[str]) -> str:
 
 
 def _percent(row: Row) -> str:
-    return f"{100 * row['error_rate']:.1f} %"
+    return _share(row["error_rate"])
+
+
+def _share(error_rate: float | None) -> str:
+    return "" if error_rate is None or math.isnan(error_rate) else f"{100 * error_rate:.1f} %"
 
 
 def _short(value: Any) -> str:

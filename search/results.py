@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class RunFolder:
         self.best = self.path / "best"
         self.journal = self.path / "study.journal"
         self.rungs = self.path / "rungs.json"
+        self.lr_find = self.path / "lr_find"
         self.tune = self.path / "tune"
 
     def __str__(self) -> str:
@@ -83,11 +84,18 @@ class ResultsTable(tune.Callback):
     """
 
     def __init__(
-        self, folder: RunFolder, *, settings: dict[str, Any], dimensions: list[str], labels: list[str]
+        self,
+        folder: RunFolder,
+        *,
+        settings: dict[str, Any],
+        dimensions: list[str],
+        labels: list[str],
+        pinned: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self.settings = settings
         self.dimensions = dimensions
+        self.pinned = list(pinned)  # settings that the user gave one value: the same in all rows
         self.labels = labels
         self.rows: dict[str, Row] = {}
         self.epoch_rows: dict[tuple[str, int], Row] = {}  # by trial and epoch
@@ -95,7 +103,7 @@ class ResultsTable(tune.Callback):
 
     @property
     def columns(self) -> list[str]:
-        return ["number", "trial_id", "status", *METRICS, *COSTS, *self.dimensions, "reason"]
+        return ["number", "trial_id", "status", *METRICS, *COSTS, *self.dimensions, *self.pinned, "reason"]
 
     def failures_in_a_row(self) -> int:
         """How many of the trials that ended last have failed without another end between them, since this start."""
@@ -195,7 +203,7 @@ class ResultsTable(tune.Callback):
                 epochs_total=recipe["epochs"] + recipe["freeze_epochs"],
                 seconds=0.0,
                 overhead_seconds=math.nan,
-                **{name: trial.config[name] for name in self.dimensions},
+                **{name: recipe[name] for name in (*self.dimensions, *self.pinned)},
                 reason="",
             )
         return self.rows[trial_id]
@@ -292,6 +300,12 @@ def read_trials(path: Path) -> list[Row]:
             row[name] = int(row[name])
         rows.append(row)
     return rows
+
+
+def row_of(rows: Iterable[Row], config: dict[str, Any]) -> Row | None:
+    """The row of the trial with these values of the dimensions, among rows as they are read back."""
+    texts = {name: str(_as_text(value)) for name, value in config.items()}
+    return next((row for row in rows if all(row[name] == text for name, text in texts.items())), None)
 
 
 def _as_text(value: Any) -> Any:

@@ -40,8 +40,19 @@ class Choice:
 
 Dimension = Range | Choice
 
-TIED = ("epochs", "freeze_epochs", "image_size", "presize")
+TIED = ("epochs", "freeze_epochs", "image_size", "start_size", "presize")
 """Settings whose values must fit each other, see `Recipe`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedRecipe:
+    """A recipe that somebody published, with the error that it reached."""
+
+    name: str
+    settings: dict[str, Any]  # as changes to those of the space
+    error_rate: float | None = None
+    tta_error_rate: float | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +65,11 @@ class Space:
     settings: dict[str, Any]
     dimensions: dict[str, Dimension]
     first: tuple[dict[str, Any], ...] = ()  # recipes tried after trial 0, as changes to `settings`
+    recipes: dict[str, tuple[NamedRecipe, ...]] = field(default_factory=dict)  # for `--recipes`, by their common name
+    pinned: tuple[str, ...] = ()  # settings that the user has given one value
     num_trials: int = 20
     seed: int = 0  # of proposals and trainings, where the command line gives none
-    split_seed: int = field(default=0)
+    split_seed: int = 0
 
     def __post_init__(self) -> None:
         Recipe.from_dict(self.settings)
@@ -84,6 +97,7 @@ class Space:
         in, so their order does not matter.
         """
         settings, dimensions, problems = Recipe.from_dict(self.settings).to_dict(), dict(self.dimensions), []
+        pinned = dict.fromkeys(self.pinned)
         for text in texts:
             try:
                 name, value = self._parse(text)
@@ -92,13 +106,35 @@ class Space:
                 continue
             if isinstance(value, Dimension):
                 dimensions[name] = value
+                pinned.pop(name, None)
                 value = value.clip(settings[name])
             else:
                 dimensions.pop(name, None)
+                pinned[name] = None
             settings[name] = value
         if problems:
             raise ValueError("; ".join(problems))
-        return replace(self, settings=settings, dimensions=dimensions)
+        return replace(self, settings=settings, dimensions=dimensions, pinned=tuple(pinned))
+
+    def of_recipes(self, name: str, texts: Iterable[str] = ()) -> "Space":
+        """The space whose trials are exactly the recipes called `name`, with each `NAME=VALUE` pinned in all of them."""
+        if name not in self.recipes:
+            known = ", ".join(self.recipes) or "none"
+            raise ValueError(f"--recipes {name}: the space {self.name} has no such recipes. There are: {known}.")
+        base = replace(self, dimensions={}).with_settings(texts)
+        if base.dimensions:
+            searched = next(iter(base.dimensions))
+            raise ValueError(f"--set {searched}=... gives several values; with --recipes expected a single one")
+        configs = [base.settings_of(recipe) for recipe in self.recipes[name]]
+        values = {setting: tuple(dict.fromkeys(config[setting] for config in configs)) for setting in configs[0]}
+        dimensions = {setting: Choice(found) for setting, found in values.items() if len(found) > 1}
+        space = replace(base, settings=configs[0], dimensions=dimensions, first=tuple(configs[1:]))
+        return replace(space, num_trials=len(space.first_configs()))
+
+    def settings_of(self, recipe: NamedRecipe) -> dict[str, Any]:
+        """All settings of a named recipe in this space; what the user pinned holds."""
+        pinned = {name: self.settings[name] for name in self.pinned}
+        return Recipe.from_dict(self.settings | recipe.settings | pinned).to_dict()
 
     def _parse(self, text: str) -> tuple[str, Any]:
         """The name in a `--set`, and its value or `Dimension`."""

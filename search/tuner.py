@@ -10,7 +10,7 @@ from search.leaderboard import Leaderboard
 from search.results import ResultsTable, RunFolder, TooManyFailures, table_id
 from search.scheduler import ProgressHalvingScheduler
 from search.searcher import METRIC, OptunaSearcher
-from search.space import Space
+from search.space import NamedRecipe, Space
 from trainables.recipe import Recipe
 from trainables.trial import FineTuneTrial, TrialOptions
 from trainables.worker_group import GroupSize
@@ -35,13 +35,18 @@ class RunOptions:
     time_budget: float | None  # seconds
     method: str
     max_concurrent: int
+    recipes: tuple[NamedRecipe, ...] = ()  # the trials are these and no others
 
 
 def new_tuner(options: RunOptions) -> tune.Tuner:
     settings = full_settings(options.space)
     sampler, _, early = options.method.partition("-")
     table = ResultsTable(
-        options.folder, settings=settings, dimensions=list(options.space.dimensions), labels=options.labels
+        options.folder,
+        settings=settings,
+        dimensions=list(options.space.dimensions),
+        pinned=list(options.space.pinned),
+        labels=options.labels,
     )
     import_tensorboardx()
     leaderboard = Leaderboard(table, num_trials=options.num_trials, time_budget=options.time_budget)

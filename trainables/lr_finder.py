@@ -108,8 +108,8 @@ class Sweep:
 def suggestions(curve: Curve, num_it: int = 100) -> dict[str, float]:
     """Learning rates by name, those of `lr_find(num_it=num_it, suggest_funcs=(valley, steep, minimum, slide))`.
 
-    valley: half way down the longest descent, fastai's default; steep: where the loss falls fastest; minimum: a tenth of
-    the rate with the lowest loss; slide: before the divergence, coming from the right. Raises `ValueError` when too
+    valley: half way down the longest descent, fastai's default; steep: where the loss falls fastest; minimum: a tenth
+    of the rate with the lowest loss; slide: before the divergence, coming from the right. Raises `ValueError` when too
     few points are left of the curve once its first tenth, its last 5 points and all from the first NaN on are dropped.
     """
     searched = slice(num_it // 10, -SKIPPED_LAST)

@@ -1,5 +1,6 @@
 """Oxford-IIIT Pets from pretrained ResNets, as in chapter 5 of fastai's book."""
 
+from search import book
 from search.space import Choice, Range, Space
 
 SPACE = Space(
@@ -40,5 +41,6 @@ SPACE = Space(
             "smoothing": 0.1,
         },
     ),
+    recipes={"book": book.PETS},
     num_trials=40,
 )

@@ -1,6 +1,10 @@
 """The pets space at a size that fits two CPU cores, on drawn animals and with small pretrained networks."""
 
+from search import book
 from search.space import Choice, Range, Space
+
+ARCHS = {"resnet34.tv_in1k": "tf_efficientnet_lite0", "resnet50.tv_in1k": "tf_efficientnet_lite2"}
+SIZES = {"batch_size": 32, "presize": 160, "image_size": 96}
 
 SPACE = Space(
     name="quickstart",
@@ -10,12 +14,10 @@ SPACE = Space(
         "arch": "tf_efficientnet_lite0",
         "epochs": 2,
         "freeze_epochs": 1,
-        "batch_size": 32,
+        **SIZES,
         "lr_max_frozen": 2e-3,
         "lr_max": 1e-3,
         "lr_ratio": 100.0,
-        "presize": 160,
-        "image_size": 96,
     },
     dimensions={
         "arch": Choice(("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")),
@@ -27,6 +29,7 @@ SPACE = Space(
         "mixup_alpha": Range(0.0, 0.4),
         "smoothing": Range(0.0, 0.2),
     },
+    recipes={"book": tuple(book.scaled_down(recipe, ARCHS, **SIZES) for recipe in book.PETS)},
     num_trials=10,
     seed=6,  # one whose ten trials show what a search does: some are good, and some are stopped early
 )

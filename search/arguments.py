@@ -1,0 +1,128 @@
+"""The arguments of `python -m search.run`: what they are, and those that an interrupted run was started with."""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from search.space import space_names
+
+METHODS = ("tpe-asha", "tpe", "random-asha", "random")
+
+EXAMPLES = """
+examples:
+  python -m search.run --space quickstart
+      a few minutes on a laptop, with everything it needs made or installed
+  python -m search.run --space pets --data ~/my_images --trials 30
+      your own images: one folder per class, train/ and valid/ with such folders, or Oxford Pets' images/<breed>_<n>.jpg
+  python -m search.run --space pets --set arch=resnet18.tv_in1k,resnet34.tv_in1k --set epochs=3..6 --set image_size=160
+      choose the architectures, narrow the epochs, pin the image size
+  python -m search.run --resume --name NAME
+      go on with a search that was interrupted
+
+  python -m search.run --space pets --recipes book
+      the runs of fastai's book, each once, with the published errors beside ours
+  python -m search.run --space pets --describe
+      the space's dimensions and every setting that --set knows
+"""
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m search.run",
+        description="Fine-tune many image classifiers, stop the hopeless ones early, keep the best.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("what to search")
+    what.add_argument("--space", metavar="SPACE", help=f"the search space: {', '.join(space_names())}")
+    what.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=(
+        "pin a setting (epochs=5), narrow or add a dimension (epochs=3..8, arch=resnet18,resnet34); repeatable"
+    ))  # fmt: skip
+    what.add_argument(
+        "--data", type=absolute, metavar="DIR", help="folder of labelled images instead of the space's own"
+    )
+    what.add_argument(
+        "--weights", type=absolute, metavar="DIR", help="folder with <arch>.safetensors, looked into first"
+    )
+    what.add_argument("--recipes", metavar="NAME", help="run just the space's recipes of that name, such as book")
+    what.add_argument("--describe", action="store_true", help="print the space and all settings, and stop")
+    how = parser.add_argument_group("how")
+    how.add_argument("--trials", type=positive, metavar="N", help="how many recipes to try (default: the space's)")
+    how.add_argument("--time-budget", type=_seconds, metavar="30m", help="stop after this time (90s, 30m, 8h)")
+    how.add_argument("--method", choices=METHODS, default="tpe-asha", help=(
+        "who proposes (Optuna's TPE or random), and whether bad trials end early (-asha); default tpe-asha"
+    ))  # fmt: skip
+    how.add_argument("--lr-range", choices=("space", "auto"), default="space", help=(
+        "bounds of the learning rates: the space's own, or narrowed by the learning-rate finder, which then runs once "
+        "per architecture; default space"
+    ))  # fmt: skip
+    how.add_argument("--seed", type=int, metavar="N", help="seed of proposals and trainings (default: the space's)")
+    where = parser.add_argument_group("on what")
+    where.add_argument("--address", help="Ray cluster: auto, or host:port (default: start Ray on this machine)")
+    where.add_argument("--workers-per-trial", type=positive, default=1, metavar="N", help="DDP workers (default 1)")
+    where.add_argument(
+        "--cpus-per-worker", type=_above_zero, metavar="N", help="default: a GPU's share of a node, or 2"
+    )
+    where.add_argument("--gpus-per-worker", type=_whole, metavar="N", help="whole GPUs; default: 1 where there are any")
+    where.add_argument("--max-concurrent", type=positive, metavar="N", help="trials at once (default: what fits)")
+    out = parser.add_argument_group("results")
+    out.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results/")
+    out.add_argument("--name", help="the run's folder in there (default: space and time)")
+    out.add_argument("--resume", action="store_true", help="go on with the run called --name, options as they were")
+    args = parser.parse_args(argv)
+    if args.space is None and not args.resume:
+        parser.error(f"--space is needed: one of {', '.join(space_names())}")
+    if args.recipes and args.lr_range == "auto":
+        parser.error("--lr-range auto has nothing to narrow: --recipes gives every trial its rates")
+    if args.resume and args.name is None:
+        parser.error("--resume needs --name, the folder of the run to go on with")
+    return args
+
+
+def saved_arguments(folder, args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments that a run was started with; where it goes on is this command's."""
+    if not folder.command.is_file():
+        raise ValueError(
+            f"{folder} holds no run to resume (no command.json in it). Runs are listed by: ls {args.results}"
+        )
+    saved = json.loads(folder.command.read_text())["arguments"]
+    for name in ("data", "weights", "results"):
+        saved[name] = Path(saved[name]) if saved[name] else None
+    return argparse.Namespace(
+        **saved | {"resume": True, "address": args.address, "name": args.name, "results": args.results}
+    )
+
+
+def absolute(text: str) -> Path:
+    """Workers, and a search that is resumed, may be in another folder."""
+    return Path(text).expanduser().absolute()
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
+    return int(text)
+
+
+def _above_zero(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
+    if not match or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90s, 30m or 8h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]

@@ -1,0 +1,58 @@
+"""Starting Ray on this machine, or connecting to a cluster."""
+
+import os
+import socket
+
+from search.cli import say
+
+
+def prepare_environment() -> None:
+    """The environment of Ray and its workers, before Ray is imported. Our own lines tell what happens, not Ray's."""
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # see Interruptible
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # failed trials have no metric
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what a kill of this process can make Tune forget
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")  # imports are slow on a busy machine
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "600")
+    # Threads that spin while they wait made an epoch 4 times as long where another process wanted the CPU, too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def start_ray(address: str | None):
+    """Connect to a cluster or start Ray here; the nodes that a search can use."""
+    import logging
+
+    import ray
+
+    from search.resources import cluster_nodes
+
+    for name in ("ray", "ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    say("starting Ray on this machine" if address is None else f"connecting to Ray at {address}")
+    check_address(address)
+    environment = {name: value for name, value in os.environ.items() if name.startswith(("RAY_TRAIN_", "OMP_WAIT"))}
+    context = ray.init(
+        address=address or "local",
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": environment},
+    )
+    if context.dashboard_url:
+        say(f"Ray's dashboard: http://{context.dashboard_url}")
+    return cluster_nodes()
+
+
+def check_address(address: str | None) -> None:
+    """Raises `ValueError` where nobody listens at host:port; Ray itself would go on trying for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if not colon or not port.isdigit() or "/" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ValueError(
+            f"--address {address}: no Ray cluster answers there ({error}). Give the address that `ray start` "
+            "printed on the head node, or auto on the head node itself, or leave it out to start Ray on this machine."
+        ) from error

@@ -1,0 +1,205 @@
+"""The learning-rate finder: `python -m search.lr_find --space pets --data DIR --arch A`, and for a search's bounds."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from search.arguments import absolute, positive
+from search.cli import run_cli, say
+from search.space import Range, Space, space_names
+
+if TYPE_CHECKING:
+    from trainables.lr_finder import Curve
+    from trainables.presize import PresizedImages
+    from trainables.recipe import Recipe
+    from trainables.worker_group import GroupSize
+
+STAGES = {"lr_max_frozen": "frozen", "lr_max": "unfrozen"}
+"""The setting whose bounds a stage's curve narrows -> the stage."""
+SUGGESTION = "valley"
+FACTOR = 3.0
+"""A search's rates go from the lowest suggestion / FACTOR to the highest * FACTOR, within the space's own bounds."""
+
+EXAMPLES = """
+examples:
+  python -m search.lr_find --space pets --data ~/my_images --arch resnet34.tv_in1k
+      train the frozen stage for 100 steps with rates from 1e-7 to 10, and draw how the loss fares
+  python -m search.lr_find --space pets --data ~/my_images --arch resnet34.tv_in1k --unfrozen
+      the same for the whole network, after its frozen stage
+
+A good peak rate lies where the loss falls steadily, well before it explodes. The suggestions are fastai's: valley (its
+default), steep, minimum (a tenth of the rate with the lowest loss) and slide.
+"""
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m search.lr_find",
+        description="Find a learning rate: the loss over exponentially growing rates, and what it suggests.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--space", required=True, metavar="SPACE", help=f"the search space: {', '.join(space_names())}")
+    parser.add_argument("--data", type=absolute, metavar="DIR", help="folder of labelled images (default: the space's)")
+    parser.add_argument("--weights", type=absolute, metavar="DIR", help="folder with <arch>.safetensors")
+    parser.add_argument("--arch", help="timm architecture (default: the space's own)")
+    parser.add_argument("--unfrozen", action="store_true", help="of the whole network, after the frozen stage")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipe")
+    parser.add_argument("--num-it", type=positive, default=100, metavar="N", help="steps (default 100)")
+    parser.add_argument("--seed", type=int, metavar="N", help="default: the space's")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: results/lr_find-<arch>-<stage>.png")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    from search.prepare import check_weights, find_data, presize_here, space_of
+    from search.tuner import full_settings
+    from trainables.recipe import Recipe
+
+    args = parse_arguments(argv)
+    args.recipes = args.address = None
+    if args.arch:
+        args.set.append(f"arch={args.arch}")
+    space = space_of(args)
+    space = replace(space, settings=full_settings(space), dimensions={})  # trial 0, and no other
+    recipe = Recipe.from_dict(space.settings)
+    stage = "unfrozen" if args.unfrozen or recipe.freeze_epochs == 0 else "frozen"
+    out = args.out or Path("results") / f"lr_find-{recipe.arch}-{stage}.png"
+    images = find_data(space, args)
+    check_weights(space, args)
+    presized = presize_here(space, images, args)
+    frozen_first = (
+        f", after {recipe.freeze_epochs} frozen epochs" if stage == "unfrozen" and recipe.freeze_epochs else ""
+    )
+    say(f"{recipe.arch}, {stage}{frozen_first}: {args.num_it} steps of {recipe.batch_size} images")
+    curve = find(recipe, presized, args.weights, [stage], num_it=args.num_it, split_seed=space.split_seed)[stage]
+    found = draw(out, curve, f"{recipe.arch}, {stage}", num_it=args.num_it)
+    for name, rate in found.items():
+        say(f"{name:8} {rate:.2e}")
+    setting = next(name for name, its_stage in STAGES.items() if its_stage == stage)
+    say(f"curve: {out}")
+    say(f"next: python -m search.run --space {args.space} --set {setting}={found[SUGGESTION]:.2g}")
+    return 0
+
+
+def find(
+    recipe: Recipe,
+    images: PresizedImages,
+    weights: Path | None,
+    stages: list[str],
+    *,
+    num_it: int = 100,
+    split_seed: int = 0,
+    num_threads: int = 2,
+) -> dict[str, Curve]:
+    """Stage -> curve, on a GPU where there is one; the frozen stage is trained before the unfrozen one is tested."""
+    import torch
+
+    from trainables.finetune import FineTune
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    training = FineTune(
+        replace(recipe, tta_views=0),
+        images,
+        weights=weights,
+        device=device,
+        num_threads=num_threads,
+        split_seed=split_seed,
+    )
+    curves = {}
+    if "frozen" in stages and training.frozen:
+        curves["frozen"] = training.lr_range_test(num_it=num_it)
+    if "unfrozen" in stages:
+        while training.frozen:
+            training.run_epoch()
+        curves["unfrozen"] = training.lr_range_test(num_it=num_it)
+    training.close()
+    return curves
+
+
+def draw(path: Path, curve: Curve, title: str, *, num_it: int = 100) -> dict[str, float]:
+    """Write the curve as a picture; the suggestions. Raises `ValueError` where the curve is too short for them."""
+    from trainables.lr_finder import save_curve, suggestions
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = suggestions(curve, num_it)
+    save_curve(path, curve, found, title)
+    return found
+
+
+# --- For a search -----------------------------------------------------------------------------------------------------
+
+
+def narrowed_rates(space: Space, images, weights: Path | None, size: GroupSize, folder: Path) -> list[str]:
+    """Runs the finder once per architecture, on Ray's workers; the narrowed bounds as `--set`s.
+
+    The curves are drawn into `folder`. Where the finder fails for an architecture, it says so and has no say.
+    """
+    import ray
+
+    from search.prepare import setting_values
+    from search.tuner import full_settings
+
+    searched = {name: stage for name, stage in STAGES.items() if isinstance(space.dimensions.get(name), Range)}
+    if not searched:
+        say("learning-rate finder: no learning rate is searched, nothing to narrow")
+        return []
+    task = ray.remote(num_cpus=size.cpus_per_worker, num_gpus=size.gpus_per_worker, max_retries=1)(_find_on_worker)
+    archs = setting_values(space, "arch")
+    say(f"learning-rate finder: {', '.join(searched.values())} stage of {len(archs)} architectures")
+    threads = max(1, int(size.cpus_per_worker))
+    arguments = str(images.root), str(weights) if weights else None, list(searched.values()), space.split_seed, threads
+    running = {task.remote(full_settings(space) | {"arch": arch}, *arguments): arch for arch in archs}
+    suggested: dict[str, list[float]] = {name: [] for name in searched}
+    while running:
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        arch = running.pop(done)
+        for name, rate in _suggestions_of(arch, done, searched, folder).items():
+            suggested[name].append(rate)
+    return [f"{name}={_around(rates, space.dimensions[name])}" for name, rates in suggested.items() if rates]
+
+
+def _find_on_worker(
+    settings: dict[str, Any], data: str, weights: str | None, stages: list[str], split_seed: int, num_threads: int
+) -> dict[str, Curve]:
+    import torch
+
+    from trainables.data import find_images
+    from trainables.presize import presize
+    from trainables.recipe import Recipe
+
+    torch.set_num_threads(num_threads)
+    recipe = Recipe.from_dict(settings)
+    images = presize(find_images(Path(data)), recipe.presize, recipe.resize_method)
+    folder = Path(weights) if weights else None
+    return find(recipe, images, folder, stages, split_seed=split_seed, num_threads=num_threads)
+
+
+def _suggestions_of(arch: str, done, searched: dict[str, str], folder: Path) -> dict[str, float]:
+    """Setting -> suggested rate from one architecture's finished task; tells what was found."""
+    import ray
+
+    rates = {}
+    try:
+        curves = ray.get(done)
+        for name, stage in searched.items():
+            if stage in curves:
+                found = draw(folder / f"{arch}-{stage}.png", curves[stage], f"{arch}, {stage}")
+                rates[name] = found[SUGGESTION]
+                say(f"  {arch} {stage}: {SUGGESTION} {found[SUGGESTION]:.2e}, {folder.name}/{arch}-{stage}.png")
+    except (ray.exceptions.RayTaskError, ValueError) as error:
+        say(f"  {arch}: no suggestion, {str(error).strip().splitlines()[-1]}")
+    return rates
+
+
+def _around(rates: list[float], bounds: Range) -> str:
+    """The range of a `--set`, from the lowest to the highest rate and a factor more, within `bounds`."""
+    low, high = bounds.clip(min(rates)), bounds.clip(max(rates))
+    return f"{bounds.clip(low / FACTOR):.3g}..{bounds.clip(high * FACTOR):.3g}"
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,63 @@
+"""Everything about a search that can be had and checked before Ray starts: settings, images, weights."""
+
+import argparse
+import itertools
+from dataclasses import replace
+from typing import Any
+
+from search.cli import say
+from search.space import Space, load_space
+
+
+def space_of(args: argparse.Namespace) -> Space:
+    """The space with the command line's `--set`s, seed and recipes; all their problems in one `ValueError`."""
+    space = load_space(args.space)
+    seed = space.seed if args.seed is None else args.seed
+    space = replace(space, seed=seed, settings=space.settings | {"seed": seed})
+    return space.of_recipes(args.recipes, args.set) if args.recipes else space.with_settings(args.set)
+
+
+def find_data(space: Space, args: argparse.Namespace):
+    from trainables.data import find_images
+    from trainables.datasets import prepare_in_subprocess
+
+    images = find_images(args.data or prepare_in_subprocess(space.dataset))
+    say(f"data: {images.describe()} in {images.root}")
+    return images
+
+
+def check_weights(space: Space, args: argparse.Namespace) -> None:
+    from trainables.weights import require_weights
+
+    if setting_values(space, "pretrained") != [False]:
+        require_weights(setting_values(space, "arch"), args.weights)
+
+
+def presize_here(space: Space, images, args: argparse.Namespace):
+    """On this machine alone the images are decoded now, with progress and errors shown; a cluster's nodes do it
+    themselves when their first trial starts, and then this is None."""
+    if args.address is not None:
+        return None
+    from rich.progress import Progress
+
+    from trainables.presize import presize
+
+    with Progress(transient=True) as progress:
+        for size, method in itertools.product(*(setting_values(space, name) for name in ("presize", "resize_method"))):
+            task = progress.add_task(f"presizing to {size} px", total=len(images.paths))
+
+            def show(done: int, total: int, task=task) -> None:
+                progress.update(task, completed=done, total=total)
+
+            presized = presize(images, size, method, progress=show)
+    train, valid = presized.split(seed=space.split_seed)
+    left_out = f", {len(presized.unreadable)} unreadable ones left out" if presized.unreadable else ""
+    say(f"split: {len(train)} training and {len(valid)} validation images{left_out}")
+    return presized
+
+
+def setting_values(space: Space, name: str) -> list[Any]:
+    """The values that a search can give to a setting; of a range only trial 0's."""
+    from search.tuner import full_settings
+
+    return list(getattr(space.dimensions.get(name), "values", None) or [full_settings(space)[name]])
