@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 STAGES = {"lr_max_frozen": "frozen", "lr_max": "unfrozen"}
 """The setting whose bounds a stage's curve narrows -> the stage."""
-SUGGESTION = "valley"
-FACTOR = 3.0
-"""A search's rates go from the lowest suggestion / FACTOR to the highest * FACTOR, within the space's own bounds."""
+FACTOR = 2.0
+"""A search's rates go from the lowest of all suggestions / FACTOR to the highest * FACTOR, within the space's bounds:
+each of the four has curves on which it is far off."""
 
 EXAMPLES = """
 examples:
@@ -71,17 +71,16 @@ def main(argv: list[str] | None = None) -> int:
     images = find_data(space, args)
     check_weights(space, args)
     presized = presize_here(space, images, args)
-    frozen_first = (
-        f", after {recipe.freeze_epochs} frozen epochs" if stage == "unfrozen" and recipe.freeze_epochs else ""
-    )
-    say(f"{recipe.arch}, {stage}{frozen_first}: {args.num_it} steps of {recipe.batch_size} images")
+    first = f", after {recipe.freeze_epochs} frozen epochs" if stage == "unfrozen" and recipe.freeze_epochs else ""
+    say(f"{recipe.arch}, {stage}{first}: {args.num_it} steps of {recipe.batch_size} images")
     curve = find(recipe, presized, args.weights, [stage], num_it=args.num_it, split_seed=space.split_seed)[stage]
     found = draw(out, curve, f"{recipe.arch}, {stage}", num_it=args.num_it)
     for name, rate in found.items():
         say(f"{name:8} {rate:.2e}")
     setting = next(name for name, its_stage in STAGES.items() if its_stage == stage)
+    rates = _range(min(found.values()), max(found.values()))
     say(f"curve: {out}")
-    say(f"next: python -m search.run --space {args.space} --set {setting}={found[SUGGESTION]:.2g}")
+    say(f"next: python -m search.run --space {args.space} --set {setting}={rates}")
     return 0
 
 
@@ -157,9 +156,11 @@ def narrowed_rates(space: Space, images, weights: Path | None, size: GroupSize, 
     while running:
         (done,), _ = ray.wait(list(running), num_returns=1)
         arch = running.pop(done)
-        for name, rate in _suggestions_of(arch, done, searched, folder).items():
-            suggested[name].append(rate)
-    return [f"{name}={_around(rates, space.dimensions[name])}" for name, rates in suggested.items() if rates]
+        for name, rates in _suggestions_of(arch, done, searched, folder).items():
+            suggested[name] += rates
+    narrowed = [f"{name}={_around(rates, space.dimensions[name])}" for name, rates in suggested.items() if rates]
+    say(f"learning-rate finder: searching {', '.join(narrowed) or 'the bounds of the space'}, curves in {folder}/")
+    return narrowed
 
 
 def _find_on_worker(
@@ -178,8 +179,8 @@ def _find_on_worker(
     return find(recipe, images, folder, stages, split_seed=split_seed, num_threads=num_threads)
 
 
-def _suggestions_of(arch: str, done, searched: dict[str, str], folder: Path) -> dict[str, float]:
-    """Setting -> suggested rate from one architecture's finished task; tells what was found."""
+def _suggestions_of(arch: str, done, searched: dict[str, str], folder: Path) -> dict[str, list[float]]:
+    """Setting -> suggested rates from one architecture's finished task; tells what was found."""
     import ray
 
     rates = {}
@@ -188,8 +189,8 @@ def _suggestions_of(arch: str, done, searched: dict[str, str], folder: Path) -> 
         for name, stage in searched.items():
             if stage in curves:
                 found = draw(folder / f"{arch}-{stage}.png", curves[stage], f"{arch}, {stage}")
-                rates[name] = found[SUGGESTION]
-                say(f"  {arch} {stage}: {SUGGESTION} {found[SUGGESTION]:.2e}, {folder.name}/{arch}-{stage}.png")
+                rates[name] = list(found.values())
+                say(f"  {arch} {stage}: {', '.join(f'{method} {rate:.1e}' for method, rate in found.items())}")
     except (ray.exceptions.RayTaskError, ValueError) as error:
         say(f"  {arch}: no suggestion, {str(error).strip().splitlines()[-1]}")
     return rates
@@ -198,7 +199,11 @@ def _suggestions_of(arch: str, done, searched: dict[str, str], folder: Path) -> 
 def _around(rates: list[float], bounds: Range) -> str:
     """The range of a `--set`, from the lowest to the highest rate and a factor more, within `bounds`."""
     low, high = bounds.clip(min(rates)), bounds.clip(max(rates))
-    return f"{bounds.clip(low / FACTOR):.3g}..{bounds.clip(high * FACTOR):.3g}"
+    return _range(bounds.clip(low / FACTOR), bounds.clip(high * FACTOR))
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:.2g}..{high:.2g}"
 
 
 if __name__ == "__main__":

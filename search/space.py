@@ -117,7 +117,7 @@ class Space:
         return replace(self, settings=settings, dimensions=dimensions, pinned=tuple(pinned))
 
     def of_recipes(self, name: str, texts: Iterable[str] = ()) -> "Space":
-        """The space whose trials are exactly the recipes called `name`, with each `NAME=VALUE` pinned in all of them."""
+        """The space whose trials are exactly the recipes called `name`; each `NAME=VALUE` holds in all of them."""
         if name not in self.recipes:
             known = ", ".join(self.recipes) or "none"
             raise ValueError(f"--recipes {name}: the space {self.name} has no such recipes. There are: {known}.")

@@ -18,10 +18,11 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from trainables import finetune
+from trainables.data import find_images
 from trainables.distributed import share_batch_norm
 from trainables.finetune import Diverged, FineTune
 from trainables.optim import stage_cycle
-from trainables.presize import PresizedImages
+from trainables.presize import PresizedImages, presize
 from trainables.recipe import Recipe
 
 SMALL = {"arch": "test_resnet", "pretrained": False, "presize": 48, "image_size": 32, "batch_size": 8, "hidden": 16}
@@ -189,28 +190,49 @@ def test_each_epoch_sees_each_image_once_at_most_in_another_order(colour_images)
 
 # --- Continuing -------------------------------------------------------------------------------------------------------
 
-CONTINUED = SMALL | HARD | {"freeze_epochs": 2, "epochs": 2}
+CONTINUED = {
+    "mlp head, mixup": HARD | {"freeze_epochs": 2, "epochs": 2},
+    "progressive resizing": {"freeze_epochs": 1, "epochs": 3, "start_size": 20, "start_share": 0.5, "batch_size": 4},
+    # half precision and a rate that makes losses overflow now and then, so that the scale is no constant
+    "fp16 scaler": {"freeze_epochs": 1, "epochs": 3, "precision": "fp16"},
+}
+"""Recipes of four epochs."""
 
 
-def continued(cache: str, state: dict[str, bytes]) -> tuple[float, ...]:
+def continued(cache: str, settings: dict, state: dict[str, bytes]) -> tuple[float, ...]:
     """The next epoch's losses from `state`; runs in a new process."""
     torch.set_num_threads(1)
     torch.manual_seed(np.random.SeedSequence().entropy % 2**31)  # what went on before must not matter
-    training = FineTune(Recipe(**CONTINUED), PresizedImages(cache), load_pretrained=False)
+    training = FineTune(Recipe(**SMALL | settings), PresizedImages(cache), load_pretrained=False)
     training.load_state(state)
     return losses(training)
 
 
-def test_a_training_continues_exactly_in_a_new_process_from_any_epoch(colour_images):
-    straight = FineTune(Recipe(**CONTINUED), colour_images)
+@pytest.mark.parametrize("name", CONTINUED)
+def test_a_training_continues_exactly_in_a_new_process_from_any_epoch(colour_images, name):
+    straight = fine_tune(colour_images, **CONTINUED[name])
     states, expected = [straight.state()], []
     for _ in range(4):
         expected.append(losses(straight))
         states.append(straight.state())
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = [pool.submit(continued, str(colour_images.path), state) for state in states[:-1]]
+        found = [pool.submit(continued, str(colour_images.path), CONTINUED[name], state) for state in states[:-1]]
         assert [future.result(timeout=300) for future in found] == expected
     assert len({train_loss for train_loss, *_ in expected}) == 4
+
+
+def test_the_loss_scale_is_part_of_the_state(colour_images):
+    """An overflow halves it, and whoever goes on must not start from the first scale again."""
+    training = fine_tune(colour_images, precision="fp16", freeze_epochs=0, epochs=2)
+    # so large that fp16 gradients overflow
+    training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**40})
+    training.run_epoch()
+    scale = training.scaler.get_scale()
+    assert scale == 2.0 ** (40 - training.steps_per_epoch)
+    copy = fine_tune(colour_images, precision="fp16", freeze_epochs=0, epochs=2)
+    assert copy.scaler.get_scale() != scale
+    copy.load_state(training.state())
+    assert copy.scaler.get_scale() == scale
 
 
 def test_a_state_holds_the_trained_weights_and_the_optimizer(colour_images):
@@ -228,6 +250,121 @@ def test_a_state_holds_the_trained_weights_and_the_optimizer(colour_images):
     assert copy.evaluate() == training.evaluate()
 
 
+# --- The recipe -------------------------------------------------------------------------------------------------------
+
+
+def test_images_grow_and_batches_shrink_after_the_first_share_of_the_epochs(colour_images):
+    settings = {"freeze_epochs": 1, "epochs": 3, "start_size": 16, "start_share": 0.5, "batch_size": 4}
+    training, seen = fine_tune(colour_images, **settings), []
+    training.network.model.register_forward_pre_hook(lambda model, inputs: seen.append(tuple(inputs[0].shape)))
+    for epoch in range(4):
+        seen.clear()
+        training.run_epoch()
+        side, batch_size = (16, 8) if epoch < 2 else (32, 4)
+        assert {shape[2:] for shape in seen} == {(side, side)}
+        assert seen[0][0] == batch_size
+    assert training.preprocessing.image_size == 32
+
+
+def test_the_schedule_goes_on_smoothly_where_the_images_grow(colour_images):
+    settings = {"freeze_epochs": 0, "epochs": 4, "start_size": 16, "start_share": 0.5, "batch_size": 4, "lr_ratio": 1}
+    training = fine_tune(colour_images, **settings)
+    with RecordedSteps() as steps:
+        for _ in range(4):
+            training.run_epoch()
+    num_images = len(training.train_indices)
+    small, large = (2 * (num_images // batch_size) for batch_size in (8, 4))  # steps, each in half of the epochs
+    positions = [i / (2 * small) for i in range(small)] + [0.5 + i / (2 * large) for i in range(large)]
+    expected = [training.recipe.lr_max * training.cycle.lr_factor(position) for position in positions]
+    assert [max(rates) for rates in steps.rates] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("train_bn", ["always", "unfrozen", "never"])
+def test_train_bn_says_when_the_backbones_norms_learn(colour_images, train_bn):
+    training = fine_tune(colour_images, train_bn=train_bn, freeze_epochs=1, epochs=1, head="mlp")
+    model = training.network.model
+    head = {name for name, module in model.named_modules() if name.startswith("fc")}
+
+    def statistics_and_weights() -> list[list[float]]:
+        norms = [m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and name not in head]
+        return [[norm.running_mean.sum().item(), norm.weight.sum().item()] for norm in norms]
+
+    start = statistics_and_weights()
+    training.run_epoch()
+    frozen = statistics_and_weights()
+    training.run_epoch()
+    unfrozen = statistics_and_weights()
+    means, weights = ([[norm[i] for norm in when] for when in (start, frozen, unfrozen)] for i in (0, 1))
+    assert (means[0] != means[1]) == (weights[0] != weights[1]) == (train_bn == "always")
+    assert (means[1] != means[2]) == (train_bn != "never")
+    assert weights[1] != weights[2]
+
+
+def test_without_pretrained_weights_inputs_are_normalized_by_the_data(colour_images):
+    data, weights = (fine_tune(colour_images, normalize=name) for name in ("auto", "weights"))
+    pixels = np.concatenate([colour_images[i].reshape(-1, 3) for i in data.train_indices]) / 255
+    assert data.preprocessing.mean == pytest.approx(pixels.mean(axis=0), abs=0.01)
+    assert data.preprocessing.std == pytest.approx(pixels.std(axis=0), abs=0.01)
+    assert weights.preprocessing.mean != data.preprocessing.mean
+
+
+def test_the_last_epoch_tells_the_error_with_test_time_augmentation(colour_images):
+    training = fine_tune(colour_images, tta_views=2, freeze_epochs=1, epochs=1)
+    first, last = training.run_epoch(), training.run_epoch()
+    assert "tta_error_rate" not in first
+    assert last["tta_error_rate"] == training.tta_error_rate()
+    assert 0 <= last["tta_error_rate"] <= 1
+
+
+def test_test_time_augmentation_with_the_centre_view_alone_is_plain_evaluation(colour_images):
+    training = fine_tune(colour_images, tta_views=3, tta_beta=1.0)
+    training.run_epoch()
+    assert training.tta_error_rate() == pytest.approx(training.evaluate()["error_rate"])
+
+
+@pytest.mark.parametrize("method", ["squish", "pad"])
+def test_other_resize_methods_train_too(colour_folder, search_cache, method):
+    images = presize(find_images(colour_folder), 48, method)
+    longest = {max(images[i].shape[:2]) for i in range(len(images))}
+    assert longest == {48}
+    training = fine_tune(images, resize_method=method)
+    assert np.isfinite(losses(training)).all()
+    assert training.preprocessing.resize_method == method
+
+
+def test_the_range_test_leaves_the_training_as_it_was(colour_images):
+    training = fine_tune(colour_images, epochs=2)
+    training.run_epoch()
+    before = training.state()
+    curve = training.lr_range_test(num_it=40)
+    assert training.state() == before
+    assert curve.lrs[0] == pytest.approx(1e-7)
+    assert (np.diff(curve.lrs) > 0).all()
+    assert len(curve.lrs) > 20
+    expected, undisturbed = fine_tune(colour_images, epochs=2), losses(training)
+    expected.load_state(before)
+    assert losses(expected) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "expected"),
+    [
+        ("auto", "cpu", None),
+        ("fp32", "cuda", None),
+        ("bf16", "cpu", torch.bfloat16),
+        ("fp16", "cuda", torch.float16),
+    ],
+)
+def test_a_precision_is_what_the_forward_pass_computes_in(precision, device, expected):
+    assert finetune.autocast_dtype(precision, torch.device(device)) is expected
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_automatic_precision_depends_on_what_the_gpu_has(monkeypatch, has_bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert finetune.autocast_dtype("auto", torch.device("cuda")) is expected
+
+
 # --- Several workers --------------------------------------------------------------------------------------------------
 
 SHARED = {
@@ -237,6 +374,8 @@ SHARED = {
     "mixup": {"epochs": 2, "batch_size": 9} | HARD,
     "fused norms": {"arch": "test_efficientnet", "mixup_alpha": 0.2},
     "frozen norms": {"train_bn": "never", "freeze_epochs": 0},
+    "frozen norms that train": {"train_bn": "always", "layer_groups": "fastai", "lr_ratio_frozen": 5},
+    "progressive resizing": {"start_size": 16, "start_share": 0.5},
     "layer norms": {"arch": "test_vit", "batch_size": 5},
 }
 
@@ -250,6 +389,7 @@ def run_recipe(images, settings: dict) -> dict:
             before = weakref.ref(training.parallel_model)
             found["losses"].append(losses(training))
             found["wrappers_left"] += before() not in (None, training.parallel_model)
+    found["losses"].append((training.tta_error_rate(),) * 3)
     training.close()
     return found | {"gradients": steps.gradients}
 
