@@ -252,6 +252,46 @@ def test_five_failures_in_a_row_end_the_search(class_folders, search_cache, tmp_
     assert not (search.folder / "best").exists()
 
 
+def test_the_books_recipes_are_run_and_shown_beside_the_published_errors(class_folders, search_cache, tmp_path):
+    pinned = f"{PINNED} arch=test_resnet.r160_in1k head=linear concat_pool=false epochs=1 lr_max=1e-4 lr_ratio=1"
+    settings = [word for setting in pinned.split() for word in ("--set", setting)]
+    common = ("--data", class_folders, "--max-concurrent", 1, "--cpus-per-worker", 1)
+    search = Search(tmp_path / "book", "--space", "pets", "--recipes", "book", *common, *settings)
+    assert search.wait() == 0, search.text
+    rows, _ = tables(search.folder)
+    assert [row["status"] for row in rows] == ["completed"] * len(rows)
+    assert (
+        len({tuple(row[name] for name in ("lr_max_frozen", "lr_ratio_frozen", "div")) for row in rows}) == len(rows) > 2
+    )
+    for recipe in load_space("pets").recipes["book"]:
+        [line] = [line for line in search.lines if line.startswith(recipe.name + " ")]
+        trial, error = re.search(r" (\d+) +2/2 +\d+ +([0-9.]+) %", line).groups()
+        assert float(error) == pytest.approx(100 * float(rows[int(trial)]["error_rate"]), abs=0.06)
+        assert f"{100 * recipe.error_rate:.1f} %" in line
+    assert {row["presize"] for row in rows} == {"40"}  # what is pinned is in the table
+
+
+def test_the_finder_narrows_the_rates_of_a_search_once(class_folders, search_cache, tmp_path):
+    narrow = ("--lr-range", "auto", "--set", "lr_max=1e-5..1", "--set", "lr_max_frozen=1e-5..1", "--set", "epochs=1")
+    search = start(tmp_path / "narrowed", class_folders, "--trials", 2, *narrow)
+    assert search.wait() == 0, search.text
+    found = re.search(r"searching lr_max_frozen=(\S+)\.\.(\S+), lr_max=(\S+)\.\.(\S+), curves", search.text).groups()
+    frozen, unfrozen = sorted(map(float, found[:2])), sorted(map(float, found[2:]))
+    for low, high in (frozen, unfrozen):
+        assert 1e-5 <= low < high <= 1
+        assert high / low < 1e5
+    for row in tables(search.folder)[0]:
+        assert frozen[0] <= float(row["lr_max_frozen"]) <= frozen[1]
+        assert unfrozen[0] <= float(row["lr_max"]) <= unfrozen[1]
+    pictures = {path.name for path in (search.folder / "lr_find").iterdir()}
+    archs = ("test_resnet.r160_in1k", "test_vit.r160_in1k")
+    assert pictures == {f"{arch}-{stage}.png" for arch in archs for stage in ("frozen", "unfrozen")}
+    command = json.loads((search.folder / "command.json").read_text())
+    assert command["arguments"]["lr_range"] == "space"  # a resumed search keeps the bounds and runs no finder
+    assert any(text.startswith("lr_max_frozen=") for text in command["arguments"]["set"][-2:])
+    assert search.lines[-1] == "False"  # no torch in the driver
+
+
 def tables(folder: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     def read(name: str) -> list[dict[str, str]]:
         with (folder / name).open(newline="") as file:

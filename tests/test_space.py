@@ -180,3 +180,69 @@ def test_a_space_with_impossible_values_cannot_be_made():
 def test_every_setting_explains_itself():
     for name in Recipe().to_dict():
         assert spec_of(name).metadata["doc"]
+
+
+# --- Recipes by name --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", space_names())
+def test_the_books_recipes_become_the_trials_of_the_space(name):
+    space = load_space(name).of_recipes("book")
+    found = [Recipe.from_dict(space.settings | config) for config in space.first_configs()]
+    assert found == [Recipe.from_dict(space.settings_of(recipe)) for recipe in space.recipes["book"]]
+    assert space.num_trials == len(found)
+
+
+def test_the_books_recipes_for_pets_are_its_runs():
+    space = load_space("pets").of_recipes("book")
+    recipes = {recipe.name: Recipe.from_dict(space.settings_of(recipe)) for recipe in space.recipes["book"]}
+    finder = recipes["rate of the finder, 3e-3"]
+    assert (finder.lr_max_frozen, finder.lr_max, finder.lr_min) == (3e-3, 1.5e-3, pytest.approx(1.5e-5))
+    low = recipes["3 frozen + 6 at 1e-5"]
+    assert (low.freeze_epochs, low.epochs, low.lr_max, low.lr_min) == (3, 6, 1e-5, 1e-5)
+    discriminative = recipes["3 + 12, 1e-6 to 1e-4"]
+    assert (discriminative.epochs, discriminative.lr_max, discriminative.lr_min) == (12, 1e-4, pytest.approx(1e-6))
+    assert discriminative.pct_start == discriminative.pct_start_frozen == 0.25  # of `fit_one_cycle`
+    assert recipes["ResNet-50, mixed precision, 3 + 6"].arch == "resnet50.tv_in1k"
+    assert {recipe.layer_groups for recipe in recipes.values()} == {"fastai"}
+
+
+def test_what_is_pinned_holds_in_all_recipes():
+    space = load_space("pets").of_recipes("book", ["arch=resnet18", "image_size=96", "epochs=1"])
+    recipes = [space.settings_of(recipe) for recipe in space.recipes["book"]]
+    assert {(r["arch"], r["image_size"], r["epochs"]) for r in recipes} == {("resnet18", 96, 1)}
+    assert not {"arch", "image_size", "epochs"} & set(space.dimensions)
+
+
+def test_recipes_that_pins_make_equal_are_run_once():
+    space = load_space("quickstart").of_recipes("book", ["arch=tf_efficientnet_lite0", "epochs=1", "lr_max=1e-4", "lr_ratio=1"])
+    configs = space.first_configs()
+    assert space.num_trials == len(configs) == len({tuple(config.items()) for config in configs}) < 7
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "message"),
+    [
+        ("boook", [], r"no such recipes. There are: book"),
+        ("book", ["epochs=1..3"], r"--set epochs=... gives several values"),
+        ("book", ["arch=resnet18,resnet34"], r"--set arch=... gives several values"),
+    ],
+)
+def test_recipes_that_cannot_be_run_are_refused(name, texts, message):
+    with pytest.raises(ValueError, match=message):
+        load_space("pets").of_recipes(name, texts)
+
+
+def test_the_first_trial_of_imagenette_is_chapter_7s_combination():
+    recipe = Recipe.from_dict(load_space("imagenette").settings)
+    assert not recipe.pretrained
+    assert recipe.mixup_alpha > 0
+    assert recipe.smoothing > 0
+    assert [recipe.image_size_at(epoch) for epoch in range(recipe.epochs)] == [128] * 4 + [224] * 6
+    assert [recipe.batch_size_at(epoch) for epoch in (0, 9)] == [128, 64]
+
+
+def test_what_the_user_pinned_is_remembered_until_it_is_searched():
+    space = SPACE.with_settings(["batch_size=8", "epochs=3"])
+    assert space.pinned == ("batch_size", "epochs")
+    assert space.with_settings(["epochs=2..4"]).pinned == ("batch_size",)
