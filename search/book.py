@@ -4,6 +4,7 @@
 `07_sizing_and_tta.ipynb` of the repository fastai/fastbook. Two recipes for Pets come from elsewhere, see `source`.
 """
 
+import re
 from typing import Any
 
 from search.space import NamedRecipe
@@ -127,5 +128,6 @@ IMAGENETTE = (
 
 def scaled_down(recipe: NamedRecipe, archs: dict[str, str], **sizes: int) -> NamedRecipe:
     """The same schedule with smaller networks and images, for which nobody published an error."""
-    settings = recipe.settings | {"arch": archs[recipe.settings["arch"]], **sizes}
-    return NamedRecipe(name=recipe.name, settings=settings, source=recipe.source)
+    arch = archs[recipe.settings["arch"]]
+    name = re.sub(r"ResNet-\d+", arch, recipe.name)
+    return NamedRecipe(name=name, settings=recipe.settings | {"arch": arch, **sizes}, source=recipe.source)

@@ -108,26 +108,34 @@ def leaderboard(rows: list[Row], dimensions: list[str], *, running: list[Row] | 
 
 
 def recipes_table(space: Space, recipes: Sequence[NamedRecipe], rows: list[Row]) -> Table:
-    """Named recipes with the errors that they reached here and those that were published, as a table for `rich`."""
+    """Named recipes with the errors that they reached here and those that were published, as a table for `rich`.
+
+    The columns of published errors are there only where there are any.
+    """
+    published = [[_share(recipe.error_rate), _share(recipe.tta_error_rate)] for recipe in recipes]
+    shown = [any(errors) for errors in zip(*published, strict=True)]
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("recipe")
-    for name in ("trial", "epochs", "seconds", "error", "published", "with TTA", "published"):
+    names = ["trial", "epochs", "seconds", "error", *["published"] * shown[0], "with TTA", *["published"] * shown[1]]
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("source")
-    for recipe in recipes:
+    for recipe, (theirs, their_tta) in zip(recipes, published, strict=True):
         settings = space.settings_of(recipe)
-        row = row_of(rows, {name: settings[name] for name in space.dimensions})
-        cells = ["", "", "", "not run", ""]
-        if row is not None:
-            errors = [_share(row["error_rate"]), _share(row["tta_error_rate"])]
-            if row["status"] != COMPLETED:
-                errors = [row["status"], ""]
-            epochs = f"{row['epochs_done']}/{row['epochs_total']}"
-            cells = [str(row["number"]), epochs, f"{row['seconds']:.0f}", *errors]
-        *costs, error, averaged = cells
-        published = _share(recipe.error_rate), _share(recipe.tta_error_rate)
-        table.add_row(recipe.name, *costs, error, published[0], averaged, published[1], recipe.source)
+        *costs, error, tta = _recipe_cells(row_of(rows, {name: settings[name] for name in space.dimensions}))
+        errors = [error, *[theirs] * shown[0], tta, *[their_tta] * shown[1]]
+        table.add_row(recipe.name, *costs, *errors, recipe.source)
     return table
+
+
+def _recipe_cells(row: Row | None) -> list[str]:
+    """Trial, epochs, seconds, error, error with test-time augmentation."""
+    if row is None:
+        return ["", "", "", "not run", ""]
+    costs = [str(row["number"]), f"{row['epochs_done']}/{row['epochs_total']}", f"{row['seconds']:.0f}"]
+    if row["status"] != COMPLETED:
+        return [*costs, row["status"], ""]
+    return [*costs, _share(row["error_rate"]), _share(row["tta_error_rate"])]
 
 
 def counts(rows: list[Row]) -> str:

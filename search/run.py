@@ -124,7 +124,8 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=200)
     if options.recipes:
         console.print(recipes_table(options.space, options.recipes, rows))
-        say(PUBLISHED)
+        if any(recipe.error_rate for recipe in options.recipes):
+            say(PUBLISHED)
     else:
         console.print(leaderboard(rows, list(options.space.dimensions)))
     say(f"{len(rows)} trials in {duration(seconds)}: {counts(rows)}")
@@ -141,7 +142,9 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     tta = best[0]["tta_error_rate"]
     averaged = "" if math.isnan(tta) else f" ({100 * tta:.1f} % with test-time augmentation)"
     first = next((row for row in rows if row["number"] == 0 and row["status"] == COMPLETED), None)
-    beside = f"; trial 0, the space's own recipe: {100 * first['error_rate']:.1f} %" if first else ""
+    beside = ""
+    if first and not options.recipes:
+        beside = f"; trial 0, the space's own recipe: {100 * first['error_rate']:.1f} %"
     say(f"best: trial {best[0]['number']} with {100 * best[0]['error_rate']:.1f} % validation error{averaged}{beside}")
     say(f"table: {options.folder}/trials.csv    best checkpoint: {options.folder}/best/")
     say(f"next: python -m search.export {options.folder} --out exported")
@@ -168,6 +171,7 @@ def write_command(args: argparse.Namespace, options) -> None:
     }
     write_atomically(options.folder.command, json.dumps(command, indent=2) + "\n")
     space = asdict(options.space) | {"dimensions": {n: str(d) for n, d in options.space.dimensions.items()}}
+    del space["recipes"]  # what could have run
     write_atomically(options.folder.space, json.dumps(space, indent=2) + "\n")
 
 

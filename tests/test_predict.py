@@ -105,6 +105,26 @@ def test_an_export_predicts_with_its_own_statistics(tmp_path, run):
     assert (predictor.preprocessing.presize, predictor.preprocessing.image_size) == (48, 24)
 
 
+def test_test_time_augmentation_averages_augmented_views_and_the_centre_view(run, data):
+    paths = sorted(data.rglob("*.jpg"))[::7]
+    plain, averaged = (Predictor(run, device="cpu", tta=tta).predict(paths, top=3) for tta in (0, 3))
+    assert [set(p.labels) for p in averaged] == [set(p.labels) for p in plain]
+    assert [p.probabilities for p in averaged] != [p.probabilities for p in plain]
+    for prediction in averaged:
+        assert sum(prediction.probabilities) == pytest.approx(1, abs=1e-5)
+    again = Predictor(run, device="cpu", tta=3).predict(paths, top=3)
+    assert again == averaged
+
+
+def test_test_time_augmentation_reads_each_file_once_and_reports_what_it_cannot_read(run, data, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    paths = [data / "robin/1.jpg", broken, data / "wren/2.jpg"]
+    predictions = Predictor(run, device="cpu", tta=2, batch_size=2).predict(paths)
+    assert [bool(p.problem) for p in predictions] == [False, True, False]
+    assert [p.path for p in predictions] == paths
+
+
 def test_loading_a_model_leaves_the_callers_random_numbers_alone(run):
     torch.manual_seed(5)
     expected = torch.rand(3)
