@@ -69,14 +69,16 @@ def cache_dir() -> Path:
 
 def find_images(root: Path | str) -> ImageFolder:
     """Detects the layout of `root` and labels its images; raises DataError where they cannot be used."""
-    found = _find(_existing_folder(root))
+    found = find_unchecked(root)
     check_classes(found)
     _warn_of_case(found.classes)
     logger.info("%s: %s", found.root, found.describe())
     return found
 
 
-def _find(root: Path) -> ImageFolder:
+def find_unchecked(root: Path | str) -> ImageFolder:
+    """The same, whatever the number of images in a class."""
+    root = _existing_folder(root)
     # A known data set as its archive unpacks lies one folder deeper.
     inner = [name for name in _folders(root) if name == "oxford-iiit-pet" or name.startswith("imagenette2")]
     for base in [*(f"{name}/" for name in inner), ""]:
@@ -89,7 +91,7 @@ def _find(root: Path) -> ImageFolder:
 def count_images(root: Path) -> int:
     """How many labelled images lie in `root`, 0 where it is missing or damaged."""
     try:
-        return len(_find(_existing_folder(root)).paths)
+        return len(find_unchecked(root).paths)
     except DataError:
         return 0
 
@@ -106,7 +108,7 @@ def check_classes(folder: ImageFolder, left_out: int = 0) -> None:
     counts = np.bincount(labels, minlength=folder.num_classes)
     if small := [name for name, count in zip(folder.classes, counts, strict=True) if count < 2]:
         raise DataError(
-            f"{folder.root} has fewer than two images{after} in {_some(small, 'class', 'classes')}, and each class "
+            f"{folder.root} has fewer than two images{after} in {some(small, 'class', 'classes')}, and each class "
             "needs one to train on and one to validate on. Add images to these classes or remove them."
         )
     if folder.valid is None:
@@ -116,7 +118,7 @@ def check_classes(folder: ImageFolder, left_out: int = 0) -> None:
     if missing := [name for name, count in zip(folder.classes, trained, strict=True) if count == 0]:
         raise DataError(
             f"{folder.root} has validation images but no training images{after} of "
-            f"{_some(missing, 'class', 'classes')}. Each class needs a folder of the same name, with images, in the "
+            f"{some(missing, 'class', 'classes')}. Each class needs a folder of the same name, with images, in the "
             "training folder; class names are compared letter by letter."
         )
     if not valid.any():
@@ -143,7 +145,7 @@ def _oxford_pets(root: Path, base: str) -> ImageFolder | None:
         if len(set(matches.values())) < 2 or 2 * len(matches) <= len(names):
             continue
         if others := [name for name in names if name not in matches]:
-            text = f"{_some(others, 'image', 'images')} of {len(names)} in {root / inside} carry no label"
+            text = f"{some(others, 'image', 'images')} of {len(names)} in {root / inside} carry no label"
             if len(others) > 0.01 * len(names):
                 raise DataError(
                     f"{text}: the others are named <breed>_<number>.jpg (Oxford Pets layout). Rename or remove them."
@@ -278,7 +280,7 @@ def _warn_of_case(classes: Sequence[str]) -> None:
             logger.warning("classes %s differ only in case; each is a class of its own", ", ".join(map(repr, names)))
 
 
-def _some(names: Sequence[str], one: str, many: str) -> str:
+def some(names: Sequence[str], one: str, many: str) -> str:
     """ "3 classes ('a', 'b', 'c')", with at most five names."""
     shown = ", ".join(repr(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
     return f"{len(names)} {one if len(names) == 1 else many} ({shown})"

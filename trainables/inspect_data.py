@@ -124,7 +124,7 @@ def find_folder(root: Path | str) -> ImageFolder:
     try:
         return data.find_images(root)
     except DataError:
-        return data._find(data._existing_folder(root))
+        return data.find_unchecked(root)
 
 
 def inspect(
