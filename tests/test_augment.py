@@ -17,7 +17,7 @@ def noise(height: int, width: int) -> np.ndarray:
 
 def mapped(image: np.ndarray, maps: np.ndarray, size: int) -> np.ndarray:
     """`image` through the first of `maps`, without any other change."""
-    return augment.apply(image, Augmentations(np.float64(0.5), maps[0], IDENTITY), size)
+    return augment.apply(image, Augmentations(np.float64(0.5), maps[0], IDENTITY, np.float64(1)), size)
 
 
 def at(maps: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -55,10 +55,10 @@ def test_a_flip_mirrors_left_and_right_to_the_pixel():
     np.testing.assert_array_equal(mapped(image, augment.flips(np.array([False])), 33), image)
 
 
-def test_positive_degrees_turn_the_picture_counterclockwise():
+def test_positive_degrees_turn_the_picture_clockwise():
     image = noise(33, 33)
-    np.testing.assert_array_equal(mapped(image, augment.rotations(np.array([90.0])), 33), np.rot90(image))
-    np.testing.assert_array_equal(mapped(image, augment.rotations(np.array([-90.0])), 33), np.rot90(image, -1))
+    np.testing.assert_array_equal(mapped(image, augment.rotations(np.array([90.0])), 33), np.rot90(image, -1))
+    np.testing.assert_array_equal(mapped(image, augment.rotations(np.array([-90.0])), 33), np.rot90(image))
 
 
 def test_a_zoom_enlarges_around_its_centre():
@@ -110,6 +110,23 @@ def test_shrinking_averages_pixels_instead_of_skipping_them():
     assert small.std() < 2
 
 
+def test_a_crop_shown_pixel_for_pixel_is_not_averaged_however_large_the_image():
+    image = noise(129, 129)
+    maps = augment.zooms(np.array([4.0]), np.array([[-1.0, -1.0]]))
+    for crop in (0.25, 1.0):  # a crop, or a zoom that shows as little
+        part = Augmentations(np.float64(0.5), maps[0], IDENTITY, np.float64(crop))
+        np.testing.assert_array_equal(augment.apply(image, part, 33), image[:33, :33])
+
+
+def test_shrinking_a_crop_averages_it_in_its_place():
+    ramp = np.linspace(0, 255, 256)
+    image = np.repeat(np.add.outer(ramp, ramp)[..., None] / 2, 3, axis=2).astype(np.uint8)
+    maps = augment.zooms(np.array([2.0]), np.array([[1.0, -1.0]]))
+    small = augment.apply(image, Augmentations(np.float64(0.5), maps[0], IDENTITY, np.float64(0.5)), 16).astype(float)
+    expected = np.add.outer(ramp[:128:8] + 3.5, ramp[128::8] + 3.5) / 2
+    assert abs(small[..., 0] - expected).max() < 5
+
+
 def test_shrinking_keeps_the_picture_in_its_place():
     ramp = np.linspace(0, 255, 256)
     image = np.repeat(np.add.outer(ramp, ramp)[..., None] / 2, 3, axis=2).astype(np.uint8)
@@ -139,7 +156,7 @@ def test_brightness_moves_mid_grey_and_contrast_spreads_tones_around_it():
 
 def test_lighting_reaches_the_image():
     image = noise(16, 16)
-    negative = Augmentations(np.float64(0.5), np.eye(3), IDENTITY[::-1].copy())
+    negative = Augmentations(np.float64(0.5), np.eye(3), IDENTITY[::-1].copy(), np.float64(1))
     np.testing.assert_array_equal(augment.apply(image, negative, 16), 255 - image)
 
 
@@ -152,7 +169,7 @@ def drawn(n: int = 2000, **settings) -> Augmentations:
 
 def test_the_same_seed_draws_the_same_and_another_seed_something_else():
     first, again, other = (augment.draw(np.random.default_rng(seed), 16, Recipe()) for seed in (1, 1, 2))
-    for name in ("window", "maps", "lighting"):
+    for name in ("window", "maps", "lighting", "crop"):
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
         assert (getattr(first, name) != getattr(other, name)).any()
 
@@ -161,7 +178,7 @@ def test_a_part_of_a_batch_is_augmented_as_in_the_whole_batch():
     whole = augment.draw(np.random.default_rng(0), 9, Recipe())
     for rows in (slice(3, 7), np.array([5, 0, 5])):
         part = whole[rows]
-        for name in ("window", "maps", "lighting"):
+        for name in ("window", "maps", "lighting", "crop"):
             np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[rows])
     image = noise(40, 40)
     np.testing.assert_array_equal(augment.apply(image, whole[3:7][2], 24), augment.apply(image, whole[5], 24))
@@ -239,3 +256,41 @@ def test_each_change_happens_to_its_share_of_the_images():
     assert 0.26 < turned.mean() < 0.34
     changed = (drawn(lighting_p=0.5, max_lighting=0.3).lighting != IDENTITY).any(axis=1)
     assert 0.7 < changed.mean() < 0.8  # brightness or contrast: 1 - 0.5 * 0.5
+
+
+def test_the_height_of_a_crop_is_known_and_is_1_without_one():
+    assert (drawn(flip=True, affine_p=1).crop == 1).all()
+    np.testing.assert_array_equal((cropped := drawn(min_scale=0.5, max_aspect=1.5)).crop, cropped.maps[:, 1, 1])
+
+
+@pytest.mark.parametrize("max_aspect", [4 / 3, 4])
+@pytest.mark.parametrize("min_scale", [0.08, 0.75])
+def test_crops_keep_their_area_and_aspect_and_stay_inside(min_scale, max_aspect):
+    maps = augment.random_crops(np.random.default_rng(0), 2000, min_scale, max_aspect)
+    width, height = maps[:, 0, 0], maps[:, 1, 1]
+    assert min_scale <= (width * height).min() < min_scale + 0.02
+    assert (width * height).max() <= 1
+    assert abs(at(maps, CORNERS)).max() <= 1 + 1e-9
+    aspect = np.log(width / height)
+    limit = min(np.log(max_aspect), -np.log(min_scale))  # beyond it no such crop fits inside
+    assert 0.85 * limit < aspect.max() <= limit + 1e-9
+    assert -0.85 * limit > aspect.min() >= -limit - 1e-9
+    assert abs(aspect.mean()) < 0.1 * limit
+
+
+def test_padding_makes_a_square_that_reflects_what_it_holds():
+    wide = noise(20, 50)
+    for position, start in ((0.0, 0), (0.5, 15), (1.0, 30)):
+        square = augment.padded_square(wide, position)
+        assert square.shape == (50, 50, 3)
+        np.testing.assert_array_equal(square[start : start + 20], wide)
+        np.testing.assert_array_equal(augment.padded_square(wide.swapaxes(0, 1), position), square.swapaxes(0, 1))
+    np.testing.assert_array_equal(augment.padded_square(wide, 0.5)[:15], wide[15:0:-1])
+    np.testing.assert_array_equal(augment.padded_square(wide, 0.5)[35:], wide[18:3:-1])
+
+
+def test_a_padded_draw_shows_the_whole_image():
+    image = noise(20, 50)
+    np.testing.assert_array_equal(augment.apply(image, augment.centre(1, pad=True)[0], 50)[15:35], image)
+    assert drawn(resize_method="pad").pad
+    assert not drawn().pad

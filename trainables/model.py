@@ -182,7 +182,7 @@ def _replace_classifier(model: nn.Module, recipe: Recipe, num_classes: int) -> N
 
 
 def mlp_head(in_features: int, num_classes: int, recipe: Recipe) -> nn.Sequential:
-    """fastai's `create_head` after the pooling: norm, dropout, linear, ReLU, norm, dropout, linear; Kaiming weights."""
+    """fastai's `create_head` after the pooling, initialised alike: twice norm, dropout and linear, a ReLU between."""
     head = nn.Sequential(
         nn.BatchNorm1d(in_features),
         BatchDropout(recipe.dropout / 2),
@@ -195,6 +195,8 @@ def mlp_head(in_features: int, num_classes: int, recipe: Recipe) -> nn.Sequentia
     for layer in head:
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_normal_(layer.weight)
+        elif isinstance(layer, nn.BatchNorm1d):
+            nn.init.constant_(layer.bias, 1e-3)
     return head
 
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -28,7 +27,7 @@ from trainables.data import DataError, ImageFolder
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1  # raise it when the same settings would give other pixels or another index
+FORMAT_VERSION = 2  # raise it when the same settings would give other pixels or another index
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # whatever the suffix says; no format that runs programs
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 MAX_ASPECT = 4.0
@@ -89,7 +88,7 @@ def resize_shorter_side(image: np.ndarray, size: int) -> np.ndarray:
     """Resizes uint8 (h, w, 3) so that its shorter side is `size`, the whole rectangle kept.
 
     Only of images longer than MAX_ASPECT times their width is a centre piece kept: a thin strip would otherwise take as
-    much room as hundreds of images. Area averaging when shrinking, bilinear when growing.
+    much room as hundreds of images.
     """
     height, width = image.shape[:2]
     short = min(height, width)
@@ -97,10 +96,7 @@ def resize_shorter_side(image: np.ndarray, size: int) -> np.ndarray:
     top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
     image = image[top : top + longest, left : left + longest]
     height, width = (max(size, round(side * size / short)) for side in image.shape[:2])
-    if image.shape[:2] == (height, width):
-        return np.ascontiguousarray(image)
-    method = cv2.INTER_AREA if size < short else cv2.INTER_LINEAR
-    return cv2.resize(image, (width, height), interpolation=method)
+    return _resized(image, height, width)
 
 
 def resize(image: np.ndarray, size: int, method: str = "crop") -> np.ndarray:
@@ -112,10 +108,14 @@ def resize(image: np.ndarray, size: int, method: str = "crop") -> np.ndarray:
         return resize_shorter_side(image, size)
     longer = max(image.shape[:2])
     sides = (size, size) if method == "squish" else tuple(max(1, round(s * size / longer)) for s in image.shape[:2])
-    if image.shape[:2] == sides:
+    return _resized(image, *sides)
+
+
+def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """By Pillow's bilinear filter, which fastai uses: it widens when shrinking, so that no pixel is skipped."""
+    if image.shape[:2] == (height, width):
         return np.ascontiguousarray(image)
-    interpolation = cv2.INTER_AREA if size < longer else cv2.INTER_LINEAR
-    return cv2.resize(image, sides[::-1], interpolation=interpolation)
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 # --- The cache --------------------------------------------------------------------------------------------------------
