@@ -302,7 +302,7 @@ def test_resizing_gives_fastais_picture(fastai, photos, size, position, method):
 @pytest.mark.parametrize("size", [480, 240, 120])
 @pytest.mark.parametrize("position", [None, 0, 0.25, 1])
 def test_padding_gives_fastais_picture_and_its_reflections_within_a_pixel(fastai, photos, size, position):
-    """fastai reflects before it resizes and we after, so the mirror lies up to half a pixel beside; the photo is equal."""
+    """fastai reflects before it resizes and we after: the mirror lies up to half a pixel beside, the photo does not."""
     side = size * 400 // 600
     start = int((size - side) * (0.5 if position is None else position))
     for photo in turned(photos):

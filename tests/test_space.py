@@ -215,7 +215,8 @@ def test_what_is_pinned_holds_in_all_recipes():
 
 
 def test_recipes_that_pins_make_equal_are_run_once():
-    space = load_space("quickstart").of_recipes("book", ["arch=tf_efficientnet_lite0", "epochs=1", "lr_max=1e-4", "lr_ratio=1"])
+    pinned = ["arch=tf_efficientnet_lite0", "epochs=1", "lr_max=1e-4", "lr_ratio=1"]
+    space = load_space("quickstart").of_recipes("book", pinned)
     configs = space.first_configs()
     assert space.num_trials == len(configs) == len({tuple(config.items()) for config in configs}) < 7
 

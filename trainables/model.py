@@ -11,9 +11,13 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from trainables.recipe import Recipe
 from trainables.weights import WeightsError, WeightsFile, find_weights, in_timm_names, no_weights_message
+
+FASTAI_NORMS = (_BatchNorm, _InstanceNorm, nn.LayerNorm)
+"""What fastai trains in a frozen backbone."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Network:
         """Parameters from the earliest layers to the head, which is the last group.
 
         `kind` blocks cuts the backbone where timm's `group_matcher` (coarse) does, so every timm architecture has
-        groups; fastai cuts a ResNet after its second stage (`_resnet_split`), and no other backbone (`default_split`).
+        groups; fastai cuts a ResNet after its second stage, as fastai's `_resnet_split`, and no other backbone.
         """
         parameters = dict(self.model.named_parameters())
         head = f"{classifier_name(self.model)}."
@@ -42,11 +46,12 @@ class Network:
         return [[parameters[name] for name in names] for names in groups if names]
 
     def freeze_backbone(self, train_bn: str) -> None:
-        """Train the head, and the backbone's batch norms with `train_bn` always; autograd computes no more."""
+        """Train the head, and with `train_bn` always the backbone's norms; autograd computes no more."""
         self.model.requires_grad_(False)
         if train_bn == "always":
-            for module in _batch_norms(self.model):
-                module.requires_grad_(True)
+            for module in self.model.modules():
+                if isinstance(module, FASTAI_NORMS):
+                    module.requires_grad_(True)
         self.classifier.requires_grad_(True)
 
     def unfreeze(self) -> None:

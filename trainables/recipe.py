@@ -49,7 +49,7 @@ class Recipe:
     lr_max_frozen: float = setting(2e-3, "peak learning rate of the frozen stage", low=1e-7, high=10, log=True)
     lr_ratio_frozen: float = setting(
         10.0,
-        "lr_max_frozen / rate of the frozen backbone's batch norms (train_bn=always)",
+        "lr_max_frozen / rate of the frozen backbone's norms (train_bn=always)",
         low=1,
         high=1e6,
         log=True,
@@ -69,8 +69,8 @@ class Recipe:
 
     train_bn: str = setting(
         "unfrozen",
-        "when the backbone's batch norms train: always = as in fastai while frozen too, unfrozen = once unfrozen, "
-        "never = they keep the pretrained statistics; for small sets",
+        "when the backbone's batch norms train: always = as in fastai while frozen too (layer norms as well), "
+        "unfrozen = once unfrozen, never = they keep the pretrained statistics; for small sets",
         choices=("always", "unfrozen", "never"),
     )
     bn_momentum: float = setting(0.1, "weight of a batch in batch norm's running statistics", low=0.001, high=1)
