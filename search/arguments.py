@@ -19,7 +19,6 @@ examples:
       choose the architectures, narrow the epochs, pin the image size
   python -m search.run --resume --name NAME
       go on with a search that was interrupted
-
   python -m search.run --space pets --recipes book
       the runs of fastai's book, each once, with the published errors beside ours
   python -m search.run --space pets --describe
@@ -45,10 +44,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument(
         "--weights", type=absolute, metavar="DIR", help="folder with <arch>.safetensors, looked into first"
     )
-    what.add_argument("--recipes", metavar="NAME", help="run just the space's recipes of that name, such as book")
+    what.add_argument("--recipes", metavar="NAME", help=(
+        "run just the space's recipes of that name, such as book, each once and to its end; --method has no say"
+    ))  # fmt: skip
     what.add_argument("--describe", action="store_true", help="print the space and all settings, and stop")
     how = parser.add_argument_group("how")
-    how.add_argument("--trials", type=positive, metavar="N", help="how many recipes to try (default: the space's)")
+    how.add_argument("--trials", type=positive, metavar="N", help="how many trials (default: the space's)")
     how.add_argument("--time-budget", type=_seconds, metavar="30m", help="stop after this time (90s, 30m, 8h)")
     how.add_argument("--method", choices=METHODS, default="tpe-asha", help=(
         "who proposes (Optuna's TPE or random), and whether bad trials end early (-asha); default tpe-asha"
@@ -73,6 +74,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.space is None and not args.resume:
         parser.error(f"--space is needed: one of {', '.join(space_names())}")
+    if args.recipes and args.trials:
+        parser.error("--trials has no say: --recipes runs each of the recipes once")
     if args.recipes and args.lr_range == "auto":
         parser.error("--lr-range auto has nothing to narrow: --recipes gives every trial its rates")
     if args.resume and args.name is None:
@@ -90,7 +93,7 @@ def saved_arguments(folder, args: argparse.Namespace) -> argparse.Namespace:
     for name in ("data", "weights", "results"):
         saved[name] = Path(saved[name]) if saved[name] else None
     return argparse.Namespace(
-        **saved | {"resume": True, "address": args.address, "name": args.name, "results": args.results}
+        **vars(args) | saved | {"resume": True, "address": args.address, "name": args.name, "results": args.results}
     )
 
 

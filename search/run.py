@@ -70,7 +70,7 @@ def search(args: argparse.Namespace, folder) -> int:
         weights=str(args.weights) if args.weights else None,
         labels=list(images.classes),
         group_size=size,
-        num_trials=space.num_trials if args.recipes else args.trials or space.num_trials,
+        num_trials=args.trials or space.num_trials,
         time_budget=args.time_budget,
         method="random" if args.recipes else args.method,  # all proposed already, and none ends early
         max_concurrent=trials_at_once(nodes, size, args.max_concurrent),
