@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
 
 STAGES = {"lr_max_frozen": "frozen", "lr_max": "unfrozen"}
 """The setting whose bounds a stage's curve narrows -> the stage."""
+TRUSTED = ("valley", "steep", "minimum")
+"""Each has curves on which it is too low or too high, so a range spans them. slide can lie where the loss explodes."""
 FACTOR = 2.0
-"""A search's rates go from the lowest of all suggestions / FACTOR to the highest * FACTOR, within the space's bounds:
-each of the four has curves on which it is far off."""
+"""A search's rates go from the lowest trusted one / FACTOR to the highest * FACTOR, within the space's bounds."""
 
 EXAMPLES = """
 examples:
@@ -78,9 +80,10 @@ def main(argv: list[str] | None = None) -> int:
     for name, rate in found.items():
         say(f"{name:8} {rate:.2e}")
     setting = next(name for name, its_stage in STAGES.items() if its_stage == stage)
-    rates = _range(min(found.values()), max(found.values()))
+    trusted = trusted_rates(found)
+    data = f" --data {shlex.quote(str(args.data))}" if args.data else ""
     say(f"curve: {out}")
-    say(f"next: python -m search.run --space {args.space} --set {setting}={rates}")
+    say(f"next: python -m search.run --space {args.space}{data} --set {setting}={_range(min(trusted), max(trusted))}")
     return 0
 
 
@@ -127,6 +130,10 @@ def draw(path: Path, curve: Curve, title: str, *, num_it: int = 100) -> dict[str
     found = suggestions(curve, num_it)
     save_curve(path, curve, found, title)
     return found
+
+
+def trusted_rates(found: dict[str, float]) -> list[float]:
+    return [found[name] for name in TRUSTED]
 
 
 # --- For a search -----------------------------------------------------------------------------------------------------
@@ -189,7 +196,7 @@ def _suggestions_of(arch: str, done, searched: dict[str, str], folder: Path) -> 
         for name, stage in searched.items():
             if stage in curves:
                 found = draw(folder / f"{arch}-{stage}.png", curves[stage], f"{arch}, {stage}")
-                rates[name] = list(found.values())
+                rates[name] = trusted_rates(found)
                 say(f"  {arch} {stage}: {', '.join(f'{method} {rate:.1e}' for method, rate in found.items())}")
     except (ray.exceptions.RayTaskError, ValueError) as error:
         say(f"  {arch}: no suggestion, {str(error).strip().splitlines()[-1]}")
