@@ -90,10 +90,14 @@ def saved_arguments(folder, args: argparse.Namespace) -> argparse.Namespace:
             f"{folder} holds no run to resume (no command.json in it). Runs are listed by: ls {args.results}"
         )
     saved = json.loads(folder.command.read_text())["arguments"]
+    if missing := [name for name in vars(args) if name not in saved]:
+        raise ValueError(
+            f"{folder} was started by an older version, which knew no --{missing[0].replace('_', '-')}. Start it anew."
+        )
     for name in ("data", "weights", "results"):
         saved[name] = Path(saved[name]) if saved[name] else None
     return argparse.Namespace(
-        **vars(args) | saved | {"resume": True, "address": args.address, "name": args.name, "results": args.results}
+        **saved | {"resume": True, "address": args.address, "name": args.name, "results": args.results}
     )
 
 

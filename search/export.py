@@ -31,6 +31,7 @@ from trainables.predictor import load_model
 CONFIG_FILE = "config.json"
 COPIED = (PREPROCESSING_FILE, "recipe.json", "labels.json", "metrics.json")
 FILES = (WEIGHTS_FILE, CONFIG_FILE, *COPIED)
+TIMM_CROP_MODES = {"crop": "center", "squish": "squash", "pad": "border"}
 MAX_TIMM_DIFFERENCE = 0.01
 """Largest difference between timm's loader and ours, as a share of the largest logit; more is another model."""
 
@@ -139,7 +140,7 @@ def write(best: ModelFolder, folder: Path) -> None:
             "std": preprocessing.std,
             "interpolation": "bilinear",
             "crop_pct": 1.0,
-            "crop_mode": "center",
+            "crop_mode": TIMM_CROP_MODES[preprocessing.resize_method],
             # recommendations for the weights that the training started from
             "test_input_size": None,
             "test_crop_pct": None,

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from search.results import COMPLETED, RUNNING, ResultsTable, Row, leaders, row_of, table_id
-from search.space import NamedRecipe, Space
+from search.space import NamedRecipe
 
 SHOWN = 8
 
@@ -107,7 +107,7 @@ def leaderboard(rows: list[Row], dimensions: list[str], *, running: list[Row] | 
     return table
 
 
-def recipes_table(space: Space, recipes: Sequence[NamedRecipe], rows: list[Row]) -> Table:
+def recipes_table(dimensions: list[str], recipes: Sequence[NamedRecipe], rows: list[Row]) -> Table:
     """Named recipes with the errors that they reached here and those that were published, as a table for `rich`.
 
     The columns of published errors are there only where there are any.
@@ -121,8 +121,8 @@ def recipes_table(space: Space, recipes: Sequence[NamedRecipe], rows: list[Row])
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("source")
     for recipe, (theirs, their_tta) in zip(recipes, published, strict=True):
-        settings = space.settings_of(recipe)
-        *costs, error, tta = _recipe_cells(row_of(rows, {name: settings[name] for name in space.dimensions}))
+        row = row_of(rows, {name: recipe.settings[name] for name in dimensions})
+        *costs, error, tta = _recipe_cells(row)
         errors = [error, *[theirs] * shown[0], tta, *[their_tta] * shown[1]]
         table.add_row(recipe.name, *costs, *errors, recipe.source)
     return table

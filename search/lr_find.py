@@ -75,16 +75,27 @@ def main(argv: list[str] | None = None) -> int:
     presized = presize_here(space, images, args)
     first = f", after {recipe.freeze_epochs} frozen epochs" if stage == "unfrozen" and recipe.freeze_epochs else ""
     say(f"{recipe.arch}, {stage}{first}: {args.num_it} steps of {recipe.batch_size} images")
-    curve = find(recipe, presized, args.weights, [stage], num_it=args.num_it, split_seed=space.split_seed)[stage]
+    options = {"num_it": args.num_it, "split_seed": space.split_seed, "device": best_device()}
+    curve = find(recipe, presized, args.weights, [stage], **options)[stage]
     found = draw(out, curve, f"{recipe.arch}, {stage}", num_it=args.num_it)
     for name, rate in found.items():
         say(f"{name:8} {rate:.2e}")
     setting = next(name for name, its_stage in STAGES.items() if its_stage == stage)
     trusted = trusted_rates(found)
-    data = f" --data {shlex.quote(str(args.data))}" if args.data else ""
+    given = [
+        *(("--data", str(args.data)) if args.data else ()),
+        *(word for text in args.set for word in ("--set", text)),
+    ]
+    given += ["--set", f"{setting}={_range(min(trusted), max(trusted))}"]
     say(f"curve: {out}")
-    say(f"next: python -m search.run --space {args.space}{data} --set {setting}={_range(min(trusted), max(trusted))}")
+    say(f"next: python -m search.run --space {args.space} {shlex.join(given)}")
     return 0
+
+
+def best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def find(
@@ -96,13 +107,14 @@ def find(
     num_it: int = 100,
     split_seed: int = 0,
     num_threads: int = 2,
+    device: str = "cpu",
 ) -> dict[str, Curve]:
-    """Stage -> curve, on a GPU where there is one; the frozen stage is trained before the unfrozen one is tested."""
-    import torch
+    """Stage -> curve; the frozen stage is trained before the unfrozen one is tested.
 
-    from trainables.finetune import FineTune
+    Raises `ValueError` where that training diverges.
+    """
+    from trainables.finetune import Diverged, FineTune
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     training = FineTune(
         replace(recipe, tta_views=0),
         images,
@@ -115,8 +127,11 @@ def find(
     if "frozen" in stages and training.frozen:
         curves["frozen"] = training.lr_range_test(num_it=num_it)
     if "unfrozen" in stages:
-        while training.frozen:
-            training.run_epoch()
+        try:
+            while training.frozen:
+                training.run_epoch()
+        except Diverged as error:
+            raise ValueError(f"the frozen stage before it diverged ({error}). Lower lr_max_frozen.") from error
         curves["unfrozen"] = training.lr_range_test(num_it=num_it)
     training.close()
     return curves
@@ -156,8 +171,9 @@ def narrowed_rates(space: Space, images, weights: Path | None, size: GroupSize, 
     task = ray.remote(num_cpus=size.cpus_per_worker, num_gpus=size.gpus_per_worker, max_retries=1)(_find_on_worker)
     archs = setting_values(space, "arch")
     say(f"learning-rate finder: {', '.join(searched.values())} stage of {len(archs)} architectures")
-    threads = max(1, int(size.cpus_per_worker))
-    arguments = str(images.root), str(weights) if weights else None, list(searched.values()), space.split_seed, threads
+    options = {"split_seed": space.split_seed, "num_threads": max(1, int(size.cpus_per_worker))}
+    options["device"] = "cuda" if size.gpus_per_worker else "cpu"
+    arguments = str(images.root), str(weights) if weights else None, list(searched.values()), options
     running = {task.remote(full_settings(space) | {"arch": arch}, *arguments): arch for arch in archs}
     suggested: dict[str, list[float]] = {name: [] for name in searched}
     while running:
@@ -171,7 +187,7 @@ def narrowed_rates(space: Space, images, weights: Path | None, size: GroupSize, 
 
 
 def _find_on_worker(
-    settings: dict[str, Any], data: str, weights: str | None, stages: list[str], split_seed: int, num_threads: int
+    settings: dict[str, Any], data: str, weights: str | None, stages: list[str], options: dict[str, Any]
 ) -> dict[str, Curve]:
     import torch
 
@@ -179,11 +195,11 @@ def _find_on_worker(
     from trainables.presize import presize
     from trainables.recipe import Recipe
 
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(options["num_threads"])
     recipe = Recipe.from_dict(settings)
     images = presize(find_images(Path(data)), recipe.presize, recipe.resize_method)
     folder = Path(weights) if weights else None
-    return find(recipe, images, folder, stages, split_seed=split_seed, num_threads=num_threads)
+    return find(recipe, images, folder, stages, **options)
 
 
 def _suggestions_of(arch: str, done, searched: dict[str, str], folder: Path) -> dict[str, list[float]]:
@@ -198,7 +214,7 @@ def _suggestions_of(arch: str, done, searched: dict[str, str], folder: Path) -> 
                 found = draw(folder / f"{arch}-{stage}.png", curves[stage], f"{arch}, {stage}")
                 rates[name] = trusted_rates(found)
                 say(f"  {arch} {stage}: {', '.join(f'{method} {rate:.1e}' for method, rate in found.items())}")
-    except (ray.exceptions.RayTaskError, ValueError) as error:
+    except (ray.exceptions.RayError, ValueError) as error:
         say(f"  {arch}: no suggestion, {str(error).strip().splitlines()[-1]}")
     return rates
 
@@ -210,7 +226,7 @@ def _around(rates: list[float], bounds: Range) -> str:
 
 
 def _range(low: float, high: float) -> str:
-    return f"{low:.2g}..{high:.2g}"
+    return f"{max(low, 1e-7):.3g}..{high:.3g}"
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ def main() -> int:
         return search(saved_arguments(folder, args), folder)
     name = args.name or f"{args.space}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = RunFolder(args.results / name)
-    if folder.path.exists():
+    # The finder's curves alone are what a search that was ended before its first trial leaves.
+    if folder.path.exists() and list(folder.path.iterdir()) != [folder.lr_find]:
         raise ValueError(f"{folder} exists. Add --resume to go on with it, or give another --name.")
     return search(args, folder)
 
@@ -123,7 +124,7 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     rows = read_trials(options.folder.trials)
     console = Console() if sys.stdout.isatty() else Console(width=200)
     if options.recipes:
-        console.print(recipes_table(options.space, options.recipes, rows))
+        console.print(recipes_table(list(options.space.dimensions), options.recipes, rows))
         if any(recipe.error_rate for recipe in options.recipes):
             say(PUBLISHED)
     else:
@@ -186,7 +187,7 @@ def description(space: Space) -> str:
     lines += [f"  {name:18} {dimension}" for name, dimension in space.dimensions.items()]
     if space.recipes:
         lines += ["", "recipes:"]
-        lines += [f"  {name:18} {', '.join(r.name for r in found)}" for name, found in space.recipes.items()]
+        lines += [f"  {name:18} {recipe.name}" for name, found in space.recipes.items() for recipe in found]
     lines += ["", "all settings, with this space's default:"]
     for spec in fields(Recipe):
         meta, kind = spec.metadata, spec.type.__name__

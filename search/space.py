@@ -117,7 +117,10 @@ class Space:
         return replace(self, settings=settings, dimensions=dimensions, pinned=tuple(pinned))
 
     def of_recipes(self, name: str, texts: Iterable[str] = ()) -> "Space":
-        """The space whose trials are exactly the recipes called `name`; each `NAME=VALUE` holds in all of them."""
+        """The space whose trials are exactly the recipes called `name`; each `NAME=VALUE` holds in all of them.
+
+        Its recipes have all their settings, not only changes.
+        """
         if name not in self.recipes:
             known = ", ".join(self.recipes) or "none"
             raise ValueError(f"--recipes {name}: the space {self.name} has no such recipes. There are: {known}.")
@@ -125,16 +128,15 @@ class Space:
         if base.dimensions:
             searched = next(iter(base.dimensions))
             raise ValueError(f"--set {searched}=... gives several values; with --recipes expected a single one")
-        configs = [base.settings_of(recipe) for recipe in self.recipes[name]]
+        pinned = {setting: base.settings[setting] for setting in base.pinned}
+        configs = [
+            Recipe.from_dict(base.settings | recipe.settings | pinned).to_dict() for recipe in self.recipes[name]
+        ]
+        recipes = {name: tuple(replace(r, settings=c) for r, c in zip(self.recipes[name], configs, strict=True))}
         values = {setting: tuple(dict.fromkeys(config[setting] for config in configs)) for setting in configs[0]}
         dimensions = {setting: Choice(found) for setting, found in values.items() if len(found) > 1}
-        space = replace(base, settings=configs[0], dimensions=dimensions, first=tuple(configs[1:]))
+        space = replace(base, settings=configs[0], dimensions=dimensions, first=tuple(configs[1:]), recipes=recipes)
         return replace(space, num_trials=len(space.first_configs()))
-
-    def settings_of(self, recipe: NamedRecipe) -> dict[str, Any]:
-        """All settings of a named recipe in this space; what the user pinned holds."""
-        pinned = {name: self.settings[name] for name in self.pinned}
-        return Recipe.from_dict(self.settings | recipe.settings | pinned).to_dict()
 
     def _parse(self, text: str) -> tuple[str, Any]:
         """The name in a `--set`, and its value or `Dimension`."""

@@ -109,6 +109,15 @@ def test_timm_loads_other_poolings_and_architectures_alike(tmp_path, data, setti
     assert found.timm_difference < 1e-5
 
 
+@pytest.mark.parametrize(("method", "crop_mode"), [("squish", "squash"), ("pad", "border")])
+def test_another_resize_method_travels_with_the_export(tmp_path, data, capsys, method, crop_mode):
+    run = make_run(tmp_path / "run", data, resize_method=method, epochs=1)
+    export.export(run, tmp_path / "out")
+    assert "check passed" in capsys.readouterr().out  # read as in training, the errors are the table's
+    assert json.loads((tmp_path / "out/preprocessing.json").read_text())["resize_method"] == method
+    assert json.loads((tmp_path / "out/config.json").read_text())["pretrained_cfg"]["crop_mode"] == crop_mode
+
+
 def test_the_statistics_of_the_pretrained_weights_travel_with_the_export(tmp_path, data, capsys):
     weights = tmp_path / "weights"
     weights.mkdir()

@@ -235,6 +235,15 @@ def test_the_loss_scale_is_part_of_the_state(colour_images):
     assert copy.scaler.get_scale() == scale
 
 
+def test_a_state_without_a_loss_scale_goes_on_in_fp16(colour_images):
+    """As where precision is automatic and the next worker has an older GPU."""
+    training = fine_tune(colour_images, precision="fp32", freeze_epochs=0, epochs=2)
+    training.run_epoch()
+    other = fine_tune(colour_images, precision="fp16", freeze_epochs=0, epochs=2)
+    other.load_state(training.state())
+    assert np.isfinite(losses(other)).all()
+
+
 def test_a_state_holds_the_trained_weights_and_the_optimizer(colour_images):
     training = fine_tune(colour_images, epochs=2)
     training.run_epoch()

@@ -154,3 +154,22 @@ def test_text_that_means_no_value_is_refused(name, text, problem):
 def test_a_recipe_cannot_be_changed_in_flight():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Recipe().epochs = 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"start_size": 8}, "start_size=8 is out of range"),
+        ({"start_size": 256, "image_size": 224}, "expected 0 .off. or 16 to image_size=224"),
+        ({"start_size": 128, "start_batch_size": 1}, "start_batch_size=1 is too small"),
+    ],
+)
+def test_a_start_of_progressive_resizing_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**settings)
+
+
+def test_smaller_images_come_in_larger_batches_unless_told_otherwise():
+    recipe = Recipe(start_size=112, image_size=224, batch_size=32, start_share=0.5, freeze_epochs=0, epochs=3)
+    assert [recipe.batch_size_at(epoch) for epoch in range(3)] == [64, 32, 32]
+    assert [recipe.image_size_at(epoch) for epoch in range(3)] == [112, 224, 224]

@@ -196,3 +196,19 @@ def test_an_address_where_no_cluster_is_is_refused(command, images):
     pinned = [word for setting in settings for word in ("--set", setting)]
     ended = command("--space", "quickstart", "--data", images, *pinned, "--address", "127.0.0.1:9", timeout=120)
     assert_refused(ended, "--address 127.0.0.1:9")
+
+
+def test_a_run_of_an_older_version_is_not_resumed_with_options_that_it_did_not_know(command, tmp_path):
+    run = tmp_path / "results" / "old"
+    run.mkdir(parents=True)
+    (run / "command.json").write_text('{"arguments": {"space": "quickstart", "data": null}}')
+    ended = command("--resume", "--name", "old", "--results", tmp_path / "results")
+    assert_refused(ended, "was started by an older version", "Start it anew")
+
+
+def test_curves_of_an_interrupted_finder_do_not_take_the_name_of_a_run(command, tmp_path):
+    (tmp_path / "results" / "again" / "lr_find").mkdir(parents=True)
+    arguments = ("--space", "pets", "--name", "again", "--results", tmp_path / "results", "--data", tmp_path / "none")
+    assert_refused(command(*arguments), "There is no folder")
+    (tmp_path / "results" / "again" / "trials.csv").touch()
+    assert_refused(command(*arguments), "exists. Add --resume")

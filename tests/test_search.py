@@ -276,10 +276,10 @@ def test_the_finder_narrows_the_rates_of_a_search_once(class_folders, search_cac
     search = start(tmp_path / "narrowed", class_folders, "--trials", 2, *narrow)
     assert search.wait() == 0, search.text
     found = re.search(r"searching lr_max_frozen=(\S+)\.\.(\S+), lr_max=(\S+)\.\.(\S+), curves", search.text).groups()
-    frozen, unfrozen = sorted(map(float, found[:2])), sorted(map(float, found[2:]))
+    frozen, unfrozen = list(map(float, found[:2])), list(map(float, found[2:]))
     for low, high in (frozen, unfrozen):
         assert 1e-5 <= low < high <= 1
-        assert high / low < 1e5
+        assert high / low < 2e4
     for row in tables(search.folder)[0]:
         assert frozen[0] <= float(row["lr_max_frozen"]) <= frozen[1]
         assert unfrozen[0] <= float(row["lr_max"]) <= unfrozen[1]

@@ -189,13 +189,13 @@ def test_every_setting_explains_itself():
 def test_the_books_recipes_become_the_trials_of_the_space(name):
     space = load_space(name).of_recipes("book")
     found = [Recipe.from_dict(space.settings | config) for config in space.first_configs()]
-    assert found == [Recipe.from_dict(space.settings_of(recipe)) for recipe in space.recipes["book"]]
+    assert found == [Recipe.from_dict(recipe.settings) for recipe in space.recipes["book"]]
     assert space.num_trials == len(found)
 
 
 def test_the_books_recipes_for_pets_are_its_runs():
     space = load_space("pets").of_recipes("book")
-    recipes = {recipe.name: Recipe.from_dict(space.settings_of(recipe)) for recipe in space.recipes["book"]}
+    recipes = {recipe.name: Recipe.from_dict(recipe.settings) for recipe in space.recipes["book"]}
     finder = recipes["rate of the finder, 3e-3"]
     assert (finder.lr_max_frozen, finder.lr_max, finder.lr_min) == (3e-3, 1.5e-3, pytest.approx(1.5e-5))
     low = recipes["3 frozen + 6 at 1e-5"]
@@ -209,7 +209,7 @@ def test_the_books_recipes_for_pets_are_its_runs():
 
 def test_what_is_pinned_holds_in_all_recipes():
     space = load_space("pets").of_recipes("book", ["arch=resnet18", "image_size=96", "epochs=1"])
-    recipes = [space.settings_of(recipe) for recipe in space.recipes["book"]]
+    recipes = [recipe.settings for recipe in space.recipes["book"]]
     assert {(r["arch"], r["image_size"], r["epochs"]) for r in recipes} == {("resnet18", 96, 1)}
     assert not {"arch", "image_size", "epochs"} & set(space.dimensions)
 

@@ -44,7 +44,7 @@ def draw_images(root: Path, *, each: int = 20) -> Path:
 def make_run(folder: Path, data: Path, *, weights: Path | None = None, **settings) -> Path:
     """Train one recipe on `data` and write what a search leaves of its winner. Returns the run's folder."""
     recipe = Recipe.from_dict(SETTINGS | settings)
-    images = presize(find_images(data), recipe.presize)
+    images = presize(find_images(data), recipe.presize, recipe.resize_method)
     training = FineTune(recipe, images, weights=weights, split_seed=3)
     for _ in range(recipe.total_epochs):
         metrics = training.run_epoch()

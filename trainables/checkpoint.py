@@ -16,11 +16,11 @@ class Preprocessing:
     """From an image to the input of the network, as validation does it in training."""
 
     presize: int
-    """px; images are brought to this first, by averaging areas."""
+    """px; images are brought to this first, by Pillow's bilinear filter."""
     resize_method: str
     """crop: `presize` is the shorter side, pad: the longer one, reflected to a square, squish: both."""
     image_size: int
-    """px; side of the square that the centre square is then brought to, bilinear."""
+    """px; side of the square that the centre square is then brought to, see `augment.apply`."""
     mean: tuple[float, float, float]
     """Per RGB channel, of values in 0..1; taken off first."""
     std: tuple[float, float, float]

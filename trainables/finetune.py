@@ -63,8 +63,9 @@ class FineTune:
         self.train_indices, self.valid_indices = images.split(seed=split_seed)
         self.labels = torch.as_tensor(np.asarray(images.labels), dtype=torch.long)
         self.num_classes = len(images.classes)
-        if self.batch_size < self.world.size:
-            raise ValueError(f"a batch of {self.batch_size} images is too small for {self.world.size} workers")
+        smallest = min(recipe.batch_size, self.batch_size)
+        if smallest < self.world.size:
+            raise ValueError(f"a batch of {smallest} images is too small for {self.world.size} workers")
 
         self.network = model.build(recipe, self.num_classes, weights, load_pretrained=load_pretrained)
         if self.world.size > 1:
@@ -195,7 +196,8 @@ class FineTune:
         self.epochs_done = training["epochs_done"]
         self._enter_stage()
         self.optimizer.load_state_dict(training["optimizer"])
-        self.scaler.load_state_dict(training["scaler"])
+        if training["scaler"]:  # none where the worker before this one had bf16
+            self.scaler.load_state_dict(training["scaler"])
 
     def close(self) -> None:
         self.loader.close()

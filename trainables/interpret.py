@@ -10,7 +10,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -271,18 +272,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, folder = read_model(_model_path(args.model)), data.find_images(args.data)
     match_classes(folder.classes, model)  # before the images are presized, which takes its time
     seed = _split_seed(model.path) if args.split_seed is None else args.split_seed
-    try:
+    with _writing_to(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-        images = presize(folder, model.preprocessing.presize, model.preprocessing.resize_method)
-        train, valid = images.split(seed=seed)
-        indices = {"train": train, "valid": valid, "all": np.arange(len(images))}[args.split]
-        found = interpret(model, images, indices, tta=args.tta)
+    images = presize(folder, model.preprocessing.presize, model.preprocessing.resize_method)
+    train, valid = images.split(seed=seed)
+    indices = {"train": train, "valid": valid, "all": np.arange(len(images))}[args.split]
+    found = interpret(model, images, indices, tta=args.tta)
+    with _writing_to(args.out):
         save_confusion_csv(args.out / "confusion_matrix.csv", found)
         save_confusion_picture(args.out / "confusion_matrix.png", found)
         save_losses_csv(args.out / "top_losses.csv", found)
         save_losses_picture(args.out / "top_losses.png", found, images, model, args.top)
-    except OSError as error:
-        raise ValueError(f"--out {args.out} cannot be written: {error}. Make room, or give another folder.") from error
     drawn = "" if args.split == "all" or folder.valid is not None else f", split seed {seed}"
     print(f"{len(indices)} images of {_printable(folder.root)} ({args.split}{drawn}), {len(found.classes)} classes")
     _report(found)
@@ -311,6 +311,14 @@ def _print_table(title: str, rows: Sequence[tuple[str, str, object]]) -> None:
         print(f"{start}  {left:{widths[0]}}  {middle:{widths[1]}}  {right:>{widths[2]}}")
     if len(rows) > LINES:
         print(f"  and {len(rows) - LINES} more")
+
+
+@contextmanager
+def _writing_to(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error}. Make room, or give another folder.") from error
 
 
 def _model_path(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """Recipe: every hyperparameter of one fine-tuning, with its unit and range, validated.
 
-The defaults follow fastai's `vision_learner` and `fine_tune` where they have one (fastai book, chapters 5 and 7).
+Rates, schedule and augmentation default to those of fastai's `fine_tune` and of its book (chapters 5 and 7). The
+head, the layer groups and the training of norms that its `vision_learner` has are choices here, not defaults.
 """
 
 import dataclasses
@@ -73,7 +74,9 @@ class Recipe:
         "unfrozen = once unfrozen, never = they keep the pretrained statistics; for small sets",
         choices=("always", "unfrozen", "never"),
     )
-    bn_momentum: float = setting(0.1, "weight of a batch in batch norm's running statistics", low=0.001, high=1)
+    bn_momentum: float = setting(
+        0.1, "weight of a batch in the running statistics of the backbone's batch norms", low=0.001, high=1
+    )
 
     mixup_alpha: float = setting(0.0, "mixup's Beta(alpha, alpha); 0 = no mixup", low=0, high=10)
     smoothing: float = setting(0.0, "label smoothing epsilon", low=0, high=0.9)
@@ -124,11 +127,15 @@ class Recipe:
                 problems.append(str(error))
         if not problems and self.epochs + self.freeze_epochs < 1:
             problems.append("epochs and freeze_epochs are both 0, expected at least one epoch in one of them")
-        for name in ("image_size", "start_size"):
-            if not problems and getattr(self, name) > self.presize:
-                problems.append(f"{name}={getattr(self, name)} is larger than presize={self.presize}; raise presize")
-        if not problems and 0 < self.start_size < MIN_SIZE:
-            problems.append(f"start_size={self.start_size} is too small, expected 0 (off) or {MIN_SIZE} and more")
+        if not problems and self.image_size > self.presize:
+            problems.append(f"image_size={self.image_size} is larger than presize={self.presize}; raise presize")
+        if not problems and self.start_size and not MIN_SIZE <= self.start_size <= self.image_size:
+            problems.append(
+                f"start_size={self.start_size} is out of range, expected 0 (off) or {MIN_SIZE} to "
+                f"image_size={self.image_size}"
+            )
+        if not problems and self.start_batch_size == 1:
+            problems.append("start_batch_size=1 is too small, expected 0 or 2 and more")
         if problems:
             raise ValueError("; ".join(problems))
 
