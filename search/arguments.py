@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shlex
 from pathlib import Path
 
 from search.space import space_names
@@ -99,6 +100,13 @@ def saved_arguments(folder, args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(
         **saved | {"resume": True, "address": args.address, "name": args.name, "results": args.results}
     )
+
+
+def search_command(args: argparse.Namespace, *more: str) -> str:
+    """The `search.run` that goes on from another command's --space, --data and --set; `more` words follow."""
+    data = ["--data", str(args.data)] if args.data else []
+    settings = [word for setting in args.set for word in ("--set", setting)]
+    return shlex.join(["python", "-m", "search.run", "--space", args.space, *data, *settings, *more])
 
 
 def absolute(text: str) -> Path:

@@ -5,7 +5,6 @@ batch as the network will see them. Needs neither Ray nor torch.
 """
 
 import argparse
-import shlex
 import sys
 import tempfile
 import warnings
@@ -20,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from search.arguments import absolute
+from search.arguments import absolute, search_command
 from search.cli import run_cli, say
 from search.prepare import space_of
 from search.space import Space, space_names
@@ -299,7 +298,7 @@ def augmented(images: PresizedImages, recipe: Recipe) -> list[np.ndarray]:
 
 def centred(images: PresizedImages, recipe: Recipe) -> list[np.ndarray]:
     """A validation batch: uint8 (image_size, image_size, 3) each."""
-    centre = augment.centre(len(images), pad=recipe.resize_method == "pad")
+    centre = augment.centre(len(images), recipe.resize_method)
     return [augment.apply(images[i], centre[i], recipe.image_size) for i in range(len(images))]
 
 
@@ -325,12 +324,6 @@ def sentence(finding: Finding) -> str:
     """What is wrong and what to do about it, in one line."""
     parts = (" ".join(part.split()) for part in (finding.text, finding.remedy) if part)
     return " ".join(f"{part[0].upper()}{part[1:].rstrip('.')}." for part in parts)
-
-
-def search_command(args: argparse.Namespace) -> str:
-    data = ["--data", str(args.data)] if args.data else []
-    settings = [word for setting in args.set for word in ("--set", setting)]
-    return shlex.join(["python", "-m", "search.run", "--space", args.space, *data, *settings])
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.arguments import absolute, positive
+from search.arguments import absolute, positive, search_command
 from search.cli import run_cli, say
 from search.space import Range, Space, space_names
 
@@ -82,13 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         say(f"{name:8} {rate:.2e}")
     setting = next(name for name, its_stage in STAGES.items() if its_stage == stage)
     trusted = trusted_rates(found)
-    given = [
-        *(("--data", str(args.data)) if args.data else ()),
-        *(word for text in args.set for word in ("--set", text)),
-    ]
-    given += ["--set", f"{setting}={_range(min(trusted), max(trusted))}"]
     say(f"curve: {out}")
-    say(f"next: python -m search.run --space {args.space} {shlex.join(given)}")
+    say(f"next: {search_command(args, '--set', f'{setting}={_range(min(trusted), max(trusted))}')}")
     return 0
 
 

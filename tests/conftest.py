@@ -46,3 +46,30 @@ def colour_images(colour_folder, search_cache):
     from trainables.presize import presize
 
     return presize(find_images(colour_folder), 48)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """FINETUNE_SEARCH_CACHE for one file's tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_SEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(cache, tmp_path_factory) -> Path:
+    """Drawn birds as class folders, to make a tiny run of."""
+    from tiny_run import draw_images  # imports torch
+
+    return draw_images(tmp_path_factory.mktemp("data") / "birds")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch computes with one thread, so that sums have one order."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

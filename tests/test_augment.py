@@ -291,6 +291,6 @@ def test_padding_makes_a_square_that_reflects_what_it_holds():
 
 def test_a_padded_draw_shows_the_whole_image():
     image = noise(20, 50)
-    np.testing.assert_array_equal(augment.apply(image, augment.centre(1, pad=True)[0], 50)[15:35], image)
+    np.testing.assert_array_equal(augment.apply(image, augment.centre(1, "pad")[0], 50)[15:35], image)
     assert drawn(resize_method="pad").pad
     assert not drawn().pad

@@ -19,20 +19,10 @@ from search.model_folder import open_model, open_run
 from search.predict import Predictor, find_files
 from trainables.predictor import load_model
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"model.safetensors", "config.json", "preprocessing.json", "recipe.json", "labels.json", "metrics.json"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FINETUNE_SEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return draw_images(tmp_path_factory.mktemp("data") / "birds")
 
 
 @pytest.fixture(scope="module")

@@ -25,18 +25,12 @@ from trainables.optim import stage_cycle
 from trainables.presize import PresizedImages, presize
 from trainables.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {"arch": "test_resnet", "pretrained": False, "presize": 48, "image_size": 32, "batch_size": 8, "hidden": 16}
 SMALL |= {"freeze_epochs": 1, "epochs": 1, "lr_ratio": 10}
 HARD = {"head": "mlp", "dropout": 0.5, "mixup_alpha": 0.4, "smoothing": 0.1}
 LOSSES = ("train_loss", "valid_loss", "error_rate")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def fine_tune(images, **settings) -> FineTune:

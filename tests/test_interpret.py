@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_run import draw_images, make_run
+from tiny_run import make_run
 
 from trainables import interpret as interpretation
 from trainables.data import find_images
@@ -20,21 +20,11 @@ from trainables.model_folder import read_model
 from trainables.predictor import Predictor
 from trainables.presize import presize
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("cat", "dog", "emu")
 FILES = ("confusion_matrix.csv", "confusion_matrix.png", "top_losses.csv", "top_losses.png")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FINETUNE_SEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return draw_images(tmp_path_factory.mktemp("data") / "birds")
 
 
 @pytest.fixture(scope="module")

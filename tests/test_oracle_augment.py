@@ -286,7 +286,7 @@ def resized(fastai, photo: np.ndarray, size: int, method: str, position: float |
 def ours_resized(photo: np.ndarray, size: int, method: str, position: float | None) -> np.ndarray:
     image, pad = presize.resize(photo, size, method), method == "pad"
     if position is None:
-        return augment.apply(image, augment.centre(1, pad=pad)[0], size)
+        return augment.apply(image, augment.centre(1, method)[0], size)
     return ours(image, NO_MAP, size, position=position, pad=pad)
 
 

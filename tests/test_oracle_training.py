@@ -17,7 +17,7 @@ from trainables.finetune import FineTune
 from trainables.plan import plan_epoch
 from trainables.recipe import Recipe
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("one_thread")]
 
 AS_FASTAI = {"head": "mlp", "concat_pool": True, "layer_groups": "fastai", "train_bn": "always"}
 FROM_SCRATCH = {"arch": "resnet18", "pretrained": False}
@@ -31,14 +31,6 @@ def fastai():
     import fastai.vision.all
 
     return fastai.vision.all
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def fine_tune(images, **settings) -> FineTune:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_run import draw_images, make_run, write_json
+from tiny_run import make_run, write_json
 
 from search import predict
 from search.model_folder import open_model
@@ -23,19 +23,9 @@ from trainables.predictor import PresizedFiles
 from trainables.presize import presize
 from trainables.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FINETUNE_SEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return draw_images(tmp_path_factory.mktemp("data") / "birds")
 
 
 @pytest.fixture(scope="module")

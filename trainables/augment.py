@@ -48,11 +48,11 @@ def compose(*, flip: np.ndarray, rotation: np.ndarray, zoom: np.ndarray, warp: n
     return warp @ flip @ rotation @ zoom @ crop
 
 
-def centre(n: int, *, pad: bool = False) -> Augmentations:
+def centre(n: int, resize_method: str = "crop") -> Augmentations:
     """What validation sees: the centre square, as it is."""
     maps = np.broadcast_to(np.eye(3), (n, 3, 3))
     unchanged = np.broadcast_to(np.arange(256, dtype=np.uint8), (n, 256))
-    return Augmentations(np.full(n, 0.5), maps, unchanged, np.ones(n), pad)
+    return Augmentations(np.full(n, 0.5), maps, unchanged, np.ones(n), resize_method == "pad")
 
 
 def apply(image: np.ndarray, augmentation: Augmentations, size: int) -> np.ndarray:

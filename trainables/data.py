@@ -64,6 +64,11 @@ def cache_dir() -> Path:
     return Path(base).expanduser().absolute() / "finetune-search"
 
 
+def num_cpus() -> int:
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 # --- Finding images ---------------------------------------------------------------------------------------------------
 
 

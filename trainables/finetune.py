@@ -141,7 +141,7 @@ class FineTune:
     def evaluate(self) -> dict[str, float]:
         """Plain cross-entropy and error rate over the whole validation split, the same on every worker."""
         rows, targets = self._my_validation_rows()
-        augmentations = augment.centre(len(self.valid_indices), pad=self.recipe.resize_method == "pad")
+        augmentations = augment.centre(len(self.valid_indices), self.recipe.resize_method)
         logits = self._valid_logits(augmentations[rows])
         sums = torch.stack([F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(1) != targets).sum()])
         total, errors = (self.world.sum(sums.double()) / len(self.valid_indices)).tolist()

@@ -151,7 +151,7 @@ def match_classes(classes: Sequence[str], folder: ModelFolder) -> np.ndarray:
 
 def centre_views(images: PresizedImages, indices: np.ndarray, preprocessing: Preprocessing) -> list[np.ndarray]:
     """What the network sees of the images: uint8 (image_size, image_size, 3) RGB each."""
-    centre = augment.centre(1, pad=preprocessing.resize_method == "pad")[0]
+    centre = augment.centre(1, preprocessing.resize_method)[0]
     return [augment.apply(images[int(index)], centre, preprocessing.image_size) for index in indices]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainables.checkpoint import Preprocessing
+from trainables.data import num_cpus
 from trainables.model_folder import ModelFolder
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Predictor:
         self.tta = tta
         self.device = _device(device)
         self.batch_size = batch_size
-        self.num_threads = num_threads or _num_cpus()
+        self.num_threads = num_threads or num_cpus()
         self.preprocessing = folder.preprocessing
         self.model = load_model(folder).eval().to(self.device, memory_format=torch.channels_last)
         self.mean, self.std = (
@@ -116,7 +116,7 @@ class Predictor:
         from trainables.loader import BatchLoader
 
         if augmentations is None:
-            augmentations = augment.centre(len(images), pad=self.preprocessing.resize_method == "pad")
+            augmentations = augment.centre(len(images), self.preprocessing.resize_method)
         plans = ((np.asarray(chunk), augmentations[np.asarray(chunk)]) for chunk in self._chunks(images))
         loader = BatchLoader(images, num_threads=self.num_threads)
         try:
@@ -208,7 +208,3 @@ def _device(device: torch.device | str | None) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch's words for a wrong name and for a missing GPU
         raise ValueError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -195,7 +195,7 @@ def presize(
         with data.locked(caches / f".{key}.lock", "for another process that presizes the same images"):
             if opened := _open(path):  # the other process has built it
                 return opened
-            _build(folder, size, method, path, num_threads or _num_cpus(), progress)
+            _build(folder, size, method, path, num_threads or data.num_cpus(), progress)
     except OSError as error:
         raise _cannot_write(caches, folder, size, error) from error
     return PresizedImages(path)
@@ -360,7 +360,3 @@ def _cannot_write(caches: Path, folder: ImageFolder, size: int, error: OSError) 
         f"The presized images cannot be written to {caches}: {error.strerror or error}. They take about {needed:.2f} GB"
         f"{free}. Make room, choose a smaller presize, or set FINETUNE_SEARCH_CACHE to a folder on another disk."
     )
-
-
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

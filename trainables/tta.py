@@ -31,5 +31,5 @@ def predict(
     """
     rng = np.random.default_rng([recipe.seed, recipe.total_epochs, n])
     augmented = [logits(augment.draw(rng, n, recipe)[rows]).softmax(dim=1) for _ in range(views)]
-    centre = logits(augment.centre(n, pad=recipe.resize_method == "pad")[rows]).softmax(dim=1)
+    centre = logits(augment.centre(n, recipe.resize_method)[rows]).softmax(dim=1)
     return average(torch.stack(augmented), centre, recipe.tta_beta)
