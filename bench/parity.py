@@ -10,15 +10,9 @@ Writes parity.json and parity.md. Needs the extra `oracle`, and a machine with n
 """
 
 import argparse
-import json
 import os
-import platform
-import re
-import shlex
-import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -28,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import timm
 import torch
+from common import CPUS, RESULTS, command_line, footer, hardware, versions, write
 from fastai.vision import all as fastai
 
 from trainables import model
@@ -38,8 +33,6 @@ from trainables.recipe import Recipe
 
 SIDES = ("ours", "fastai")
 COLUMNS = ("train_loss", "valid_loss", "error_rate", "seconds")
-CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-PACKAGES = ("torch", "timm", "fastai", "finetune-search")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -157,22 +150,8 @@ def summarise(runs: list[dict]) -> dict[str, float | None]:
     return numbers | {"seconds_ratio": numbers["ours_seconds_mean"] / numbers["fastai_seconds_mean"]}
 
 
-def hardware() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")]
-    gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else None
-    return {"cpu": (names or [platform.machine()])[0], "cores": CPUS, "gpu": gpu, "loader_workers": CPUS,
-            "torch_threads": torch.get_num_threads(), "omp_wait_policy": os.environ["OMP_WAIT_POLICY"]}  # fmt: skip
-
-
-def command_line() -> str:
-    """The command as run; of folders only the names."""
-    words = (re.sub("[^=]*/", "", word.rstrip("/")) for word in sys.argv[1:])
-    return shlex.join(["python", "bench/parity.py", *words])
-
-
 def markdown(result: dict[str, Any]) -> str:
-    runs, used, machine = result["runs"], result["settings"], result["hardware"]
+    runs, used = result["runs"], result["settings"]
     n, first = len(runs), runs[0]
     columns = [f"{name}, {side}" for name in COLUMNS for side in SIDES]
 
@@ -207,10 +186,8 @@ This project takes {result["seconds_ratio"]:.2f} times the seconds of fastai. Ev
 |---|---{"|---" * len(columns)}|
 {chr(10).join(map(epoch_line, epochs))}
 
-{machine["cpu"]}, {machine["cores"]} cores, {machine["gpu"] or "no GPU"}, {machine["torch_threads"]} torch threads;
-as many data processes (fastai) or threads (this project) as cores.
-{", ".join(f"{name} {number}" for name, number in result["versions"].items())}.
-"""
+As many torch threads as cores, and as many data processes (fastai) or threads (this project).
+{footer(result)}"""
 
 
 def main() -> None:
@@ -222,9 +199,8 @@ def main() -> None:
     numbers = {"seeds": 3, "epochs": 3, "freeze-epochs": 2, "presize": 460, "image-size": 224, "batch-size": 64}
     for name, default in (numbers | {"base-lr": 2e-3}).items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{default} without it")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results" / "bench")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     try:
         folder = find_images(args.data)
         recipe_of(args, seed=0, num_train=args.batch_size)
@@ -237,12 +213,11 @@ def main() -> None:
         print(f"{len(images)} images, {len(images.classes)} classes; presized in {seconds:.1f} s", flush=True)
         runs = [train_both(args, images, folder.root, seed) for seed in range(args.seeds)]
     settings = {name: value for name, value in vars(args).items() if name not in ("data", "weights", "out")}
-    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else None
     result = {**summarise(runs), "presize_seconds": seconds, "data": folder.root.name, "command": command_line(),
-              "settings": settings, "hardware": hardware(), "versions": versions, "runs": runs}  # fmt: skip
-    (args.out / "parity.json").write_text(json.dumps(result, indent=2) + "\n")
-    (args.out / "parity.md").write_text(markdown(result))
-    print(markdown(result))
+              "settings": settings, "hardware": hardware(gpu), "runs": runs,
+              "versions": versions("torch", "timm", "fastai", "finetune-search")}  # fmt: skip
+    write(args.out, "parity", result, markdown(result))
 
 
 if __name__ == "__main__":
