@@ -68,6 +68,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     where.add_argument("--gpus-per-worker", type=_whole, metavar="N", help="whole GPUs; default: 1 where there are any")
     where.add_argument("--max-concurrent", type=positive, metavar="N", help="trials at once (default: what fits)")
+    add_cache(where)
     out = parser.add_argument_group("results")
     out.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results/")
     out.add_argument("--name", help="the run's folder in there (default: space and time)")
@@ -82,6 +83,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume and args.name is None:
         parser.error("--resume needs --name, the folder of the run to go on with")
     return args
+
+
+def add_cache(parser) -> None:
+    """`--cache`, as all commands have it that train."""
+    parser.add_argument("--cache", choices=("auto", "memory-map", "jpeg", "off"), default="auto", help=(
+        "how each node keeps the presized images: as pixels that all trials share, as smaller JPEGs, or not at all; "
+        "default auto: pixels while they fit half of the memory and the disk, then JPEGs"
+    ))  # fmt: skip
 
 
 def saved_arguments(folder, args: argparse.Namespace) -> argparse.Namespace:

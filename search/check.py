@@ -23,7 +23,7 @@ from search.arguments import absolute, search_command
 from search.cli import run_cli, say
 from search.prepare import space_of
 from search.space import Space, space_names
-from trainables import augment
+from trainables import augment, warp_cpu
 from trainables.data import DataError, ImageFolder
 from trainables.inspect_data import Copies, Finding, Inspection, find_folder, findings, inspect
 from trainables.presize import PresizedImages, presize
@@ -293,13 +293,13 @@ def presized(folder: ImageFolder, indices: np.ndarray, recipe: Recipe, cache: Pa
 def augmented(images: PresizedImages, recipe: Recipe) -> list[np.ndarray]:
     """A training batch: uint8 (image_size, image_size, 3) each."""
     drawn = augment.draw(np.random.default_rng(recipe.seed), len(images), recipe)
-    return [augment.apply(images[i], drawn[i], recipe.image_size) for i in range(len(images))]
+    return [warp_cpu.apply(images[i], drawn[i], recipe.image_size) for i in range(len(images))]
 
 
 def centred(images: PresizedImages, recipe: Recipe) -> list[np.ndarray]:
     """A validation batch: uint8 (image_size, image_size, 3) each."""
     centre = augment.centre(len(images), recipe.resize_method)
-    return [augment.apply(images[i], centre[i], recipe.image_size) for i in range(len(images))]
+    return [warp_cpu.apply(images[i], centre[i], recipe.image_size) for i in range(len(images))]
 
 
 # --- The verdict ------------------------------------------------------------------------------------------------------

@@ -167,7 +167,8 @@ def check_against_table(folder: Path, run: Path, metrics: dict[str, Any]) -> Non
         return
     print(f"checking on the validation images of {data}", flush=True)
     try:
-        found = in_new_process(check_export, folder, data, command["split_seed"])
+        storage = command.get("arguments", {}).get("cache", "auto")
+        found = in_new_process(check_export, folder, data, command["split_seed"], storage)
     except DataError as error:
         print(
             f"warning: not checked against the table, as the run's images are no longer there. {error}", file=sys.stderr
@@ -203,7 +204,7 @@ def in_new_process(function, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def check_export(folder: Path, data: Path, split_seed: int) -> Check:
+def check_export(folder: Path, data: Path, split_seed: int, storage: str = "auto") -> Check:
     """Label the validation split of `data` with the model in `folder`, read as training reads it.
 
     Raises `DataError` where these are not the images of the run.
@@ -216,7 +217,8 @@ def check_export(folder: Path, data: Path, split_seed: int) -> Check:
     from trainables.presize import presize
 
     predictor = Predictor(folder)
-    images = presize(find_images(data), predictor.preprocessing.presize, predictor.preprocessing.resize_method)
+    preprocessing = predictor.preprocessing
+    images = presize(find_images(data), preprocessing.presize, preprocessing.resize_method, storage=storage)
     if images.classes != predictor.labels:
         raise DataError(f"{data} holds other classes now: {len(images.classes)}, and {len(predictor.labels)} then.")
     valid = images.split(seed=split_seed)[1]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.arguments import absolute, positive, search_command
+from search.arguments import absolute, add_cache, positive, search_command
 from search.cli import run_cli, say
 from search.space import Range, Space, space_names
 
@@ -51,6 +51,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipe")
     parser.add_argument("--num-it", type=positive, default=100, metavar="N", help="steps (default 100)")
     parser.add_argument("--seed", type=int, metavar="N", help="default: the space's")
+    add_cache(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: results/lr_find-<arch>-<stage>.png")
     return parser.parse_args(argv)
 
@@ -148,7 +149,9 @@ def trusted_rates(found: dict[str, float]) -> list[float]:
 # --- For a search -----------------------------------------------------------------------------------------------------
 
 
-def narrowed_rates(space: Space, images, weights: Path | None, size: GroupSize, folder: Path) -> list[str]:
+def narrowed_rates(
+    space: Space, images, weights: Path | None, size: GroupSize, folder: Path, storage: str = "auto"
+) -> list[str]:
     """Runs the finder once per architecture, on Ray's workers; the narrowed bounds as `--set`s.
 
     The curves are drawn into `folder`. Where the finder fails for an architecture, it says so and has no say.
@@ -167,7 +170,8 @@ def narrowed_rates(space: Space, images, weights: Path | None, size: GroupSize, 
     say(f"learning-rate finder: {', '.join(searched.values())} stage of {len(archs)} architectures")
     options = {"split_seed": space.split_seed, "num_threads": max(1, int(size.cpus_per_worker))}
     options["device"] = "cuda" if size.gpus_per_worker else "cpu"
-    arguments = str(images.root), str(weights) if weights else None, list(searched.values()), options
+    weights = str(weights) if weights else None
+    arguments = str(images.root), storage, weights, list(searched.values()), options
     running = {task.remote(full_settings(space) | {"arch": arch}, *arguments): arch for arch in archs}
     suggested: dict[str, list[float]] = {name: [] for name in searched}
     while running:
@@ -181,7 +185,7 @@ def narrowed_rates(space: Space, images, weights: Path | None, size: GroupSize, 
 
 
 def _find_on_worker(
-    settings: dict[str, Any], data: str, weights: str | None, stages: list[str], options: dict[str, Any]
+    settings: dict[str, Any], data: str, storage: str, weights: str | None, stages: list[str], options: dict[str, Any]
 ) -> dict[str, Curve]:
     import torch
 
@@ -191,7 +195,7 @@ def _find_on_worker(
 
     torch.set_num_threads(options["num_threads"])
     recipe = Recipe.from_dict(settings)
-    images = presize(find_images(Path(data)), recipe.presize, recipe.resize_method)
+    images = presize(find_images(Path(data)), recipe.presize, recipe.resize_method, storage=storage)
     folder = Path(weights) if weights else None
     return find(recipe, images, folder, stages, **options)
 

@@ -49,7 +49,9 @@ def presize_here(space: Space, images, args: argparse.Namespace):
             def show(done: int, total: int, task=task) -> None:
                 progress.update(task, completed=done, total=total)
 
-            presized = presize(images, size, method, progress=show)
+            presized = presize(images, size, method, storage=args.cache, progress=show)
+    kept = f"{presized.storage} of {presized.nbytes / 1e6:.0f} MB in {presized.path}"
+    say(f"cache: {'none, images are decoded in every epoch' if presized.storage == 'off' else kept}")
     train, valid = presized.split(seed=space.split_seed)
     left_out = f", {len(presized.unreadable)} unreadable ones left out" if presized.unreadable else ""
     say(f"split: {len(train)} training and {len(valid)} validation images{left_out}")

@@ -61,7 +61,7 @@ def search(args: argparse.Namespace, folder) -> int:
     if args.lr_range == "auto":
         from search.lr_find import narrowed_rates
 
-        found = narrowed_rates(space, images, args.weights, size, folder.lr_find)
+        found = narrowed_rates(space, images, args.weights, size, folder.lr_find, args.cache)
         args.set, args.lr_range = [*args.set, *found], "space"  # a resumed search keeps these bounds
         space = space_of(args)
     options = RunOptions(
@@ -69,6 +69,7 @@ def search(args: argparse.Namespace, folder) -> int:
         folder=folder,
         data=str(images.root),
         weights=str(args.weights) if args.weights else None,
+        cache=args.cache,
         labels=list(images.classes),
         group_size=size,
         num_trials=args.trials or space.num_trials,

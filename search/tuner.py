@@ -29,6 +29,7 @@ class RunOptions:
     folder: RunFolder
     data: str
     weights: str | None
+    cache: str  # how presized images are stored, see `presize`
     labels: list[str]
     group_size: GroupSize
     num_trials: int
@@ -93,6 +94,7 @@ def trainable(options: RunOptions, settings: dict[str, Any]):
         settings=settings,
         data=options.data,
         weights=options.weights,
+        cache=options.cache,
         group_size=options.group_size,
         split_seed=options.space.split_seed,
     )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainables import augment
+from trainables import augment, warp_cpu
 from trainables.augment import Augmentations
 from trainables.recipe import Recipe
 
@@ -17,7 +17,7 @@ def noise(height: int, width: int) -> np.ndarray:
 
 def mapped(image: np.ndarray, maps: np.ndarray, size: int) -> np.ndarray:
     """`image` through the first of `maps`, without any other change."""
-    return augment.apply(image, Augmentations(np.float64(0.5), maps[0], IDENTITY, np.float64(1)), size)
+    return warp_cpu.apply(image, Augmentations(np.float64(0.5), maps[0], IDENTITY, np.float64(1)), size)
 
 
 def at(maps: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -36,17 +36,17 @@ CORNERS = np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]], float)
 def test_validation_sees_the_centre_square_as_it_is():
     centre = augment.centre(2)[1]
     image = noise(32, 32)
-    np.testing.assert_array_equal(augment.apply(image, centre, 32), image)
+    np.testing.assert_array_equal(warp_cpu.apply(image, centre, 32), image)
     wide, tall = noise(32, 52), noise(52, 32)
-    np.testing.assert_array_equal(augment.apply(wide, centre, 32), wide[:, 10:42])
-    np.testing.assert_array_equal(augment.apply(tall, centre, 32), tall[10:42])
+    np.testing.assert_array_equal(warp_cpu.apply(wide, centre, 32), wide[:, 10:42])
+    np.testing.assert_array_equal(warp_cpu.apply(tall, centre, 32), tall[10:42])
 
 
 def test_the_window_slides_along_the_longer_side_from_end_to_end():
     wide, tall = noise(20, 50), noise(50, 20)
     for position, start in ((0.0, 0), (0.5, 15), (1.0, 30)):
-        np.testing.assert_array_equal(augment.square_window(wide, position), wide[:, start : start + 20])
-        np.testing.assert_array_equal(augment.square_window(tall, position), tall[start : start + 20])
+        np.testing.assert_array_equal(warp_cpu.square_window(wide, position), wide[:, start : start + 20])
+        np.testing.assert_array_equal(warp_cpu.square_window(tall, position), tall[start : start + 20])
 
 
 def test_a_flip_mirrors_left_and_right_to_the_pixel():
@@ -104,7 +104,7 @@ def test_beyond_the_edge_the_image_is_reflected():
 def test_shrinking_averages_pixels_instead_of_skipping_them():
     board = np.indices((256, 256)).sum(axis=0) % 2 * 255
     image = np.repeat(board.astype(np.uint8)[..., None], 3, axis=2)
-    small = augment.apply(image, augment.centre(1)[0], 32)
+    small = warp_cpu.apply(image, augment.centre(1)[0], 32)
     assert small.shape == (32, 32, 3)
     assert abs(small.mean() - 127.5) < 2
     assert small.std() < 2
@@ -115,14 +115,14 @@ def test_a_crop_shown_pixel_for_pixel_is_not_averaged_however_large_the_image():
     maps = augment.zooms(np.array([4.0]), np.array([[-1.0, -1.0]]))
     for crop in (0.25, 1.0):  # a crop, or a zoom that shows as little
         part = Augmentations(np.float64(0.5), maps[0], IDENTITY, np.float64(crop))
-        np.testing.assert_array_equal(augment.apply(image, part, 33), image[:33, :33])
+        np.testing.assert_array_equal(warp_cpu.apply(image, part, 33), image[:33, :33])
 
 
 def test_shrinking_a_crop_averages_it_in_its_place():
     ramp = np.linspace(0, 255, 256)
     image = np.repeat(np.add.outer(ramp, ramp)[..., None] / 2, 3, axis=2).astype(np.uint8)
     maps = augment.zooms(np.array([2.0]), np.array([[1.0, -1.0]]))
-    small = augment.apply(image, Augmentations(np.float64(0.5), maps[0], IDENTITY, np.float64(0.5)), 16).astype(float)
+    small = warp_cpu.apply(image, Augmentations(np.float64(0.5), maps[0], IDENTITY, np.float64(0.5)), 16).astype(float)
     expected = np.add.outer(ramp[:128:8] + 3.5, ramp[128::8] + 3.5) / 2
     assert abs(small[..., 0] - expected).max() < 5
 
@@ -130,7 +130,7 @@ def test_shrinking_a_crop_averages_it_in_its_place():
 def test_shrinking_keeps_the_picture_in_its_place():
     ramp = np.linspace(0, 255, 256)
     image = np.repeat(np.add.outer(ramp, ramp)[..., None] / 2, 3, axis=2).astype(np.uint8)
-    small = augment.apply(image, augment.centre(1)[0], 32).astype(float)
+    small = warp_cpu.apply(image, augment.centre(1)[0], 32).astype(float)
     expected = np.add.outer(ramp[::8] + 3.5, ramp[::8] + 3.5) / 2
     assert abs(small[..., 0] - expected).max() < 5
 
@@ -157,7 +157,7 @@ def test_brightness_moves_mid_grey_and_contrast_spreads_tones_around_it():
 def test_lighting_reaches_the_image():
     image = noise(16, 16)
     negative = Augmentations(np.float64(0.5), np.eye(3), IDENTITY[::-1].copy(), np.float64(1))
-    np.testing.assert_array_equal(augment.apply(image, negative, 16), 255 - image)
+    np.testing.assert_array_equal(warp_cpu.apply(image, negative, 16), 255 - image)
 
 
 # --- What is drawn ----------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_a_part_of_a_batch_is_augmented_as_in_the_whole_batch():
         for name in ("window", "maps", "lighting", "crop"):
             np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[rows])
     image = noise(40, 40)
-    np.testing.assert_array_equal(augment.apply(image, whole[3:7][2], 24), augment.apply(image, whole[5], 24))
+    np.testing.assert_array_equal(warp_cpu.apply(image, whole[3:7][2], 24), warp_cpu.apply(image, whole[5], 24))
 
 
 def test_each_image_of_a_batch_gets_its_own_draw():
@@ -281,16 +281,16 @@ def test_crops_keep_their_area_and_aspect_and_stay_inside(min_scale, max_aspect)
 def test_padding_makes_a_square_that_reflects_what_it_holds():
     wide = noise(20, 50)
     for position, start in ((0.0, 0), (0.5, 15), (1.0, 30)):
-        square = augment.padded_square(wide, position)
+        square = warp_cpu.padded_square(wide, position)
         assert square.shape == (50, 50, 3)
         np.testing.assert_array_equal(square[start : start + 20], wide)
-        np.testing.assert_array_equal(augment.padded_square(wide.swapaxes(0, 1), position), square.swapaxes(0, 1))
-    np.testing.assert_array_equal(augment.padded_square(wide, 0.5)[:15], wide[15:0:-1])
-    np.testing.assert_array_equal(augment.padded_square(wide, 0.5)[35:], wide[18:3:-1])
+        np.testing.assert_array_equal(warp_cpu.padded_square(wide.swapaxes(0, 1), position), square.swapaxes(0, 1))
+    np.testing.assert_array_equal(warp_cpu.padded_square(wide, 0.5)[:15], wide[15:0:-1])
+    np.testing.assert_array_equal(warp_cpu.padded_square(wide, 0.5)[35:], wide[18:3:-1])
 
 
 def test_a_padded_draw_shows_the_whole_image():
     image = noise(20, 50)
-    np.testing.assert_array_equal(augment.apply(image, augment.centre(1, "pad")[0], 50)[15:35], image)
+    np.testing.assert_array_equal(warp_cpu.apply(image, augment.centre(1, "pad")[0], 50)[15:35], image)
     assert drawn(resize_method="pad").pad
     assert not drawn().pad

@@ -13,8 +13,8 @@ from PIL import Image
 
 from search.check import TRAIN_PICTURE, VALID_PICTURE, main, pick
 from trainables.data import find_images
+from trainables.image_file import read_image
 from trainables.pictures import GAP, LINE, save_grid
-from trainables.presize import read_image
 
 ROOT = Path(__file__).parents[1]
 SIDE = 192  # px; how large an image of 48 or 96 px is shown

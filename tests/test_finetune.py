@@ -130,6 +130,18 @@ def test_the_frozen_stage_computes_no_gradients_of_the_backbone(colour_images):
     assert all(name.startswith("fc.") for name in changed)
 
 
+@pytest.mark.parametrize("method", ["crop", "pad"])
+def test_cached_and_uncached_trainings_have_the_same_losses(colour_folder, search_cache, method):
+    folder = find_images(colour_folder)
+    ours = []
+    for storage in ("memory-map", "off"):
+        images = presize(folder, 48, method, storage=storage)
+        training = fine_tune(images, resize_method=method, **HARD)
+        ours.append([losses(training) for _ in range(2)])
+        training.close()
+    assert ours[0] == ours[1]
+
+
 def test_a_diverged_training_names_the_epoch_and_the_rate(colour_images):
     training = fine_tune(colour_images, freeze_epochs=1, epochs=1)
     training.run_epoch()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainables import augment, presize
+from trainables import augment, image_file, warp_cpu
 from trainables.augment import Augmentations
 from trainables.recipe import Recipe
 
@@ -68,7 +68,7 @@ def ours(
     position: float = 0.5,
     pad=False,
 ):
-    return augment.apply(image, Augmentations(np.float64(position), maps[0], lighting, np.float64(crop), pad), size)
+    return warp_cpu.apply(image, Augmentations(np.float64(position), maps[0], lighting, np.float64(crop), pad), size)
 
 
 # --- One change -------------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_a_training_picture_is_fastais_for_the_same_draws(fastai, photos, monkey
             theirs = to_fastai(fastai, image)
             for transform in fastai_pipeline(fastai, size, given):
                 theirs = transform(theirs, split_idx=0)
-            assert psnr(pixels(theirs), augment.apply(image, drawn[i], size)) > ENOUGH
+            assert psnr(pixels(theirs), warp_cpu.apply(image, drawn[i], size)) > ENOUGH
 
 
 # --- Sharpness --------------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def sharpness(picture: np.ndarray) -> float:
 
 def supersampled(image: np.ndarray, maps: np.ndarray, size: int, times: int = 6) -> np.ndarray:
     """Each pixel the mean of times x times points, each read by a cubic: what `maps` would show at its best."""
-    to_image = augment._to_pixels(image.shape[0]) @ maps[0] @ np.linalg.inv(augment._to_pixels(size))
+    to_image = warp_cpu.to_pixels(image.shape[0]) @ maps[0] @ np.linalg.inv(warp_cpu.to_pixels(size))
     offset = 0.5 / times - 0.5
     points = np.array([[1 / times, 0, offset], [0, 1 / times, offset], [0, 0, 1]])
     large = cv2.warpPerspective(
@@ -284,9 +284,9 @@ def resized(fastai, photo: np.ndarray, size: int, method: str, position: float |
 
 
 def ours_resized(photo: np.ndarray, size: int, method: str, position: float | None) -> np.ndarray:
-    image, pad = presize.resize(photo, size, method), method == "pad"
+    image, pad = image_file.resize(photo, size, method), method == "pad"
     if position is None:
-        return augment.apply(image, augment.centre(1, method)[0], size)
+        return warp_cpu.apply(image, augment.centre(1, method)[0], size)
     return ours(image, NO_MAP, size, position=position, pad=pad)
 
 

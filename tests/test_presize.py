@@ -1,6 +1,5 @@
-"""Reading images of every kind and the presized cache: built once, verified, shared."""
+"""The presized cache: built once, verified, shared."""
 
-import io
 import json
 import logging
 import multiprocessing
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,35 +18,14 @@ from PIL import Image
 
 from trainables import data, presize
 from trainables.data import DataError, find_images
-from trainables.presize import PresizedImages, UnreadableImage, read_image, resize_shorter_side
-
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+from trainables.image_file import read_image, resize_shorter_side
+from trainables.presize import PresizedImages
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("FINETUNE_SEARCH_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "presized"
-
-
-def quarters(height: int = 40, width: int = 60) -> np.ndarray:
-    """Red top left, green top right, blue bottom left, white bottom right: shows turns, flips and swapped channels."""
-    image = np.zeros((height, width, 3), np.uint8)
-    image[: height // 2, : width // 2], image[: height // 2, width // 2 :] = RED, GREEN
-    image[height // 2 :, : width // 2], image[height // 2 :, width // 2 :] = BLUE, WHITE
-    return image
-
-
-def corners(image: np.ndarray) -> list[tuple[int, ...]]:
-    """The four corners' colours, clockwise from the top left, with the noise of JPEG rounded away."""
-    height, width = image.shape[:2]
-    points = [
-        (height // 8, width // 8),
-        (height // 8, -width // 8),
-        (-height // 8, -width // 8),
-        (-height // 8, width // 8),
-    ]
-    return [tuple(255 if value > 127 else 0 for value in image[point]) for point in points]
 
 
 @pytest.fixture
@@ -62,132 +39,6 @@ def pets(tmp_path) -> Path:
             root / "images" / f"{('pug', 'boxer')[n % 2]}_{n}.jpg", quality=95
         )
     return root
-
-
-# --- One image --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("size", [None, 20])
-def test_photos_are_turned_upright_as_their_exif_data_says(tmp_path, orientation, size):
-    stored = Image.fromarray(quarters(80, 120))
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose members that bring an upright image to this one
-    if orientation in undo:
-        stored = stored.transpose(Image.Transpose(undo[orientation]))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored.save(tmp_path / "photo.jpg", exif=exif, quality=95, subsampling=0)
-    image = read_image(tmp_path / "photo.jpg", size)
-    assert image.shape == ((80, 120, 3) if size is None else (20, 30, 3))
-    assert corners(image) == [RED, GREEN, WHITE, BLUE]
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_damaged_exif_data_does_not_cost_the_image(tmp_path):
-    Image.fromarray(quarters()).save(
-        tmp_path / "a.jpg", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff garbage", quality=95
-    )
-    assert corners(read_image(tmp_path / "a.jpg")) == [RED, GREEN, WHITE, BLUE]
-
-
-@pytest.mark.parametrize(
-    ("mode", "suffix"),
-    [("RGB", "jpg"), ("RGB", "png"), ("RGB", "webp"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png"), ("RGBA", "webp")],
-)
-def test_colours_survive_every_mode(tmp_path, mode, suffix):
-    Image.fromarray(quarters()).convert(mode).save(tmp_path / f"image.{suffix}", quality=95)
-    image = read_image(tmp_path / f"image.{suffix}")
-    assert (image.dtype, image.shape) == (np.uint8, (40, 60, 3))
-    assert corners(image) == [RED, GREEN, WHITE, BLUE]
-
-
-@pytest.mark.parametrize(("mode", "suffix"), [("L", "jpg"), ("L", "png"), ("LA", "png"), ("1", "png")])
-def test_gray_images_get_three_equal_channels(tmp_path, mode, suffix):
-    gray = np.zeros((40, 60), np.uint8)
-    gray[:, 30:] = 255
-    Image.fromarray(gray).convert(mode).save(tmp_path / f"image.{suffix}")
-    image = read_image(tmp_path / f"image.{suffix}", 10)
-    assert corners(image) == [(0, 0, 0), WHITE, WHITE, (0, 0, 0)]
-
-
-def test_sixteen_bit_images_keep_their_shades(tmp_path):
-    ramp = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (8, 1))
-    Image.fromarray(ramp).save(tmp_path / "xray.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "xray.png")[0, :, 1], np.arange(256))
-
-
-def test_transparent_images_are_laid_on_white(tmp_path):
-    clear = np.dstack([quarters(), np.zeros((40, 60), np.uint8)])
-    Image.fromarray(clear).save(tmp_path / "clear.png")
-    assert (read_image(tmp_path / "clear.png") == 255).all()
-    palette = Image.fromarray(quarters()).quantize(4)
-    palette.save(tmp_path / "palette.png", transparency=palette.getpixel((0, 0)))
-    assert corners(read_image(tmp_path / "palette.png")) == [WHITE, GREEN, WHITE, BLUE]
-
-
-def test_of_animated_images_the_first_frame_is_read(tmp_path):
-    frames = [Image.fromarray(quarters()), Image.new("RGB", (60, 40), "black")]
-    for suffix in ("gif", "webp", "png"):
-        frames[0].save(tmp_path / f"moving.{suffix}", save_all=True, append_images=frames[1:])
-        (tmp_path / f"moving.{suffix}").rename(tmp_path / "moving.jpg")  # and the suffix may lie
-        assert corners(read_image(tmp_path / "moving.jpg")) == [RED, GREEN, WHITE, BLUE]
-
-
-def jpeg_bytes(image: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "JPEG", quality=95)
-    return stream.getvalue()
-
-
-def png_header(width: int, height: int) -> bytes:
-    stream = io.BytesIO()
-    Image.new("L", (1, 1)).save(stream, "PNG")
-    content = bytearray(stream.getvalue())
-    content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
-    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
-    return bytes(content)
-
-
-UNREADABLE = {
-    "truncated": jpeg_bytes(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8))[:-4000],
-    "text": b"this is not a photo\n" * 50,
-    "empty": b"",
-    "html": b"<!DOCTYPE html><html><body>404</body></html>",
-    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n",
-    "a format not asked for": b"P6 2 2 255\n" + bytes(12),
-    "bomb": png_header(20000, 20000),
-    "no pixels": png_header(0, 10),
-}
-
-
-@pytest.mark.parametrize("kind", UNREADABLE)
-def test_what_cannot_be_decoded_is_one_kind_of_error(tmp_path, kind):
-    (tmp_path / "bad.jpg").write_bytes(UNREADABLE[kind])
-    with pytest.raises(UnreadableImage, match=r"\w"):
-        read_image(tmp_path / "bad.jpg")
-
-
-def test_a_missing_file_is_unreadable_too(tmp_path):
-    with pytest.raises(UnreadableImage, match="No such file"):
-        read_image(tmp_path / "gone.jpg")
-
-
-@pytest.mark.parametrize("size", [16, 60, 97])
-@pytest.mark.parametrize(("height", "width"), [(60, 90), (90, 60), (61, 61), (1, 3)])
-def test_the_shorter_side_is_exact_and_the_whole_rectangle_stays(height, width, size):
-    image = resize_shorter_side(quarters(height, width) if height > 1 else np.zeros((1, 3, 3), np.uint8), size)
-    assert min(image.shape[:2]) == size
-    assert max(image.shape[:2]) == round(max(height, width) * size / min(height, width))
-    if height > 1:
-        assert corners(image) == [RED, GREEN, WHITE, BLUE]
-
-
-def test_of_extremely_long_images_the_centre_is_kept():
-    strip = np.zeros((2, 4000, 3), np.uint8)
-    strip[:, 1997:2003] = 255
-    image = resize_shorter_side(strip, 10)
-    assert image.shape == (10, 40, 3)
-    assert (image[:, 15:25] == 255).all()
 
 
 # --- The cache --------------------------------------------------------------------------------------------------------
@@ -267,6 +118,69 @@ def test_names_with_spaces_quotes_newlines_and_other_alphabets_work(tmp_path):
     images = presize.presize(find_images(tmp_path / "data"), 8)
     assert set(images.classes) == set(names)
     assert presize.presize(find_images(tmp_path / "data"), 8).classes == images.classes
+
+
+# --- The three storages -----------------------------------------------------------------------------------------------
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    return 10 * np.log10(255**2 / max(np.square(one.astype(float) - other).mean(), 1e-9))
+
+
+def test_off_gives_the_same_pixels_and_jpeg_nearly_the_same(pets):
+    folder = find_images(pets)
+    images = {storage: presize.presize(folder, 32, storage=storage) for storage in ("memory-map", "jpeg", "off")}
+    assert len({each.path for each in images.values()}) == 3
+    for storage, each in images.items():
+        assert (each.storage, len(each), each.classes) == (storage, 12, ("boxer", "pug"))
+        assert each.labels.tolist() == images["memory-map"].labels.tolist()
+        assert pickle.loads(pickle.dumps(each)).path == each.path
+    for i in range(-1, 12):
+        np.testing.assert_array_equal(images["off"][i], images["memory-map"][i])
+        assert images["jpeg"][i].shape == images["memory-map"][i].shape
+        assert psnr(images["jpeg"][i], images["memory-map"][i]) > 40
+    sizes = {storage: sum(file.stat().st_size for file in each.path.iterdir()) for storage, each in images.items()}
+    assert sizes["off"] < images["memory-map"].nbytes < sizes["memory-map"]
+
+
+def test_off_reads_the_images_where_they_are_and_says_when_they_are_gone(pets, tmp_path):
+    images = presize.presize(find_images(pets), 32, storage="off")
+    (pets / images.paths[3]).unlink()
+    with pytest.raises(DataError, match="cannot be now"):
+        images[3]
+    Image.new("RGB", (100, 10)).save(pets / images.paths[4])
+    with pytest.raises(DataError, match="another size"):
+        images[4]
+
+
+@pytest.mark.parametrize(
+    ("memory", "disk", "chosen"),
+    [(1 << 40, 1 << 40, "memory-map"), (10_000, 1 << 40, "jpeg"), (1 << 40, 30_000, "jpeg")],
+)
+def test_auto_takes_the_memory_map_while_it_fits_half_of_memory_and_the_disk(
+    pets, monkeypatch, caplog, memory, disk, chosen
+):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(presize, "total_memory", lambda: memory)
+    monkeypatch.setattr(presize.shutil, "disk_usage", lambda _: SimpleNamespace(free=disk))
+    images = presize.presize(find_images(pets), 32)
+    assert images.storage == chosen
+    assert f"cache: {chosen} chosen" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setenv("FINETUNE_SEARCH_CACHE", str(images.path.parents[1]))
+    assert presize.presize(find_images(pets), 32).path == images.path  # an earlier choice holds
+
+
+def test_the_size_is_known_before_anything_is_decoded(pets):
+    folder = find_images(pets)
+    for method in ("crop", "squish", "pad"):
+        estimate = presize.estimated_bytes(folder, 32, method)
+        assert estimate == pytest.approx(presize.presize(folder, 32, method).nbytes, rel=0.05)
+
+
+def test_an_unknown_storage_is_refused(pets):
+    with pytest.raises(ValueError, match=r"storage is 'ram'; expected one of auto, memory-map, jpeg, off"):
+        presize.presize(find_images(pets), 32, storage="ram")
 
 
 # --- Unreadable images ------------------------------------------------------------------------------------------------
@@ -356,7 +270,7 @@ def test_an_index_that_lies_about_sizes_is_refused(pets):
     text = json.dumps(index).encode()
     (path / "index.json").write_bytes(text)
     (path / "index.sha256").write_text(presize.sha256(text).hexdigest())
-    with pytest.raises(presize.DamagedCache, match="bytes, expected"):
+    with pytest.raises(presize.DamagedCache, match="other sizes"):
         PresizedImages(path)
 
 
@@ -385,6 +299,38 @@ def test_two_processes_at_once_build_one_cache(pets, tmp_path):
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
     assert len(log.read_text().split()) == 1
+
+
+def open_and_read(path: Path, barrier, added) -> None:
+    """A trial: opens the cache, reads all of it, and tells how much memory that took while both trials have it."""
+    before = proportional_set_size()
+    images = PresizedImages(path)
+    assert sum(int(images[i].max()) for i in range(len(images))) > 0
+    barrier.wait(60)
+    added.put(proportional_set_size() - before)
+    barrier.wait(60)
+
+
+def proportional_set_size() -> int:
+    """Bytes of this process's memory; a page that n processes share counts 1/n."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's smaps_rollup")
+def test_a_second_trial_adds_less_than_a_tenth_of_the_cache_to_memory(pets):
+    images = presize.presize(find_images(pets), 1024)
+    assert images.nbytes > 30e6
+    spawn = multiprocessing.get_context("spawn")
+    barrier, added = spawn.Barrier(2), spawn.Queue()
+    processes = [spawn.Process(target=open_and_read, args=(images.path, barrier, added)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    both = sum(added.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert 0.9 * images.nbytes < both < 1.1 * images.nbytes  # the pages once, and next to nothing for each trial
 
 
 def build_slowly(root: Path, halfway) -> None:

@@ -2,11 +2,11 @@
 
 The changes and their ranges are those of fastai's `aug_transforms` (fastai book, chapter 5). A map takes a point of the
 output square, both axes running from -1 to 1, to the point of the input square that it shows: a 3 x 3 homography.
+Here they are drawn, `warp_cpu` and `warp_gpu` make the pixels.
 """
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
 from trainables.recipe import Recipe
@@ -55,74 +55,6 @@ def centre(n: int, resize_method: str = "crop") -> Augmentations:
     return Augmentations(np.full(n, 0.5), maps, unchanged, np.ones(n), resize_method == "pad")
 
 
-def apply(image: np.ndarray, augmentation: Augmentations, size: int) -> np.ndarray:
-    """Image (h, w, 3) uint8 through its row of `augmentation` to (size, size, 3) uint8; it reflects at its edges."""
-    window = padded_square if augmentation.pad else square_window
-    square, to_pixels = _shrunk(window(image, float(augmentation.window)), augmentation, size)
-    pixels = to_pixels @ augmentation.maps @ np.linalg.inv(_to_pixels(size))
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    warped = cv2.warpPerspective(square, pixels, (size, size), flags=flags, borderMode=cv2.BORDER_REFLECT_101)
-    return cv2.LUT(warped, augmentation.lighting)
-
-
-def _shrunk(square: np.ndarray, augmentation: Augmentations, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """What bilinear reading of 2 x 2 pixels needs of `square`, and the map from -1..1 to its pixels.
-
-    Pixels that the reading would skip are averaged first, as in fastai: by the height of the crop, and within it
-    unless it shows reflections too.
-    """
-    side, crop = square.shape[0], float(augmentation.crop)
-    shrink = side * crop / (2 * size)
-    if shrink <= 1:
-        return square, _to_pixels(side)
-    x, y, depth = augmentation.maps @ np.array([[-1, 1, -1, 1], [-1, -1, 1, 1], [1, 1, 1, 1]])
-    seen = np.stack([x, y]) / depth  # the corners of the output
-    if side * np.ptp(seen) / (4 * size) <= 1:  # a zoom shows so little that no pixel is skipped
-        return square, _to_pixels(side)
-    left, top, right, bottom = 0, 0, side, side
-    if crop < 1 and abs(seen).max() < 1 + 1e-9:
-        corners = ((seen + 1) * (side - 1) / 2).round(6)
-        left, top = np.floor(corners.min(axis=1)).astype(int)
-        right, bottom = np.ceil(corners.max(axis=1)).astype(int) + 1
-    averaged = _averaged(square[top:bottom, left:right], shrink)
-    scale_x, scale_y = (averaged.shape[1] - 1) / (right - left - 1), (averaged.shape[0] - 1) / (bottom - top - 1)
-    moved = np.array([[scale_x, 0, -left * scale_x], [0, scale_y, -top * scale_y], [0, 0, 1]])
-    return averaged, moved @ _to_pixels(side)
-
-
-def _averaged(image: np.ndarray, shrink: float) -> np.ndarray:
-    """`image` shrunk by means over whole pixels, torch's adaptive average pooling, which fastai uses."""
-
-    def bins(length: int) -> tuple[np.ndarray, np.ndarray]:
-        count = max(1, int(length / shrink + 1e-6))
-        numbers = np.arange(count)
-        return numbers * length // count, -(-(numbers + 1) * length // count)
-
-    (top, bottom), (left, right) = bins(image.shape[0]), bins(image.shape[1])
-    sums = cv2.integral(image)  # int32; it may wrap around in huge images, the differences do not
-    sums = cv2.transpose(sums[bottom] - sums[top])  # taking whole rows is much faster than columns
-    sums = sums[right] - sums[left]
-    share = (1 / np.multiply.outer(right - left, bottom - top)).astype(np.float32)
-    return cv2.transpose(cv2.multiply(sums, cv2.merge([share] * 3), dtype=cv2.CV_8U))
-
-
-def square_window(image: np.ndarray, position: float) -> np.ndarray:
-    """The square over the full shorter side of `image`; `position` 0 to 1 along the longer side. A view, not a copy."""
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = int((height - side) * position), int((width - side) * position)
-    return image[top : top + side, left : left + side]
-
-
-def padded_square(image: np.ndarray, position: float) -> np.ndarray:
-    """`image` made a square over its longer side by reflection; `position` 0 to 1 is the padding's share before it."""
-    height, width = image.shape[:2]
-    side = max(height, width)
-    top, left = int((side - height) * position), int((side - width) * position)
-    after = side - height - top, side - width - left
-    return cv2.copyMakeBorder(image, top, after[0], left, after[1], cv2.BORDER_REFLECT_101)
-
-
 def random_crops(rng: np.random.Generator, n: int, min_scale: float, max_aspect: float = 1.0) -> np.ndarray:
     """Maps to crops that keep `min_scale` to all of the area, anywhere inside; their sides differ by `max_aspect`.
 
@@ -165,13 +97,21 @@ def flips(flip: np.ndarray) -> np.ndarray:
 
 def warps(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Perspective maps that shear opposite sides by `x` and `y`, as if the picture were seen from the side or below."""
-    corners = np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]], np.float32)
-    product = corners.prod(axis=1, keepdims=True)
-    maps = _identity(len(x))
-    for i in np.flatnonzero((x != 0) | (y != 0)):
-        moved = corners - product * np.array([y[i], x[i]], np.float32)
-        maps[i] = cv2.getPerspectiveTransform(moved, corners)
-    return maps
+    corners = np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]], np.float64)
+    moved = corners - corners.prod(axis=1, keepdims=True) * np.stack([y, x], axis=1)[:, None]
+    return _homographies(moved, np.broadcast_to(corners, moved.shape))
+
+
+def _homographies(points: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Maps (n, 3, 3) that take four `points` (n, 4, 2) each to their `images` (n, 4, 2), last entry 1."""
+    n = len(points)
+    homogeneous, zeros = np.concatenate([points, np.ones((n, 4, 1))], axis=2), np.zeros((n, 4, 3))
+    x, y = images[..., :1], images[..., 1:]
+    equations_of_x = np.concatenate([homogeneous, zeros, -x * points], axis=2)
+    equations_of_y = np.concatenate([zeros, homogeneous, -y * points], axis=2)
+    equations = np.concatenate([equations_of_x, equations_of_y], axis=1)
+    entries = np.linalg.solve(equations, np.concatenate([x, y], axis=1))
+    return np.concatenate([entries[..., 0], np.ones((n, 1))], axis=1).reshape(n, 3, 3)
 
 
 def lighting_tables(brightness: np.ndarray, contrast: np.ndarray) -> np.ndarray:
@@ -193,9 +133,3 @@ def _identity(n: int) -> np.ndarray:
 def _maybe(rng: np.random.Generator, p: float, drawn: np.ndarray, otherwise: float) -> np.ndarray:
     """`drawn` (n,) for a share `p` of the images, `otherwise` for the rest."""
     return np.where(rng.random(len(drawn)) < p, drawn, otherwise)
-
-
-def _to_pixels(side: int) -> np.ndarray:
-    """From -1..1 to pixel centres 0..side - 1."""
-    half = (side - 1) / 2
-    return np.array([[half, 0, half], [0, half, half], [0, 0, 1]])

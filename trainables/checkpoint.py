@@ -20,7 +20,7 @@ class Preprocessing:
     resize_method: str
     """crop: `presize` is the shorter side, pad: the longer one, reflected to a square, squish: both."""
     image_size: int
-    """px; side of the square that the centre square is then brought to, see `augment.apply`."""
+    """px; side of the square that the centre square is then brought to, see `warp_cpu.apply`."""
     mean: tuple[float, float, float]
     """Per RGB channel, of values in 0..1; taken off first."""
     std: tuple[float, float, float]

@@ -27,9 +27,9 @@ from trainables import augment, loss, lr_finder, model, normalize, optim, tta
 from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE, Files, Preprocessing
 from trainables.data import find_images
 from trainables.distributed import World, init_from_environment, share_batch_norm
-from trainables.loader import BatchLoader
+from trainables.loader import loader_for
 from trainables.plan import Step, plan_epoch
-from trainables.presize import PresizedImages, presize
+from trainables.presize import STORAGES, PresizedImages, presize
 from trainables.recipe import Recipe, parse_value
 from trainables.weights import WeightsError
 
@@ -77,7 +77,7 @@ class FineTune:
         self.mean = 255 * torch.tensor(self.network.mean, device=self.device).view(1, 3, 1, 1)
         self.std = 255 * torch.tensor(self.network.std, device=self.device).view(1, 3, 1, 1)
         self.amp_dtype = autocast_dtype(recipe.precision, self.device)
-        self.loader = BatchLoader(images, num_threads=num_threads)
+        self.loader = loader_for(images, self.device, num_threads)
         self._enter_stage()
 
     @property
@@ -191,7 +191,7 @@ class FineTune:
     def load_state(self, state: Files) -> None:
         """Go on from `state`, which any number of workers may have made."""
         self.network.model.load_state_dict(safetensors.torch.load(state[WEIGHTS_FILE]))
-        # To the CPU: the optimizer moves its moments to the parameters' device, but its step counts must stay here.
+        # To the CPU first: the optimizer moves what it needs to the parameters' device.
         training = torch.load(io.BytesIO(state[TRAINING_FILE]), map_location="cpu", weights_only=True)
         self.epochs_done = training["epochs_done"]
         self._enter_stage()
@@ -257,11 +257,11 @@ class FineTune:
     def _mixed(self, batch: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalized inputs and soft targets of this worker's rows, mixup included."""
         inputs = self._normalized(batch)
-        targets = loss.soft_targets(self.labels[step.indices], self.num_classes).to(self.device)
+        targets = self._sent(loss.soft_targets(self.labels[step.indices], self.num_classes))
         if step.second is None:
             return inputs, targets
-        rows = [torch.as_tensor(part, device=self.device) for part in (step.first, step.second)]
-        share = torch.as_tensor(step.share, dtype=torch.float32, device=self.device)
+        rows = [self._sent(torch.as_tensor(part)) for part in (step.first, step.second)]
+        share = self._sent(torch.as_tensor(step.share, dtype=torch.float32))
         mixed = loss.mix(inputs, *rows, share).contiguous(memory_format=torch.channels_last)
         return mixed, loss.mix(targets, *rows, share)
 
@@ -285,6 +285,11 @@ class FineTune:
 
     def _normalized(self, batch: torch.Tensor) -> torch.Tensor:
         return (batch.float() - self.mean) / self.std
+
+    def _sent(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` on the device, without the host waiting for the steps before."""
+        pinned = values.pin_memory() if self.device.type == "cuda" else values
+        return pinned.to(self.device, non_blocking=True)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
@@ -313,12 +318,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of labelled images")
     parser.add_argument("--weights", type=Path, help="folder with <arch>.safetensors")
+    parser.add_argument("--cache", choices=STORAGES, default="auto", help="how presized images are kept; default auto")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipe")
     args = parser.parse_args()
     try:
         recipe = Recipe(**dict(_parse_setting(text) for text in args.set))
         model.check_architecture(recipe.arch)
-        images = presize(find_images(args.data), recipe.presize, recipe.resize_method)
+        images = presize(find_images(args.data), recipe.presize, recipe.resize_method, storage=args.cache)
     except ValueError as error:
         parser.error(str(error))
     device = init_from_environment()

@@ -17,7 +17,8 @@ from PIL import Image
 
 from trainables import data
 from trainables.data import DataError, ImageFolder
-from trainables.presize import FORMATS, MAX_UNREADABLE, UnreadableImage, read_image
+from trainables.image_file import FORMATS, UnreadableImage, read_image
+from trainables.presize import MAX_UNREADABLE
 
 FEW_TRAINING_IMAGES = 10  # a class with fewer is warned of
 MAX_IMBALANCE = 10.0  # largest / smallest class that needs no warning

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainables import augment, data
+from trainables import augment, data, warp_cpu
 from trainables.checkpoint import Preprocessing
 from trainables.model_folder import ModelFolder, read_json, read_model
 from trainables.predictor import Predictor
@@ -152,7 +152,7 @@ def match_classes(classes: Sequence[str], folder: ModelFolder) -> np.ndarray:
 def centre_views(images: PresizedImages, indices: np.ndarray, preprocessing: Preprocessing) -> list[np.ndarray]:
     """What the network sees of the images: uint8 (image_size, image_size, 3) RGB each."""
     centre = augment.centre(1, preprocessing.resize_method)[0]
-    return [augment.apply(images[int(index)], centre, preprocessing.image_size) for index in indices]
+    return [warp_cpu.apply(images[int(index)], centre, preprocessing.image_size) for index in indices]
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------

@@ -77,8 +77,8 @@ def adamw(layer_groups: list[list[nn.Parameter]], rates: list[float], recipe: Re
             if members:
                 decay = 0.0 if is_vector else recipe.weight_decay
                 groups.append({"params": members, "lr": lr_max, "lr_max": lr_max, "weight_decay": decay})
-    # foreach = one kernel for all tensors of a group, instead of a dozen small ones per tensor
-    return torch.optim.AdamW(groups, betas=(recipe.mom_high, 0.99), eps=1e-5, foreach=True)
+    # fused = one kernel for all tensors of a group, instead of a dozen small ones per tensor
+    return torch.optim.AdamW(groups, betas=(recipe.mom_high, 0.99), eps=1e-5, fused=True)
 
 
 def set_position(optimizer: torch.optim.Optimizer, cycle: OneCycle, position: float) -> None:

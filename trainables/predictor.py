@@ -168,7 +168,7 @@ class PresizedFiles:
     def __getitem__(self, index: int) -> np.ndarray:
         import numpy as np
 
-        from trainables.presize import UnreadableImage, read_image, resize
+        from trainables.image_file import UnreadableImage, read_image, resize
 
         try:
             return resize(read_image(self.paths[index], self.size), self.size, self.method)

@@ -1,13 +1,13 @@
-"""The presized image cache: each node decodes an image once, and every trial reads it from one shared memory map.
+"""Builds the presized image cache: each node decodes an image once, and every trial reads it from one shared file.
 
-A cache is a folder named by the content of the data set and the settings. It holds `pixels.u8` (RGB images one after
-another), `index.json` (sizes, labels, names) and `index.sha256`. It is written beside its place and renamed at the end.
+A cache is a folder (see `presized_images`) named by the content of the data set and the settings. It is written beside
+its place and renamed at the end, under a lock, so that many processes build it once and none sees half of it.
 """
 
 import errno
+import io
 import json
 import logging
-import math
 import os
 import shutil
 import time
@@ -20,150 +20,31 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from trainables import data
 from trainables.data import DataError, ImageFolder
+from trainables.image_file import FORMATS, UnreadableImage, read_image, resize
+from trainables.presized_images import (
+    CHECKSUM_FILE,
+    INDEX_FILE,
+    JPEG,
+    MEMORY_MAP,
+    OFF,
+    PIXEL_FILES,
+    DamagedCache,
+    PresizedImages,
+)
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2  # raise it when the same settings would give other pixels or another index
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # whatever the suffix says; no format that runs programs
-MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
-MAX_ASPECT = 4.0
+FORMAT_VERSION = 3  # raise it when the same settings would give other pixels or another index
 MAX_UNREADABLE = 0.01
-
-
-class UnreadableImage(ValueError):
-    """A file that cannot be decoded; the message says why."""
-
-
-class DamagedCache(ValueError):
-    """A cache folder that does not hold what its index and checksum promise."""
-
-
-# --- One image --------------------------------------------------------------------------------------------------------
-
-
-def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
-    """Decodes an image to uint8 (height, width, 3) RGB, turned upright by its EXIF orientation.
-
-    With `size`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its scale as long as its shorter side stays `size` or more.
-    Transparent images are laid on white, 16-bit ones scaled to 8 bits, and of animations the first frame is taken.
-    Raises UnreadableImage for anything else, truncated files and decompression bombs included.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if math.prod(image.size) > MAX_PIXELS:
-                raise UnreadableImage(f"{image.size[0]} x {image.size[1]} pixels, at most {MAX_PIXELS} are read")
-            if size is not None:
-                image.draft(None, (size, size))
-            image.load()
-            return np.ascontiguousarray(_to_rgb(_upright(image)))
-    except UnreadableImage:
-        raise
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF data beside sound pixels
-        return image
-
-
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I"):  # 16 bits a pixel; convert("RGB") would clip them to white
-        gray = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) // 257
-        return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
-    if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return np.asarray(image.convert("RGB"))
-
-
-def resize_shorter_side(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes uint8 (h, w, 3) so that its shorter side is `size`, the whole rectangle kept.
-
-    Only of images longer than MAX_ASPECT times their width is a centre piece kept: a thin strip would otherwise take as
-    much room as hundreds of images.
-    """
-    height, width = image.shape[:2]
-    short = min(height, width)
-    longest = round(MAX_ASPECT * short)
-    top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
-    image = image[top : top + longest, left : left + longest]
-    height, width = (max(size, round(side * size / short)) for side in image.shape[:2])
-    return _resized(image, height, width)
-
-
-def resize(image: np.ndarray, size: int, method: str = "crop") -> np.ndarray:
-    """Resizes uint8 (h, w, 3) as fastai's `Resize` does, but for the cutting and padding, which augmentation does.
-
-    `method` crop makes the shorter side `size`, pad the longer side, squish both.
-    """
-    if method == "crop":
-        return resize_shorter_side(image, size)
-    longer = max(image.shape[:2])
-    sides = (size, size) if method == "squish" else tuple(max(1, round(s * size / longer)) for s in image.shape[:2])
-    return _resized(image, *sides)
-
-
-def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """By Pillow's bilinear filter, which fastai uses: it widens when shrinking, so that no pixel is skipped."""
-    if image.shape[:2] == (height, width):
-        return np.ascontiguousarray(image)
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-
-
-# --- The cache --------------------------------------------------------------------------------------------------------
-
-
-class PresizedImages:
-    """All readable images of a data set, presized, read-only and shared with every process that opens the same folder.
-
-    `images[i]` is a uint8 view (height, width, 3) on the map, not a copy. Pickles as its path. Raises DamagedCache.
-    """
-
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
-        index = _read_index(self.path)
-        try:
-            shapes = zip(index["heights"], index["widths"], strict=True)
-            self._shapes = [(height, width, 3) for height, width in shapes]
-            self._offsets = [0, *np.cumsum([math.prod(shape) for shape in self._shapes]).tolist()]
-            self.labels = np.asarray(index["labels"], dtype=np.int64)
-            self.paths: tuple[str, ...] = tuple(index["paths"])
-            self.classes: tuple[str, ...] = tuple(index["classes"])
-            self.unreadable: tuple[str, ...] = tuple(index["unreadable"])
-            self.layout: str = index["layout"]
-            self.size: int = index["size"]
-            self.nbytes: int = index["nbytes"]
-            self._valid = None if index["valid"] is None else np.asarray(index["valid"], dtype=bool)
-            self._pixels = np.asarray(np.memmap(self.path / "pixels.u8", dtype=np.uint8, mode="r"))
-        except (KeyError, TypeError, ValueError, OSError) as error:
-            raise DamagedCache(f"{self.path}: {error}") from error
-        if not len(self._pixels) == self.nbytes == self._offsets[-1]:
-            raise DamagedCache(f"{self.path}: pixels.u8 has {len(self._pixels)} bytes, expected {self._offsets[-1]}")
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        shape = self._shapes[index]
-        start = self._offsets[index if index >= 0 else index + len(self)]
-        return self._pixels[start : start + shape[0] * shape[1] * 3].reshape(shape)
-
-    def __reduce__(self):
-        return PresizedImages, (self.path,)
-
-    def split(self, seed: int = 0, valid_fraction: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
-        """Indices for training and validation: the data set's own split, or a random one within each class."""
-        if self._valid is not None:
-            return np.flatnonzero(~self._valid), np.flatnonzero(self._valid)
-        return data.split(self.labels, valid_fraction=valid_fraction, seed=seed)
+STORAGES = ("auto", MEMORY_MAP, JPEG, OFF)
+JPEG_QUALITY = 95
+JPEG_SHARE = 0.25  # of the bytes of the pixels, at most; photographs take about 0.15
+MEMORY_SHARE = 0.5
+"""A memory map that takes more of the memory than this would be read from the disk again and again."""
 
 
 def presize(
@@ -171,6 +52,7 @@ def presize(
     size: int,
     method: str = "crop",
     *,
+    storage: str = "auto",
     cache: Path | None = None,
     num_threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -179,126 +61,197 @@ def presize(
 
     `method` is the recipe's `resize_method`: crop keeps whole images with shorter sides of `size`, see `resize`.
 
-    `cache` is the folder of all caches (default: "presized" in cache_dir()); `progress` is called with (images done,
-    images in all) by the process that builds. Raises DataError where more than 1 % of the images are unreadable, a
-    class is left with fewer than two, or the cache cannot be written.
+    `storage` memory-map keeps the pixels as they are, jpeg compresses them (quality 95, so they differ a little), off
+    keeps none and decodes the data set's own files each time; auto takes the memory map while it fits half of the
+    memory and the disk, and jpeg beyond.
+
+    `cache` is the folder of all caches (default: `caches_folder()`); `progress` is called with (images done, images in
+    all) by the process that builds. Raises DataError where more than 1 % of the images are unreadable, a class is left
+    with fewer than two, or the cache cannot be written.
     """
     if size < 1:
         raise ValueError(f"size is {size}; expected pixels, such as 460.")
-    caches = data.cache_dir() / "presized" if cache is None else Path(cache)
+    if storage not in STORAGES:
+        raise ValueError(f"storage is {storage!r}; expected one of {', '.join(STORAGES)}.")
+    caches = caches_folder() if cache is None else Path(cache)
     key = sha256(f"{data.fingerprint(folder)} {size} {method} {FORMAT_VERSION}".encode()).hexdigest()[:32]
-    path = caches / key
-    if opened := _open(path):
+    if opened := _open(folder, caches, key, storage):
         return opened
     try:
         caches.mkdir(parents=True, exist_ok=True)
         with data.locked(caches / f".{key}.lock", "for another process that presizes the same images"):
-            if opened := _open(path):  # the other process has built it
+            if opened := _open(folder, caches, key, storage):  # the other process has built it
                 return opened
-            _build(folder, size, method, path, num_threads or data.num_cpus(), progress)
+            chosen = _choose(folder, size, method, storage, caches)
+            path = _place(folder, caches, key, chosen)
+            _build(_Job(folder, size, method, chosen, path, num_threads or data.num_cpus()), progress)
     except OSError as error:
         raise _cannot_write(caches, folder, size, error) from error
     return PresizedImages(path)
 
 
-def _open(path: Path) -> PresizedImages | None:
-    if not path.exists():
-        return None
-    try:
-        return PresizedImages(path)
-    except DamagedCache as error:
-        logger.warning("the presized cache is damaged and is built again: %s", error)
-        return None
+def caches_folder() -> Path:
+    return data.cache_dir() / "presized"
 
 
-def _read_index(path: Path) -> dict:
-    try:
-        text = (path / "index.json").read_bytes()
-        if sha256(text).hexdigest() != (path / "index.sha256").read_text():
-            raise ValueError("index.json does not match its checksum")
-        return json.loads(text)
-    except (OSError, ValueError) as error:
-        raise DamagedCache(f"{path}: {error}") from error
+def _place(folder: ImageFolder, caches: Path, key: str, storage: str) -> Path:
+    if storage == OFF:  # its images are those at this very place
+        key = sha256(f"{key} {folder.root.absolute()!a}".encode()).hexdigest()[:32]
+    return caches / f"{key}-{storage}"
+
+
+def _open(folder: ImageFolder, caches: Path, key: str, storage: str) -> PresizedImages | None:
+    """What is there already; auto takes what an earlier choice made, so that all trials of a node read the same."""
+    for each in (MEMORY_MAP, JPEG) if storage == "auto" else (storage,):
+        path = _place(folder, caches, key, each)
+        if not path.exists():
+            continue
+        try:
+            opened = PresizedImages(path)
+        except DamagedCache as error:
+            logger.warning("the presized cache is damaged and is built again: %s", error)
+            continue
+        with suppress(OSError):  # when it was last used, for `search.check --cache`
+            os.utime(path)
+        return opened
+    return None
+
+
+# --- Choosing the storage ---------------------------------------------------------------------------------------------
+
+
+def _choose(folder: ImageFolder, size: int, method: str, storage: str, caches: Path) -> str:
+    """The storage to build. Raises OSError where the disk surely has no room for it."""
+    needed = estimated_bytes(folder, size, method)
+    memory, free = total_memory(), shutil.disk_usage(caches).free
+    sizes = f"about {needed / 1e9:.2f} GB of pixels, {memory / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB of disk free"
+    if storage == "auto":
+        fits = needed <= MEMORY_SHARE * memory and needed <= 0.9 * free
+        storage = MEMORY_MAP if fits else JPEG
+        logger.info("cache: %s chosen (%s)", storage, sizes)
+    else:
+        logger.info("cache: %s as asked for (%s)", storage, sizes)
+    # The estimate may be too large; only what is certain not to fit is refused before it is tried.
+    least = {MEMORY_MAP: 0.8 * needed, JPEG: 0.05 * needed, OFF: 0}[storage]
+    if least > free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return storage
+
+
+def estimated_bytes(folder: ImageFolder, size: int, method: str, *, samples: int = 200) -> int:
+    """Bytes of all presized pixels, from the headers of at most `samples` images spread over the data set."""
+    step = max(1, len(folder.paths) // samples)
+    areas = []
+    for path in folder.paths[::step]:
+        with suppress(Exception), Image.open(folder.root / path, formats=FORMATS) as image:
+            ratio = max(image.size) / min(image.size)
+            areas.append({"crop": min(ratio, 4), "squish": 1, "pad": 1 / ratio}[method])
+    return round(3 * size * size * len(folder.paths) * float(np.mean(areas or [1])))
+
+
+def total_memory() -> int:
+    """Bytes of memory that this machine, or the container that this process runs in, has."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # absent, or "max"
+            memory = min(memory, int(Path(limit).read_text()))
+    return memory
 
 
 # --- Building it ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Job:
+    folder: ImageFolder
+    size: int
+    method: str
+    storage: str
+    path: Path
+    num_threads: int
+
+
 @dataclass
 class _Built:
-    """What one pass over the images gave; entry i of `kept`, `heights` and `widths` describes the same image."""
+    """What one pass over the images gave; entry i of all lists but `unreadable` describes the same image."""
 
     kept: list[int] = field(default_factory=list)
     heights: list[int] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # bytes stored
     unreadable: dict[str, str] = field(default_factory=dict)
-    nbytes: int = 0
 
 
-def _build(
-    folder: ImageFolder, size: int, method: str, path: Path, num_threads: int, progress: Callable | None
-) -> None:
+def _build(job: _Job, progress: Callable | None) -> None:
     """Writes the cache to a temporary folder and renames it. The caller holds the lock."""
     started = time.perf_counter()
-    logger.info("presizing %d images to %d px in %s", len(folder.paths), size, path)
-    least = len(folder.paths) * size * size * 3 / (MAX_ASPECT if method == "pad" else 1)
-    if least * (1 - MAX_UNREADABLE) > shutil.disk_usage(path.parent).free:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    temporary = path.with_name(f".{path.name}.partial")  # one name: what a killed process left is removed
+    logger.info("presizing %d images to %d px in %s", len(job.folder.paths), job.size, job.path)
+    temporary = job.path.with_name(f".{job.path.name}.partial")  # one name: what a killed process left is removed
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        built = _write_pixels(folder, size, method, temporary / "pixels.u8", num_threads, progress)
-        remaining = _leave_out(folder, built)
-        _write_index(remaining, size, built, temporary)
-        shutil.rmtree(path, ignore_errors=True)  # a damaged one
-        temporary.rename(path)
+        built = _write_images(job, temporary, progress)
+        _write_index(job, _leave_out(job.folder, built), built, temporary)
+        shutil.rmtree(job.path, ignore_errors=True)  # a damaged one
+        temporary.rename(job.path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     seconds = time.perf_counter() - started
-    logger.info("presized %d images, %.0f MB, in %.1f s", len(built.kept), built.nbytes / 1e6, seconds)
+    logger.info("presized %d images, %.0f MB, in %.1f s", len(built.kept), sum(built.lengths) / 1e6, seconds)
 
 
-def _write_pixels(
-    folder: ImageFolder, size: int, method: str, file: Path, num_threads: int, progress: Callable | None
-) -> _Built:
-    built = _Built()
-    with file.open("wb") as pixels:
-        for index, image in enumerate(_decoded(folder, size, method, num_threads)):
+def _write_images(job: _Job, target: Path, progress: Callable | None) -> _Built:
+    built, paths = _Built(), job.folder.paths
+    with (target / PIXEL_FILES.get(job.storage, "nothing")).open("wb") as file:
+        for index, image in enumerate(_stored(job)):
             if isinstance(image, UnreadableImage):
-                built.unreadable[folder.paths[index]] = str(image)
+                built.unreadable[paths[index]] = str(image)
             else:
-                pixels.write(image.data)
+                (height, width), stored = image
+                file.write(stored)
                 built.kept.append(index)
-                built.heights.append(image.shape[0])
-                built.widths.append(image.shape[1])
-                built.nbytes += image.nbytes
+                built.heights.append(height)
+                built.widths.append(width)
+                built.lengths.append(len(stored))
             if progress:
-                progress(index + 1, len(folder.paths))
-        _flush(pixels)
+                progress(index + 1, len(paths))
+        _flush(file)
     return built
 
 
-def _decoded(folder: ImageFolder, size: int, method: str, num_threads: int) -> Iterator[np.ndarray | UnreadableImage]:
-    """The presized images in order; a few per thread are in memory at a time. Pillow and OpenCV release the GIL."""
+def _stored(job: _Job) -> Iterator[tuple[tuple[int, int], memoryview | bytes] | UnreadableImage]:
+    """Height, width and the bytes to keep of each image in order; a few per thread are in memory at a time.
 
-    def decode(path: str) -> np.ndarray | UnreadableImage:
+    Pillow releases the GIL.
+    """
+
+    def one(path: str) -> tuple[tuple[int, int], memoryview | bytes] | UnreadableImage:
         try:
-            return resize(read_image(folder.root / path, size), size, method)
+            image = resize(read_image(job.folder.root / path, job.size), job.size, job.method)
         except UnreadableImage as error:
             return error
+        return image.shape[:2], _encoded(image, job.storage)
 
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="presize") as pool:
+    with ThreadPoolExecutor(job.num_threads, thread_name_prefix="presize") as pool:
         running: deque = deque()
         try:
-            for path in folder.paths:
-                running.append(pool.submit(decode, path))
-                if len(running) >= 4 * num_threads:
+            for path in job.folder.paths:
+                running.append(pool.submit(one, path))
+                if len(running) >= 4 * job.num_threads:
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _encoded(image: np.ndarray, storage: str) -> memoryview | bytes:
+    if storage == MEMORY_MAP:
+        return image.data.cast("B")
+    stream = io.BytesIO()
+    if storage == JPEG:  # without chroma subsampling, which a second time would blur the colours
+        Image.fromarray(image).save(stream, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return stream.getvalue()
 
 
 def _leave_out(folder: ImageFolder, built: _Built) -> ImageFolder:
@@ -324,10 +277,13 @@ def _leave_out(folder: ImageFolder, built: _Built) -> ImageFolder:
     return remaining
 
 
-def _write_index(folder: ImageFolder, size: int, built: _Built, target: Path) -> None:
+def _write_index(job: _Job, folder: ImageFolder, built: _Built, target: Path) -> None:
     index = {
         "format": FORMAT_VERSION,
-        "size": size,
+        "root": str(folder.root.absolute()),
+        "size": job.size,
+        "resize_method": job.method,
+        "storage": job.storage,
         "layout": folder.layout,
         "classes": folder.classes,
         "paths": folder.paths,
@@ -335,11 +291,12 @@ def _write_index(folder: ImageFolder, size: int, built: _Built, target: Path) ->
         "valid": folder.valid,
         "heights": built.heights,
         "widths": built.widths,
-        "nbytes": built.nbytes,
+        "lengths": built.lengths,
+        "nbytes": sum(built.lengths),
         "unreadable": list(built.unreadable),
     }
     text = json.dumps(index).encode()
-    for name, content in (("index.json", text), ("index.sha256", sha256(text).hexdigest().encode())):
+    for name, content in ((INDEX_FILE, text), (CHECKSUM_FILE, sha256(text).hexdigest().encode())):
         with (target / name).open("wb") as file:
             file.write(content)
             _flush(file)
@@ -358,5 +315,6 @@ def _cannot_write(caches: Path, folder: ImageFolder, size: int, error: OSError) 
         free = f", {shutil.disk_usage(caches).free / 1e9:.2f} GB are free"
     return DataError(
         f"The presized images cannot be written to {caches}: {error.strerror or error}. They take about {needed:.2f} GB"
-        f"{free}. Make room, choose a smaller presize, or set FINETUNE_SEARCH_CACHE to a folder on another disk."
+        f"{free}. Make room, choose a smaller presize, keep JPEGs (--cache jpeg) or nothing (--cache off), or set "
+        "FINETUNE_SEARCH_CACHE to a folder on another disk."
     )

@@ -30,6 +30,7 @@ class TrialOptions:
     data: str
     weights: str | None
     group_size: GroupSize
+    cache: str = "auto"  # how presized images are stored, see `presize`
     split_seed: int = 0
 
 
@@ -117,6 +118,7 @@ class FineTuneTrial(tune.Trainable):
             recipe=self.recipe,
             data=options.data,
             weights=options.weights,
+            cache=options.cache,
             split_seed=options.split_seed,
         )
 

@@ -47,6 +47,7 @@ class TrialSpec:
     recipe: dict[str, Any]
     data: str  # folder of images, at the same path on every node
     weights: str | None = None  # folder of pretrained weights
+    cache: str = "auto"  # how presized images are stored, see `presize`
     split_seed: int = 0
 
 
@@ -269,7 +270,7 @@ class _Slot:
         recipe = Recipe.from_dict(trial.recipe)
         self.training = FineTune(
             recipe,
-            _presized_images(trial.data, recipe.presize, recipe.resize_method),
+            _presized_images(trial.data, recipe.presize, recipe.resize_method, trial.cache),
             weights=Path(trial.weights) if trial.weights else None,
             device=ray.train.torch.get_device(),
             num_threads=self.num_threads,
@@ -294,8 +295,8 @@ def _is_of_lost_worker(error: Exception) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _presized_images(data: str, size: int, method: str):
+def _presized_images(data: str, size: int, method: str, storage: str):
     from trainables.data import find_images
     from trainables.presize import presize
 
-    return presize(find_images(Path(data)), size, method)
+    return presize(find_images(Path(data)), size, method, storage=storage)
