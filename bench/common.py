@@ -12,6 +12,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "bench"
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+EPOCH_COLUMNS = ("train_loss", "valid_loss", "error_rate", "seconds")
 
 
 def hardware(gpu: str | None = None) -> dict[str, Any]:
@@ -29,6 +30,13 @@ def command_line() -> str:
     """The command as run; of folders only the names."""
     words = (re.sub("[^=]*/", "", word.rstrip("/")) for word in sys.argv[1:])
     return shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *words])
+
+
+def epoch_row(side: str, row: dict[str, Any]) -> dict[str, Any]:
+    """What both sides tell of an epoch, printed as it ends."""
+    numbers = "  ".join(f"{column} {row[column]:.3f}" for column in EPOCH_COLUMNS)
+    print(f"  {side:9}  epoch {row['epoch']}  {row['stage']:8}  {numbers}", flush=True)
+    return {name: row[name] for name in ("epoch", "stage", *EPOCH_COLUMNS)}
 
 
 def footer(result: dict[str, Any]) -> str:

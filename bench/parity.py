@@ -20,20 +20,17 @@ from typing import Any
 # Before torch is imported: its threads would spin while they wait, and keep the cores from fastai's data processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import timm
 import torch
-from common import CPUS, RESULTS, command_line, footer, hardware, versions, write
+from common import CPUS, EPOCH_COLUMNS, RESULTS, command_line, epoch_row, footer, hardware, versions, write
 from fastai.vision import all as fastai
+from fastai_side import DEVICE, train_fastai
 
-from trainables import model
 from trainables.data import find_images
 from trainables.finetune import FineTune
 from trainables.presize import PresizedImages, presize
 from trainables.recipe import Recipe
 
 SIDES = ("ours", "fastai")
-COLUMNS = ("train_loss", "valid_loss", "error_rate", "seconds")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def recipe_of(args: argparse.Namespace, seed: int, num_train: int) -> Recipe:
@@ -47,78 +44,14 @@ def recipe_of(args: argparse.Namespace, seed: int, num_train: int) -> Recipe:
     )  # fmt: skip
 
 
-def train_ours(training: FineTune) -> list[dict]:
+def train_ours(training: FineTune, side: str = "ours") -> list[dict]:
     """One row an epoch."""
     rows = []
     for _ in range(training.recipe.total_epochs):
         row = training.run_epoch()
         row["seconds"] = row["train_seconds"] + row["valid_seconds"]
-        rows.append(printed("ours", row))
+        rows.append(epoch_row(side, row))
     return rows
-
-
-def printed(side: str, row: dict[str, Any]) -> dict[str, Any]:
-    """What both sides tell of an epoch."""
-    numbers = "  ".join(f"{column} {row[column]:.3f}" for column in COLUMNS)
-    print(f"  {side:6}  epoch {row['epoch']}  {row['stage']:8}  {numbers}", flush=True)
-    return {name: row[name] for name in ("epoch", "stage", *COLUMNS)}
-
-
-def train_fastai(same: FineTune, images: PresizedImages, root: Path) -> list[dict]:
-    """fastai's training with the data, statistics and backbone of `same`, which has not been trained."""
-    recipe, table = same.recipe, EpochTable(same.recipe.freeze_epochs)
-    splitter = resnet_split if isinstance(same.network.model, timm.models.ResNet) else None
-    options = {"pretrained": False, "splitter": splitter, "metrics": fastai.error_rate, "cbs": table}
-    learner = fastai.vision_learner(data_loaders(same, images, root), recipe.arch, **options)
-    head = f"{model.classifier_name(same.network.model)}."
-    weights = same.network.model.state_dict().items()
-    learner.model[0].model.load_state_dict({name: value for name, value in weights if not name.startswith(head)})
-    with learner.no_bar(), learner.no_logging():
-        learner.fine_tune(recipe.epochs, base_lr=recipe.lr_max_frozen, freeze_epochs=recipe.freeze_epochs)
-    return table.rows
-
-
-def data_loaders(same: FineTune, images: PresizedImages, root: Path) -> fastai.DataLoaders:
-    """fastai's loaders of the very same images; its default shuffling, which drops the last, incomplete batch."""
-    recipe, normalize = same.recipe, fastai.Normalize.from_stats(same.network.mean, same.network.std)
-    block = fastai.DataBlock(
-        blocks=(fastai.ImageBlock, fastai.CategoryBlock(vocab=list(images.classes), sort=False)),
-        get_x=lambda i: root / images.paths[i],
-        get_y=lambda i: images.classes[images.labels[i]],
-        splitter=fastai.IndexSplitter(same.valid_indices.tolist()),
-        item_tfms=fastai.Resize(recipe.presize),
-        batch_tfms=[*fastai.aug_transforms(size=recipe.image_size, min_scale=0.75), normalize],
-    )
-    return block.dataloaders(range(len(images)), bs=recipe.batch_size, num_workers=CPUS, device=DEVICE)
-
-
-def resnet_split(network: torch.nn.Sequential) -> list[list[torch.nn.Parameter]]:
-    """fastai's own cut of torchvision's ResNets, for timm's, whose modules come in the same order."""
-    layers = list(network[0].model.children())
-    parts = (layers[:6], layers[6:], network[1:])
-    return [[p for layer in part for p in layer.parameters()] for part in parts]
-
-
-class EpochTable(fastai.Callback):
-    """Collects fastai's epochs as rows like ours: the mean training loss, where its recorder smooths."""
-
-    def __init__(self, freeze_epochs: int) -> None:
-        self.freeze_epochs, self.rows, self.order = freeze_epochs, [], 55  # after the recorder, whose order is 50
-
-    def before_epoch(self) -> None:
-        self.batch_losses, self.started = [], time.perf_counter()
-
-    def after_batch(self) -> None:
-        if self.training:
-            self.batch_losses.append(self.learn.loss.detach())
-
-    def after_epoch(self) -> None:
-        epoch = len(self.rows) + 1
-        row = {"epoch": epoch, "stage": "frozen" if epoch <= self.freeze_epochs else "unfrozen"}
-        row["train_loss"] = torch.stack(self.batch_losses).mean().item()
-        row["seconds"] = time.perf_counter() - self.started
-        _, row["valid_loss"], row["error_rate"] = self.learn.recorder.values[-1]
-        self.rows.append(printed("fastai", row))
 
 
 def train_both(args: argparse.Namespace, images: PresizedImages, root: Path, seed: int) -> dict[str, Any]:
@@ -153,7 +86,7 @@ def summarise(runs: list[dict]) -> dict[str, float | None]:
 def markdown(result: dict[str, Any]) -> str:
     runs, used = result["runs"], result["settings"]
     n, first = len(runs), runs[0]
-    columns = [f"{name}, {side}" for name in COLUMNS for side in SIDES]
+    columns = [f"{name}, {side}" for name in EPOCH_COLUMNS for side in SIDES]
 
     def cells(name: str, form: str, scale: float = 1) -> str:
         names = [f"{kind}_{name}" for kind in (*SIDES, "difference")]
@@ -161,7 +94,7 @@ def markdown(result: dict[str, Any]) -> str:
         return " | ".join(f"{mean:{form}}" + (f" ± {scale * sem:{form}}" if n > 1 else "") for mean, sem in pairs)
 
     def epoch_line(rows: tuple[dict, ...]) -> str:
-        means = [fmean(row[name] for row in rows[i :: len(SIDES)]) for name in COLUMNS for i in range(len(SIDES))]
+        means = [fmean(row[name] for row in rows[i :: len(SIDES)]) for name in EPOCH_COLUMNS for i in range(len(SIDES))]
         return f"| {rows[0]['epoch']} | {rows[0]['stage']} | {' | '.join(f'{mean:.3f}' for mean in means)} |"
 
     epochs = zip(*(run[side]["epochs"] for run in runs for side in SIDES), strict=True)
