@@ -26,7 +26,7 @@ from search.space import Space, space_names
 from trainables import augment, warp_cpu
 from trainables.data import DataError, ImageFolder
 from trainables.inspect_data import Copies, Finding, Inspection, find_folder, findings, inspect
-from trainables.presize import PresizedImages, presize
+from trainables.presize import PresizedImages, caches_folder, presize
 from trainables.recipe import Recipe
 
 TRAIN_PICTURE, VALID_PICTURE = "train_batch.png", "valid_batch.png"
@@ -44,6 +44,8 @@ examples:
       what lies in the folder, and whether a search can train on it
   python -m search.check --space pets --data ~/my_images --set image_size=128 --set max_rotate=45 --out look
       the same, with pictures of the images as this recipe shows them to the network
+  python -m search.check --cache
+      the presized images that this machine keeps for searches; --cache clear removes them
 
 Exit code 0 if the data are ready to train on (there may be warnings), 1 if something would spoil the training, 2 if an
 argument is no good.
@@ -57,7 +59,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--space", required=True, metavar="SPACE", help=f"the search space: {', '.join(space_names())}")
+    parser.add_argument("--space", metavar="SPACE", help=f"the search space: {', '.join(space_names())}")
     parser.add_argument(
         "--data", type=absolute, metavar="DIR", help="folder of labelled images instead of the space's own"
     )
@@ -68,12 +70,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--seed", type=int, metavar="N", help="another one pictures other images (default: the space's)"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the pictures go (default: results/check-SPACE)")
+    parser.add_argument("--cache", nargs="?", choices=("list", "clear"), const="list", help=(
+        "list or remove all presized images that this machine keeps, and look at nothing else"
+    ))  # fmt: skip
     parser.set_defaults(recipes=None)  # a search's argument that `space_of` reads, too
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.space and not args.cache:
+        parser.error(f"--space is needed: one of {', '.join(space_names())}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+    if args.cache:
+        return show_caches(clear_them=args.cache == "clear")
     space = space_of(args)
     recipe = Recipe.from_dict(space.settings)
     root = data_root(space, args.data)
@@ -88,6 +98,29 @@ def main(argv: list[str] | None = None) -> int:
     report(inspection, recipe)
     write_pictures(inspection, recipe, out)
     return conclude(findings(inspection), args)
+
+
+def show_caches(*, clear_them: bool) -> int:
+    """List, or remove, all presized images on this machine."""
+    from search.caches import caches_table, clear, find_caches, megabytes
+
+    caches = find_caches(caches_folder())
+    if not caches:
+        say(f"no presized images are kept in {caches_folder()}")
+    elif clear_them:
+        freed, busy = clear(caches)
+        say(f"removed {len(caches) - len(busy)} caches, {megabytes(freed)}")
+        if busy:
+            say(f"left alone: {len(busy)} that are being built")
+    else:
+        console().print(caches_table(caches))
+        total = sum(cache.num_bytes for cache in caches)
+        say(f"{len(caches)} caches in {caches_folder()}, {megabytes(total)}")
+    return 0
+
+
+def console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def data_root(space: Space, given: Path | None) -> Path:
@@ -134,12 +167,12 @@ def inspect_here(folder: ImageFolder, recipe: Recipe, split_seed: int) -> Inspec
 
 def report(inspection: Inspection, recipe: Recipe) -> None:
     """What is there, without judging it."""
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print()
-    console.print(class_table(inspection))
-    console.print()
+    out = console()
+    out.print()
+    out.print(class_table(inspection))
+    out.print()
     if inspection.readable:
-        console.print(size_table(inspection))
+        out.print(size_table(inspection))
         say(enlarged(inspection, recipe))
         say(f"formats: {formats(inspection)}")
     for line in (*unreadable_lines(inspection), *copies_lines(inspection)):

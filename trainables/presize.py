@@ -95,9 +95,9 @@ def caches_folder() -> Path:
 
 
 def _place(folder: ImageFolder, caches: Path, key: str, storage: str) -> Path:
-    if storage == OFF:  # its images are those at this very place
-        key = sha256(f"{key} {folder.root.absolute()!a}".encode()).hexdigest()[:32]
-    return caches / f"{key}-{storage}"
+    # Where nothing is stored the images are those at this very place.
+    place = f"-{sha256(ascii(folder.root.absolute()).encode()).hexdigest()[:8]}" if storage == OFF else ""
+    return caches / f"{key}-{storage}{place}"
 
 
 def _open(folder: ImageFolder, caches: Path, key: str, storage: str) -> PresizedImages | None:
