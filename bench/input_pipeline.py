@@ -33,7 +33,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from trainables.data import ImageFolder, find_images
 from trainables.distributed import World
-from trainables.loader import BatchLoader
+from trainables.loader import BatchLoader, normalized
 from trainables.plan import plan_epoch
 from trainables.presize import PresizedImages, presize
 from trainables.recipe import Recipe
@@ -71,7 +71,7 @@ def our_batches(images: PresizedImages, recipe: Recipe, loader: BatchLoader, epo
     steps = list(plan_epoch(recipe, np.arange(len(images)), **settings))
     plans = ((step.indices, step.augmentations) for step in steps)
     for batch in loader.batches(plans, recipe.image_size, DEVICE):
-        yield (batch.float() - mean) / std
+        yield normalized(batch, mean, std)
 
 
 def first_batches(folder: ImageFolder, recipe: Recipe, epoch: int) -> Iterator[torch.Tensor]:

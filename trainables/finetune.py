@@ -27,7 +27,7 @@ from trainables import augment, loss, lr_finder, model, normalize, optim, tta
 from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE, Files, Preprocessing
 from trainables.data import find_images
 from trainables.distributed import World, init_from_environment, share_batch_norm
-from trainables.loader import loader_for
+from trainables.loader import loader_for, normalized
 from trainables.plan import Step, plan_epoch
 from trainables.presize import STORAGES, PresizedImages, presize
 from trainables.recipe import Recipe, parse_value
@@ -284,7 +284,7 @@ class FineTune:
         return torch.cat(logits)
 
     def _normalized(self, batch: torch.Tensor) -> torch.Tensor:
-        return (batch.float() - self.mean) / self.std
+        return normalized(batch, self.mean, self.std)
 
     def _sent(self, values: torch.Tensor) -> torch.Tensor:
         """`values` on the device, without the host waiting for the steps before."""

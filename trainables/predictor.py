@@ -131,8 +131,10 @@ class Predictor:
         """Float logits of a uint8 batch, in the precision of the training's validation."""
         import torch
 
+        from trainables.loader import normalized
+
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            return model((batch.float() - self.mean) / self.std).float()
+            return model(normalized(batch, self.mean, self.std)).float()
 
 
 def load_model(folder: ModelFolder) -> nn.Module:
