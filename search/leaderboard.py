@@ -11,8 +11,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from search.results import COMPLETED, RUNNING, ResultsTable, Row, leaders, row_of, table_id
+from search.results import COMPLETED, RUNNING, ResultsTable, Row, leaders, row_of
 from search.space import NamedRecipe
+from trainables.trial import table_id
 
 SHOWN = 8
 

@@ -15,8 +15,10 @@ from ray import tune
 
 from search.files import replace_folder, write_atomically
 from search.scheduler import stop_reasons
-from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE
+from trainables import checkpoint
+from trainables.checkpoint import PREPROCESSING_FILE, WEIGHTS_FILE
 from trainables.recipe import Recipe
+from trainables.trial import table_id
 
 COMPLETED, STOPPED, FAILED, RUNNING = "completed", "stopped early", "failed", "running"
 METRICS = ("error_rate", "tta_error_rate", "valid_loss", "accuracy", "epochs_done", "epochs_total")
@@ -49,6 +51,7 @@ class RunFolder:
         self.space = self.path / "space.json"
         self.command = self.path / "command.json"
         self.best = self.path / "best"
+        self.checkpoints = self.path / "checkpoints"
         self.journal = self.path / "study.journal"
         self.rungs = self.path / "rungs.json"
         self.lr_find = self.path / "lr_find"
@@ -57,11 +60,6 @@ class RunFolder:
     def __str__(self) -> str:
         """The path as a person would type it here."""
         return os.path.relpath(self.path) if self.path.is_relative_to(Path.cwd()) else str(self.path)
-
-
-def table_id(trial) -> str:
-    """Tune's trial id, such as 00876659 or 976e1612, made unmistakable for a number."""
-    return f"t{trial.trial_id}"
 
 
 def rank(row: Row) -> tuple[float, float]:
@@ -98,30 +96,28 @@ class ResultsTable(tune.Callback):
         self.pinned = list(pinned)  # settings that the user gave one value: the same in all rows
         self.labels = labels
         self.rows: dict[str, Row] = {}
+        self.lines: dict[str, str] = {}  # of trials.csv, by trial: a thousand rows are not formatted for each event
         self.epoch_rows: dict[tuple[str, int], Row] = {}  # by trial and epoch
-        self.ended_before: set[str] = set()  # trials, before this start of the search
+        self.running: dict[str, Any] = {}  # Tune's trials, by trial
+        self.failures_in_a_row = 0
+        """How many trials have failed without another end between them, since this start of the search."""
+        _tables[folder.path] = self
+
+    def __reduce__(self) -> tuple:
+        """Tune saves its callbacks and its stopper apart from each other, the latter once a second. The rows are on
+        disk anyway, and those who shared this table share the one that is read back."""
+        given = {name: getattr(self, name) for name in ("settings", "dimensions", "labels", "pinned")}
+        return _table_of, (self.folder, given)
 
     @property
     def columns(self) -> list[str]:
         return ["number", "trial_id", "status", *METRICS, *COSTS, *self.dimensions, *self.pinned, "reason"]
 
-    def failures_in_a_row(self) -> int:
-        """How many of the trials that ended last have failed without another end between them, since this start."""
-        count = 0
-        rows = (row for trial_id, row in self.rows.items() if trial_id not in self.ended_before)
-        for row in sorted(rows, key=lambda row: row["number"], reverse=True):
-            if row["status"] in (COMPLETED, STOPPED):
-                break
-            count += row["status"] == FAILED
-        return count
-
     def setup(self, **info: Any) -> None:
         self.rows = {row["trial_id"]: row for row in read_trials(self.folder.trials)}
-        self.ended_before = {trial_id for trial_id, row in self.rows.items() if row["status"] != RUNNING}
         self.epoch_rows = {(row["trial_id"], int(row["epoch"])): row for row in read_rows(self.folder.epochs)}
         self.restored = False
-        self._write_epochs()
-        self._write_trials()
+        self._write_all()
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         """Before the first step, drop the trials that began after Tune last saved its state: a kill made it forget
@@ -129,18 +125,23 @@ class ResultsTable(tune.Callback):
         if self.restored:
             return
         self.restored = True
-        known = {table_id(trial) for trial in trials}
-        forgotten = {i for i, row in self.rows.items() if row["status"] == RUNNING and i not in known}
+        known = {table_id(trial): trial for trial in trials}
+        running = [trial_id for trial_id, row in self.rows.items() if row["status"] == RUNNING]
+        self.running = {trial_id: known[trial_id] for trial_id in running if trial_id in known}
+        forgotten = set(running) - set(known)
         if not forgotten:
             return
         self.rows = {i: row for i, row in self.rows.items() if i not in forgotten}
         self.epoch_rows = {key: row for key, row in self.epoch_rows.items() if key[0] not in forgotten}
-        self._write_epochs()
-        self._write_trials()
+        self._write_all()
+        for trial_id in forgotten:
+            shutil.rmtree(self.folder.checkpoints / trial_id, ignore_errors=True)
 
     def on_trial_start(self, iteration: int, trials: list, trial, **info: Any) -> None:
-        self._row(trial)["status"] = RUNNING
-        self._write_trials()
+        row = self._row(trial)
+        row["status"] = RUNNING
+        self.running[row["trial_id"]] = trial
+        self._write_trials(row)
 
     def on_trial_result(self, iteration: int, trials: list, trial, result: dict[str, Any], **info: Any) -> None:
         row = self._row(trial)
@@ -154,15 +155,9 @@ class ResultsTable(tune.Callback):
         keys = ((row["trial_id"], epoch) for epoch in range(1, row["epochs_total"] + 1))
         epochs = [self.epoch_rows[key] for key in keys if key in self.epoch_rows]
         row["seconds"] = sum(float(epoch["train_seconds"]) + float(epoch["valid_seconds"]) for epoch in epochs)
-        self._write_trials()
-
-    def on_checkpoint(self, iteration: int, trials: list, trial, checkpoint, **info: Any) -> None:
-        """The end of a training reaches the disk before its trial counts as complete."""
-        row = self._row(trial)
-        if row["epochs_done"] == row["epochs_total"] and not row["reason"]:
-            best = leaders(self.rows.values())
-            if not best or rank(row) < rank(best[0]):
-                self._keep_as_best(trial, row, Path(checkpoint.path))
+        if row["epochs_done"] == row["epochs_total"]:
+            self._keep_if_best(trial, row)  # a trial counts as complete when its weights are where they are looked for
+        self._write_trials(row)
 
     def on_trial_complete(self, iteration: int, trials: list, trial, **info: Any) -> None:
         row = self._row(trial)
@@ -173,21 +168,25 @@ class ResultsTable(tune.Callback):
         else:
             row["status"] = STOPPED
             row["reason"] = stop_reasons(self.folder.rungs).get(trial.trial_id, "the search ended")
-        self._write_trials()
-        self._drop_checkpoint(trial)
+        self._end(row)
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         """A search that ends (time budget, too many failures) terminates its trials without telling callbacks."""
-        for trial in trials:
-            if trial.status == trial.TERMINATED and self.rows.get(table_id(trial), {}).get("status") == RUNNING:
-                self.on_trial_complete(iteration, trials, trial)
+        for trial in [trial for trial in self.running.values() if trial.status == trial.TERMINATED]:
+            self.on_trial_complete(iteration, trials, trial)
 
     def on_trial_error(self, iteration: int, trials: list, trial, **info: Any) -> None:
         row = self._row(trial)
         last_line = (trial.get_error() and str(trial.get_error()).strip().splitlines()[-1]) or "its actor was lost"
         row["status"] = FAILED
         fail(row, last_line)
-        self._write_trials()
+        self._end(row)
+
+    def _end(self, row: Row) -> None:
+        self.failures_in_a_row = self.failures_in_a_row + 1 if row["status"] == FAILED else 0
+        self.running.pop(row["trial_id"], None)
+        self._write_trials(row)
+        checkpoint.drop(self.folder.checkpoints / row["trial_id"])  # the best one's weights are in best/
 
     def _row(self, trial) -> Row:
         trial_id = table_id(trial)
@@ -208,24 +207,23 @@ class ResultsTable(tune.Callback):
             )
         return self.rows[trial_id]
 
-    def _keep_as_best(self, trial, row: Row, checkpoint: Path) -> None:
+    def _keep_if_best(self, trial, row: Row) -> None:
+        found = checkpoint.newest(self.folder.checkpoints / row["trial_id"])
+        best = leaders(self.rows.values())
+        # Without weights it has ended and was looked at before: a kill made Tune forget that.
+        if not found or not (found / WEIGHTS_FILE).is_file() or (best and rank(best[0]) <= rank(row)):
+            return
         recipe = Recipe.from_dict(self.settings | trial.config)
 
         def fill(folder: Path) -> None:
             for name in (WEIGHTS_FILE, PREPROCESSING_FILE):
-                shutil.copyfile(checkpoint / name, folder / name)
+                shutil.copyfile(found / name, folder / name)
             metrics = row | trial.config | {"status": COMPLETED}  # a row read back has its dimensions as text
             contents = {"recipe": recipe.to_dict(), "labels": self.labels, "metrics": metrics}
             for name, content in contents.items():
                 (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
         replace_folder(self.folder.best, fill)
-
-    def _drop_checkpoint(self, trial) -> None:
-        """An ended trial's state is of no more use: the best one's weights are in best/."""
-        if trial.checkpoint:
-            for name in (WEIGHTS_FILE, TRAINING_FILE):
-                (Path(trial.checkpoint.path) / name).unlink(missing_ok=True)
 
     def _add_epoch(self, row: Row, result: dict[str, Any]) -> None:
         finished_at = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -248,9 +246,22 @@ class ResultsTable(tune.Callback):
     def _write_epochs(self) -> None:
         write_atomically(self.folder.epochs, as_csv(EPOCH_COLUMNS, self.epoch_rows.values()))
 
-    def _write_trials(self) -> None:
-        rows = sorted(self.rows.values(), key=lambda row: row["number"])
-        write_atomically(self.folder.trials, as_csv(self.columns, rows))
+    def _write_trials(self, *changed: Row) -> None:
+        self.lines |= {row["trial_id"]: as_csv(self.columns, [row], header=False) for row in changed}
+        write_atomically(self.folder.trials, as_csv(self.columns, []) + "".join(self.lines.values()))
+
+    def _write_all(self) -> None:
+        self._write_epochs()
+        self.lines = {}
+        self._write_trials(*self.rows.values())
+
+
+_tables: dict[Path, ResultsTable] = {}
+"""The table of each run in this process, by folder."""
+
+
+def _table_of(folder: RunFolder, given: dict[str, Any]) -> ResultsTable:
+    return _tables.get(folder.path) or ResultsTable(folder, **given)
 
 
 def fail(row: Row, reason: str) -> None:
@@ -269,7 +280,7 @@ class TooManyFailures(tune.Stopper):
         return False
 
     def stop_all(self) -> bool:
-        return self.table.failures_in_a_row() >= self.limit
+        return self.table.failures_in_a_row >= self.limit
 
 
 def as_csv(columns: list[str], rows: Iterable[Row], *, header: bool = True) -> str:

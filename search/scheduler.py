@@ -57,6 +57,8 @@ class ProgressHalvingScheduler(FIFOScheduler):
         return True
 
     def on_trial_result(self, tune_controller, trial, result: dict[str, Any]) -> str:
+        if trial.trial_id in self.reasons:  # a kill came before anyone took note
+            return TrialScheduler.STOP
         value, rung = result[self.watched], rung_at(result["progress"], list(self.recorded))
         if rung is None or trial.trial_id in self.recorded[rung] or not np.isfinite(value):
             return TrialScheduler.CONTINUE

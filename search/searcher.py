@@ -8,7 +8,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from search.space import Choice, Dimension, Space
@@ -55,16 +55,17 @@ class OptunaSearcher(Searcher):
         return trial.params
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        trial = self._running_trial(trial_id)
-        # In the frozen stage progress stands still, and a study has one value per step.
-        if trial is not None and result["progress"] > 0:
-            trial.report(result[METRIC], result["progress"])
+        running, progress = self._running(trial_id), result["progress"]
+        # A study has one value per step. In the frozen stage progress stands still, and a trial that was restored says
+        # its last result once more.
+        if running is not None and progress > 0 and progress not in running.intermediate_values:
+            self._trial(running).report(result[METRIC], progress)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        trial = self._running_trial(trial_id)
-        if trial is None:
+        running = self._running(trial_id)
+        if running is None:
             return
-        result = result or {}
+        trial, result = self._trial(running), result or {}
         if error or result.get("failure") or "epoch" not in result:
             failure = result.get("failure") or ("error" if error else "ended before its first epoch")
             trial.set_user_attr("failure", failure)
@@ -92,16 +93,19 @@ class OptunaSearcher(Searcher):
         """Trials asked for after Tune last saved its state: nobody will ever tell how they ended."""
         for frozen in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
             if frozen.number not in self.numbers.values():
-                trial = optuna.Trial(self.study, frozen._trial_id)
+                trial = self._trial(frozen)
                 trial.set_user_attr("failure", "forgotten when the search was killed")
                 self.study.tell(trial, state=TrialState.FAIL)
 
-    def _running_trial(self, trial_id: str) -> optuna.Trial | None:
+    def _running(self, trial_id: str) -> FrozenTrial | None:
         number = self.numbers.get(trial_id)
         if number is None:
             return None
         frozen = self.study.get_trials(deepcopy=False)[number]
-        return optuna.Trial(self.study, frozen._trial_id) if frozen.state == TrialState.RUNNING else None
+        return frozen if frozen.state == TrialState.RUNNING else None
+
+    def _trial(self, frozen: FrozenTrial) -> optuna.Trial:
+        return optuna.Trial(self.study, frozen._trial_id)
 
 
 def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:

@@ -7,12 +7,12 @@ from typing import Any
 from ray import tune
 
 from search.leaderboard import Leaderboard
-from search.results import ResultsTable, RunFolder, TooManyFailures, table_id
+from search.results import ResultsTable, RunFolder, TooManyFailures
 from search.scheduler import ProgressHalvingScheduler
 from search.searcher import METRIC, OptunaSearcher
 from search.space import NamedRecipe, Space
 from trainables.recipe import Recipe
-from trainables.trial import FineTuneTrial, TrialOptions
+from trainables.trial import FineTuneTrial, TrialOptions, table_id
 from trainables.worker_group import GroupSize
 
 ACTOR_RETRIES = 2
@@ -69,7 +69,7 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
             callbacks=[table, leaderboard, tune.logger.TBXLoggerCallback()],
             stop=TooManyFailures(table, MOST_FAILURES),
             failure_config=tune.FailureConfig(max_failures=ACTOR_RETRIES),
-            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, num_to_keep=1),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
     )
@@ -94,6 +94,7 @@ def trainable(options: RunOptions, settings: dict[str, Any]):
         settings=settings,
         data=options.data,
         weights=options.weights,
+        checkpoints=str(options.folder.checkpoints),
         cache=options.cache,
         group_size=options.group_size,
         split_seed=options.space.split_seed,

@@ -22,10 +22,11 @@ from search.results import (
     leaders,
     read_rows,
     read_trials,
-    table_id,
 )
+from trainables import checkpoint
 from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE
 from trainables.recipe import Recipe
+from trainables.trial import table_id
 
 SETTINGS = Recipe(epochs=2, freeze_epochs=1, arch="resnet18").to_dict()
 DIMENSIONS = ["arch", "lr_max"]
@@ -55,7 +56,7 @@ class FakeTrial(SimpleNamespace):
 
     def __init__(self, trial_id: str, **config) -> None:
         config = {"arch": "resnet18", "lr_max": 1e-3} | config
-        super().__init__(trial_id=trial_id, config=config, checkpoint=None, status="RUNNING", error=None)
+        super().__init__(trial_id=trial_id, config=config, status="RUNNING", error=None)
 
     def get_error(self):
         return self.error
@@ -69,26 +70,18 @@ def result(epoch: int, error_rate: float, *, valid_loss: float = 0.5, overhead: 
 
 
 def run_epochs(table, trial, *error_rates: float, first: int = 1, **more) -> None:
+    """Tell the table of epochs; each has left its checkpoint before."""
     for epoch, error_rate in enumerate(error_rates, first):
-        table.on_trial_result(0, [], trial, result(epoch, error_rate, **more))
-
-
-def save(table, trial, weights: bytes) -> None:
-    """As Tune does after each epoch."""
-    path = table.folder.path / "checkpoints" / trial.trial_id
-    path.mkdir(parents=True, exist_ok=True)
-    (path / WEIGHTS_FILE).write_bytes(weights)
-    (path / PREPROCESSING_FILE).write_text("{}")
-    (path / TRAINING_FILE).write_bytes(b"moments")
-    trial.checkpoint = SimpleNamespace(path=str(path))
-    table.on_checkpoint(0, [], trial, trial.checkpoint)
+        outcome = result(epoch, error_rate, **more)
+        files = {WEIGHTS_FILE: trial.trial_id.encode(), PREPROCESSING_FILE: b"{}", TRAINING_FILE: b"moments"}
+        checkpoint.save(table.folder.checkpoints / table_id(trial), epoch, files, outcome)
+        table.on_trial_result(0, [], trial, outcome)
 
 
 def complete(table, trial_id: str, error_rate: float, *, valid_loss: float = 0.5, **config) -> FakeTrial:
     trial = FakeTrial(trial_id, **config)
     table.on_trial_start(0, [], trial)
     run_epochs(table, trial, 0.9, 0.8, error_rate, valid_loss=valid_loss)
-    save(table, trial, trial_id.encode())
     table.on_trial_complete(0, [], trial)
     return trial
 
@@ -312,12 +305,10 @@ def test_a_trial_that_was_stopped_or_failed_is_never_the_best(table, folder):
     complete(table, "a", 0.5)
     stopped = FakeTrial("b")
     run_epochs(table, stopped, 0.1, 0.1)
-    save(table, stopped, b"b")
     table.on_trial_complete(0, [], stopped)
     failed = FakeTrial("c")
     run_epochs(table, failed, 0.1, 0.1)
     table.on_trial_result(0, [], failed, {"failure": "diverged", "error_rate": math.nan})
-    save(table, failed, b"c")
     table.on_trial_complete(0, [], failed)
     assert best(folder)[0] == b"a"
 
@@ -336,14 +327,13 @@ def test_best_keeps_numbers_as_numbers_after_a_restart(table, folder):
     run_epochs(table, trial, 0.9)
     later = made(folder)
     run_epochs(later, trial, 0.8, 0.1, first=2)
-    save(later, trial, b"a")
     assert best(folder)[2]["lr_max"] == 0.004
 
 
 def test_an_ended_trials_state_leaves_the_disk(table, folder):
     trial = complete(table, "a", 0.2)
-    left = names(folder.path / "checkpoints" / trial.trial_id)
-    assert not {WEIGHTS_FILE, TRAINING_FILE} & set(left)
+    left = checkpoint.newest(folder.checkpoints / table_id(trial))
+    assert names(left) == [PREPROCESSING_FILE, checkpoint.RESULT_FILE]
     assert best(folder)[0] == b"a"
 
 
@@ -364,19 +354,19 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
 
 
 def names(folder) -> list[str]:
-    return [path.name for path in folder.iterdir()]
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_failures_count_from_the_last_success(table):
-    assert table.failures_in_a_row() == 0
+    assert table.failures_in_a_row == 0
     fail(table, "a")
     complete(table, "b", 0.1)
     for i in range(3):
         fail(table, f"c{i}")
     table.on_trial_start(0, [], FakeTrial("running"))
-    assert table.failures_in_a_row() == 3
+    assert table.failures_in_a_row == 3
     complete(table, "d", 0.1)
-    assert table.failures_in_a_row() == 0
+    assert table.failures_in_a_row == 0
 
 
 def test_so_many_failures_in_a_row_end_the_search(table):
@@ -393,9 +383,9 @@ def test_failures_of_before_do_not_end_a_search_that_goes_on(table, folder):
     for i in range(5):
         fail(table, f"a{i}")
     later = made(folder)
-    assert later.failures_in_a_row() == 0
+    assert later.failures_in_a_row == 0
     fail(later, "b")
-    assert later.failures_in_a_row() == 1
+    assert later.failures_in_a_row == 1
 
 
 def test_trial_ids_in_the_table_cannot_be_taken_for_numbers():

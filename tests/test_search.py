@@ -159,8 +159,10 @@ def test_what_ran_is_on_record(undisturbed, class_folders):
 
 
 def test_the_state_of_ended_trials_does_not_fill_the_disk(undisturbed):
-    assert not [*undisturbed.folder.glob("tune/*/checkpoint_*/*.safetensors")]
-    assert not [*undisturbed.folder.glob("tune/*/checkpoint_*/*.pt")]
+    kept = [path for path in undisturbed.folder.glob("checkpoints/*/*epoch_*/*") if path.suffix != ".json"]
+    assert len([*undisturbed.folder.glob("checkpoints/*/epoch_*")]) == NUM_TRIALS
+    assert not kept
+    assert not [*undisturbed.folder.glob("tune/**/*.safetensors")]
 
 
 def test_only_workers_load_torch(undisturbed):

@@ -1,11 +1,18 @@
-"""The files of a checkpoint: the weights, the preprocessing they want, and what going on with the training needs."""
+"""The files of a checkpoint: the weights, the preprocessing they want, and what going on with the training needs.
 
+A trial in training has a folder `epoch_<n>` with them for its last epoch. A kill at any moment leaves one that is whole.
+"""
+
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 WEIGHTS_FILE = "model.safetensors"
 PREPROCESSING_FILE = "preprocessing.json"
 TRAINING_FILE = "training.pt"
+RESULT_FILE = "result.json"
 
 Files = dict[str, bytes]
 """File name -> content."""
@@ -25,6 +32,35 @@ class Preprocessing:
     """Per RGB channel, of values in 0..1; taken off first."""
     std: tuple[float, float, float]
     """Per RGB channel; then divided by."""
+
+
+def save(folder: Path, epoch: int, files: Files, result: dict[str, Any]) -> None:
+    """Make `epoch`'s files and its result the checkpoint in a trial's folder, in the place of the one before."""
+    before = newest(folder)
+    partial, whole = folder / f".epoch_{epoch:04}.partial", folder / f"epoch_{epoch:04}"
+    for leftover in (partial, whole):
+        shutil.rmtree(leftover, ignore_errors=True)
+    write(partial, files)
+    (partial / RESULT_FILE).write_text(json.dumps(result))
+    partial.rename(whole)
+    if before not in (None, whole):
+        shutil.rmtree(before)
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint in a trial's folder; the later one where a kill left two."""
+    return max(folder.glob("epoch_*"), default=None)
+
+
+def result_of(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / RESULT_FILE).read_text())
+
+
+def drop(folder: Path) -> None:
+    """Of a trial that has ended keep no more than its last result."""
+    for checkpoint in folder.glob("*epoch_*"):
+        for name in (WEIGHTS_FILE, TRAINING_FILE):
+            (checkpoint / name).unlink(missing_ok=True)
 
 
 def write(folder: Path, files: Files) -> None:

@@ -4,7 +4,6 @@ The actor trains nothing and imports no torch. It drives a warm worker group, wh
 `reuse_actors=True` Tune hands the next trial to the same actor through `reset_config`.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from trainables import checkpoint
 from trainables.recipe import Recipe
 from trainables.worker_group import GroupEnded, GroupHost, GroupSize, Outcome, TrialSpec
 
-PROGRESS_FILE = "trial.json"
 MAX_HOSTS = 3
 """How often a trial starts a new worker group for one epoch before it gives up."""
 
@@ -29,9 +27,15 @@ class TrialOptions:
     settings: dict[str, Any]  # the recipe, but for what is searched
     data: str
     weights: str | None
+    checkpoints: str  # the folder with one of its own for each trial
     group_size: GroupSize
     cache: str = "auto"  # how presized images are stored, see `presize`
     split_seed: int = 0
+
+
+def table_id(trial) -> str:
+    """Tune's trial id, such as 00876659 or 976e1612, made unmistakable for a number."""
+    return f"t{trial.trial_id}"
 
 
 class FineTuneTrial(tune.Trainable):
@@ -39,6 +43,10 @@ class FineTuneTrial(tune.Trainable):
 
     A trial that cannot go on (diverged, no weights, workers lost again and again) reports `failure`, the reason, and is
     done: trying again would give the same.
+
+    It keeps its own checkpoint, the last epoch's, instead of Tune's: for each of those Tune would write the state of all
+    trials anew, which cost more than anything else after some hundred trials. A trial that finds one begins with its
+    result once more, since a kill may have come before anyone took note, and goes on from there.
     """
 
     def setup(self, config: dict[str, Any], options: TrialOptions) -> None:
@@ -53,45 +61,44 @@ class FineTuneTrial(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self.recipe = {**self.options.settings, **config}
-        self.files: checkpoint.Files | None = None
-        self.epochs_done = 0
-        self.overhead_seconds = 0.0
+        self.folder = Path(self.options.checkpoints) / table_id(self)
         self.handed_over = False
-        self.last_result: dict[str, Any] = {}
+        saved = checkpoint.newest(self.folder)
+        self.files = checkpoint.read(saved) if saved else None
+        self.last_result = checkpoint.result_of(saved) if saved else {}
+        self.repeat = saved is not None
+        self.epochs_done = self.last_result.get("epoch", 0)
+        self.overhead_seconds = self.last_result.get("overhead_seconds", 0.0)
 
     def step(self) -> dict[str, Any]:
+        if self.repeat:
+            self.repeat = False
+            ended = checkpoint.TRAINING_FILE not in self.files
+            return self.last_result | {"done": ended}
+        result = self._next_result()
+        checkpoint.save(self.folder, self.epochs_done + bool(result["failure"]), self.files or {}, result)
+        return result
+
+    def _next_result(self) -> dict[str, Any]:
         try:
             total = Recipe.from_dict(self.recipe).total_epochs
         except ValueError as error:
-            return _failed(str(error))
-        if self.epochs_done == total:  # restored from its end: the search was killed before it took note
-            return self.last_result
+            return self._failed(str(error))
         outcome = self._run_epoch()
         if outcome.failure:
             self.handed_over = False
-            return _failed(outcome.failure)
+            return self._failed(outcome.failure)
         self.epochs_done = outcome.metrics["epoch"]
         finished = self.epochs_done == total
         self.files = checkpoint.model_only(outcome.state) if finished else outcome.state
         if self.epochs_done == 1:
             self.overhead_seconds = outcome.metrics["overhead_seconds"]
-        overhead = {"overhead_seconds": self.overhead_seconds}
-        result = {**outcome.metrics, **overhead, "epochs_total": total, "failure": "", "done": finished}
-        self.last_result = dict(result)  # Tune adds to the one that it gets
-        return result
+        overhead = {"overhead_seconds": self.overhead_seconds, "training_iteration": self.epochs_done}
+        return {**outcome.metrics, **overhead, "epochs_total": total, "failure": "", "done": finished}
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        progress = {"epochs_done": self.epochs_done, "overhead_seconds": self.overhead_seconds}
-        progress["last_result"] = self.last_result
-        (Path(checkpoint_dir) / PROGRESS_FILE).write_text(json.dumps(progress))
-        checkpoint.write(Path(checkpoint_dir), self.files or {})
-
-    def load_checkpoint(self, checkpoint_dir: str) -> None:
-        progress = json.loads((Path(checkpoint_dir) / PROGRESS_FILE).read_text())
-        self.epochs_done, self.overhead_seconds = progress["epochs_done"], progress["overhead_seconds"]
-        self.last_result = progress["last_result"]
-        self.files = checkpoint.read(Path(checkpoint_dir))
-        self.handed_over = False
+    def _failed(self, reason: str) -> dict[str, Any]:
+        self.files = None
+        return {"failure": reason, "error_rate": math.nan, "valid_loss": math.nan, "done": True}
 
     def cleanup(self) -> None:
         if self.host is not None:
@@ -130,6 +137,3 @@ class FineTuneTrial(tune.Trainable):
         self.host = host.remote(self.options.group_size)
         self.handed_over = False
 
-
-def _failed(reason: str) -> dict[str, Any]:
-    return {"failure": reason, "error_rate": math.nan, "valid_loss": math.nan, "done": True}
