@@ -6,9 +6,13 @@ import platform
 import re
 import shlex
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "bench"
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -30,6 +34,27 @@ def command_line() -> str:
     """The command as run; of folders only the names."""
     words = (re.sub("[^=]*/", "", word.rstrip("/")) for word in sys.argv[1:])
     return shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *words])
+
+
+def draw_photos(root: Path, count: int, seed: int) -> Path:
+    """`count` JPEGs in the layout and size of Pets: pieces of one noise field with the spectrum of photographs, about
+    90 kB each."""
+    (root / "images").mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    frequencies = np.hypot(np.fft.fftfreq(2048)[:, None], np.fft.rfftfreq(2048)) + 1 / 2048
+    grey, *colours = (np.fft.irfft2(np.fft.rfft2(rng.normal(size=(2048, 2048))) / frequencies) for _ in range(4))
+    field = np.stack([grey / grey.std() + 0.4 * colour / colour.std() for colour in colours], axis=2)
+    field = np.clip(120 + 55 * field, 0, 255).astype(np.uint8)
+    breeds, corners = max(2, min(37, count // 8)), rng.integers(0, 2048 - 500, (count, 2))
+
+    def draw(n: int) -> None:
+        (left, top), (width, height) = corners[n], (500, 375) if n % 3 else (375, 500)
+        image = Image.fromarray(field[top : top + height, left : left + width])
+        image.save(root / "images" / f"breed{n % breeds}_{n}.jpg", quality=90)
+
+    with ThreadPoolExecutor(CPUS) as pool:
+        list(pool.map(draw, range(count)))
+    return root
 
 
 def epoch_row(side: str, row: dict[str, Any]) -> dict[str, Any]:

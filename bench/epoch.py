@@ -169,7 +169,7 @@ def main() -> None:
             for arch in args.arch
         }
     settings = {name: value for name, value in vars(args).items() if name not in ("data", "weights", "out")}
-    precision = str(autocast_dtype("auto", DEVICE) or torch.float32).removeprefix("torch.")
+    precision = str(autocast_dtype(Recipe(image_size=args.image_size), DEVICE) or torch.float32).removeprefix("torch.")
     gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else None
     result = {**ratios(archs), "archs": archs, "precision": precision, "presize_seconds": seconds,
               "data": folder.root.name, "command": command_line(), "settings": settings, "hardware": hardware(gpu),

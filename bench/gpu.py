@@ -20,16 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
-from common import CPUS, RESULTS, command_line, footer, hardware, versions, write
-from PIL import Image
+from common import CPUS, RESULTS, command_line, draw_photos, footer, hardware, versions, write
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the project is not installed
@@ -63,26 +60,6 @@ COMPILED = {
     "compile_pays_after_images": ("pays after images", ".0f", 1),
 }
 LAYOUTS = {"contiguous_images_per_second": ("contiguous, images/s", ".0f", 1)}
-
-
-def draw_images(root: Path, count: int, seed: int) -> Path:
-    """`count` JPEGs of 500 x 375 px in the Pets layout: pieces of one noise field with the spectrum of photographs."""
-    (root / "images").mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    frequencies = np.hypot(np.fft.fftfreq(2048)[:, None], np.fft.rfftfreq(2048)) + 1 / 2048
-    grey, *colours = (np.fft.irfft2(np.fft.rfft2(rng.normal(size=(2048, 2048))) / frequencies) for _ in range(4))
-    field = np.stack([grey / grey.std() + 0.4 * colour / colour.std() for colour in colours], axis=2)
-    field = np.clip(120 + 55 * field, 0, 255).astype(np.uint8)
-    breeds, corners = max(2, min(37, count // 8)), rng.integers(0, 2048 - 500, (count, 2))
-
-    def draw(n: int) -> None:
-        (left, top), (width, height) = corners[n], (500, 375) if n % 3 else (375, 500)
-        image = Image.fromarray(field[top : top + height, left : left + width])
-        image.save(root / "images" / f"breed{n % breeds}_{n}.jpg", quality=90)
-
-    with ThreadPoolExecutor(CPUS) as pool:
-        list(pool.map(draw, range(count)))
-    return root
 
 
 def recipe_of(args: argparse.Namespace, arch: str, precision: str, stage: str) -> Recipe:
@@ -306,7 +283,7 @@ def main() -> None:
     result = {"device": args.device, "settings": settings, "hardware": hardware(gpu), "versions": installed(),
               "command": command_line(), "seed": args.seed, "rows": [], "peak_tflops": peaks(args)}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        found = find_images(draw_images(Path(folder, "drawn"), args.images, args.seed))
+        found = find_images(draw_photos(Path(folder, "drawn"), args.images, args.seed))
         started = time.perf_counter()
         images = presize(found, args.presize, cache=Path(folder, "presized"))
         result["presize_seconds"] = time.perf_counter() - started

@@ -1,5 +1,7 @@
 """Augmentations move pixels where they say, in their ranges, and depend on the seed alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -45,8 +47,9 @@ def test_validation_sees_the_centre_square_as_it_is():
 def test_the_window_slides_along_the_longer_side_from_end_to_end():
     wide, tall = noise(20, 50), noise(50, 20)
     for position, start in ((0.0, 0), (0.5, 15), (1.0, 30)):
-        np.testing.assert_array_equal(warp_cpu.square_window(wide, position), wide[:, start : start + 20])
-        np.testing.assert_array_equal(warp_cpu.square_window(tall, position), tall[start : start + 20])
+        view = replace(augment.centre(1), window=np.array([position]))[0]
+        np.testing.assert_array_equal(warp_cpu.apply(wide, view, 20), wide[:, start : start + 20])
+        np.testing.assert_array_equal(warp_cpu.apply(tall, view, 20), tall[start : start + 20])
 
 
 def test_a_flip_mirrors_left_and_right_to_the_pixel():
@@ -281,12 +284,13 @@ def test_crops_keep_their_area_and_aspect_and_stay_inside(min_scale, max_aspect)
 def test_padding_makes_a_square_that_reflects_what_it_holds():
     wide = noise(20, 50)
     for position, start in ((0.0, 0), (0.5, 15), (1.0, 30)):
-        square = warp_cpu.padded_square(wide, position)
-        assert square.shape == (50, 50, 3)
+        view = replace(augment.centre(1, "pad"), window=np.array([position]))[0]
+        square = warp_cpu.apply(wide, view, 50)
         np.testing.assert_array_equal(square[start : start + 20], wide)
-        np.testing.assert_array_equal(warp_cpu.padded_square(wide.swapaxes(0, 1), position), square.swapaxes(0, 1))
-    np.testing.assert_array_equal(warp_cpu.padded_square(wide, 0.5)[:15], wide[15:0:-1])
-    np.testing.assert_array_equal(warp_cpu.padded_square(wide, 0.5)[35:], wide[18:3:-1])
+        np.testing.assert_array_equal(warp_cpu.apply(wide.swapaxes(0, 1), view, 50), square.swapaxes(0, 1))
+    middle = warp_cpu.apply(wide, augment.centre(1, "pad")[0], 50)
+    np.testing.assert_array_equal(middle[:15], wide[15:0:-1])
+    np.testing.assert_array_equal(middle[35:], wide[18:3:-1])
 
 
 def test_a_padded_draw_shows_the_whole_image():

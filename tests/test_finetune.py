@@ -364,20 +364,35 @@ def test_the_range_test_leaves_the_training_as_it_was(colour_images):
 @pytest.mark.parametrize(
     ("precision", "device", "expected"),
     [
-        ("auto", "cpu", None),
+        ("fp32", "cpu", None),
         ("fp32", "cuda", None),
         ("bf16", "cpu", torch.bfloat16),
         ("fp16", "cuda", torch.float16),
     ],
 )
 def test_a_precision_is_what_the_forward_pass_computes_in(precision, device, expected):
-    assert finetune.autocast_dtype(precision, torch.device(device)) is expected
+    assert finetune.autocast_dtype(Recipe(precision=precision), torch.device(device)) is expected
 
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_automatic_precision_depends_on_what_the_gpu_has(monkeypatch, has_bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-    assert finetune.autocast_dtype("auto", torch.device("cuda")) is expected
+    assert finetune.autocast_dtype(Recipe(), torch.device("cuda")) is expected
+
+
+@pytest.mark.parametrize(
+    ("has", "sizes", "expected"),
+    [
+        ({"avx512_bf16": True}, {}, torch.bfloat16),
+        ({"amx_bf16": True}, {"image_size": 160}, torch.bfloat16),
+        ({"avx512_f": True}, {}, None),
+        ({"avx512_bf16": True}, {"image_size": 128}, None),
+        ({"avx512_bf16": True}, {"start_size": 128}, None),
+    ],
+)
+def test_automatic_precision_depends_on_what_the_cpu_has_and_gains(monkeypatch, has, sizes, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert finetune.autocast_dtype(Recipe(**sizes), torch.device("cpu")) is expected
 
 
 # --- Several workers --------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 
 from trainables import augment, image_file, warp_cpu
 from trainables.augment import Augmentations
+from trainables.geometry import to_pixels
 from trainables.recipe import Recipe
 
 pytestmark = pytest.mark.oracle
@@ -213,12 +214,12 @@ def sharpness(picture: np.ndarray) -> float:
 
 def supersampled(image: np.ndarray, maps: np.ndarray, size: int, times: int = 6) -> np.ndarray:
     """Each pixel the mean of times x times points, each read by a cubic: what `maps` would show at its best."""
-    to_image = warp_cpu.to_pixels(image.shape[0]) @ maps[0] @ np.linalg.inv(warp_cpu.to_pixels(size))
+    to_image, to_output = to_pixels(np.array([image.shape[0], size]))
     offset = 0.5 / times - 0.5
     points = np.array([[1 / times, 0, offset], [0, 1 / times, offset], [0, 0, 1]])
     large = cv2.warpPerspective(
         image.astype(np.float32),
-        to_image @ points,
+        to_image @ maps[0] @ np.linalg.inv(to_output) @ points,
         (size * times, size * times),
         flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_REFLECT_101,

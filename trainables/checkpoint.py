@@ -1,6 +1,6 @@
 """The files of a checkpoint: the weights, the preprocessing they want, and what going on with the training needs.
 
-A trial in training has a folder `epoch_<n>` with them for its last epoch. A kill at any moment leaves one that is whole.
+A trial in training has a folder `epoch_<n>` with them for its last epoch; a kill at any moment leaves a whole one.
 """
 
 import json

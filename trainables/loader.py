@@ -11,6 +11,7 @@ import torch
 
 from trainables import warp_gpu
 from trainables.augment import Augmentations
+from trainables.geometry import readings
 from trainables.presized_images import MEMORY_MAP, PresizedImages
 
 Plan = tuple[np.ndarray, Augmentations]
@@ -36,7 +37,9 @@ class BatchLoader:
 
         self.images = images
         self.prefetch = prefetch
-        self.warp = warp_cpu.apply
+        self.warp = warp_cpu
+        known = isinstance(images, PresizedImages)  # of files that are yet to be decoded the sizes are not
+        self.shapes = np.asarray(images.shapes, dtype=np.int64)[:, :2] if known else None
         self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix="augment")
 
     def batches(self, plans: Iterable[Plan], size: int, device: torch.device) -> Iterator[torch.Tensor]:
@@ -52,10 +55,15 @@ class BatchLoader:
         self, indices: np.ndarray, augmentations: Augmentations, size: int, *, pin: bool
     ) -> Callable[[], torch.Tensor]:
         batch = torch.empty((len(indices), size, size, 3), dtype=torch.uint8, pin_memory=pin)
-        pixels = batch.numpy()
+        pixels, lighting = batch.numpy(), augmentations.lighting
+        reading = None if self.shapes is None else readings(self.shapes[indices], augmentations, size)
 
         def make(row: int) -> None:
-            pixels[row] = self.warp(self.images[indices[row]], augmentations[row], size)
+            image = self.images[indices[row]]
+            if reading is None:
+                pixels[row] = self.warp.apply(image, augmentations[row], size)
+            else:
+                pixels[row] = self.warp.read(image, reading.of(row), lighting[row], size)
 
         jobs: list[Future] = [self.pool.submit(make, row) for row in range(len(indices))]
 

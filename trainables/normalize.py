@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 
 from trainables.recipe import Recipe
@@ -19,6 +18,8 @@ def from_data(recipe: Recipe) -> bool:
 
 def channel_statistics(images: Sequence[np.ndarray], indices: np.ndarray) -> Statistics:
     """Statistics of `images[i]`, (h, w, 3) uint8: over all pixels of at most 1000 images, evenly chosen."""
+    import cv2  # here, since training on a GPU with given statistics does not need it
+
     chosen = indices[np.linspace(0, len(indices) - 1, min(len(indices), MAX_IMAGES)).round().astype(int)]
     count, total, squares = 0, np.zeros(3), np.zeros(3)
     for index in chosen:

@@ -62,7 +62,7 @@ class Predictor:
             255 * torch.tensor(values, device=self.device).view(1, 3, 1, 1)
             for values in (self.preprocessing.mean, self.preprocessing.std)
         )
-        self.amp_dtype = autocast_dtype(folder.recipe.precision, self.device)
+        self.amp_dtype = autocast_dtype(folder.recipe, self.device)
 
     def predict(self, images: Iterable[Path | str], *, top: int | None = None) -> list[Prediction]:
         """One prediction per image file, in the given order; of those that cannot be read it is the `problem`."""

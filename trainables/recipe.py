@@ -113,7 +113,8 @@ class Recipe:
 
     precision: str = setting(
         "auto",
-        "auto = bf16 where the GPU has it, fp16 with a loss scaler on older GPUs, fp32 on CPUs",
+        "auto = bf16 on GPUs that have it and, from 160 px on, on CPUs that have it; fp16 with a loss scaler on older "
+        "GPUs, fp32 on other CPUs",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     seed: int = setting(0, "seed of everything random in this training", low=0, high=2**31 - 1)

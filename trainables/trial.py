@@ -44,9 +44,9 @@ class FineTuneTrial(tune.Trainable):
     A trial that cannot go on (diverged, no weights, workers lost again and again) reports `failure`, the reason, and is
     done: trying again would give the same.
 
-    It keeps its own checkpoint, the last epoch's, instead of Tune's: for each of those Tune would write the state of all
-    trials anew, which cost more than anything else after some hundred trials. A trial that finds one begins with its
-    result once more, since a kill may have come before anyone took note, and goes on from there.
+    It keeps its own checkpoint, of its last epoch. (For each of Tune's own, Tune writes the state of all trials anew:
+    after some hundred trials nothing cost more.) A trial that finds one first reports that epoch's result once more,
+    since a kill may have come before anyone took note, and then goes on.
     """
 
     def setup(self, config: dict[str, Any], options: TrialOptions) -> None:
@@ -136,4 +136,3 @@ class FineTuneTrial(tune.Trainable):
         host = ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=strategy)(GroupHost)
         self.host = host.remote(self.options.group_size)
         self.handed_over = False
-
