@@ -120,9 +120,13 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     from rich.console import Console
 
     from search.leaderboard import counts, duration, leaderboard, recipes_table
-    from search.results import COMPLETED, FAILED, leaders, read_trials
+    from search.results import COMPLETED, FAILED, RUNNING, leaders, read_trials
+    from trainables import checkpoint
 
     rows = read_trials(options.folder.trials)
+    for row in rows:
+        if row["status"] != RUNNING:  # an epoch under way when the search ended has left its state after all
+            checkpoint.drop(options.folder.checkpoints / row["trial_id"])
     console = Console() if sys.stdout.isatty() else Console(width=200)
     if options.recipes:
         console.print(recipes_table(list(options.space.dimensions), options.recipes, rows))

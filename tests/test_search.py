@@ -226,6 +226,18 @@ def test_a_lost_worker_ctrl_c_and_a_kill_leave_no_trace_in_the_end(undisturbed, 
     assert sorted(without(epochs, EPOCH_TIMES), key=str) == sorted(without(expected_epochs, EPOCH_TIMES), key=str)
 
 
+def test_a_lost_trial_actor_goes_on_from_its_last_epoch(undisturbed, class_folders, tmp_path):
+    search = start(tmp_path / "actor", class_folders, "--trials", 2)
+    search.wait_for(r"trial 1 .*epoch 1/")
+    [actor] = search.processes("ray::(FineTuneTrial|ResourceTrainable)")
+    os.kill(actor, signal.SIGKILL)
+    assert search.wait() == 0, search.text
+    trials, epochs = tables(search.folder)
+    expected_trials, expected_epochs = tables(undisturbed.folder)
+    assert without(trials, TIMES) == without(expected_trials[:2], TIMES)
+    assert without(epochs, EPOCH_TIMES) == without(expected_epochs[: len(epochs)], EPOCH_TIMES)
+
+
 def test_two_workers_learn_what_one_learns_and_survive_the_loss_of_one(undisturbed, class_folders, tmp_path):
     search = start(tmp_path / "two", class_folders, "--trials", 2, "--workers-per-trial", 2)
     search.wait_for(r"trial 1 .*starts")
