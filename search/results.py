@@ -36,7 +36,7 @@ EPOCH_COLUMNS = [
     "error_rate",
     "accuracy",
 ]
-EPOCH_COLUMNS += ["train_seconds", "valid_seconds", "images_per_second", "finished_at"]
+EPOCH_COLUMNS += ["train_seconds", "valid_seconds", "images_per_second", "train_images", "valid_images", "finished_at"]
 
 Row = dict[str, Any]
 

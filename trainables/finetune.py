@@ -139,6 +139,8 @@ class FineTune:
             train_seconds=trained - started,
             valid_seconds=evaluated - trained,
             images_per_second=num_images / (trained - started),
+            train_images=len(self.train_indices),
+            valid_images=len(self.valid_indices),
         )
 
     def evaluate(self) -> dict[str, float]:

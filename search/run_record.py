@@ -1,0 +1,128 @@
+"""What a run left, for a notebook, the report and the comparison: tables as pandas frames, study, best recipe."""
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from search.model_folder import is_run
+from search.results import COMPLETED, SCORES, RunFolder
+from search.scheduler import stop_reasons
+from trainables.model_folder import read_json, read_model
+from trainables.recipe import Recipe
+
+Z_95 = 1.959964
+"""Of a two-sided 95 % interval: standard normal quantile at 0.975."""
+
+
+def load(path: Path | str) -> "RunRecord":
+    """The run in `path`, while it goes on or after its end. Raises `ValueError` where there is none, or a damaged one.
+
+    Nothing in the folder is executed, so a run of somebody else's may be loaded.
+    """
+    path = Path(path).expanduser()
+    if not is_run(path):
+        what = "is no run: it has no command.json" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {what}. Expected the folder of a run, such as results/<name>.")
+    return RunRecord(path)
+
+
+class RunRecord:
+    """The tables are as they were when this was made, see `results/README.md` for their columns."""
+
+    def __init__(self, path: Path) -> None:
+        self.folder = RunFolder(path)
+        self.path = self.folder.path
+        self.command: dict[str, Any] = read_json(self.folder.command)
+        self.space: dict[str, Any] = read_json(self.folder.space)
+        self.dimensions = list(self.space["dimensions"])
+        self.trials = _read_table(self.folder.trials).set_index("number", drop=False).rename_axis(None)
+        """A row a trial, by its number."""
+        self.epochs = _read_table(self.folder.epochs)
+        """A row an epoch; `number` is its trial's."""
+        self.stops = stop_reasons(self.folder.rungs)
+        """Why trials were stopped early, by Tune's trial id."""
+
+    @property
+    def completed(self) -> pd.DataFrame:
+        """The completed trials, best first: lowest error rate, ties by validation loss."""
+        return self.trials[self.trials["status"] == COMPLETED].sort_values(["error_rate", "valid_loss"], kind="stable")
+
+    @property
+    def best(self) -> pd.Series | None:
+        """The winner's row, or None before a trial has completed."""
+        return None if self.completed.empty else self.completed.iloc[0]
+
+    @property
+    def first(self) -> pd.Series | None:
+        """The row of trial 0, the space's own recipe, or None unless it completed."""
+        return self.completed.loc[0] if 0 in self.completed.index else None
+
+    @property
+    def best_recipe(self) -> Recipe | None:
+        """Every hyperparameter of the winner."""
+        return read_model(self.folder.best).recipe if self.folder.best.is_dir() else None
+
+    @property
+    def labels(self) -> list[str]:
+        """Class names; none before a trial has completed."""
+        return list(read_model(self.folder.best).labels) if self.folder.best.is_dir() else []
+
+    @property
+    def num_train(self) -> int | None:
+        """Training images, or None before the first epoch."""
+        return self._num_images("train_images")
+
+    @property
+    def num_valid(self) -> int | None:
+        """Validation images, or None before the first epoch."""
+        return self._num_images("valid_images")
+
+    def _num_images(self, column: str) -> int | None:
+        return int(self.epochs[column].iloc[-1]) if column in self.epochs and len(self.epochs) else None
+
+    def interval(self, row: pd.Series) -> tuple[float, float] | None:
+        """The 95 % Wilson interval of a trial's validation error; None where it has none."""
+        error = row["error_rate"]
+        return wilson_interval(error, self.num_valid) if self.num_valid and not math.isnan(error) else None
+
+    @cached_property
+    def study(self) -> optuna.Study:
+        """The Optuna study as it is in the run's journal. Raises `ValueError` where there is none yet."""
+        if not self.folder.journal.is_file():  # Optuna would begin one
+            raise ValueError(f"{self.folder} has no study yet: no trial has started.")
+        storage = JournalStorage(JournalFileBackend(str(self.folder.journal)))
+        return optuna.load_study(study_name=self.space["name"], storage=storage)
+
+
+def wilson_interval(error_rate: float, num_images: int) -> tuple[float, float]:
+    """The 95 % interval of a share seen in `num_images` images (Wilson 1927), both ends in 0..1.
+
+    Raises `ValueError` where there are no images or the share is none.
+    """
+    if num_images < 1 or not 0 <= error_rate <= 1:
+        raise ValueError(f"error_rate is {error_rate} of {num_images} images; expected 0 to 1 of 1 or more images.")
+    spread = Z_95**2 / num_images
+    centre = error_rate + spread / 2
+    half = math.sqrt(error_rate * (1 - error_rate) * spread + spread**2 / 4)
+    return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    """Only an empty field is missing; `none` is the name of a setting's value. Raises `ValueError`."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no {path.name} yet: its first trial has not started.")
+    try:
+        table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if missing := [name for name in ("number", "trial_id", "error_rate") if name not in table]:
+        raise ValueError(f"{path} is damaged: it has no column {missing[0]}.")
+    # A column without a value has no type of its own.
+    table = table.astype({name: float for name in SCORES if name in table})
+    return table.assign(reason=table["reason"].astype(object).fillna("")) if "reason" in table else table

@@ -1,0 +1,99 @@
+"""What a notebook gets of a run: typed tables, the winner with its interval, the study, errors in words."""
+
+import json
+import math
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+import search
+from search.run_record import wilson_interval
+
+TRIALS = """number,trial_id,status,error_rate,tta_error_rate,valid_loss,epochs_done,epochs_total,arch,head,reason
+0,t1e5,completed,0.3,,1.1,3,3,none,crop,
+1,t976e1612,stopped early,0.5,,1.5,2,3,resnet18,pad,"error_rate 0.5 above, the cut-off"
+2,tffff,completed,0.2,0.1,0.9,3,3,resnet18,crop,
+3,taaaa,completed,0.2,,0.8,3,3,resnet18,crop,
+4,tbbbb,running,,,,0,3,resnet18,crop,
+"""
+EPOCHS = """number,trial_id,epoch,stage,error_rate,train_images,valid_images
+0,t1e5,1,frozen,0.4,80,20
+0,t1e5,2,unfrozen,0.3,80,20
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "command.json").write_text(json.dumps({"data": "/images", "split_seed": 0}))
+    (tmp_path / "space.json").write_text(json.dumps({"name": "pets", "dimensions": {"arch": "none, resnet18"}}))
+    (tmp_path / "trials.csv").write_text(TRIALS)
+    (tmp_path / "epochs.csv").write_text(EPOCHS)
+    return tmp_path
+
+
+def test_the_tables_are_frames_with_a_row_a_trial_and_a_row_an_epoch(folder):
+    run = search.load(folder)
+    assert list(run.trials.index) == [0, 1, 2, 3, 4]
+    assert run.trials["arch"][0] == "none"  # a value, not a missing one
+    assert list(run.trials["trial_id"][:2]) == ["t1e5", "t976e1612"]
+    assert run.trials["reason"][0] == "" and "cut-off" in run.trials["reason"][1]
+    assert math.isnan(run.trials["error_rate"][4])
+    assert run.epochs["error_rate"].tolist() == [0.4, 0.3]
+    assert run.dimensions == ["arch"]
+
+
+def test_the_winner_has_the_lowest_error_and_among_equals_the_lowest_loss(folder):
+    run = search.load(folder)
+    assert run.completed.index.tolist() == [3, 2, 0]
+    assert run.best.name == 3
+    assert run.first.name == 0
+
+
+def test_an_error_comes_with_its_interval(folder):
+    run = search.load(folder)
+    assert (run.num_train, run.num_valid) == (80, 20)
+    assert run.interval(run.best) == pytest.approx((0.0807, 0.4160), abs=1e-4)  # 4 of 20, by R's prop.test
+    assert run.interval(run.trials.loc[4]) is None
+
+
+def test_wilson_intervals_stay_between_0_and_1():
+    assert wilson_interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson_interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    with pytest.raises(ValueError, match="expected 0 to 1 of 1 or more images"):
+        wilson_interval(0.5, 0)
+
+
+def test_before_a_trial_has_completed_there_is_no_winner(folder):
+    (folder / "trials.csv").write_text("\n".join(TRIALS.splitlines()[::5]) + "\n")  # the head and the running trial
+    (folder / "epochs.csv").write_text(EPOCHS.splitlines()[0] + "\n")
+    run = search.load(folder)
+    assert run.best is None and run.first is None and run.best_recipe is None
+    assert run.labels == [] and run.num_valid is None
+
+
+def test_the_study_is_the_one_in_the_journal(folder):
+    with pytest.raises(ValueError, match="has no study yet"):
+        _ = search.load(folder).study
+    assert not (folder / "study.journal").exists()
+    storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+    study = optuna.create_study(storage=storage, study_name="pets")
+    study.add_trial(optuna.trial.create_trial(value=0.25))
+    assert [trial.value for trial in search.load(folder).study.trials] == [0.25]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "expected"),
+    [
+        (lambda folder: (folder / "command.json").unlink(), "is no run: it has no command.json"),
+        (lambda folder: (folder / "trials.csv").unlink(), "first trial has not started"),
+        (lambda folder: (folder / "trials.csv").write_bytes(b"\xff\xfe\x00"), "is damaged"),
+        (lambda folder: (folder / "trials.csv").write_text("a,b\n1,2\n"), "no column number"),
+        (lambda folder: (folder / "space.json").write_text("[]"), "is damaged"),
+    ],
+)
+def test_what_is_missing_or_damaged_is_named(folder, break_it, expected):
+    break_it(folder)
+    with pytest.raises(ValueError, match=expected):
+        search.load(folder)
