@@ -55,6 +55,8 @@ class RunFolder:
         self.journal = self.path / "study.journal"
         self.rungs = self.path / "rungs.json"
         self.lr_find = self.path / "lr_find"
+        self.interpretation = self.path / "interpretation"
+        self.report = self.path / "report.html"
         self.tune = self.path / "tune"
 
     def __str__(self) -> str:

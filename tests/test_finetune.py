@@ -21,9 +21,9 @@ from trainables import finetune
 from trainables.data import find_images
 from trainables.distributed import share_batch_norm
 from trainables.finetune import Diverged, FineTune
-from trainables.optim import stage_cycle
 from trainables.presize import PresizedImages, presize
 from trainables.recipe import Recipe
+from trainables.schedule import stage_cycle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from trainables.optim import adamw, discriminative_rates, set_position, stage_cycle
+from trainables.optim import adamw, set_position
 from trainables.recipe import Recipe
+from trainables.schedule import discriminative_rates, stage_cycle
 
 RECIPE = Recipe(pct_start=0.3, div=5, div_final=1e5, mom_high=0.95, mom_low=0.85, weight_decay=0.02)
 CYCLE = stage_cycle(RECIPE, frozen=False)

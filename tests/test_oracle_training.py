@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from trainables import augment, loss, model, normalize, optim, tta
+from trainables import augment, loss, model, normalize, optim, schedule, tta
 from trainables.distributed import World
 from trainables.finetune import FineTune
 from trainables.plan import plan_epoch
@@ -246,7 +246,7 @@ def test_a_resnet_has_fastais_layer_groups_freezing_and_weight_decay(arch):
     network.unfreeze()
     assert all(p.requires_grad for p in (*ours.values(), *theirs.values()))
 
-    rates = optim.stage_rates(recipe, 3, frozen=False)
+    rates = schedule.stage_rates(recipe, 3, frozen=False)
     decay = {names[p]: g["weight_decay"] for g in optim.adamw(groups, rates, recipe).param_groups for p in g["params"]}
     assert decay == {name: 0.01 if decays(learner, p) else 0 for name, p in theirs.items()}
 
@@ -324,9 +324,9 @@ def test_twenty_steps_of_the_optimizer_are_those_of_fastais_adam():
 
     recipe = Recipe(lr_max=3e-2, lr_ratio=100, pct_start=0.3, div=5, div_final=1e3, weight_decay=0.01)
     ours, theirs, steps = small_network(), small_network(), 20
-    cycle = optim.stage_cycle(recipe, frozen=False)
+    cycle = schedule.stage_cycle(recipe, frozen=False)
     optimizer = optim.adamw(
-        [list(part.parameters()) for part in ours], optim.stage_rates(recipe, 3, frozen=False), recipe
+        [list(part.parameters()) for part in ours], schedule.stage_rates(recipe, 3, frozen=False), recipe
     )
     adam = Adam([list(part.parameters()) for part in theirs], lr=slice(3e-4, 3e-2), wd=0.01)
     for parameter in norm_bias_params(theirs):

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from trainables import augment, loss, lr_finder, model, normalize, optim, tta
+from trainables import augment, loss, lr_finder, model, normalize, optim, schedule, tta
 from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE, Files, Preprocessing
 from trainables.data import find_images
 from trainables.distributed import World, init_from_environment, share_batch_norm
@@ -215,9 +215,9 @@ class FineTune:
         else:
             self.network.unfreeze()
         groups = self.network.layer_groups(recipe.layer_groups)
-        rates = optim.stage_rates(recipe, len(groups), frozen=frozen)
+        rates = schedule.stage_rates(recipe, len(groups), frozen=frozen)
         self.optimizer = optim.adamw(groups, rates, recipe)
-        self.cycle = optim.stage_cycle(recipe, frozen=frozen)
+        self.cycle = schedule.stage_cycle(recipe, frozen=frozen)
         self.stage_epochs = recipe.freeze_epochs if frozen else recipe.epochs
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
         # The wrapper of the stage before must be gone, or its gradient hooks would average a second time.

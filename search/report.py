@@ -1,0 +1,266 @@
+"""A run as one HTML file that opens without a network: `python -m search.report RUN`. Every run makes it as it goes."""
+
+import argparse
+import math
+import shlex
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from search import figures, page
+from search.cli import run_cli, say
+from search.error_analysis import ErrorAnalysis, analyse, read_analysis
+from search.files import write_atomically
+from search.leaderboard import duration
+from search.results import COMPLETED, FAILED, RUNNING, SCORES, STOPPED
+from search.run_record import RunRecord, load
+
+EXAMPLES = """
+examples:
+  python -m search.report results/pets-20250101-120000
+      writes results/pets-20250101-120000/report.html; open it in a browser, or print it
+  python -m search.report results/pets-20250101-120000 --no-analysis --out now.html
+      of a search that is going on, at once: without labelling the validation images for the confusion matrix
+
+Exit code 0, or 2 if the run or an option is no good.
+"""
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m search.report",
+        description="Write a run as one HTML file: winner, charts, errors, table, failures, and how to run it again.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run, such as results/<name>")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: RUN/report.html)")
+    parser.add_argument("--no-analysis", action="store_true", help=(
+        "do not label the validation images with the winner; what is known of its errors already is still shown"
+    ))  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    run = load(args.run)
+    out = args.out.expanduser() if args.out else run.folder.report
+    write_report(run, out, analysis=not args.no_analysis)
+    say(f"report: {out}")
+    return 0
+
+
+def write_report(run: RunRecord, out: Path, *, analysis: bool) -> None:
+    """Write the report of `run` to `out`: at once what the tables tell, then again with the winner's errors.
+
+    Raises `ValueError` where `out` cannot be written.
+    """
+    _write(out, render(run))
+    if analysis and run.best is not None and read_analysis(run) is None:
+        say(f"labelling the validation images with trial {run.best.name} for the report (Ctrl-C leaves that out)")
+        _write(out, render(run, no_analysis=analyse(run)))
+
+
+def _write(out: Path, text: str) -> None:
+    try:
+        write_atomically(out, text)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written: {error}. Make room, or give another --out.") from error
+
+
+def render(run: RunRecord, *, no_analysis: str = "") -> str:
+    """The report as HTML. `no_analysis` says why the winner's errors are not in it."""
+    found = read_analysis(run)
+    search_charts, winner_charts = figures.search_charts(run), winner_figures(run, found)
+    cards = [_card("best-card", "Best", run.best, run)] if run.best is not None else []
+    if run.first is not None and run.first.name != run.best.name:
+        cards.append(_card("first-card", "Trial 0, the space's own recipe", run.first, run))
+    return page.render(
+        "report.html",
+        [*search_charts, *winner_charts],
+        name=run.path.name,
+        doc=run.space["doc"],
+        headline=headline(run),
+        written_at=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        running=bool((run.trials["status"] == RUNNING).any()),
+        cards=cards,
+        verdict=verdict(run),
+        facts=facts(run),
+        search_charts=[chart.name for chart in search_charts],
+        winner_charts=[chart.name for chart in winner_charts],
+        winner=_winner(run),
+        no_analysis=no_analysis,
+        confused=found.most_confused() if found else [],
+        losses=found.losses if found else [],
+        columns=columns(run),
+        rows=table(run),
+        statuses=sorted(run.trials["status"].unique()),
+        failures=list(run.trials.loc[run.trials["status"] == FAILED, "reason"].items()),
+        command=shlex.join(["python", "-m", "search.run", *run.command.get("argv", [])]),
+        environment=environment(run),
+    )
+
+
+def winner_figures(run: RunRecord, found: ErrorAnalysis | None) -> list[figures.Chart]:
+    charts = [figures.confusion(found.counts, found.classes)] if found else []
+    return [*charts, figures.schedule(run.best_recipe)] if run.best_recipe else charts
+
+
+# --- What ran, and what came of it ------------------------------------------------------------------------------------
+
+
+def headline(run: RunRecord) -> str:
+    """Such as "10 trials in 3 min 8 s: 7 completed, 3 stopped early"."""
+    if run.trials.empty:
+        return "no trial has started yet"
+    counts = run.trials["status"].value_counts()
+    by_status = ", ".join(f"{counts[name]} {name}" for name in (COMPLETED, STOPPED, FAILED, RUNNING) if name in counts)
+    minutes = figures.end_times(run)
+    took = f" in {duration(60 * minutes.max())}" if len(minutes) else ""
+    return f"{len(run.trials)} trial{'' if len(run.trials) == 1 else 's'}{took}: {by_status}"
+
+
+def verdict(run: RunRecord) -> str:
+    """How sure the winner's lead on trial 0 is, in words; empty without both."""
+    best, first = run.best, run.first
+    if best is None:
+        return "No trial has completed, so there is no winner yet." if len(run.trials) else ""
+    ours, theirs = run.interval(best), None if first is None else run.interval(first)
+    if theirs is None or ours is None or first.name == best.name:
+        return ""
+    apart = ours[1] < theirs[0]
+    return (
+        ("The two intervals do not overlap. " if apart else "The two intervals overlap: this may be chance. ")
+        + f"The winner is the best of {len(run.completed)} trials on the same {run.num_valid} images that are reported "
+        "here, so expect a little more error on new ones."
+    )
+
+
+def _card(name: str, title: str, row: pd.Series, run: RunRecord) -> dict[str, Any]:
+    error, interval = row["error_rate"], run.interval(row)
+    lines = [f"validation error, trial {row.name}"]
+    if interval:
+        low, high = interval
+        lines.append(
+            f"{round(error * run.num_valid)} of {run.num_valid} images wrong; 95 % interval {low:.1%} to {high:.1%}"
+        )
+    if not math.isnan(row["tta_error_rate"]):
+        lines.append(f"{row['tta_error_rate']:.1%} with test-time augmentation")
+    lines.append(f"{row['seconds']:.0f} s of training and validation")
+    return {"id": name, "title": title, "figure": f"{100 * error:.1f} %", "lines": lines}
+
+
+def facts(run: RunRecord) -> list[tuple[str, str]]:
+    """What ran and when, as terms and texts."""
+    size, given = run.command.get("group_size", {}), run.command.get("arguments", {})
+    found = [("started", _moment(run.command.get("started_at", "")))]
+    if len(run.epochs):
+        found.append(("last epoch ended", _moment(run.epochs["finished_at"].max())))
+    found.append(("images", str(run.command["data"])))
+    if run.num_train and run.num_valid:
+        classes = f" of {len(run.labels)} classes" if run.labels else ""
+        found.append(
+            (
+                "split",
+                f"{run.num_train} to train on, {run.num_valid} to validate{classes}; seed {run.command['split_seed']}",
+            )
+        )
+    found.append(("searched", ", ".join(f"{name} {values}" for name, values in run.space["dimensions"].items())))
+    if given.get("method"):
+        found.append(("method", f"{given['method']}, seed {run.space['seed']}"))
+    if size:
+        gpus = f" and {size['gpus_per_worker']} GPUs" if size.get("gpus_per_worker") else ""
+        at_once = run.command.get("max_concurrent", 1)
+        workers = (
+            f"{size['num_workers']} worker{'' if size['num_workers'] == 1 else 's'} of {size['cpus_per_worker']:g} CPUs"
+        )
+        found.append(("a trial", f"{workers}{gpus}; {at_once} at once"))
+    return [(term, text) for term, text in found if text]
+
+
+def environment(run: RunRecord) -> list[tuple[str, str]]:
+    """Versions and hardware, as terms and texts."""
+    versions = ", ".join(f"{name} {version}" for name, version in run.command.get("versions", {}).items())
+    hardware = ", ".join(f"{name} {_said(value)}" for name, value in run.command.get("hardware", {}).items())
+    return [("versions", versions), ("hardware", hardware)]
+
+
+def _winner(run: RunRecord) -> dict[str, Any] | None:
+    if run.best is None:
+        return None
+    settings = [(name, _said(run.best[name])) for name in run.dimensions]
+    return {"number": run.best.name, "settings": settings}
+
+
+# --- The table --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    name: str
+    source: str
+    is_text: bool = False
+    is_share: bool = False
+
+
+def columns(run: RunRecord) -> list[Column]:
+    """The columns of the table: outcome, cost, what was searched or pinned, and why it ended."""
+    shown = [Column("trial", "number"), Column("status", "status", is_text=True), Column("epochs", "epochs_done")]
+    shown.append(Column("error", "error_rate", is_share=True))
+    if run.trials["tta_error_rate"].notna().any():
+        shown.append(Column("with TTA", "tta_error_rate", is_share=True))
+    shown += [Column("loss", "valid_loss"), Column("seconds", "seconds")]
+    known = {"number", "trial_id", *SCORES, *(column.source for column in shown)}
+    known |= {"epochs_total", "overhead_seconds", "images_per_second", "reason"}
+    for name in (name for name in run.trials.columns if name not in known):
+        shown.append(Column(name, name, is_text=not pd.api.types.is_numeric_dtype(run.trials[name])))
+    return [*shown, Column("reason", "reason", is_text=True)]
+
+
+def table(run: RunRecord) -> list[dict[str, Any]]:
+    """A row per trial, best first, as the page shows it."""
+    shown, best = columns(run), None if run.best is None else run.best.name
+    order = run.trials.sort_values(["error_rate", "valid_loss", "number"], kind="stable", na_position="last")
+    return [
+        {
+            "status": row["status"],
+            "is_best": number == best,
+            "cells": [_cell(row, column) for column in shown],
+        }
+        for number, row in order.iterrows()
+    ]
+
+
+def _cell(row: pd.Series, column: Column) -> dict[str, str]:
+    value = row[column.source]
+    missing = isinstance(value, float) and math.isnan(value)
+    text = "" if missing else f"{100 * value:.1f} %" if column.is_share else _said(value)
+    if column.source == "epochs_done":
+        text = f"{row['epochs_done']}/{row['epochs_total']}"
+    elif column.source == "seconds":
+        text = f"{value:.0f}"
+    kind = "text long" if column.source == "reason" else "text" if column.is_text else ""
+    return {"text": text, "value": "" if missing else str(value), "kind": kind}
+
+
+def _said(value: Any) -> str:
+    """A number in three digits, nested values as words; anything else as it is."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, list):
+        return "; ".join(map(_said, value))
+    if isinstance(value, dict):
+        return " ".join(f"{name} {_said(part)}" for name, part in value.items())
+    return str(value)
+
+
+def _moment(text: str) -> str:
+    """An ISO time as people write it, to the minute and with its offset."""
+    return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M %z") if text else ""
+
+
+if __name__ == "__main__":
+    run_cli(main)
