@@ -72,6 +72,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     out = parser.add_argument_group("results")
     out.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results/")
     out.add_argument("--name", help="the run's folder in there (default: space and time)")
+    out.add_argument("--report", choices=("full", "tables", "off"), default="full", help=(
+        "write report.html as the search goes and at its end: full labels the validation images with the winner, for "
+        "its confusion matrix and top losses, tables leaves that out; default full"
+    ))  # fmt: skip
     out.add_argument("--resume", action="store_true", help="go on with the run called --name, options as they were")
     args = parser.parse_args(argv)
     if args.space is None and not args.resume:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from plotly.subplots import make_subplots
 
 from search.results import COMPLETED, FAILED, RUNNING, STOPPED
 from search.run_record import RunRecord
+from search.wording import many, percent
 from trainables.recipe import Recipe
 from trainables.schedule import stage_cycle
 
@@ -28,6 +29,8 @@ STATUS_MARKS = {
     RUNNING: {"color": GREY, "symbol": "circle-open"},
 }
 FAMILIES = [(BLUE, "circle"), (ORANGE, "square"), (GREEN, "diamond"), (PURPLE, "cross"), (SKY, "triangle-up")]
+RIGHT_COLOURS = [[0, "#cfe3f1"], [1, BLUE]]
+WRONG_COLOURS = [[0, "#fbe0bd"], [0.5, RED], [1, RED]]
 LEAST_FOR_IMPORTANCE = 5  # completed trials; of fewer nothing can be said
 NUM_CONFUSED_CLASSES = 40  # more are no longer legible in one matrix
 
@@ -122,11 +125,11 @@ def learning_curves(run: RunRecord) -> Chart | None:
     figure.update_xaxes(title_text="epoch", rangemode="tozero", tick0=0, dtick=_whole_steps(run.epochs["epoch"].max()))
     _error_axis(figure)
     count = run.epochs["number"].nunique()
-    caption = f"Validation error after each epoch of {_many(count, 'trial')}."
+    caption = f"Validation error after each epoch of {many(count, 'trial')}."
     if len(stopped):
         rungs = stopped["reason"].str.extract(r"rung (\d+)")[0].dropna().value_counts().sort_index()
         at = ", ".join(f"{number} at rung {rung} %" for rung, number in rungs.items())
-        caption += f" {_many(len(stopped), 'trial')} ended early{f': {at} of the unfrozen stage' if at else ''}."
+        caption += f" {many(len(stopped), 'trial')} ended early{f': {at} of the unfrozen stage' if at else ''}."
     return Chart("learning-curves", "Learning curves", caption, figure)
 
 
@@ -186,7 +189,7 @@ def importance(run: RunRecord) -> Chart | None:
     )
     figure.update_xaxes(title_text="share of the importance", tickformat=".0%", rangemode="tozero")
     figure.update_yaxes(automargin=True)
-    said = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    said = ", ".join(f"{name} {percent(share, 0)}" for name, share in shares.items())
     caption = (
         f"How much each setting tells the best trials from the others, over {len(run.completed)} completed ones "
         f"(Optuna's PED-ANOVA): {said}. With few trials it is a hint, not a finding."
@@ -234,7 +237,9 @@ def cost(run: RunRecord) -> Chart | None:
     )
     figure.update_xaxes(title_text="seconds of training and validation", rangemode="tozero")
     _error_axis(figure)
-    said = ", ".join(f"{row['error_rate']:.1%} in {row['seconds']:.0f} s (trial {n})" for n, row in front.iterrows())
+    said = ", ".join(
+        f"{percent(row['error_rate'])} in {row['seconds']:.0f} s (trial {n})" for n, row in front.iterrows()
+    )
     return Chart("cost", "Error against cost", f"No completed trial is better and cheaper than these: {said}.", figure)
 
 
@@ -258,9 +263,9 @@ def schedule(recipe: Recipe) -> Chart:
     figure.update_yaxes(title_text="learning rate", type="log", exponentformat="power", row=1, col=1)
     figure.update_yaxes(title_text="momentum", row=2, col=1)
     figure.update_xaxes(title_text="epoch", row=2, col=1)
-    frozen = f"{_many(recipe.freeze_epochs, 'epoch')} frozen up to {recipe.lr_max_frozen:.3g}, then "
+    frozen = f"{many(recipe.freeze_epochs, 'epoch')} frozen up to {recipe.lr_max_frozen:.3g}, then "
     caption = (
-        f"{frozen if recipe.freeze_epochs else ''}{_many(recipe.epochs, 'epoch')} unfrozen up to "
+        f"{frozen if recipe.freeze_epochs else ''}{many(recipe.epochs, 'epoch')} unfrozen up to "
         f"{recipe.lr_max:.3g} for the head and {recipe.lr_min:.3g} for the first layers; momentum falls from "
         f"{recipe.mom_high} to {recipe.mom_low} and rises again."
     )
@@ -293,20 +298,25 @@ def confusion(counts: np.ndarray, classes: Sequence[str]) -> Chart:
     places = list(range(len(shown)))
     said = [[f"{n} of {actual} taken for {predicted}" for predicted, n in zip(names, row, strict=True)]
             for actual, row in zip(names, part, strict=True)]  # fmt: skip
+    on_diagonal = np.eye(len(shown), dtype=bool)
     figure = go.Figure()
-    figure.add_heatmap(
-        x=places,
-        y=places,
-        z=share,
-        text=np.where(part > 0, part.astype(str), ""),
-        texttemplate="%{text}",
-        customdata=said,
-        hovertemplate="%{customdata}<extra></extra>",
-        colorscale=[[0, "rgba(0,114,178,0)"], [0.01, "rgba(0,114,178,0.25)"], [1, "rgba(0,114,178,1)"]],
-        zmin=0,
-        zmax=1,
-        showscale=False,
-    )
+    for name, where, colours in (("right", on_diagonal, RIGHT_COLOURS), ("wrong", ~on_diagonal, WRONG_COLOURS)):
+        figure.add_heatmap(
+            name=name,
+            x=places,
+            y=places,
+            z=np.where(where & (part > 0), share, np.nan),
+            text=np.where(part > 0, part.astype(str), ""),
+            texttemplate="%{text}",
+            customdata=said,
+            hovertemplate="%{customdata}<extra></extra>",
+            colorscale=colours,
+            zmin=0,
+            zmax=1,
+            xgap=1,
+            ygap=1,
+            showscale=False,
+        )
     figure.update_xaxes(title_text="predicted", tickvals=places, ticktext=names, tickangle=-60, automargin=True)
     figure.update_yaxes(title_text="actual", tickvals=places, ticktext=names, autorange="reversed", automargin=True)
     size = max(360, 150 + 24 * len(shown))
@@ -330,9 +340,9 @@ class _Axis:
         numbers = pd.to_numeric(values, errors="coerce")
         if numbers.isna().any():
             names = sorted(values.astype(str).unique())
-            places = dict(zip(names, np.linspace(0, 1, len(names)) if len(names) > 1 else [0.5], strict=True))
-            self.positions = values.astype(str).map(places).to_numpy(dtype=float)
-            self.ticks = [(place, _shortened(label)) for label, place in places.items()]
+            places = np.linspace(0, 1, len(names)) if len(names) > 1 else [0.5]
+            self.positions = values.astype(str).map(dict(zip(names, places, strict=True))).to_numpy(dtype=float)
+            self.ticks = list(zip(places, shortened(names), strict=True))
             return
         low, high = float(numbers.min()), float(numbers.max())
         scale = np.log if log and low > 0 else np.asarray
@@ -382,19 +392,20 @@ def _error_axis(figure: go.Figure) -> None:
 
 def _at(done: pd.DataFrame, number: int) -> str:
     row = done.loc[number]
-    return f"trial {number} with {row['error_rate']:.1%} after {row['minutes']:.1f} min"
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+    return f"trial {number} with {percent(row['error_rate'])} after {row['minutes']:.1f} min"
 
 
 def _whole_steps(most: float) -> int:
     return max(1, math.ceil(most / 10))
 
 
-def _shortened(label: str, most: int = 18) -> str:
-    return label if len(label) <= most else f"{label[: most - 8]}…{label[-7:]}"
+def shortened(names: Sequence[str], most: int = 13) -> list[str]:
+    """Names of at most `most` characters: without what all have in common at their start, then without their end."""
+    letters = zip(*names, strict=False)
+    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, letters))
+    if len(names) > 1 and common > 1 and max(map(len, names)) > most:
+        names = [f"…{name[common:]}" for name in names]
+    return [name if len(name) <= most else f"{name[: most - 1]}…" for name in names]
 
 
 def _plain(text: Any) -> str:

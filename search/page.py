@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from search.figures import Chart
+from search.wording import percent
 
 FOLDER = Path(__file__).parent / "pages"
 HEIGHT = 400  # px of a chart that asks for no other
@@ -59,7 +60,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["chart_data"] = chart_data
-    environment.filters["percent"] = lambda share, digits=1: f"{100 * share:.{digits}f} %"
+    environment.filters["percent"] = percent
     return environment
 
 

@@ -3,6 +3,7 @@
 import argparse
 import math
 import shlex
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,9 +15,9 @@ from search import figures, page
 from search.cli import run_cli, say
 from search.error_analysis import ErrorAnalysis, analyse, read_analysis
 from search.files import write_atomically
-from search.leaderboard import duration
 from search.results import COMPLETED, FAILED, RUNNING, SCORES, STOPPED
 from search.run_record import RunRecord, load
+from search.wording import duration, many, percent
 
 EXAMPLES = """
 examples:
@@ -120,7 +121,7 @@ def headline(run: RunRecord) -> str:
     by_status = ", ".join(f"{counts[name]} {name}" for name in (COMPLETED, STOPPED, FAILED, RUNNING) if name in counts)
     minutes = figures.end_times(run)
     took = f" in {duration(60 * minutes.max())}" if len(minutes) else ""
-    return f"{len(run.trials)} trial{'' if len(run.trials) == 1 else 's'}{took}: {by_status}"
+    return f"{many(len(run.trials), 'trial')}{took}: {by_status}"
 
 
 def verdict(run: RunRecord) -> str:
@@ -143,49 +144,61 @@ def _card(name: str, title: str, row: pd.Series, run: RunRecord) -> dict[str, An
     error, interval = row["error_rate"], run.interval(row)
     lines = [f"validation error, trial {row.name}"]
     if interval:
-        low, high = interval
-        lines.append(
-            f"{round(error * run.num_valid)} of {run.num_valid} images wrong; 95 % interval {low:.1%} to {high:.1%}"
-        )
+        low, high = map(percent, interval)
+        wrong = round(error * run.num_valid)
+        lines.append(f"{wrong} of {run.num_valid} images wrong; 95 % interval {low} to {high}")
     if not math.isnan(row["tta_error_rate"]):
-        lines.append(f"{row['tta_error_rate']:.1%} with test-time augmentation")
+        lines.append(f"{percent(row['tta_error_rate'])} with test-time augmentation")
     lines.append(f"{row['seconds']:.0f} s of training and validation")
-    return {"id": name, "title": title, "figure": f"{100 * error:.1f} %", "lines": lines}
+    return {"id": name, "title": title, "figure": percent(error), "lines": lines}
 
 
 def facts(run: RunRecord) -> list[tuple[str, str]]:
-    """What ran and when, as terms and texts."""
-    size, given = run.command.get("group_size", {}), run.command.get("arguments", {})
-    found = [("started", _moment(run.command.get("started_at", "")))]
-    if len(run.epochs):
-        found.append(("last epoch ended", _moment(run.epochs["finished_at"].max())))
-    found.append(("images", str(run.command["data"])))
-    if run.num_train and run.num_valid:
-        classes = f" of {len(run.labels)} classes" if run.labels else ""
-        found.append(
-            (
-                "split",
-                f"{run.num_train} to train on, {run.num_valid} to validate{classes}; seed {run.command['split_seed']}",
-            )
-        )
-    found.append(("searched", ", ".join(f"{name} {values}" for name, values in run.space["dimensions"].items())))
-    if given.get("method"):
-        found.append(("method", f"{given['method']}, seed {run.space['seed']}"))
-    if size:
-        gpus = f" and {size['gpus_per_worker']} GPUs" if size.get("gpus_per_worker") else ""
-        at_once = run.command.get("max_concurrent", 1)
-        workers = (
-            f"{size['num_workers']} worker{'' if size['num_workers'] == 1 else 's'} of {size['cpus_per_worker']:g} CPUs"
-        )
-        found.append(("a trial", f"{workers}{gpus}; {at_once} at once"))
+    """What ran and when, as terms and texts; what is not known is left out."""
+    last = run.epochs["finished_at"].max() if len(run.epochs) else ""
+    method = run.command.get("arguments", {}).get("method")
+    dimensions = "; ".join(f"{name} {values}" for name, values in run.space["dimensions"].items())
+    found = [
+        ("started", _moment(run.command.get("started_at", ""))),
+        ("last epoch ended", _moment(last)),
+        ("images", str(run.command["data"])),
+        ("split", _split(run)),
+        ("searched", dimensions),
+        ("method", f"{method}, seed {run.space['seed']}" if method else ""),
+        ("a trial", _trial_size(run.command)),
+    ]
     return [(term, text) for term, text in found if text]
+
+
+def _split(run: RunRecord) -> str:
+    if not run.num_train or not run.num_valid:
+        return ""
+    classes = f" of {len(run.labels)} classes" if run.labels else ""
+    return f"{run.num_train} to train on, {run.num_valid} to validate{classes}; seed {run.command['split_seed']}"
+
+
+def _trial_size(command: dict[str, Any]) -> str:
+    size, at_once = command.get("group_size"), command.get("max_concurrent", 1)
+    if not size:
+        return ""
+    gpus = f" and {size['gpus_per_worker']} GPUs" if size["gpus_per_worker"] else ""
+    return f"{many(size['num_workers'], 'worker')} of {size['cpus_per_worker']:g} CPUs{gpus}; {at_once} at once"
 
 
 def environment(run: RunRecord) -> list[tuple[str, str]]:
     """Versions and hardware, as terms and texts."""
     versions = ", ".join(f"{name} {version}" for name, version in run.command.get("versions", {}).items())
-    hardware = ", ".join(f"{name} {_said(value)}" for name, value in run.command.get("hardware", {}).items())
-    return [("versions", versions), ("hardware", hardware)]
+    return [("versions", versions), ("hardware", _hardware(run.command.get("hardware", {})))]
+
+
+def _hardware(known: dict[str, Any]) -> str:
+    """Such as "AMD EPYC, 2 CPUs, 24 GiB; 2 nodes of 16 CPUs and 8 GPUs (H100)"."""
+    parts = [str(known[name]) for name in ("processor", "system") if name in known]
+    parts += [f"{known[name]} {unit}" for name, unit in (("cpus", "CPUs"), ("memory_gib", "GiB")) if name in known]
+    nodes = Counter(f"{node['cpus']:g} CPUs and {node['gpus']:g} GPUs" for node in known.get("nodes", []))
+    cluster = " and ".join(f"{many(count, 'node')} of {size}" for size, count in nodes.items())
+    kinds = f" ({', '.join(known['gpu_types'])})" if known.get("gpu_types") else ""
+    return ", ".join(parts) + (f"; Ray: {cluster}{kinds}" if cluster else "")
 
 
 def _winner(run: RunRecord) -> dict[str, Any] | None:
@@ -237,7 +250,7 @@ def table(run: RunRecord) -> list[dict[str, Any]]:
 def _cell(row: pd.Series, column: Column) -> dict[str, str]:
     value = row[column.source]
     missing = isinstance(value, float) and math.isnan(value)
-    text = "" if missing else f"{100 * value:.1f} %" if column.is_share else _said(value)
+    text = "" if missing else percent(value) if column.is_share else _said(value)
     if column.source == "epochs_done":
         text = f"{row['epochs_done']}/{row['epochs_total']}"
     elif column.source == "seconds":
@@ -247,14 +260,8 @@ def _cell(row: pd.Series, column: Column) -> dict[str, str]:
 
 
 def _said(value: Any) -> str:
-    """A number in three digits, nested values as words; anything else as it is."""
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    if isinstance(value, list):
-        return "; ".join(map(_said, value))
-    if isinstance(value, dict):
-        return " ".join(f"{name} {_said(part)}" for name, part in value.items())
-    return str(value)
+    """A number in three digits; anything else as it is."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _moment(text: str) -> str:

@@ -1,7 +1,9 @@
 """From what the cluster has to the workers of a trial and the number of trials at once."""
 
 import math
-from dataclasses import dataclass
+import os
+import platform
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +82,30 @@ def _nodes_of_autoscaler() -> list[Node]:
 
 def _node(resources: dict[str, Any]) -> Node:
     return Node(cpus=resources.get("CPU", 0), gpus=resources.get("GPU", 0))
+
+
+def hardware(nodes: list[Node]) -> dict[str, Any]:
+    """This machine and the nodes of the connected cluster, for the record."""
+    import ray
+
+    kinds = [
+        name.removeprefix("accelerator_type:") for name in ray.cluster_resources() if name.startswith("accelerator")
+    ]
+    return {
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "system": f"{platform.system()} {platform.machine()}",
+        "nodes": [asdict(node) for node in nodes],
+        "gpu_types": sorted(kinds),
+    }
+
+
+def _processor() -> str:
+    """Its name as Linux knows it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -77,8 +76,9 @@ def search(args: argparse.Namespace, folder) -> int:
         method="random" if args.recipes else args.method,  # all proposed already, and none ends early
         max_concurrent=trials_at_once(nodes, size, args.max_concurrent),
         recipes=space.recipes[args.recipes] if args.recipes else (),
+        report=args.report,
     )
-    write_command(args, options)
+    write_command(args, options, nodes)
     return run(options, resume=args.resume)
 
 
@@ -135,6 +135,7 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     else:
         console.print(leaderboard(rows, list(options.space.dimensions)))
     say(f"{len(rows)} trials in {duration(seconds)}: {counts(rows)}")
+    write_last_report(options, analysis=options.report == "full" and not interrupted)
     if interrupted:
         say(f"interrupted. Go on with: python -m search.run --resume --name {options.folder.path.name}")
         return INTERRUPTED
@@ -153,13 +154,33 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
         beside = f"; trial 0, the space's own recipe: {100 * first['error_rate']:.1f} %"
     say(f"best: trial {best[0]['number']} with {100 * best[0]['error_rate']:.1f} % validation error{averaged}{beside}")
     say(f"table: {options.folder}/trials.csv    best checkpoint: {options.folder}/best/")
+    if options.folder.report.is_file():
+        say(f"report: {options.folder}/report.html    dashboard: python -m search.dashboard {options.folder}")
     say(f"next: python -m search.export {options.folder} --out exported")
     return 0
 
 
-def write_command(args: argparse.Namespace, options) -> None:
+def write_last_report(options, *, analysis: bool) -> None:
+    """The report of a search that has ended. Whatever goes wrong with it, the search has its results."""
+    from search.live_report import end_live_report
+    from search.report import write_report
+    from search.run_record import load
+
+    if options.report == "off":
+        return
+    end_live_report(options.folder)
+    try:
+        write_report(load(options.folder.path), options.folder.report, analysis=analysis)
+    except ValueError as error:
+        say(f"no report: {error}")
+    except KeyboardInterrupt:
+        say(f"left out. Once more: python -m search.report {options.folder}")
+
+
+def write_command(args: argparse.Namespace, options, nodes: list) -> None:
     """What ran, on what: for the report, and for `--resume`."""
     from search.files import write_atomically
+    from search.resources import hardware
 
     options.folder.path.mkdir(parents=True, exist_ok=True)
     packages = ("finetune-search", "ray", "torch", "torchvision", "timm", "optuna")
@@ -173,7 +194,7 @@ def write_command(args: argparse.Namespace, options) -> None:
         "max_concurrent": options.max_concurrent,
         "started_at": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()},
+        "hardware": hardware(nodes),
     }
     write_atomically(options.folder.command, json.dumps(command, indent=2) + "\n")
     space = asdict(options.space) | {"dimensions": {n: str(d) for n, d in options.space.dimensions.items()}}

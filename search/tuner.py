@@ -7,6 +7,7 @@ from typing import Any
 from ray import tune
 
 from search.leaderboard import Leaderboard
+from search.live_report import LiveReport
 from search.results import ResultsTable, RunFolder, TooManyFailures
 from search.scheduler import ProgressHalvingScheduler
 from search.searcher import METRIC, OptunaSearcher
@@ -37,6 +38,7 @@ class RunOptions:
     method: str
     max_concurrent: int
     recipes: tuple[NamedRecipe, ...] = ()  # the trials are these and no others
+    report: str = "full"  # or tables, or off
 
 
 def new_tuner(options: RunOptions) -> tune.Tuner:
@@ -50,6 +52,7 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
         labels=options.labels,
     )
     import_tensorboardx()
+    live_report = [] if options.report == "off" else [LiveReport(options.folder)]
     leaderboard = Leaderboard(table, num_trials=options.num_trials, time_budget=options.time_budget)
     return tune.Tuner(
         trainable(options, settings),
@@ -66,7 +69,7 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
         run_config=tune.RunConfig(
             name=options.folder.tune.name,
             storage_path=str(options.folder.path),
-            callbacks=[table, leaderboard, tune.logger.TBXLoggerCallback()],
+            callbacks=[table, leaderboard, tune.logger.TBXLoggerCallback(), *live_report],
             stop=TooManyFailures(table, MOST_FAILURES),
             failure_config=tune.FailureConfig(max_failures=ACTOR_RETRIES),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),

@@ -87,6 +87,8 @@ class Search:
 
 def start(folder: Path, data: Path, *arguments: object) -> Search:
     one_at_a_time = ("--max-concurrent", 1, "--cpus-per-worker", 1, "--seed", SEED)
+    if "--report" not in arguments:
+        arguments = (*arguments, "--report", "off")  # it has tests of its own
     settings = [word for setting in SETTINGS for word in ("--set", setting)]
     return Search(folder, "--space", "quickstart", "--data", data, *one_at_a_time, *settings, *arguments)
 
@@ -94,7 +96,9 @@ def start(folder: Path, data: Path, *arguments: object) -> Search:
 @pytest.fixture(scope="module")
 def undisturbed(class_folders, search_cache, tmp_path_factory) -> Search:
     """A search from start to end, and which of its processes had torch in memory."""
-    search = start(tmp_path_factory.mktemp("results") / "undisturbed", class_folders, "--trials", NUM_TRIALS)
+    search = start(
+        tmp_path_factory.mktemp("results") / "undisturbed", class_folders, "--trials", NUM_TRIALS, "--report", "full"
+    )
     search.wait_for("trial 1 .*epoch 1/")
     titles = {"trial actor": "ray::(FineTuneTrial|ResourceTrainable)", "worker": "ray::RayTrainWorker"}
     search.has_torch = {name: [maps_torch(pid) for pid in search.processes(title)] for name, title in titles.items()}
@@ -113,6 +117,15 @@ def test_a_search_ends_well_and_says_what_it_found(undisturbed):
     for part in (undisturbed.folder / "trials.csv", undisturbed.folder / "best", "python -m search.export"):
         assert str(part) in text
     assert "Traceback" not in text
+
+
+def test_a_search_leaves_its_report_with_the_errors_of_the_winner(undisturbed):
+    best = min(completed(undisturbed.folder), key=lambda row: (float(row["error_rate"]), float(row["valid_loss"])))
+    assert f"labelling the validation images with trial {best['number']} for the report" in undisturbed.text
+    assert f"report: {undisturbed.folder}/report.html" in undisturbed.text
+    page = (undisturbed.folder / "report.html").read_text()
+    assert f"The winner: trial {best['number']}" in page and 'id="confusion"' in page and 'id="top-losses"' in page
+    assert "still going on" not in page
 
 
 def test_the_tables_hold_every_trial_and_every_epoch(undisturbed):

@@ -1,0 +1,17 @@
+"""Numbers as people read them, the same everywhere."""
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def duration(seconds: float) -> str:
+    """Such as 3 h 20 min, 3 min 8 s, or 8 s."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def many(count: int, what: str) -> str:
+    """Such as 1 trial, or 2 trials."""
+    return f"{count} {what}{'' if count == 1 else 's'}"

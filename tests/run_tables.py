@@ -1,0 +1,129 @@
+"""A run folder made of tables alone, in a moment: as many trials as wanted, with the ends that trials come to."""
+
+import csv
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from PIL import Image
+
+from search.results import COMPLETED, EPOCH_COLUMNS, FAILED, METRICS, STOPPED, as_csv
+from trainables.recipe import Recipe
+
+DIMENSIONS = {"arch": "resnet18, resnet34", "epochs": "1..3", "lr_max": "0.0001..0.01 (log)", "mixup_alpha": "0..0.4"}
+DISTRIBUTIONS = {
+    "arch": optuna.distributions.CategoricalDistribution(["resnet18", "resnet34"]),
+    "epochs": optuna.distributions.IntDistribution(1, 3),
+    "lr_max": optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True),
+    "mixup_alpha": optuna.distributions.FloatDistribution(0, 0.4),
+}
+NUM_VALID = 20
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def write_run(
+    folder: Path,
+    *,
+    num_trials: int = 10,
+    labels: Sequence[str] = ("cat", "dog", "emu"),
+    reason: str = "loss is nan",
+    arch: str = "resnet18",
+    name: str = "pets",
+    shift: float = 0.0,
+) -> Path:
+    """Every fifth trial was stopped early, every seventh failed; `shift` is added to all error rates."""
+    rng = np.random.default_rng(num_trials)
+    folder.mkdir(parents=True, exist_ok=True)
+    trials, epochs = [], []
+    clock = START
+    for number in range(num_trials):
+        config = {"arch": arch if number % 2 else "resnet34", "epochs": 1 + number % 3}
+        config |= {"lr_max": float(10 ** rng.uniform(-4, -2)), "mixup_alpha": float(rng.uniform(0, 0.4))}
+        total = config["epochs"] + 1
+        status = STOPPED if number % 5 == 3 else FAILED if number % 7 == 5 else COMPLETED
+        ended = total if status == COMPLETED else total - 1
+        # lower rates do better, so that there is something to find
+        base = 0.2 + shift + 0.1 * np.log10(config["lr_max"] / 1e-4)
+        errors = [round(max(0, base + 0.1 * (total - epoch)) * NUM_VALID) / NUM_VALID for epoch in range(1, ended + 1)]
+        for epoch, error in enumerate(errors, 1):
+            clock += timedelta(seconds=10)
+            row = {"number": number, "trial_id": f"t{number}", "epoch": epoch, "error_rate": error}
+            row |= {"stage": "frozen" if epoch == 1 else "unfrozen", "train_loss": 1.0, "valid_loss": error + 0.01}
+            row |= {"train_seconds": 8.0, "valid_seconds": 2.0, "train_images": 80, "valid_images": NUM_VALID}
+            epochs.append(row | {"finished_at": clock.isoformat(timespec="seconds")})
+        metrics = {"error_rate": errors[-1], "valid_loss": errors[-1] + 0.01, "accuracy": 1 - errors[-1]}
+        if status == FAILED:
+            metrics = dict.fromkeys(metrics, float("nan"))
+        why = {STOPPED: "error_rate 0.5000 above the cut-off 0.4000 of rung 50 %", FAILED: reason, COMPLETED: ""}
+        trials.append(
+            {"number": number, "trial_id": f"t{number}", "status": status, **metrics, "epochs_done": ended}
+            | {"epochs_total": total, "seconds": 10.0 * ended, **config, "reason": why[status]}
+        )
+    columns = ["number", "trial_id", "status", *METRICS, "seconds", *DIMENSIONS, "reason"]
+    (folder / "trials.csv").write_text(as_csv(columns, trials))
+    (folder / "epochs.csv").write_text(as_csv(EPOCH_COLUMNS, epochs))
+    _write_frame(folder, name)
+    _write_study(folder, name, trials)
+    done = [row for row in trials if row["status"] == COMPLETED]
+    if done:
+        _write_winner(folder, min(done, key=lambda row: (row["error_rate"], row["valid_loss"])), labels)
+    return folder
+
+
+def _write_frame(folder: Path, name: str) -> None:
+    command = {
+        "argv": ["--space", name, "--set", "arch=resnet18,resnet34"],
+        "arguments": {"method": "tpe-asha"},
+        "data": str(folder / "images"),
+        "split_seed": 0,
+        "group_size": {"num_workers": 1, "cpus_per_worker": 2, "gpus_per_worker": 0},
+        "max_concurrent": 1,
+        "started_at": START.isoformat(),
+        "versions": {"python": "3.11.7", "ray": "2.60.0"},
+        "hardware": {"processor": "AMD EPYC", "cpus": 2, "memory_gib": 24, "nodes": [{"cpus": 2, "gpus": 0}]},
+    }
+    space = {"name": name, "doc": "photos", "dimensions": DIMENSIONS, "seed": 6}
+    (folder / "command.json").write_text(json.dumps(command))
+    (folder / "space.json").write_text(json.dumps(space))
+
+
+def _write_study(folder: Path, name: str, trials: list[dict]) -> None:
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(folder / "study.journal"))), study_name=name
+    )
+    done = [row for row in trials if row["status"] == COMPLETED and row["arch"] in ("resnet18", "resnet34")]
+    for row in done:
+        params = {name: row[name] for name in DIMENSIONS}
+        study.add_trial(optuna.trial.create_trial(value=row["error_rate"], params=params, distributions=DISTRIBUTIONS))
+
+
+def _write_winner(folder: Path, row: dict, labels: Sequence[str]) -> None:
+    best, interpretation, images = folder / "best", folder / "interpretation", folder / "images"
+    for made in (best, interpretation, images):
+        made.mkdir()
+    (best / "model.safetensors").touch()
+    recipe = Recipe.from_dict({name: row[name] for name in DIMENSIONS if name != "arch"})
+    preprocessing = {"presize": 64, "image_size": 48, "mean": [0.5] * 3, "std": [0.5] * 3, "resize_method": "crop"}
+    contents = {"recipe": recipe.to_dict(), "labels": list(labels), "metrics": {"trial_id": row["trial_id"]}}
+    for name, content in (contents | {"preprocessing": preprocessing}).items():
+        (best / f"{name}.json").write_text(json.dumps(content))
+    (interpretation / "metrics.json").write_text(json.dumps(contents["metrics"]))
+    counts = 5 * np.eye(len(labels), dtype=int)
+    counts[0, 1] = 2
+    _write_csv(
+        interpretation / "confusion_matrix.csv",
+        [("actual", *labels), *((name, *row) for name, row in zip(labels, counts.tolist(), strict=True))],
+    )
+    Image.new("RGB", (64, 48), (200, 30, 30)).save(images / "0.jpg")
+    losses = [("0.jpg", labels[1], labels[0], "2.5", "0.9"), ("gone.jpg", labels[1], labels[0], "1.5", "0.8")]
+    _write_csv(interpretation / "top_losses.csv", [("path", "predicted", "actual", "loss", "probability"), *losses])
+
+
+def _write_csv(path: Path, rows: list) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)

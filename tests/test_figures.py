@@ -1,0 +1,115 @@
+"""The charts of a report: they draw what the tables say, and their captions say it in words."""
+
+import numpy as np
+import pytest
+from run_tables import write_run
+
+from search import figures
+from search.run_record import load
+from trainables.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return load(write_run(tmp_path_factory.mktemp("runs") / "ten"))
+
+
+def trace(chart, name):
+    return next(trace for trace in chart.figure.data if trace.name == name)
+
+
+def test_the_incumbent_only_ever_gets_better_and_ends_at_the_winner(run):
+    chart = figures.incumbent(run)
+    errors = trace(chart, "best so far").y
+    assert list(errors) == sorted(errors, reverse=True)
+    assert errors[-1] == run.best["error_rate"] < errors[0]
+    assert f"the best so far is trial {run.best.name} with {100 * run.best['error_rate']:.1f} %" in chart.caption
+
+
+def test_time_counts_from_the_start_of_the_first_epoch(run):
+    assert figures.end_times(run)[0] == pytest.approx(20 / 60)  # two epochs of ten seconds
+
+
+def test_every_trial_has_a_curve_and_the_stopped_ones_end_in_a_cross_with_the_rung(run):
+    chart = figures.learning_curves(run)
+    drawn = sum(len(t.x) - list(t.x).count(None) for t in chart.figure.data if t.mode == "lines+markers")
+    assert drawn == len(run.epochs)
+    crosses = trace(chart, "where it was stopped")
+    assert list(crosses.text) == [f"trial {n}: error_rate 0.5000 above the cut-off 0.4000 of rung 50 %" for n in (3, 8)]
+    assert "2 trials ended early: 2 at rung 50 % of the unfrozen stage" in chart.caption
+
+
+def test_parallel_coordinates_pass_the_best_trial_last_and_name_both_ends_of_an_axis(run):
+    chart = figures.parallel_coordinates(run)
+    best = trace(chart, "best quarter")
+    assert {text for text in best.text if text} >= {f"trial {run.best.name}"}
+    scored = run.trials["error_rate"].dropna()
+    said = {note.text for note in chart.figure.layout.annotations}
+    assert {f"{scored.min():.3g}", f"{scored.max():.3g}", "resnet18", "resnet34"} <= said
+    assert all(0 <= y <= 1 for t in chart.figure.data for y in t.y if y is not None)
+    assert list(chart.figure.layout.xaxis.ticktext) == [*run.dimensions, "error_rate"]
+
+
+def test_what_moves_the_error_is_the_most_important(tmp_path):
+    shares = figures.importances(load(write_run(tmp_path / "run", num_trials=60)))
+    assert next(iter(shares)) == "lr_max"
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_the_front_holds_no_trial_that_another_beats_in_both(run):
+    front = figures.pareto_front(run.completed)
+    for _, row in run.completed.iterrows():
+        better = front[(front["seconds"] <= row["seconds"]) & (front["error_rate"] <= row["error_rate"])]
+        assert len(better)
+    assert (front["error_rate"].diff().dropna() < 0).all() and (front["seconds"].diff().dropna() > 0).all()
+
+
+def test_rates_and_momentum_are_those_of_the_one_cycle_schedule():
+    recipe = Recipe.from_dict({"freeze_epochs": 1, "epochs": 3, "lr_max": 0.01, "lr_ratio": 100, "pct_start": 0.3})
+    epochs, earliest, head, momentum = map(np.asarray, figures.schedule_curves(recipe, points=1000))
+    unfrozen = epochs >= 1
+    assert head[unfrozen].max() == pytest.approx(0.01, rel=1e-3)
+    assert earliest[unfrozen].max() == pytest.approx(0.0001, rel=1e-3)
+    assert epochs[unfrozen][head[unfrozen].argmax()] == pytest.approx(1 + 0.3 * 3, abs=0.01)
+    assert head[~unfrozen].max() == pytest.approx(recipe.lr_max_frozen, rel=1e-3)
+    assert momentum.min() == pytest.approx(recipe.mom_low, abs=1e-4) and momentum[0] == recipe.mom_high
+
+
+def test_without_a_frozen_stage_the_schedule_starts_unfrozen():
+    recipe = Recipe.from_dict({"freeze_epochs": 0, "epochs": 2})
+    epochs, *_ = figures.schedule_curves(recipe)
+    assert epochs[0] == 0 and max(epochs) < 2
+    assert "frozen up to" not in figures.schedule(recipe).caption.replace("unfrozen up to", "")
+
+
+def test_a_confusion_matrix_of_many_classes_shows_those_with_the_most_errors():
+    counts = 3 * np.eye(100, dtype=np.int64)
+    counts[7, 93] = 5
+    names = [f"class {i}" for i in range(100)]
+    chart = figures.confusion(counts, names)
+    shown = list(chart.figure.layout.xaxis.ticktext)
+    assert len(shown) == 40 and {"class 7", "class 93"} <= set(shown)
+    wrong = trace(chart, "wrong")
+    assert wrong.z[shown.index("class 7")][shown.index("class 93")] == 5 / 8
+    assert "5 of 305 validation images are wrong" in chart.caption
+
+
+def test_names_are_text_not_markup(tmp_path):
+    run = load(write_run(tmp_path / "run", arch="<b>bold</b>"))
+    charts = [*figures.search_charts(run), figures.confusion(np.eye(1, dtype=np.int64), ["<a href='x'>"])]
+    for chart in charts:
+        assert "<b>" not in chart.figure.to_json().replace("\\u003c", "<")
+        assert "<a " not in chart.figure.to_json().replace("\\u003c", "<")
+
+
+@pytest.mark.parametrize("num_trials", [0, 1, 2])
+def test_of_few_trials_is_drawn_what_there_is(tmp_path, num_trials):
+    names = [chart.name for chart in figures.search_charts(load(write_run(tmp_path / "run", num_trials=num_trials)))]
+    expected = {0: [], 1: ["incumbent", "learning-curves", "cost"]}
+    assert names == expected.get(num_trials, ["incumbent", "learning-curves", "parallel", "cost"])
+
+
+def test_long_names_are_shortened_where_they_differ():
+    assert figures.shortened(["tf_efficientnet_lite0", "tf_efficientnet_lite2"]) == ["…0", "…2"]
+    assert figures.shortened(["resnet18", "resnet34"]) == ["resnet18", "resnet34"]
+    assert figures.shortened(["a_very_long_architecture"]) == ["a_very_long_…"]
