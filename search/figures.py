@@ -29,8 +29,8 @@ STATUS_MARKS = {
     RUNNING: {"color": GREY, "symbol": "circle-open"},
 }
 FAMILIES = [(BLUE, "circle"), (ORANGE, "square"), (GREEN, "diamond"), (PURPLE, "cross"), (SKY, "triangle-up")]
-RIGHT_COLOURS = [[0, "#cfe3f1"], [1, BLUE]]
-WRONG_COLOURS = [[0, "#fbe0bd"], [0.5, RED], [1, RED]]
+RIGHT_COLOURS = [[0, "#e3f2fc"], [1, SKY]]  # dark numbers are legible on all of them
+WRONG_COLOURS = [[0, "#fdf0d5"], [0.5, ORANGE], [1, ORANGE]]
 LEAST_FOR_IMPORTANCE = 5  # completed trials; of fewer nothing can be said
 NUM_CONFUSED_CLASSES = 40  # more are no longer legible in one matrix
 
@@ -117,7 +117,7 @@ def learning_curves(run: RunRecord) -> Chart | None:
             mode="markers",
             name="where it was stopped",
             marker=STATUS_MARKS[STOPPED] | {"size": 10},
-            text=[f"trial {number}: {_plain(row['reason'])}" for number, row in stopped.iterrows()],
+            text=[f"trial {number}: {plain(row['reason'])}" for number, row in stopped.iterrows()],
             hovertemplate="%{text}<extra></extra>",
         )
     if best is not None:
@@ -141,14 +141,14 @@ def parallel_coordinates(run: RunRecord) -> Chart | None:
     axes = [_Axis(name, scored[name], "(log)" in run.space["dimensions"][name]) for name in run.dimensions]
     axes.append(_Axis("error_rate", scored["error_rate"], log=False))
     positions = np.column_stack([axis.positions for axis in axes])
-    ranks = scored["error_rate"].rank(method="first", pct=True).to_numpy()
+    ranks = (scored["error_rate"].rank(method="first").to_numpy() - 1) / len(scored)
     figure = go.Figure()
     groups = [("worst quarter", 0.75, 1.0, GREY), ("third quarter", 0.5, 0.75, SKY)]
     groups += [("second quarter", 0.25, 0.5, BLUE), ("best quarter", 0.0, 0.25, ORANGE)]
     for name, low, high, colour in groups:
-        inside = np.flatnonzero((ranks > low) & (ranks <= high))
+        inside = np.flatnonzero((ranks >= low) & (ranks < high))
         x, y, text = _joined(
-            (range(len(axes)), positions[i], [_plain(f"trial {scored.index[i]}")] * len(axes)) for i in inside
+            (range(len(axes)), positions[i], [plain(f"trial {scored.index[i]}")] * len(axes)) for i in inside
         )
         figure.add_scatter(
             x=x,
@@ -162,10 +162,11 @@ def parallel_coordinates(run: RunRecord) -> Chart | None:
         )
     for i, axis in enumerate(axes):
         for position, label in axis.ticks:
-            figure.add_annotation(x=i, y=position, text=_plain(label), showarrow=False, xshift=4, xanchor="left")
-    names = [_plain(axis.name) for axis in axes]
+            figure.add_annotation(x=i, y=position, text=plain(label), showarrow=False, xshift=4, xanchor="left")
+    names = [plain(axis.name) for axis in axes]
     figure.update_xaxes(tickvals=list(range(len(axes))), ticktext=names, range=[-0.1, len(axes) - 0.3])
     figure.update_yaxes(visible=False, range=[-0.05, 1.05])
+    figure.update_layout(meta={"min_width": 80 * len(axes)})
     caption = (
         f"Each line is one of {len(scored)} trials with a score; it crosses the axis of every searched setting at its "
         "value. Choose a quarter in the legend to hide or show it."
@@ -182,7 +183,7 @@ def importance(run: RunRecord) -> Chart | None:
     figure = go.Figure()
     figure.add_bar(
         x=[shares[name] for name in names],
-        y=[_plain(name) for name in names],
+        y=[plain(name) for name in names],
         orientation="h",
         marker={"color": BLUE},
         hovertemplate="%{y}: %{x:.0%}<extra></extra>",
@@ -221,7 +222,7 @@ def cost(run: RunRecord) -> Chart | None:
             x=some["seconds"],
             y=some["error_rate"],
             mode="markers",
-            name=_plain(kind),
+            name=plain(kind),
             marker={"color": colour, "symbol": symbol, "size": 10},
             text=[f"trial {number}" for number in some.index],
             hovertemplate="%{text}: %{y:.1%} in %{x:.0f} s<extra></extra>",
@@ -293,7 +294,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str]) -> Chart:
     wrong = counts.sum(axis=0) + counts.sum(axis=1) - 2 * counts.diagonal()
     shown = np.sort(np.argsort(-wrong, kind="stable")[:NUM_CONFUSED_CLASSES])
     part = counts[np.ix_(shown, shown)]
-    names = [_plain(classes[i]) for i in shown]
+    names = [plain(classes[i]) for i in shown]
     share = part / np.maximum(counts[shown].sum(axis=1, keepdims=True), 1)
     places = list(range(len(shown)))
     said = [[f"{n} of {actual} taken for {predicted}" for predicted, n in zip(names, row, strict=True)]
@@ -308,6 +309,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str]) -> Chart:
             z=np.where(where & (part > 0), share, np.nan),
             text=np.where(part > 0, part.astype(str), ""),
             texttemplate="%{text}",
+            textfont={"color": "#1c2128"},
             customdata=said,
             hovertemplate="%{customdata}<extra></extra>",
             colorscale=colours,
@@ -408,6 +410,6 @@ def shortened(names: Sequence[str], most: int = 13) -> list[str]:
     return [name if len(name) <= most else f"{name[: most - 1]}…" for name in names]
 
 
-def _plain(text: Any) -> str:
+def plain(text: Any) -> str:
     """`text` for plotly, which takes some HTML tags in texts for markup."""
     return escape(str(text), quote=False)

@@ -195,10 +195,14 @@ def _hardware(known: dict[str, Any]) -> str:
     """Such as "AMD EPYC, 2 CPUs, 24 GiB; 2 nodes of 16 CPUs and 8 GPUs (H100)"."""
     parts = [str(known[name]) for name in ("processor", "system") if name in known]
     parts += [f"{known[name]} {unit}" for name, unit in (("cpus", "CPUs"), ("memory_gib", "GiB")) if name in known]
-    nodes = Counter(f"{node['cpus']:g} CPUs and {node['gpus']:g} GPUs" for node in known.get("nodes", []))
+    nodes = Counter(_node(**node) for node in known.get("nodes", []))
     cluster = " and ".join(f"{many(count, 'node')} of {size}" for size, count in nodes.items())
     kinds = f" ({', '.join(known['gpu_types'])})" if known.get("gpu_types") else ""
     return ", ".join(parts) + (f"; Ray: {cluster}{kinds}" if cluster else "")
+
+
+def _node(cpus: float, gpus: float) -> str:
+    return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
 
 
 def _winner(run: RunRecord) -> dict[str, Any] | None:

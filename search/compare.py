@@ -1,0 +1,223 @@
+"""Runs side by side, in the terminal and as one HTML file: `python -m search.compare RUN RUN...`."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import plotly.graph_objects as go
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from search import page
+from search.cli import run_cli, say
+from search.figures import FAMILIES, Chart, end_times, importances, plain
+from search.files import write_atomically
+from search.results import COMPLETED, FAILED, STOPPED
+from search.run_record import RunRecord, load
+from search.wording import duration, many, percent
+
+EXAMPLES = """
+examples:
+  python -m search.compare results/pets-20250101-120000 results/pets-20250102-090000
+      best errors with intervals, what they cost, which settings mattered, and the winners' recipes
+  python -m search.compare results/pets-* --out compare.html
+      the same with charts, as one HTML file
+
+Exit code 0, or 2 if a run or an option is no good.
+"""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run in the comparison, everything as text; empty where it is not known."""
+
+    name: str
+    best: str
+    interval: str
+    first: str
+    trials: str
+    epochs: str
+    trained: str
+    took: str
+
+
+HEADINGS = Line("run", "best", "95 % interval", "trial 0", "trials", "epochs", "trained", "took")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m search.compare",
+        description="Put runs side by side: best error, budget, importance of the settings, and the winners' recipes.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the folder of a run; two or more")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the comparison as HTML, too")
+    args = parser.parse_args(argv)
+    if len(args.runs) < 2:
+        parser.error("a comparison needs two runs or more")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    runs = [load(path) for path in args.runs]
+    names = short_names([run.path for run in runs])
+    console = Console() if os.isatty(1) else Console(width=200)
+    for title, table in tables(runs, names).items():
+        say(f"\n{title}")
+        console.print(_rich(table))
+    for warning in warnings(runs, names):
+        say(f"\nwarning: {warning}")
+    if args.out:
+        out = args.out.expanduser()
+        try:
+            write_atomically(out, render(runs, names))
+        except OSError as error:
+            raise ValueError(f"{out} cannot be written: {error}. Make room, or give another --out.") from error
+        say(f"\ncomparison: {out}")
+    return 0
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, or as much of their paths as tells them apart. Raises `ValueError` for the same one twice."""
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    twice = next(path for path in paths if paths.count(path) > 1)
+    raise ValueError(f"{twice} is given twice. Give each run once.")
+
+
+def tables(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str, list[list[str]]]:
+    """The comparison as tables by title, each with its headings as first row."""
+    lines = [HEADINGS, *(line(run, name) for run, name in zip(runs, names, strict=True))]
+    dimensions = list(dict.fromkeys(name for run in runs for name in run.dimensions))
+    shares = [importances(run) for run in runs]
+    head = ["setting", *names]
+    rated = [[name, *(percent(found[name], 0) if name in found else "" for found in shares)] for name in dimensions]
+    recipes = [[name, *(_setting(run, name) for run in runs)] for name in dimensions]
+    found = {"Best error and budget": [list(vars(one).values()) for one in lines]}
+    if any(shares):
+        found["Importance of the settings (PED-ANOVA; empty: too few trials, or not searched)"] = [head, *rated]
+    return found | {"The winners' recipes": [head, *recipes]}
+
+
+def line(run: RunRecord, name: str) -> Line:
+    best, first = run.best, run.first
+    low_high = run.interval(best) if best is not None else None
+    counts = run.trials["status"].value_counts()
+    ended = ", ".join(f"{counts[status]} {status}" for status in (COMPLETED, STOPPED, FAILED) if status in counts)
+    minutes = end_times(run)
+    return Line(
+        name=name,
+        best="none completed" if best is None else f"{percent(best['error_rate'])} (trial {best.name})",
+        interval=" to ".join(map(percent, low_high)) if low_high else "",
+        first="" if first is None else percent(first["error_rate"]),
+        trials=f"{len(run.trials)}: {ended}" if ended else str(len(run.trials)),
+        epochs=str(len(run.epochs)),
+        trained=duration(run.trials["seconds"].sum()),
+        took=duration(60 * minutes.max()) if len(minutes) else "",
+    )
+
+
+def warnings(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
+    """Why the errors of these runs may not be comparable."""
+    splits = {(run.command["data"], run.command["split_seed"], run.num_valid) for run in runs}
+    if len(splits) == 1:
+        return []
+    said = "; ".join(
+        f"{name}: {run.command['data']}, seed {run.command['split_seed']}, {run.num_valid or 'unknown'} images"
+        for name, run in zip(names, runs, strict=True)
+    )
+    return [f"the runs did not validate on the same images, so their errors are not comparable ({said})"]
+
+
+def _setting(run: RunRecord, name: str) -> str:
+    """The winner's value of a setting, searched or not."""
+    if run.best is None:
+        return ""
+    value = run.best[name] if name in run.best else run.space.get("settings", {}).get(name, "")
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _rich(rows: list[list[str]]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for i, heading in enumerate(rows[0]):
+        table.add_column(Text(heading), justify="right" if i else "left", overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))  # a name is no markup
+    return table
+
+
+# --- HTML -------------------------------------------------------------------------------------------------------------
+
+
+def render(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
+    """The comparison as one HTML file that opens without a network."""
+    charts = [chart for chart in (incumbents(runs, names), weights(runs, names)) if chart is not None]
+    return page.render(
+        "compare.html",
+        charts,
+        title=f"{many(len(runs), 'run')} compared",
+        warnings=warnings(runs, names),
+        tables=tables(runs, names),
+        chart_names=[chart.name for chart in charts],
+    )
+
+
+def incumbents(runs: Sequence[RunRecord], names: Sequence[str]) -> Chart | None:
+    """Error of each run's best trial over the seconds of training that all its trials had until then."""
+    figure, said = go.Figure(), []
+    for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+        minutes = end_times(run)
+        trials = run.trials.assign(minutes=minutes).sort_values("minutes")
+        done = trials.assign(spent=trials["seconds"].cumsum() / 60)
+        done = done[done["status"] == COMPLETED]
+        if done.empty:
+            continue
+        best = list(accumulate(done["error_rate"], min))
+        colour, symbol = FAMILIES[i % len(FAMILIES)]
+        figure.add_scatter(
+            x=done["spent"],
+            y=best,
+            name=plain(name),
+            mode="lines+markers",
+            line={"color": colour, "width": 3, "shape": "hv"},
+            marker={"symbol": symbol, "size": 8},
+            hovertemplate="%{y:.1%} after %{x:.1f} min of training<extra></extra>",
+        )
+        said.append(f"{name} comes to {percent(best[-1])} in {done['spent'].iloc[-1]:.1f} min")
+    if not said:
+        return None
+    figure.update_xaxes(title_text="minutes of training and validation, all trials together", rangemode="tozero")
+    figure.update_yaxes(title_text="validation error", tickformat=".0%", rangemode="tozero")
+    return Chart("incumbents", "Error of the best trial over the budget", f"{'; '.join(said)}.", figure)
+
+
+def weights(runs: Sequence[RunRecord], names: Sequence[str]) -> Chart | None:
+    """Importance of each setting in each run, side by side."""
+    figure, said = go.Figure(), []
+    for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+        if not (shares := importances(run)):
+            continue
+        figure.add_bar(
+            x=[plain(setting) for setting in shares],
+            y=list(shares.values()),
+            name=plain(name),
+            marker={"color": FAMILIES[i % len(FAMILIES)][0]},
+        )
+        first, share = next(iter(shares.items()))
+        said.append(f"in {name} most depends on {first} ({percent(share, 0)})")
+    if not said:
+        return None
+    figure.update_yaxes(title_text="share of the importance", tickformat=".0%")
+    return Chart("importances", "Importance of the settings", f"{'; '.join(said).capitalize()}.", figure)
+
+
+if __name__ == "__main__":
+    run_cli(main)
