@@ -20,8 +20,8 @@ def prepare_environment() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
-def start_ray(address: str | None):
-    """Connect to a cluster or start Ray here; the nodes that a search can use."""
+def start_ray(address: str | None) -> tuple[list, str]:
+    """Connect to a cluster or start Ray here: the nodes that a search can use, and host:port of Ray's dashboard."""
     import logging
 
     import ray
@@ -41,7 +41,7 @@ def start_ray(address: str | None):
     )
     if context.dashboard_url:
         say(f"Ray's dashboard: http://{context.dashboard_url}")
-    return cluster_nodes()
+    return cluster_nodes(), context.dashboard_url or ""
 
 
 def check_address(address: str | None) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from search.arguments import parse_arguments, saved_arguments
 from search.cli import INTERRUPTED, Interruptible, run_cli, say
@@ -48,8 +49,8 @@ def search(args: argparse.Namespace, folder) -> int:
     images = find_data(space, args)
     check_weights(space, args)
     presize_here(space, images, args)
-    nodes = start_ray(args.address)
-    from search.resources import group_size, trials_at_once
+    nodes, ray_dashboard = start_ray(args.address)
+    from search.resources import group_size, hardware, trials_at_once
 
     size = group_size(
         nodes,
@@ -78,7 +79,7 @@ def search(args: argparse.Namespace, folder) -> int:
         recipes=space.recipes[args.recipes] if args.recipes else (),
         report=args.report,
     )
-    write_command(args, options, nodes)
+    write_command(args, options, ray_dashboard=ray_dashboard, hardware=hardware(nodes))
     return run(options, resume=args.resume)
 
 
@@ -112,7 +113,7 @@ def announce(options) -> None:
         f"{size.cpus_per_worker:g} CPUs{gpus}; the first one waits for its workers to start"
     )
     say(f"results: {folder}/")
-    say(f"curves: tensorboard --logdir {folder}/tune (pip install tensorboard)")
+    say(f"watch: python -m search.dashboard {folder} (pip install 'finetune-search[dashboard]')")
 
 
 def conclude(options, seconds: float, *, interrupted: bool) -> int:
@@ -177,10 +178,9 @@ def write_last_report(options, *, analysis: bool) -> None:
         say(f"left out. Once more: python -m search.report {options.folder}")
 
 
-def write_command(args: argparse.Namespace, options, nodes: list) -> None:
+def write_command(args: argparse.Namespace, options, **found: Any) -> None:
     """What ran, on what: for the report, and for `--resume`."""
     from search.files import write_atomically
-    from search.resources import hardware
 
     options.folder.path.mkdir(parents=True, exist_ok=True)
     packages = ("finetune-search", "ray", "torch", "torchvision", "timm", "optuna")
@@ -194,7 +194,7 @@ def write_command(args: argparse.Namespace, options, nodes: list) -> None:
         "max_concurrent": options.max_concurrent,
         "started_at": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "hardware": hardware(nodes),
+        **found,
     }
     write_atomically(options.folder.command, json.dumps(command, indent=2) + "\n")
     space = asdict(options.space) | {"dimensions": {n: str(d) for n, d in options.space.dimensions.items()}}

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import command_line, descendants, left_after
 from tiny_run import draw_images
 
 from search.space import load_space
@@ -335,38 +336,5 @@ def without(rows: list[dict[str, str]], names: tuple[str, ...]) -> list[dict[str
     return [{name: value for name, value in row.items() if name not in names} for row in rows]
 
 
-def descendants(pid: int) -> set[int]:
-    """Processes below `pid`, without itself."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            children.setdefault(parent, []).append(int(entry.name))
-    found, waiting = set(), [pid]
-    while waiting:
-        below = children.get(waiting.pop(), [])
-        found.update(below)
-        waiting += below
-    return found
-
-
-def command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""
-
-
 def maps_torch(pid: int) -> bool:
     return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
-
-
-def left_after(seconds: float, pids: set[int]) -> list[str]:
-    """The command lines of those that still run then (one that ended may wait for its parent, without a line)."""
-    deadline = time.monotonic() + seconds
-    while (left := [line for pid in pids if (line := command_line(pid))]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
