@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 import importlib.util
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from socketserver import ThreadingMixIn
@@ -24,6 +26,8 @@ from search.results import RunFolder
 from trainables.model_folder import read_json
 
 LOCALHOST = "127.0.0.1"
+NAMES = (LOCALHOST, "localhost", "::1")
+"""What this machine is called by its own browser, also at the end of an SSH tunnel."""
 MOST_PORTS = 100
 """How many ports after a taken one are tried."""
 Application = Callable[[dict, Callable], Iterable[bytes]]
@@ -81,7 +85,7 @@ def run_folder(path: Path) -> RunFolder:
     if not folder.journal.is_file():  # Optuna would begin one
         raise ValueError(f"{path} has no study yet: no trial has started. Try again in a minute.")
     if not _installed("optuna_dashboard"):
-        raise ValueError("optuna-dashboard is not installed. Get it with: pip install 'finetune-search[dashboard]'")
+        raise ValueError("optuna-dashboard is not installed. Get it with: pip install optuna-dashboard tensorboard")
     return folder
 
 
@@ -99,7 +103,8 @@ def application(folder: RunFolder) -> Application:
     """optuna-dashboard and the report, guarded."""
     from optuna_dashboard import wsgi
 
-    return guarded(with_report(wsgi(JournalStorage(ReadOnlyJournal(str(folder.journal)))), folder.report))
+    study = wsgi(JournalStorage(ReadOnlyJournal(str(folder.journal))))
+    return for_this_machine(read_only(with_report(study, folder.report)))
 
 
 def with_report(inner: Application, report: Path) -> Application:
@@ -116,25 +121,43 @@ def with_report(inner: Application, report: Path) -> Application:
     return serve
 
 
-def guarded(inner: Application) -> Application:
-    """`inner` for those who read, and who asked for this machine by name.
+def for_this_machine(inner: Application) -> Application:
+    """`inner` for those who asked for this machine by name.
 
     A page of somebody else's may make its own name point here (DNS rebinding) and would then read all; its requests
     still carry its name.
     """
 
     def serve(environment: dict, start_response: Callable) -> Iterable[bytes]:
-        if urlsplit(f"//{environment.get('HTTP_HOST', '')}").hostname not in (LOCALHOST, "localhost", "::1"):
+        if not _is_this_machine(environment.get("HTTP_HOST", "")):
             return _refuse(start_response, "403 Forbidden", f"Ask for http://{LOCALHOST}.")
-        if environment["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            return _refuse(start_response, "405 Method Not Allowed", "This dashboard only reads.")
         return inner(environment, start_response)
 
     return serve
 
 
-def _refuse(start_response: Callable, status: str, reason: str) -> list[bytes]:
-    start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+def read_only(inner: Application) -> Application:
+    """`inner` for those who read; optuna-dashboard asks for all it shows by GET."""
+
+    def serve(environment: dict, start_response: Callable) -> Iterable[bytes]:
+        if environment["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            return _refuse(
+                start_response, "405 Method Not Allowed", "This dashboard only reads.", ("Allow", "GET, HEAD")
+            )
+        return inner(environment, start_response)
+
+    return serve
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return urlsplit(f"//{host}").hostname in NAMES
+    except ValueError:  # such as "["
+        return False
+
+
+def _refuse(start_response: Callable, status: str, reason: str, *headers: tuple[str, str]) -> list[bytes]:
+    start_response(status, [("Content-Type", "text/plain; charset=utf-8"), *headers])
     return [f"{reason}\n".encode()]
 
 
@@ -143,6 +166,11 @@ def _refuse(start_response: Callable, status: str, reason: str) -> list[bytes]:
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A browser that hangs up is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Quiet(WSGIRequestHandler):
@@ -178,11 +206,11 @@ def tensorboard(folder: RunFolder, port: int) -> Iterator[str]:
         yield "not installed; get it with: pip install tensorboard"
         return
     port = free_port(port)
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder.tune), "--host", LOCALHOST]
+    command = [sys.executable, "-c", "from search.dashboard import serve_tensorboard; serve_tensorboard()"]
     nowhere = subprocess.DEVNULL
     process = subprocess.Popen(
-        [*command, "--port", str(port)],
-        stdin=nowhere,
+        [*command, "--logdir", str(folder.tune), "--host", LOCALHOST, "--port", str(port)],
+        stdin=subprocess.PIPE,  # closes with us, see serve_tensorboard
         stdout=nowhere,
         stderr=nowhere,
         start_new_session=True,  # Ctrl-C is for us, and we end it
@@ -195,6 +223,26 @@ def tensorboard(folder: RunFolder, port: int) -> Iterator[str]:
             process.wait(5)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+def serve_tensorboard() -> NoReturn:
+    """TensorBoard by its own arguments, guarded, until its stdin is closed.
+
+    The dashboard may end without a chance to end it: by SIGKILL, or by SIGHUP when a terminal or SSH session closes.
+    """
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    from tensorboard import main_lib, program
+
+    main_lib.global_init()
+    # It asks for some of what it shows by POST, so it is not read_only; it has nothing that could be changed.
+    board = program.TensorBoard(server_class=lambda app, flags: program.WerkzeugServer(for_this_machine(app), flags))
+    board.configure(argv=("", *sys.argv[1:]))
+    sys.exit(board.main())
+
+
+def _end_with_stdin() -> None:
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def ray_dashboard(folder: RunFolder) -> str:

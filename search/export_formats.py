@@ -43,7 +43,7 @@ def require_packages(formats: tuple[str, ...]) -> None:
     """Raises `ValueError` where one is missing that a format needs."""
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if "onnx" in formats and not _installed(name)]
     if missing:
-        raise ValueError(f"--format onnx needs {' and '.join(missing)}: pip install 'finetune-search[onnx]'")
+        raise ValueError(f"--format onnx needs {' and '.join(missing)}: pip install onnx onnxruntime onnxscript")
 
 
 def write_formats(folder: ModelFolder, model: nn.Module, formats: tuple[str, ...], out: Path) -> None:

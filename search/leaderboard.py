@@ -8,11 +8,13 @@ from typing import Any
 from ray import tune
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from search.results import COMPLETED, RUNNING, ResultsTable, Row, leaders, row_of
 from search.space import NamedRecipe
+from search.wording import duration, percent
 from trainables.trial import table_id
 
 SHOWN = 8
@@ -31,7 +33,7 @@ class Leaderboard(tune.Callback):
     def setup(self, **info: Any) -> None:
         self.started = time.monotonic()
         self.ended_before = self._num_ended()
-        self.console = Console(soft_wrap=True)
+        self.console = Console()
         if self.console.is_terminal:
             self.live = Live(console=self.console, get_renderable=self._render, refresh_per_second=2, transient=True)
             self.live.start()
@@ -69,7 +71,8 @@ class Leaderboard(tune.Callback):
     def _say(self, row: Row, text: str) -> None:
         if self.live is None:
             clock = time.strftime("%H:%M:%S")
-            self.console.print(f"{clock}  trial {row['number']:<3} {text}", highlight=False, markup=False)
+            line = f"{clock}  trial {row['number']:<3} {text}"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _num_ended(self) -> int:
         return sum(row["status"] != RUNNING for row in self.table.rows.values())
@@ -89,23 +92,45 @@ class Leaderboard(tune.Callback):
         return f"{duration(elapsed)} gone{left}"
 
     def _render(self) -> Group:
+        """No higher than the terminal: half of it for the running trials, the rest for the best ones."""
         rows = list(self.table.rows.values())
         running = [row for row in rows if row["status"] == RUNNING]
-        return Group(leaderboard(rows, self.table.dimensions, running=running), Text(self._summary()))
+        height = self.console.size.height
+        shown = running[: max(1, height // 2 - 3)]
+        best = leaders(rows)[: max(0, min(SHOWN, height - len(shown) - 7))]  # below: two lines or three
+        parts = [rows_table([*shown, *best], self.table.dimensions, fold=False)]
+        if len(shown) < len(running):
+            parts.append(Text(f"and {len(running) - len(shown)} more running", style="dim"))
+        bar = Table.grid(expand=True)
+        bar.add_row(ProgressBar(total=self.num_trials, completed=self._num_ended()))
+        return Group(*parts, bar, Text(self._summary()))
 
 
-def leaderboard(rows: list[Row], dimensions: list[str], *, running: list[Row] | None = None) -> Table:
-    """The running trials and the best completed ones, as a table for `rich`."""
+def leaderboard(rows: list[Row], dimensions: list[str]) -> Table:
+    """The best completed trials, as a table for `rich`."""
+    return rows_table(leaders(rows)[:SHOWN], dimensions)
+
+
+def rows_table(rows: list[Row], dimensions: list[str], *, fold: bool = True) -> Table:
+    """Trials as a table for `rich`, a running one with a bar of its epochs; without `fold`, a line each."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("trial", "status", "epochs", "error", "loss", "seconds"):
-        table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True)
-    table.add_column("recipe", overflow="fold")
-    for row in [*(running or []), *leaders(rows)[:SHOWN]]:
+    widths = {"trial": 5, "status": 10, "epochs": 6, "error": 7, "loss": 5, "seconds": 7}  # recipes give way first
+    for name, width in widths.items():
+        table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True, min_width=width)
+    table.add_column("recipe", overflow="fold" if fold else "ellipsis", no_wrap=not fold)
+    for row in rows:
         known = row["epochs_done"] > 0
-        cells = [str(row["number"]), row["status"], f"{row['epochs_done']}/{row['epochs_total']}"]
+        cells = [str(row["number"]), _status(row), f"{row['epochs_done']}/{row['epochs_total']}"]
         cells += [_percent(row) if known else "", f"{row['valid_loss']:.3f}" if known else "", f"{row['seconds']:.0f}"]
         table.add_row(*cells, _recipe(row, dimensions))
     return table
+
+
+def _status(row: Row) -> str | ProgressBar:
+    if row["status"] != RUNNING:
+        return row["status"]
+    done, total = row["epochs_done"], row["epochs_total"]
+    return ProgressBar(total=total, completed=done, width=10, pulse=done == 0)
 
 
 def recipes_table(dimensions: list[str], recipes: Sequence[NamedRecipe], rows: list[Row]) -> Table:
@@ -146,12 +171,6 @@ def counts(rows: list[Row]) -> str:
     return ", ".join(f"{count} {status}" for status, count in by_status.items())
 
 
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-
-
 def _recipe(row: Row, dimensions: list[str]) -> str:
     return "  ".join(f"{name} {_short(row[name])}" for name in dimensions)
 
@@ -161,7 +180,7 @@ def _percent(row: Row) -> str:
 
 
 def _share(error_rate: float | None) -> str:
-    return "" if error_rate is None or math.isnan(error_rate) else f"{100 * error_rate:.1f} %"
+    return "" if error_rate is None or math.isnan(error_rate) else percent(error_rate)
 
 
 def _short(value: Any) -> str:

@@ -1,7 +1,9 @@
 """The README.md of an export: what the model is, how to use it, what it was trained on, and how far to trust it."""
 
 import json
+import re
 from collections.abc import Sequence
+from html import escape
 from pathlib import PurePath
 from typing import Any
 
@@ -73,10 +75,8 @@ def model_card(
 
 def text(value: object) -> str:
     """`value` in Markdown as it is, whatever it looks like, in one line."""
-    line = " ".join(str(value).split())
-    for sign, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"), ("`", "&#96;")):
-        line = line.replace(sign, entity)
-    return "".join(f"\\{sign}" if sign in r"\*_[]#" else sign for sign in line)
+    line = re.sub(r"(?<![^\W_])_|_(?![^\W_])|[\\*#\[\]]", r"\\\g<0>", " ".join(str(value).split()))
+    return escape(line, quote=False).replace("|", "&#124;").replace("`", "&#96;")
 
 
 def _front_matter(model: ModelFolder, metrics: dict[str, Any]) -> str:

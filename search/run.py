@@ -113,15 +113,16 @@ def announce(options) -> None:
         f"{size.cpus_per_worker:g} CPUs{gpus}; the first one waits for its workers to start"
     )
     say(f"results: {folder}/")
-    say(f"watch: python -m search.dashboard {folder} (pip install 'finetune-search[dashboard]')")
+    say(f"watch: python -m search.dashboard {folder}")
 
 
 def conclude(options, seconds: float, *, interrupted: bool) -> int:
     """The leaderboard, where things are, and what to do next. The exit code: 0 if there is a winner."""
     from rich.console import Console
 
-    from search.leaderboard import counts, duration, leaderboard, recipes_table
+    from search.leaderboard import counts, leaderboard, recipes_table
     from search.results import COMPLETED, FAILED, RUNNING, leaders, read_trials
+    from search.wording import duration
     from trainables import checkpoint
 
     rows = read_trials(options.folder.trials)
