@@ -74,12 +74,10 @@ def drawn_when(words: str, command: list[str]) -> str:
 def picture_of_terminal(browser: Browser, frame: str, title: str) -> None:
     console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
     console.print(Text.from_ansi(frame.replace("\r", "").rstrip("\n")))
-    with tempfile.TemporaryDirectory() as folder:
-        svg = Path(folder, "terminal.svg")
-        svg.write_text(re.sub(r"src: local.*?;", "", console.export_svg(title=title), flags=re.DOTALL))
-        page = browser.new_page(viewport={"width": 1180, "height": 420})
-        page.goto(svg.as_uri())
-        page.locator("svg").screenshot(path=HERE / "terminal.png")
+    drawing = re.sub(r"src: .*?;", "", console.export_svg(title=title), flags=re.DOTALL)  # fonts from the network
+    page = browser.new_page(viewport={"width": 1180, "height": 600})
+    page.set_content(f"<body style='margin: 0'>{drawing}")
+    page.locator("svg").first.screenshot(path=HERE / "terminal.png")
     compress(HERE / "terminal.png")
 
 

@@ -12,35 +12,29 @@ import argparse
 import math
 import shlex
 import shutil
-import signal
 import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from search import export_formats
 from search.cli import run_cli
+from search.export_check import Differs, check_against_table
 from search.files import replace_folder
-from search.model_card import model_card
 from search.model_folder import open_run
-from search.predict import Predictor
-from search.run_record import RunRecord, load
 from search.wording import percent
 from trainables.checkpoint import PREPROCESSING_FILE, WEIGHTS_FILE
-from trainables.data import DataError
 from trainables.model_folder import ModelFolder, read_json
 from trainables.predictor import load_model
+
+if TYPE_CHECKING:  # Ray comes with it, which --help and the new process can do without
+    from search.run_record import RunRecord
 
 CONFIG_FILE, CARD_FILE = "config.json", "README.md"
 COPIED = (PREPROCESSING_FILE, "recipe.json", "labels.json", "metrics.json")
 FILES = (*export_formats.FILES.values(), CONFIG_FILE, CARD_FILE, *COPIED)
 """All that an export can hold."""
 TIMM_CROP_MODES = {"crop": "center", "squish": "squash", "pad": "border"}
-MAX_DIFFERENCE = 0.01
-"""Largest difference of a logit from the checkpoint's, as a share of the largest one; more is another model."""
+
 
 EXAMPLES = """
 examples:
@@ -48,39 +42,17 @@ examples:
   python -m search.predict exported cat.jpg
       the best model as timm's local format, with its labels, preprocessing, recipe, metrics and a model card
   python -m search.export results/quickstart-20250101-120000 --out exported --format safetensors,onnx,pt2
-      model.onnx and model.pt2 (torch.export) as well, for any batch size: pixels in 0..1 in, logits out
+      model.onnx and model.pt2 (torch.export) as well, for any batch size: pixels in 0..1 in, logits out; they run
+      without this project, onnx in ONNX Runtime (to write it: pip install onnx onnxruntime onnxscript), pt2 in torch
+  python -m search.export results/quickstart-20250101-120000 --out exported --trial 6
+      only if trial 6 is the best; of another one it says how to train it again, as its weights are not kept
 
 Before it says done, a new process opens every format and labels all validation images of the run; the errors must be
-those of the run's table. Exit code 0 if so (or if the images are not on this machine, with a warning), 1 if not, 2 if
-the run or an option is no good. Nothing is left in DIR but after success.
+those of the run's table, but for one image. onnx and pt2 compute in fp32: where training validated in bf16 or fp16,
+their errors must be those of the checkpoint in fp32, which are then shown beside the table's. Exit code 0 if so (or if
+the images are not on this machine, with a warning), 1 if not, 2 if the run or an option is no good. Nothing is left in
+DIR but after success.
 """
-
-
-class Differs(Exception):
-    """The written folder does not do what the run's table says."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to load an export, and what came of it on the validation images."""
-
-    name: str
-    num_wrong: int
-    difference: float
-    """Largest difference of a logit from the checkpoint's."""
-    largest: float
-    """The checkpoint's largest logit."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """What a new process found out about an exported folder."""
-
-    num_images: int
-    ways: tuple[Way, ...]
-    on_gpu: bool
-    reduced: bool
-    """Whether training validated in less than fp32, which the other formats are in."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -140,15 +112,21 @@ def export(
     require_free(out, force=force)
     print(f"exporting trial {metrics['trial_id']}: {best.recipe.arch}, {percent(metrics['error_rate'], 2)} wrong")
 
-    def fill(folder: Path) -> None:
-        write(best, folder, formats)
-        (folder / CARD_FILE).write_text(
-            model_card(best, metrics, read_json(run / "command.json"), record_of(run), formats), encoding="utf-8"
-        )
+    def require_same_best() -> None:
         if read_json(best.path / "metrics.json") != metrics:
             raise ValueError(f"A better trial of {run} completed while it was exported. Export again.")
-        if check:
+
+    def fill(folder: Path) -> None:
+        write(best, folder, formats)
+        write_card(best, metrics, run, formats, folder)
+        require_same_best()
+        if not check:
+            return
+        try:
             check_against_table(folder, run, metrics, formats)
+        except Differs:
+            require_same_best()  # the check reads the checkpoint, which another may have replaced
+            raise
 
     try:
         replace_folder(out, fill)
@@ -156,8 +134,17 @@ def export(
         raise ValueError(f"{out} cannot be written: {error}. Make room, or give another --out.") from error
 
 
+def write_card(best: ModelFolder, metrics: dict[str, Any], run: Path, formats: tuple[str, ...], folder: Path) -> None:
+    from search.model_card import model_card
+
+    text = model_card(best, metrics, read_json(run / "command.json"), record_of(run), formats)
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+
+
 def record_of(run: Path) -> RunRecord | None:
     """The run's tables, where it has them."""
+    from search.run_record import load
+
     try:
         return load(run)
     except ValueError:
@@ -169,26 +156,34 @@ def require_best(run: Path, metrics: dict[str, Any], trial: str | None) -> None:
     if trial is None or trial in (metrics["trial_id"], str(metrics.get("number"))):
         return
     record = record_of(run)
-    rows = record.trials if record is not None else None
-    if rows is None or not ((rows["trial_id"] == trial) | (rows["number"].astype(str) == trial)).any():
-        known = f"0 to {len(rows) - 1}" if rows is not None and len(rows) else metrics["trial_id"]
+    if record is None or record.trials.empty:
+        raise ValueError(f"--trial {trial}: there is no such trial in {run}. Its trials: {metrics['trial_id']}.")
+    rows = record.trials
+    found = rows[(rows["trial_id"] == trial) | (rows["number"].astype(str) == trial)]
+    if found.empty:
+        known = f"{rows['number'].min()} to {rows['number'].max()} (or by id, such as {metrics['trial_id']})"
         raise ValueError(f"--trial {trial}: there is no such trial in {run}. Its trials: {known}.")
-    row = rows[(rows["trial_id"] == trial) | (rows["number"].astype(str) == trial)].iloc[0]
+    row = found.iloc[0]
+    score = "" if math.isnan(row["error_rate"]) else f", {percent(row['error_rate'], 2)} wrong"
     raise ValueError(
-        f"--trial {trial}: a run keeps the weights of its best trial only, which is "
-        f"{metrics.get('number', metrics['trial_id'])}. Train this one again with: {training_command(record, row)}"
+        f"--trial {trial}: trial {row['number']} ({row['status']}{score}) has no weights any more: a run keeps those "
+        f"of its best trial only, which is {metrics.get('number', metrics['trial_id'])} "
+        f"({percent(metrics['error_rate'], 2)} wrong). Train this one again with: {training_command(record, row)}"
     )
 
 
 def training_command(record: RunRecord, row: Any) -> str:
-    """The search of one trial that repeats the recipe of a row."""
-    names = [*record.dimensions, *record.space.get("pinned", [])]
-    settings = [word for name in names for word in ("--set", f"{name}={row[name]}")]
-    given = [word for name in ("data", "weights") if (value := record.command["arguments"].get(name))
-             for word in (f"--{name}", str(value))]  # fmt: skip
-    return shlex.join(
-        ["python", "-m", "search.run", "--space", record.space["name"], *given, "--trials", "1", *settings]
-    )
+    """The search of one trial that repeats the recipe of a row; `trainables.finetune` leaves no weights."""
+    arguments, space = record.command.get("arguments", {}), record.space
+    settings = space.get("settings", {})
+    # Of named recipes the space's own dimensions are settings like others, and searched unless all are pinned.
+    names = list(settings) if arguments.get("recipes") else [*record.dimensions, *space.get("pinned", [])]
+    values = {name: row[name] if name in row else settings[name] for name in dict.fromkeys(names) if name != "seed"}
+    words = ["python", "-m", "search.run", "--space", space["name"], "--trials", "1"]
+    for name in ("data", "weights"):
+        words += [f"--{name}", str(arguments[name])] if arguments.get(name) else []
+    words += ["--seed", str(space["seed"])] if space.get("seed") is not None else []
+    return shlex.join([*words, *(word for name, value in values.items() for word in ("--set", f"{name}={value}"))])
 
 
 def require_free(out: Path, *, force: bool) -> None:
@@ -203,6 +198,8 @@ def require_free(out: Path, *, force: bool) -> None:
     if foreign := sorted(names.difference(FILES)):
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise ValueError(f"--out {out} holds more than an export ({shown}), which --force will not remove.")
+    if names and WEIGHTS_FILE not in names:  # such as somebody's own README.md
+        raise ValueError(f"--out {out} is no earlier export: it has no {WEIGHTS_FILE}; --force will not remove it.")
 
 
 def write(best: ModelFolder, folder: Path, formats: tuple[str, ...] = ("safetensors",)) -> None:
@@ -232,149 +229,6 @@ def write(best: ModelFolder, folder: Path, formats: tuple[str, ...] = ("safetens
     for name in COPIED:
         shutil.copyfile(best.path / name, folder / name)
     export_formats.write_formats(best, model, formats, folder)
-
-
-# --- The check --------------------------------------------------------------------------------------------------------
-
-
-def check_against_table(
-    folder: Path, run: Path, metrics: dict[str, Any], formats: tuple[str, ...] = ("safetensors",)
-) -> None:
-    """Load `folder` in a new process and compare its errors with the run's. Raises `Differs`; prints what it finds."""
-    command = read_json(run / "command.json")
-    data = Path(command["data"])
-    if not data.is_dir():
-        print(f"warning: not checked against the table: the run's images, {data}, are not here", file=sys.stderr)
-        return
-    print(f"checking on the validation images of {data}", flush=True)
-    try:
-        storage = command.get("arguments", {}).get("cache", "auto")
-        found = in_new_process(check_export, folder, run / "best", data, command["split_seed"], storage, formats)
-    except DataError as error:
-        print(
-            f"warning: not checked against the table, as the run's images are no longer there. {error}", file=sys.stderr
-        )
-        return
-    trained_on_gpu = bool(command.get("group_size", {}).get("gpus_per_worker"))
-    for way in found.ways:
-        require_same(way, found, metrics["error_rate"], trained_on_gpu, data)
-    print(f"check passed: {outcome(found, metrics['error_rate'])}")
-
-
-def require_same(way: Way, found: Check, error_rate: float, trained_on_gpu: bool, data: Path) -> None:
-    """Raises `Differs` where `way` labels more or fewer images wrong than the table says, or gives other logits."""
-    expected, shown = error_rate * found.num_images, f"{way.num_wrong} of {found.num_images} images wrong"
-    difference = abs(way.num_wrong - expected)
-    if difference > tolerance(way, found, trained_on_gpu) + 1e-6 or not math.isfinite(difference):
-        raise Differs(
-            f"the exported model ({way.name}) differs from the run's table: {shown}, in the table {expected:.0f}. "
-            f"Nothing was exported. Have the images in {data} changed since? Then --no-check exports without this "
-            "comparison."
-        )
-    if not way.difference <= MAX_DIFFERENCE * max(1, way.largest):
-        raise Differs(
-            f"{way.name} makes another model of the export than the one trained: its logits differ by up to "
-            f"{way.difference:.3g}, of at most {way.largest:.3g}. Nothing was exported."
-        )
-
-
-def tolerance(way: Way, found: Check, trained_on_gpu: bool) -> int:
-    """Images: 1, and 1 % of them where the training validated on another device or in another precision."""
-    as_trained = found.on_gpu == trained_on_gpu and not (found.reduced and way.name in export_formats.OPENERS)
-    return 1 if as_trained else max(1, found.num_images // 100)
-
-
-def outcome(found: Check, error_rate: float) -> str:
-    """What the check found, a line for each way to load the export."""
-    wrong = error_rate * found.num_images
-    lines = [f"of {found.num_images} images, the table has {wrong:.0f} wrong ({percent(error_rate, 2)})"]
-    lines += [
-        f"  {way.name:12}{way.num_wrong} wrong ({percent(way.num_wrong / found.num_images, 2)}), "
-        f"largest difference of a logit {way.difference:.2g}"
-        for way in found.ways
-    ]
-    return "\n".join(lines)
-
-
-def in_new_process(function, *arguments):
-    """What `function` returns in a fresh interpreter, which Ctrl-C ends without a word."""
-    with ProcessPoolExecutor(
-        1, mp_context=get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
-    ) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def check_export(
-    folder: Path,
-    checkpoint: Path,
-    data: Path,
-    split_seed: int,
-    storage: str = "auto",
-    formats: tuple[str, ...] = ("safetensors",),
-) -> Check:
-    """Label the validation split of `data` with every format in `folder`, read as training reads it, and compare the
-    logits with those of the `checkpoint`'s folder.
-
-    Raises `DataError` where these are not the images of the run.
-    """
-    from trainables.data import find_images
-    from trainables.presize import presize
-
-    predictor, trained = Predictor(folder), Predictor(checkpoint)
-    preprocessing = predictor.preprocessing
-    images = presize(find_images(data), preprocessing.presize, preprocessing.resize_method, storage=storage)
-    if images.classes != predictor.labels:
-        raise DataError(f"{data} holds other classes now: {len(images.classes)}, and {len(predictor.labels)} then.")
-    valid = images.split(seed=split_seed)[1]
-    ways, labels = loaders(folder, predictor, formats), images.labels[valid]
-    wrong, difference, largest = (dict.fromkeys(ways, 0) for _ in range(3))
-    place = 0
-    for batch in predictor.batches([images[i] for i in valid]):
-        logits = {name: way(batch) for name, way in ways.items()}
-        expected = reference(trained, batch)
-        for name, found in logits.items():
-            theirs = expected["fp32" if name in export_formats.OPENERS else "as trained"]
-            wrong[name] += int((found.argmax(axis=1) != labels[place : place + len(found)]).sum())
-            difference[name] = max(difference[name], float(abs(found - theirs).max()))
-            largest[name] = max(largest[name], float(abs(theirs).max()))
-        place += len(batch)
-    found = tuple(Way(name, wrong[name], difference[name], largest[name]) for name in ways)
-    return Check(len(valid), found, predictor.device.type == "cuda", predictor.amp_dtype is not None)
-
-
-def loaders(folder: Path, predictor: Predictor, formats: tuple[str, ...]) -> dict[str, Callable]:
-    """The ways to load an export by name: functions of a uint8 batch that give the logits as an array."""
-    import timm
-    import torch
-
-    ways: dict[str, Callable] = {"safetensors": lambda batch: forward(predictor, predictor.model, batch)}
-    if predictor.recipe.head == "linear":
-        theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        theirs.to(predictor.device, memory_format=torch.channels_last)
-        ways["timm"] = lambda batch: forward(predictor, theirs, batch)
-    for name, opener in export_formats.OPENERS.items():
-        if name in formats:
-            model = opener(folder / export_formats.FILES[name])
-            ways[name] = lambda batch, model=model: model(batch.cpu().numpy().astype("float32") / 255)
-    return ways
-
-
-def forward(predictor: Predictor, model, batch):
-    import torch
-
-    with torch.inference_mode():
-        return predictor.forward(model, batch).cpu().numpy()
-
-
-def reference(trained: Predictor, batch) -> dict[str, Any]:
-    """The checkpoint's logits, in the precision that training validated in and in fp32."""
-    found = {"as trained": forward(trained, trained.model, batch)}
-    if trained.amp_dtype is None:
-        return found | {"fp32": found["as trained"]}
-    dtype, trained.amp_dtype = trained.amp_dtype, None
-    found["fp32"] = forward(trained, trained.model, batch)
-    trained.amp_dtype = dtype
-    return found
 
 
 if __name__ == "__main__":

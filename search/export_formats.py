@@ -1,7 +1,8 @@
 """A trained model as files that run without this project: ONNX, and torch.export's program.
 
 Both take RGB pixels in 0..1, float32 (batch, 3, side, side) of any batch size, normalise them inside, and give the
-logits, float32 (batch, classes). Both carry the labels.
+logits, float32 (batch, classes): a caller cannot forget the normalisation or take that of other weights. Both carry the
+labels and the preprocessing, and compute in fp32, whatever training validated in.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +29,10 @@ ONNX_FILE, PROGRAM_FILE = "model.onnx", "model.pt2"
 FILES = {"safetensors": WEIGHTS_FILE, "onnx": ONNX_FILE, "pt2": PROGRAM_FILE}
 """The file of each format."""
 INPUT, OUTPUT = "images", "logits"
-LABELS = "labels"
-"""Where the labels are, as JSON: a metadata property of the ONNX model, and with .json an extra file of the program."""
+OPSET = 18
+"""Of the ONNX model: what torch's exporter writes without a conversion; ONNX Runtime has it since 1.14 (2023)."""
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+"""What the extra onnx installs."""
 
 
 def parse_formats(text: str) -> tuple[str, ...]:
@@ -41,26 +45,64 @@ def parse_formats(text: str) -> tuple[str, ...]:
 
 def require_packages(formats: tuple[str, ...]) -> None:
     """Raises `ValueError` where one is missing that a format needs."""
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if "onnx" in formats and not _installed(name)]
+    missing = [name for name in PACKAGES if "onnx" in formats and not _installed(name)]
     if missing:
-        raise ValueError(f"--format onnx needs {' and '.join(missing)}: pip install onnx onnxruntime onnxscript")
+        raise ValueError(f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(PACKAGES)}")
 
 
 def write_formats(folder: ModelFolder, model: nn.Module, formats: tuple[str, ...], out: Path) -> None:
-    """Write the `formats` but safetensors of the model in `folder` to the folder `out`."""
-    if not {"onnx", "pt2"} & set(formats):
+    """Write the `formats` but safetensors of the model in `folder` to the folder `out`.
+
+    Raises `ValueError` where torch cannot export this architecture.
+    """
+    asked = [name for name in WRITERS if name in formats]
+    if not asked:
         return
+    try:
+        with _quiet():
+            program = exported_program(folder, model)
+            for name in asked:
+                WRITERS[name](program, metadata(folder), out / FILES[name])
+    except OSError:
+        raise  # no room, and no matter of the architecture
+    except Exception as error:  # the exporters have no common one
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{folder.recipe.arch} cannot be exported as {' or '.join(asked)}: {reason} Leave it out of --format."
+        ) from error
+
+
+def metadata(folder: ModelFolder) -> dict[str, str]:
+    """What both files tell of themselves, as JSON by name: properties in ONNX, and with .json extra files in pt2."""
+    takes = "RGB pixels in 0..1, float32 (batch, 3, image_size, image_size); normalised inside by mean and std"
+    preprocessing = asdict(folder.preprocessing) | {"input": takes}
+    return {"labels": json.dumps(folder.labels), "preprocessing": json.dumps(preprocessing)}
+
+
+def write_program(program: torch.export.ExportedProgram, told: dict[str, str], path: Path) -> None:
     import torch
 
-    with _quiet():
-        program = exported_program(folder, model)
-        if "pt2" in formats:
-            extra = {f"{LABELS}.json": json.dumps(folder.labels)}
-            torch.export.save(program, out / PROGRAM_FILE, extra_files=extra)
-        if "onnx" in formats:
-            found = torch.onnx.export(program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
-            found.model.metadata_props[LABELS] = json.dumps(folder.labels)
-            found.save(out / ONNX_FILE, external_data=False)
+    torch.export.save(program, path, extra_files={f"{name}.json": value for name, value in told.items()})
+
+
+def write_onnx(program: torch.export.ExportedProgram, told: dict[str, str], path: Path) -> None:
+    """One file, the weights in it."""
+    import torch
+
+    found = torch.onnx.export(
+        program,
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        dynamic_shapes={INPUT: {0: "batch"}},  # the program has it; this names it
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    found.model.metadata_props.update(told)
+    found.save(path, external_data=False)
+
+
+WRITERS = {"onnx": write_onnx, "pt2": write_program}
 
 
 def exported_program(folder: ModelFolder, model: nn.Module) -> torch.export.ExportedProgram:
@@ -69,9 +111,9 @@ def exported_program(folder: ModelFolder, model: nn.Module) -> torch.export.Expo
 
     side = folder.preprocessing.image_size
     whole = with_normalization(folder, model).eval()
-    batch = torch.export.Dim("batch", min=1, max=2**16)
     example = torch.rand(2, 3, side, side)  # of 1, the program would take no other
-    return torch.export.export(whole, (example,), dynamic_shapes={INPUT: {0: batch}})
+    with torch.no_grad():
+        return torch.export.export(whole, (example,), dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}})
 
 
 def with_normalization(folder: ModelFolder, model: nn.Module) -> nn.Module:

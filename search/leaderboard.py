@@ -117,12 +117,14 @@ def rows_table(rows: list[Row], dimensions: list[str], *, fold: bool = True) -> 
     widths = {"trial": 5, "status": 10, "epochs": 6, "error": 7, "loss": 5, "seconds": 7}  # recipes give way first
     for name, width in widths.items():
         table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True, min_width=width)
-    table.add_column("recipe", overflow="fold" if fold else "ellipsis", no_wrap=not fold)
+    table.add_column("recipe", overflow="fold")
     for row in rows:
         known = row["epochs_done"] > 0
         cells = [str(row["number"]), _status(row), f"{row['epochs_done']}/{row['epochs_total']}"]
         cells += [_percent(row) if known else "", f"{row['valid_loss']:.3f}" if known else "", f"{row['seconds']:.0f}"]
-        table.add_row(*cells, _recipe(row, dimensions))
+        recipe = _recipe(row, dimensions)
+        # The column may wrap, or it would not give way: it is the text that does not.
+        table.add_row(*cells, recipe if fold else Text(recipe, no_wrap=True, overflow="ellipsis"))
     return table
 
 

@@ -14,8 +14,8 @@ import timm
 import torch
 from tiny_run import draw_images, make_run, write_json
 
-from search import export
-from search.export import Check, Differs, Way, check_against_table, check_export
+from search import export, export_check
+from search.export_check import Check, Differs, Way, check_export
 from search.model_folder import open_model, open_run
 from search.predict import Predictor, find_files
 from trainables.predictor import load_model
@@ -44,9 +44,9 @@ def test_timm_loads_the_model_that_was_trained_and_the_error_is_the_tables(tmp_p
     said = capsys.readouterr().out
     metrics = json.loads((trained / "best/metrics.json").read_text())
     wrong = round(12 * metrics["error_rate"])
-    assert f"check passed: of 12 images, the table has {wrong} wrong" in said
+    assert "\ncheck passed\n" in said
     for way in ("safetensors", "timm"):
-        assert re.search(rf"^  {way} +{wrong} wrong .*, largest difference of a logit 0$", said, re.MULTILINE)
+        assert re.search(rf"^  {way} +{wrong} of 12 wrong .* {wrong} of 12 wrong .* 0$", said, re.MULTILINE)
     assert f"next: python -m search.predict '{out}' IMAGE..." in said
     assert {file.name for file in out.iterdir()} == FILES
     assert [file.name for file in out.parent.iterdir()] == [out.name]  # nothing temporary beside it
@@ -165,12 +165,12 @@ def test_images_of_other_classes_are_no_check(tmp_path, run):
     (other / "wren").rename(other / "kiwi")
     out.mkdir()
     export.write(open_run(run), out)
-    with pytest.raises(export.DataError, match="holds other classes now"):
+    with pytest.raises(export_check.DataError, match="holds other classes now"):
         check_export(out, run / "best", other, split_seed=3)
 
 
-def check(num_wrong: int, difference: float = 0.0, *, way: str = "safetensors", on_gpu=False, reduced=False) -> Check:
-    return Check(200, (Way(way, num_wrong, difference, largest=10.0),), on_gpu=on_gpu, reduced=reduced)
+def check(num_wrong: int, difference: float = 0.0, *, way: str = "safetensors", on_gpu=False, fp32=None) -> Check:
+    return Check(200, (Way(way, num_wrong, difference, largest=10.0),), on_gpu=on_gpu, fp32_wrong=fp32)
 
 
 @pytest.mark.parametrize(
@@ -182,8 +182,9 @@ def check(num_wrong: int, difference: float = 0.0, *, way: str = "safetensors", 
         (0.05, check(12, on_gpu=True), True),  # trained on CPUs, checked on a GPU
         (0.05, check(13, on_gpu=True), False),
         (0.05, check(12, way="onnx"), False),
-        (0.05, check(12, way="onnx", reduced=True), True),  # fp32, where training validated in bf16
-        (0.05, check(12, way="timm", reduced=True), False),
+        (0.05, check(14, way="onnx", fp32=13), True),  # fp32, where training validated in bf16
+        (0.05, check(10, way="onnx", fp32=13), False),
+        (0.05, check(12, way="timm", fp32=12), False),
         (0.05, check(10, 0.09), True),
         (0.05, check(10, 0.5), False),  # the same errors by chance, but another model
         (0.05, check(10, float("nan")), False),
@@ -191,12 +192,12 @@ def check(num_wrong: int, difference: float = 0.0, *, way: str = "safetensors", 
     ],
 )
 def test_one_image_may_differ_and_one_percent_where_rounding_is_another(run, monkeypatch, error_rate, found, passes):
-    monkeypatch.setattr(export, "in_new_process", lambda *_: found)
+    monkeypatch.setattr(export_check, "in_new_process", lambda *_: found)
     if passes:
-        check_against_table(Path("unused"), run, {"error_rate": error_rate})
+        export_check.check_against_table(Path("unused"), run, {"error_rate": error_rate})
     else:
         with pytest.raises(Differs):
-            check_against_table(Path("unused"), run, {"error_rate": error_rate})
+            export_check.check_against_table(Path("unused"), run, {"error_rate": error_rate})
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------
@@ -217,6 +218,27 @@ def test_a_taken_folder_is_kept_and_force_replaces_an_earlier_export_only(tmp_pa
     with pytest.raises(ValueError, match="is a file"):
         export.main([str(run), "--out", str(out / "thesis.txt")])
     assert {file.name for file in out.iterdir()} == FILES | {"thesis.txt"}
+
+
+def test_somebodys_own_readme_is_no_earlier_export(tmp_path, run):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"is no earlier export: it has no model.safetensors"):
+        export.main([str(run), "--out", str(out), "--no-check", "--force"])
+    assert (out / "README.md").read_text() == "mine"
+
+
+def test_a_checkpoint_that_is_replaced_during_the_check_is_told_as_that(tmp_path, run, monkeypatch):
+    def another_completes(*_):
+        metrics = json.loads((run / "best/metrics.json").read_text())
+        write_json(run / "best/metrics.json", metrics | {"trial_id": "better"})
+        raise Differs("its logits differ")
+
+    monkeypatch.setattr(export, "check_against_table", another_completes)
+    with pytest.raises(ValueError, match=r"A better trial of .* completed while it was exported"):
+        export.main([str(run), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_run_is_one_paragraph_and_exit_code_2(tmp_path):

@@ -1,8 +1,9 @@
 """ONNX and torch.export: the model that was trained, for any batch size, with its preprocessing and labels inside."""
 
 import json
-import os
+import pickle
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 import timm
 import torch
 from run_tables import write_run
-from tiny_run import draw_images, make_run, write_json
+from tiny_run import make_run, write_json
 
-from search import export, export_formats
-from search.model_card import text
+from search import export, export_check, export_formats
+from search.arguments import parse_arguments
 from search.model_folder import open_run
+from search.prepare import space_of
 from search.run_record import load
 from trainables.checkpoint import Preprocessing
 from trainables.model import build
@@ -25,7 +27,7 @@ from trainables.predictor import load_model
 from trainables.recipe import Recipe
 
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
-pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 pytestmark = [pytest.mark.usefixtures("cache"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,23 +76,44 @@ def test_the_exported_winner_reproduces_its_table_row_in_every_format(tmp_path, 
     assert export.main([str(run), "--out", str(tmp_path / "out"), "--format", ALL]) == 0
     said = capsys.readouterr().out
     wrong = round(12 * json.loads((run / "best/metrics.json").read_text())["error_rate"])
-    assert f"check passed: of 12 images, the table has {wrong} wrong" in said
-    checked = re.findall(r"^  (\w+) +(\d+) wrong .* logit (\S+)$", said, re.MULTILINE)
+    assert said.splitlines()[-3] == "check passed"
+    checked = re.findall(
+        r"^  (\w+) +(\d+) of 12 wrong \(\S+ %\) +(\d+) of 12 wrong \(\S+ %\) +(\S+)$", said, re.MULTILINE
+    )
     ways = ["safetensors", "timm", "onnx", "pt2"] if head == "linear" else ["safetensors", "onnx", "pt2"]
-    assert [(name, int(number)) for name, number, _ in checked] == [(name, wrong) for name in ways]
+    assert [(name, int(number), int(table)) for name, number, table, _ in checked] == [(w, wrong, wrong) for w in ways]
     assert all(float(difference) < 1e-4 for *_, difference in checked)
+    assert "checkpoint in fp32" not in said  # this training validated in it
     written = {file.name for file in (tmp_path / "out").iterdir()}
     assert written == set(export.FILES)
 
 
-def test_the_labels_travel_in_both_files(tmp_path):
+def test_labels_and_preprocessing_travel_in_both_files(tmp_path):
     folder = model_folder(tmp_path, TINY[0], "linear", side=32)
     export_formats.write_formats(folder, build(folder.recipe, 3).model, ("onnx", "pt2"), tmp_path)
-    properties = {entry.key: entry.value for entry in onnx.load(tmp_path / "model.onnx").metadata_props}
-    assert json.loads(properties["labels"]) == list(LABELS)
-    extra = {"labels.json": ""}
+    stored = onnx.load(tmp_path / "model.onnx")
+    properties = {entry.key: entry.value for entry in stored.metadata_props}
+    extra = {"labels.json": "", "preprocessing.json": ""}
     torch.export.load(tmp_path / "model.pt2", extra_files=extra)
-    assert json.loads(extra["labels.json"]) == list(LABELS)
+    for labels, preprocessing in (properties["labels"], properties["preprocessing"]), extra.values():
+        assert json.loads(labels) == list(LABELS)
+        assert json.loads(preprocessing)["mean"] == [0.4, 0.5, 0.6]
+        assert json.loads(preprocessing)["input"].startswith("RGB pixels in 0..1")
+    assert [(entry.domain, entry.version) for entry in stored.opset_import] == [("", export_formats.OPSET)]
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (given,), (found,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.type, given.shape) == ("images", "tensor(float)", ["batch", 3, 32, 32])
+    assert (found.name, found.type, found.shape) == ("logits", "tensor(float)", ["batch", 3])
+
+
+def test_an_architecture_that_cannot_be_exported_is_named(tmp_path):
+    class DependsOnPixels(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images if images.sum() > 0 else -images
+
+    folder = model_folder(tmp_path, TINY[0], "linear", side=32)
+    with pytest.raises(ValueError, match=r"test_resnet.r160_in1k cannot be exported as pt2: .* Leave it out of --for"):
+        export_formats.write_formats(folder, DependsOnPixels(), ("safetensors", "pt2"), tmp_path)
 
 
 def test_a_spoilt_format_is_not_exported(tmp_path, data, monkeypatch, capsys):
@@ -107,6 +130,61 @@ def test_a_spoilt_format_is_not_exported(tmp_path, data, monkeypatch, capsys):
     assert export.main([str(run), "--out", str(tmp_path / "out"), "--format", "onnx"]) == 1
     assert "Nothing was exported" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["onnx", "pt2"])
+def test_a_damaged_file_is_told_as_one(tmp_path, data, name):
+    run = make_run(tmp_path / "run", data, epochs=1)
+    export.write(open_run(run), tmp_path / "out")
+    (tmp_path / "out" / export_formats.FILES[name]).write_bytes(b"spoilt")
+    with pytest.raises(export_check.Differs, match=rf"^model.{name} cannot be run: .* Nothing was exported") as error:
+        export_check.check_export(tmp_path / "out", run / "best", data, 3, formats=(name,))
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # it comes from another process
+
+
+@pytest.mark.parametrize("batch_sizes", [{12}, {1}])
+def test_a_file_that_takes_one_batch_size_only_is_found_out(tmp_path, data, monkeypatch, batch_sizes):
+    run = make_run(tmp_path / "run", data, epochs=1)
+    export.write(open_run(run), tmp_path / "out", ("safetensors",))
+
+    def opener(path):
+        def model(images):
+            if len(images) not in batch_sizes:
+                raise RuntimeError(f"expected {batch_sizes} images")
+            return np.zeros((len(images), 3), np.float32)
+
+        return model
+
+    monkeypatch.setattr(export_formats, "OPENERS", {"onnx": opener})
+    with pytest.raises(export_check.Differs, match=r"model.onnx cannot be run: expected"):
+        export_check.check_export(tmp_path / "out", run / "best", data, 3, formats=("onnx",))
+
+
+def test_a_logit_that_is_no_number_is_found_out(tmp_path, data, monkeypatch):
+    run = make_run(tmp_path / "run", data, epochs=1)
+    export.write(open_run(run), tmp_path / "out", ("safetensors",))
+    nothing = lambda path: lambda images: np.full((len(images), 3), np.nan, np.float32)  # noqa: E731
+    monkeypatch.setattr(export_formats, "OPENERS", {"onnx": nothing})
+    found = export_check.check_export(tmp_path / "out", run / "best", data, 3, formats=("onnx",))
+    way = next(way for way in found.ways if way.name == "onnx")
+    assert np.isnan(way.difference)
+    with pytest.raises(export_check.Differs):
+        export_check.require_same(way, found, way.num_wrong / found.num_images, False, data)
+
+
+def test_a_training_that_validated_in_bf16_is_compared_in_fp32(tmp_path, data):
+    run = make_run(tmp_path / "run", data, precision="bf16", epochs=1)
+    export.write(open_run(run), tmp_path / "out", export_formats.parse_formats(ALL))
+    found = export_check.check_export(
+        tmp_path / "out", run / "best", data, 3, formats=export_formats.parse_formats(ALL)
+    )
+    differences = {way.name: way.difference for way in found.ways}
+    assert differences["safetensors"] == 0  # beside the checkpoint in bf16, too
+    assert differences["onnx"] < 1e-4 and differences["pt2"] < 1e-4
+    assert found.fp32_wrong == next(way.num_wrong for way in found.ways if way.name == "onnx")
+    assert re.search(
+        rf"^  checkpoint in fp32 +{found.fp32_wrong} of 12 wrong", export_check.outcome(found, 0.5), re.MULTILINE
+    )
 
 
 def test_what_is_asked_for_wrongly_is_said_before_any_work(tmp_path, data):
@@ -153,62 +231,39 @@ def test_the_best_trial_can_be_named_by_number_or_id(searched, tmp_path):
 
 def test_another_trial_has_no_weights_and_the_command_that_trains_it_again_is_told(searched, tmp_path):
     best, row = load(searched).best.name, load(searched).trials.loc[3]
-    with pytest.raises(ValueError, match=f"keeps the weights of its best trial only, which is {best}") as error:
+    with pytest.raises(ValueError, match=f"keeps those of its best trial only, which is {best} ") as error:
         export.main([str(searched), "--trial", "3", "--out", str(tmp_path / "out")])
+    assert "trial 3 (stopped early, " in str(error.value)
     again = str(error.value).partition("again with: ")[2]
-    assert again.startswith("python -m search.run --space pets ") and "--trials 1" in again
-    assert f"--set arch={row['arch']}" in again and f"--set lr_max={row['lr_max']}" in again
-    with pytest.raises(ValueError, match=r"no such trial in .* Its trials: 0 to 9"):
+    command = shlex.split(again)
+    assert command[:3] == ["python", "-m", "search.run"]
+    arguments = parse_arguments(command[3:])
+    assert (arguments.trials, arguments.seed) == (1, 6)
+    space = space_of(arguments)  # what search.run makes of it
+    assert not set(space.dimensions) & set(load(searched).dimensions)
+    assert {name: space.settings[name] for name in load(searched).dimensions} == {
+        name: row[name] for name in load(searched).dimensions
+    }
+    with pytest.raises(ValueError, match=r"no such trial in .* Its trials: 0 to 9 \(or by id, such as t\d"):
         export.main([str(searched), "--trial", "12", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
-# --- The model card ---------------------------------------------------------------------------------------------------
+def test_data_with_spaces_and_pinned_settings_are_in_the_command(searched):
+    command = json.loads((searched / "command.json").read_text())
+    write_json(searched / "command.json", command | {"arguments": {"data": "/my photos", "weights": None}})
+    space = json.loads((searched / "space.json").read_text())
+    write_json(searched / "space.json", space | {"pinned": ["image_size"], "settings": {"image_size": 96}})
+    record = load(searched)
+    again = export.training_command(record, record.trials.loc[3])
+    assert "--data '/my photos'" in again and "--weights" not in again and "--set image_size=96" in again
 
 
-def test_the_card_says_on_what_and_how_well_and_its_code_runs(searched, tmp_path, data):
-    out = tmp_path / "out"
-    assert export.main([str(searched), "--out", str(out), "--format", ALL, "--no-check"]) == 0
-    card, record = (out / "README.md").read_text(), load(searched)
-    error = json.loads((out / "metrics.json").read_text())["error_rate"]
-    assert f"| validation error | {100 * error:.2f} % |" in card and "95 % interval (Wilson)" in card
-    assert "| training images | 80 |" in card and f"| data set | {data.name} |" in card
-    assert f"the best of {len(record.completed)} completed trials" in card
-    assert "| ray | 2.60.0 |" in card and "AMD EPYC" in card
-    assert str(data.parent) not in card  # whose machine it was is nobody's business
-    photo = next(data.rglob("*.jpg"))
-    (out / "photo.jpg").write_bytes(photo.read_bytes())
-    code = "\n".join(re.findall(r"```python\n(.*?)```", card, re.DOTALL))
-    child = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=out,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert child.returncode == 0, child.stderr
-    ours, of_onnx, of_program = child.stdout.split()
-    assert of_onnx == of_program and ours in json.loads((out / "labels.json").read_text())
-
-
-def test_names_in_a_card_are_text(tmp_path):
-    data = draw_images(tmp_path / "data", each=6)
-    for old, new in (("robin", "<b>a|b"), ("wren", 'a"b`*_[x]')):
-        (data / old).rename(data / new)
+def test_a_run_without_tables_knows_its_best_trial_only(tmp_path, data):
     run = make_run(tmp_path / "run", data, epochs=1)
-    export.export(run, tmp_path / "out", check=False)
-    card = (tmp_path / "out/README.md").read_text()
-    assert "<b>" not in card and "&lt;b&gt;a&#124;b" in card
-    assert text('a"b`*_[x]') in card
-    assert text("a_b *c* _d_ <e> `f` # g") == r"a_b \*c\* \_d\_ &lt;e&gt; &#96;f&#96; \# g"
-
-
-def test_the_cards_front_matter_is_yaml(searched, tmp_path):
-    import yaml
-
-    export.export(searched, tmp_path / "out", check=False)
-    front = (tmp_path / "out/README.md").read_text().split("---")[1]
-    fields = yaml.safe_load(front)
-    assert fields["library_name"] == "timm" and fields["pipeline_tag"] == "image-classification"
+    assert export.main([str(run), "--trial", "abc_00007", "--no-check", "--out", str(tmp_path / "out")]) == 0
+    with pytest.raises(ValueError, match=r"--trial 6: there is no such trial in .* Its trials: abc_00007"):
+        export.main([str(run), "--trial", "6", "--out", str(tmp_path / "other")])
 
 
 def test_timm_and_this_project_read_the_same_export(searched, tmp_path):

@@ -25,7 +25,13 @@ ROOT = Path(__file__).resolve().parents[1]
 class Table:
     """The results table as the leaderboard sees it."""
 
-    dimensions = ("arch", "lr_max")
+    dimensions = (
+        "arch",
+        "lr_max",
+        "a_setting_with_a_long_name",
+        "another_setting_with_a_long_name",
+        "one_more_of_them",
+    )
 
     def __init__(self, *statuses: str) -> None:
         self.rows = {f"t{number}": row(number, status) for number, status in enumerate(statuses)}
@@ -43,6 +49,7 @@ def row(number: int, status: str) -> dict:
         "seconds": 12.0,
         "arch": "tf_efficientnet_lite0",
         "lr_max": 0.00123456,
+        **dict.fromkeys(Table.dimensions[2:], 0.25),
     }
 
 
@@ -62,6 +69,7 @@ def board_of(*statuses: str, num_trials: int = 10, time_budget: float | None = N
 
 def test_a_running_trial_has_a_bar_of_its_epochs_and_a_completed_one_its_status():
     lines = drawn(board_of(COMPLETED, RUNNING, FAILED, RUNNING)).splitlines()
+    assert lines[0].split() == ["trial", "status", "epochs", "error", "loss", "seconds", "recipe"]
     one, three, best = lines[1:4]
     assert one.split()[0] == "1" and "1/4" in one and three.split()[0] == "3" and "3/4" in three
     assert one.count("━") < three.count("━") <= 10
@@ -97,6 +105,7 @@ def test_it_is_never_wider_or_higher_than_the_terminal(width, height):
     shown = sum("━" in line and "/4" in line for line in lines)
     assert shown + int(more[1] if more else 0) == 40
     assert any("completed" in line for line in lines)
+    assert lines[0].split()[:6] == ["trial", "status", "epochs", "error", "loss", "seconds"]
 
 
 def test_a_thousand_trials_cost_no_time():
