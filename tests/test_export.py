@@ -82,18 +82,8 @@ def test_an_mlp_head_is_exported_for_our_own_predictor_and_timm_refuses_it(tmp_p
         timm.create_model(f"local-dir:{out}", pretrained=True)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"concat_pool": True},
-        {"arch": "test_efficientnet.r160_in1k"},
-        {"arch": "test_convnext.r160_in1k"},
-        {"arch": "test_vit.r160_in1k", "image_size": 64, "presize": 64},
-    ],
-    ids=lambda settings: " ".join(map(str, settings.values())),
-)
-def test_timm_loads_other_poolings_and_architectures_alike(tmp_path, data, settings):
-    run = make_run(tmp_path / "run", data, epochs=1, **settings)
+def test_timm_loads_another_pooling_alike(tmp_path, data):
+    run = make_run(tmp_path / "run", data, epochs=1, concat_pool=True)
     out = tmp_path / "out"
     out.mkdir()
     export.write(open_run(run), out)

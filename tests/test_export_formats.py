@@ -46,7 +46,7 @@ def model_folder(path: Path, arch: str, head: str, side: int) -> ModelFolder:
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
-@pytest.mark.parametrize("arch", [*TINY, *REAL])
+@pytest.mark.parametrize("arch", TINY)
 def test_both_formats_give_the_models_logits_for_any_batch_size(tmp_path, arch, head):
     folder = model_folder(tmp_path, arch, head, side=64)
     model = build(folder.recipe, len(LABELS)).model.eval()
@@ -68,6 +68,24 @@ def test_both_formats_give_the_models_logits_for_any_batch_size(tmp_path, arch, 
             scale = np.abs(expected).max()
             np.testing.assert_allclose(run(images), expected, atol=1e-4 * scale, rtol=0)
             assert run(images).dtype == np.float32
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize("arch", REAL)
+def test_a_trained_model_is_the_same_by_every_way_to_load_it(tmp_path, data, arch, head):
+    settings = {"arch": arch, "head": head, "hidden": 16, "epochs": 1, "presize": 64, "image_size": 64}
+    run, out, formats = (
+        make_run(tmp_path / "run", data, **settings),
+        tmp_path / "out",
+        export_formats.parse_formats(ALL),
+    )
+    out.mkdir()
+    export.write(open_run(run), out, formats)
+    found = export_check.check_export(out, run / "best", data, split_seed=3, formats=formats)
+    wrong = round(found.num_images * json.loads((run / "best/metrics.json").read_text())["error_rate"])
+    ways = ["safetensors", "timm", "onnx", "pt2"] if head == "linear" else ["safetensors", "onnx", "pt2"]
+    assert {way.name: way.num_wrong for way in found.ways} == dict.fromkeys(ways, wrong)
+    assert all(way.difference <= 1e-4 * max(1, way.largest) for way in found.ways)
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
