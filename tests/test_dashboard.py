@@ -32,7 +32,12 @@ class Served:
     """`python -m search.dashboard` in a process of its own, once it has said where it is."""
 
     def __init__(self, folder: Path, *arguments: object, preamble: str = "pass") -> None:
-        code = f"import sys; {preamble}; from search import cli, dashboard; cli.run_cli(dashboard.main)"
+        # A test run in the background has passed on that it ignores both signals.
+        defaults = (
+            "signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+        )
+        code = f"import signal, sys; {defaults}; {preamble}; "
+        code += "from search import cli, dashboard; cli.run_cli(dashboard.main)"
         ports = ("--port", 18080, "--tensorboard-port", 16006)
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, *map(str, (folder, *ports, *arguments))],
