@@ -17,6 +17,7 @@ from search.cli import INTERRUPTED, Interruptible, run_cli, say
 from search.cluster import prepare_environment, start_ray
 from search.prepare import check_weights, find_data, presize_here, space_of
 from search.space import Space
+from search.wording import duration, many
 
 PUBLISHED = "published: on the book's data, split and hardware; other images or settings give other errors"
 
@@ -109,7 +110,7 @@ def announce(options) -> None:
     )
     gpus = f" and {size.gpus_per_worker} GPUs" if size.gpus_per_worker else ""
     say(
-        f"search: {what}, {options.max_concurrent} at once, each on {size.num_workers} workers of "
+        f"search: {what}, {options.max_concurrent} at once, each on {many(size.num_workers, 'worker')} of "
         f"{size.cpus_per_worker:g} CPUs{gpus}; the first one waits for its workers to start"
     )
     say(f"results: {folder}/")
@@ -122,7 +123,6 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
 
     from search.leaderboard import counts, leaderboard, recipes_table
     from search.results import COMPLETED, FAILED, RUNNING, leaders, read_trials
-    from search.wording import duration
     from trainables import checkpoint
 
     rows = read_trials(options.folder.trials)
