@@ -69,7 +69,7 @@ def read_analysis(run: RunRecord) -> ErrorAnalysis | None:
         losses = tuple(_loss(row, Path(run.command["data"])) for row in worst)
     except (OSError, ValueError, KeyError):  # not there, or cut short by a kill
         return None
-    return ErrorAnalysis(tuple(classes), counts, losses)
+    return ErrorAnalysis(tuple(map(_printable, classes)), counts, losses)
 
 
 def analyse(run: RunRecord) -> str:

@@ -78,7 +78,8 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
     search_charts, winner_charts = figures.search_charts(run), winner_figures(run, found)
     cards = [_card("best-card", "Best", run.best, run)] if run.best is not None else []
     if run.first is not None and run.first.name != run.best.name:
-        cards.append(_card("first-card", "Trial 0, the space's own recipe", run.first, run))
+        what = "Trial 0" if run.command.get("arguments", {}).get("recipes") else "Trial 0, the space's own recipe"
+        cards.append(_card("first-card", what, run.first, run))
     return page.render(
         "report.html",
         [*search_charts, *winner_charts],

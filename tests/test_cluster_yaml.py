@@ -1,4 +1,4 @@
-"""cluster.yaml passes Ray's own check without network or AWS packages, and says what the comments in it promise."""
+"""The cluster files pass Ray's own check without network or AWS packages, and say what the comments in them promise."""
 
 import re
 import shlex
@@ -166,3 +166,42 @@ def test_the_commands_at_the_top_are_ones_that_ray_has():
         if ">" in arguments:
             arguments = arguments[: arguments.index(">")]
         cli.commands[name].make_context(name, arguments)
+
+
+# --- cluster/local.yaml -----------------------------------------------------------------------------------------------
+
+LOCAL = (ROOT / "cluster" / "local.yaml").read_text()
+SHARED = ("file_mounts", "rsync_exclude", "head_start_ray_commands", "worker_start_ray_commands")
+
+
+@pytest.fixture
+def local():
+    return yaml.safe_load(LOCAL)
+
+
+def test_the_file_for_your_own_machines_passes_the_check_too(local):
+    local["provider"]["worker_ips"] = ["192.0.2.1"]
+    validate_config(prepare_config(local))
+    local["provider"]["no_such_key"] = local["auth"]["no_such_key"] = 1
+    with pytest.raises(ValidationError, match="no_such_key"):
+        validate_config(prepare_config(local))
+
+
+def test_own_machines_get_the_same_project_and_start_ray_alike(config, local):
+    assert {key: local[key] for key in SHARED} == {key: config[key] for key in SHARED}
+    install, theirs = (next(c for c in one["setup_commands"] if "pip install" in c) for one in (local, config))
+    assert install.replace("'.[quickstart]'", ".") == theirs
+
+
+def test_the_commands_at_its_top_are_ones_that_ray_has():
+    from search.arguments import parse_arguments
+
+    header = LOCAL.partition("\ncluster_name:")[0]
+    lines = [shlex.split(line, comments=True) for line in re.findall(r"^#   ray (.+)$", header, re.MULTILINE)]
+    assert [name for name, *_ in lines] == ["get-auth-token", "up", "submit", "exec", "rsync-down", "down"]
+    for name, *arguments in lines:
+        arguments = arguments[: arguments.index(">")] if ">" in arguments else arguments
+        found = cli.commands[name].make_context(name, list(arguments)).params
+        if name == "submit":
+            assert (ROOT / found["script"]).is_file()
+            assert parse_arguments(list(found["script_args"])).space == "quickstart"

@@ -112,6 +112,23 @@ def test_names_of_others_are_shown_not_run(tmp_path):
     assert scripts and all(json.loads(script)["data"] for script in scripts)
 
 
+def test_names_that_are_no_valid_utf8_do_not_cost_the_report(tmp_path):
+    folder = write_run(tmp_path / "run")
+    for name in ("confusion_matrix.csv", "top_losses.csv"):
+        file = folder / "interpretation" / name
+        file.write_bytes(file.read_bytes().replace(b"dog", b"d\xffg"))
+    report.write_report(load(folder), tmp_path / "now.html", analysis=False)
+    assert "d\\udcffg" in (tmp_path / "now.html").read_text()
+
+
+def test_of_named_recipes_the_first_is_not_called_the_spaces_own(tmp_path):
+    folder = write_run(tmp_path / "run")
+    command = json.loads((folder / "command.json").read_text())
+    (folder / "command.json").write_text(json.dumps(command | {"arguments": {"recipes": "book"}}))
+    html = report.render(load(folder))
+    assert 'id="first-card"' in html and "the space&#39;s own recipe" not in html
+
+
 @pytest.mark.parametrize("num_trials", [0, 1, 4])
 def test_an_early_report_says_what_is_missing(tmp_path, num_trials):
     html = report.render(load(write_run(tmp_path / "run", num_trials=num_trials)))
