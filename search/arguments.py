@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from search.space import space_names
+from trainables.fetch import is_uri
 
 METHODS = ("tpe-asha", "tpe", "random-asha", "random")
 
@@ -40,10 +41,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "pin a setting (epochs=5), narrow or add a dimension (epochs=3..8, arch=resnet18,resnet34); repeatable"
     ))  # fmt: skip
     what.add_argument(
-        "--data", type=absolute, metavar="DIR", help="folder of labelled images instead of the space's own"
-    )
+        "--data", type=source, metavar="DIR|URI", help=(
+            "labelled images instead of the space's own: a folder that every node has, or the s3://, gs:// or https:// "
+            "address of a folder or an archive, which every node fetches once"
+        ))  # fmt: skip
     what.add_argument(
-        "--weights", type=absolute, metavar="DIR", help="folder with <arch>.safetensors, looked into first"
+        "--weights", type=source, metavar="DIR|URI", help="<arch>.safetensors files, looked into first; likewise"
     )
     what.add_argument("--recipes", metavar="NAME", help=(
         "run just the space's recipes of that name, such as book, each once and to its end; --method has no say"
@@ -62,12 +65,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--seed", type=int, metavar="N", help="seed of proposals and trainings (default: the space's)")
     where = parser.add_argument_group("on what")
     where.add_argument("--address", help="Ray cluster: auto, or host:port (default: start Ray on this machine)")
-    where.add_argument("--workers-per-trial", type=positive, default=1, metavar="N", help="DDP workers (default 1)")
+    where.add_argument("--workers-per-trial", type=_workers, action="append", metavar="N", help=(
+        "DDP workers (default 1), or ARCH=N for some architectures ('resnet101*=4'); repeatable"
+    ))  # fmt: skip
     where.add_argument(
         "--cpus-per-worker", type=_above_zero, metavar="N", help="default: a GPU's share of a node, or 2"
     )
     where.add_argument("--gpus-per-worker", type=_whole, metavar="N", help="whole GPUs; default: 1 where there are any")
-    where.add_argument("--max-concurrent", type=positive, metavar="N", help="trials at once (default: what fits)")
+    where.add_argument("--max-concurrent", type=_auto_or_positive, default="auto", metavar="N", help=(
+        "trials at once, or auto (default): what fits, more and fewer as nodes come and go"
+    ))  # fmt: skip
     add_cache(where)
     out = parser.add_argument_group("results")
     out.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results/")
@@ -108,8 +115,9 @@ def saved_arguments(folder, args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError(
             f"{folder} was started by an older version, which knew no --{missing[0].replace('_', '-')}. Start it anew."
         )
-    for name in ("data", "weights", "results"):
-        saved[name] = Path(saved[name]) if saved[name] else None
+    for name in ("data", "weights"):
+        saved[name] = source(saved[name]) if saved[name] else None
+    saved["results"] = Path(saved["results"])
     return argparse.Namespace(
         **saved | {"resume": True, "address": args.address, "name": args.name, "results": args.results}
     )
@@ -125,6 +133,30 @@ def search_command(args: argparse.Namespace, *more: str) -> str:
 def absolute(text: str) -> Path:
     """Workers, and a search that is resumed, may be in another folder."""
     return Path(text).expanduser().absolute()
+
+
+def source(text: str) -> Path | str:
+    """A folder, or a URI as it is."""
+    return text if is_uri(text) else absolute(text)
+
+
+def workers_per_trial(asked: list[str] | None) -> tuple[int, dict[str, int]]:
+    """The workers of a trial, and those of some architectures by their pattern."""
+    parts = [text.rpartition("=") for text in asked or []]
+    everywhere = [int(count) for pattern, _, count in parts if not pattern]
+    return everywhere[-1] if everywhere else 1, {pattern: int(count) for pattern, _, count in parts if pattern}
+
+
+def _workers(text: str) -> str:
+    pattern, equals, count = text.rpartition("=")
+    if equals and not pattern.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} names no architecture before the =")
+    positive(count)
+    return text
+
+
+def _auto_or_positive(text: str) -> int | str:
+    return text if text == "auto" else positive(text)
 
 
 def positive(text: str) -> int:

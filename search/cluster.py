@@ -21,12 +21,12 @@ def prepare_environment() -> None:
 
 
 def start_ray(address: str | None) -> tuple[list, str]:
-    """Connect to a cluster or start Ray here: the nodes that a search can use, and host:port of Ray's dashboard."""
+    """Connect to a cluster or start Ray here: the nodes that a search can have, and host:port of Ray's dashboard."""
     import logging
 
     import ray
 
-    from search.resources import cluster_nodes
+    from search.resources import present_nodes, reachable_nodes
 
     for name in ("ray", "ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -41,11 +41,30 @@ def start_ray(address: str | None) -> tuple[list, str]:
     )
     if context.dashboard_url:
         say(f"Ray's dashboard: http://{context.dashboard_url}")
-    return cluster_nodes(), context.dashboard_url or ""
+    check_place()
+    return reachable_nodes(present_nodes()), context.dashboard_url or ""
+
+
+def check_place() -> None:
+    """Raises `ValueError` unless this is the head node, where trials leave their checkpoints."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    head = next((node for node in ray.nodes() if "node:__internal_head__" in node["Resources"]), None)
+    if head is not None and head["NodeID"] != here:
+        raise ValueError(
+            f"This is not the cluster's head node ({head['NodeManagerAddress']} is). A search keeps its results and "
+            "checkpoints there: start it there."
+        )
 
 
 def check_address(address: str | None) -> None:
     """Raises `ValueError` where nobody listens at host:port; Ray itself would go on trying for minutes."""
+    if (address or "").startswith("ray://"):
+        raise ValueError(
+            f"--address {address}: a search writes its results where it runs, which is the head node. Start it there: "
+            "ray job submit -- python -m search.run --address auto ..., or ray submit with the cluster's file."
+        )
     host, colon, port = (address or "").rpartition(":")
     if not colon or not port.isdigit() or "/" in host:
         return

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.arguments import absolute, add_cache, positive, search_command
+from search.arguments import add_cache, positive, search_command, source
 from search.cli import run_cli, say
 from search.space import Range, Space, space_names
 
@@ -44,8 +44,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--space", required=True, metavar="SPACE", help=f"the search space: {', '.join(space_names())}")
-    parser.add_argument("--data", type=absolute, metavar="DIR", help="folder of labelled images (default: the space's)")
-    parser.add_argument("--weights", type=absolute, metavar="DIR", help="folder with <arch>.safetensors")
+    parser.add_argument("--data", type=source, metavar="DIR|URI", help="labelled images (default: the space's)")
+    parser.add_argument("--weights", type=source, metavar="DIR|URI", help="<arch>.safetensors files")
     parser.add_argument("--arch", help="timm architecture (default: the space's own)")
     parser.add_argument("--unfrozen", action="store_true", help="of the whole network, after the frozen stage")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipe")
@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     from search.prepare import check_weights, find_data, presize_here, space_of
     from search.tuner import full_settings
     from trainables.recipe import Recipe
+    from trainables.source import folder_of
 
     args = parse_arguments(argv)
     args.recipes = args.address = None
@@ -76,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     first = f", after {recipe.freeze_epochs} frozen epochs" if stage == "unfrozen" and recipe.freeze_epochs else ""
     say(f"{recipe.arch}, {stage}{first}: {args.num_it} steps of {recipe.batch_size} images")
     options = {"num_it": args.num_it, "split_seed": space.split_seed, "device": best_device()}
-    curve = find(recipe, presized, args.weights, [stage], **options)[stage]
+    weights = folder_of(str(args.weights)) if args.weights else None
+    curve = find(recipe, presized, weights, [stage], **options)[stage]
     found = draw(out, curve, f"{recipe.arch}, {stage}", num_it=args.num_it)
     for name, rate in found.items():
         say(f"{name:8} {rate:.2e}")
@@ -150,11 +152,12 @@ def trusted_rates(found: dict[str, float]) -> list[float]:
 
 
 def narrowed_rates(
-    space: Space, images, weights: Path | None, size: GroupSize, folder: Path, storage: str = "auto"
+    space: Space, data: str, digest: str, weights: str | None, size: GroupSize, folder: Path, storage: str = "auto"
 ) -> list[str]:
     """Runs the finder once per architecture, on Ray's workers; the narrowed bounds as `--set`s.
 
-    The curves are drawn into `folder`. Where the finder fails for an architecture, it says so and has no say.
+    `data` and `weights` are sources, see `trainables.source`; the curves are drawn into `folder`. Where the finder
+    fails for an architecture, it says so and has no say.
     """
     import ray
 
@@ -170,8 +173,7 @@ def narrowed_rates(
     say(f"learning-rate finder: {', '.join(searched.values())} stage of {len(archs)} architectures")
     options = {"split_seed": space.split_seed, "num_threads": max(1, int(size.cpus_per_worker))}
     options["device"] = "cuda" if size.gpus_per_worker else "cpu"
-    weights = str(weights) if weights else None
-    arguments = str(images.root), storage, weights, list(searched.values()), options
+    arguments = data, digest, storage, weights, list(searched.values()), options
     running = {task.remote(full_settings(space) | {"arch": arch}, *arguments): arch for arch in archs}
     suggested: dict[str, list[float]] = {name: [] for name in searched}
     while running:
@@ -185,19 +187,24 @@ def narrowed_rates(
 
 
 def _find_on_worker(
-    settings: dict[str, Any], data: str, storage: str, weights: str | None, stages: list[str], options: dict[str, Any]
+    settings: dict[str, Any],
+    data: str,
+    digest: str,
+    storage: str,
+    weights: str | None,
+    stages: list[str],
+    options: dict[str, Any],
 ) -> dict[str, Curve]:
     import torch
 
-    from trainables.data import find_images
     from trainables.presize import presize
     from trainables.recipe import Recipe
+    from trainables.source import folder_of, images_of
 
     torch.set_num_threads(options["num_threads"])
     recipe = Recipe.from_dict(settings)
-    images = presize(find_images(Path(data)), recipe.presize, recipe.resize_method, storage=storage)
-    folder = Path(weights) if weights else None
-    return find(recipe, images, folder, stages, **options)
+    images = presize(images_of(data, digest), recipe.presize, recipe.resize_method, storage=storage)
+    return find(recipe, images, folder_of(weights) if weights else None, stages, **options)
 
 
 def _suggestions_of(arch: str, done, searched: dict[str, str], folder: Path) -> dict[str, list[float]]:

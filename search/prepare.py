@@ -20,17 +20,31 @@ def space_of(args: argparse.Namespace) -> Space:
 def find_data(space: Space, args: argparse.Namespace):
     from trainables.data import find_images
     from trainables.datasets import prepare_in_subprocess
+    from trainables.source import folder_of
 
-    images = find_images(args.data or prepare_in_subprocess(space.dataset))
+    images = find_images(folder_of(str(args.data)) if args.data else prepare_in_subprocess(space.dataset))
     say(f"data: {images.describe()} in {images.root}")
     return images
 
 
 def check_weights(space: Space, args: argparse.Namespace) -> None:
+    from trainables.source import folder_of
     from trainables.weights import require_weights
 
     if setting_values(space, "pretrained") != [False]:
-        require_weights(setting_values(space, "arch"), args.weights)
+        folder = folder_of(str(args.weights)) if args.weights else None
+        require_weights(setting_values(space, "arch"), folder)
+
+
+def pin(args: argparse.Namespace) -> None:
+    """`--data` and `--weights` that are URIs, with the checksum of what was fetched: every node, and a search that goes
+    on later, gets the same bytes or an error."""
+    from trainables.fetch import is_uri, pinned
+
+    for name in ("data", "weights"):
+        value = getattr(args, name)
+        if isinstance(value, str) and is_uri(value):
+            setattr(args, name, pinned(value))
 
 
 def presize_here(space: Space, images, args: argparse.Namespace):

@@ -179,7 +179,7 @@ def _split(run: RunRecord) -> str:
 
 
 def _trial_size(command: dict[str, Any]) -> str:
-    size, at_once = command.get("group_size"), command.get("max_concurrent", 1)
+    size, at_once = command.get("group_size"), command.get("max_concurrent", 1) or "as many as fit"
     if not size:
         return ""
     gpus = f" and {size['gpus_per_worker']} GPUs" if size["gpus_per_worker"] else ""

@@ -11,6 +11,8 @@ from trainables.worker_group import GroupSize
 
 AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 """`ray up` leaves the cluster's configuration here on the head node."""
+MOST_NODES = 1000
+"""Of one kind, where an autoscaler knows no limit."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,14 @@ def group_size(nodes: list[Node], *, num_workers: int, cpus_per_worker: float | 
     return GroupSize(num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
 
 
+def room(nodes: list[Node], size: GroupSize) -> int:
+    """How many workers of this size the nodes have room for; a worker never spans nodes, a trial may."""
+    return sum(node.workers(size) for node in nodes)
+
+
 def trials_at_once(nodes: list[Node], size: GroupSize, asked: int | None) -> int:
     """How many trials run at once; raises `ValueError` with the arithmetic where the request can never be scheduled."""
-    workers = sum(node.workers(size) for node in nodes)
+    workers = room(nodes, size)
     most = workers // size.num_workers
     if most >= max(1, asked or 1):
         return asked or most
@@ -58,17 +65,32 @@ def trials_at_once(nodes: list[Node], size: GroupSize, asked: int | None) -> int
     )
 
 
-def cluster_nodes() -> list[Node]:
-    """The nodes that the connected cluster has, or those that its autoscaler can add, whichever is more."""
+def present_nodes() -> list[Node]:
+    """The nodes of the connected cluster that are up."""
     import ray
 
-    present = [_node(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    return max(
-        present, _nodes_of_autoscaler(), key=lambda nodes: (sum(n.gpus for n in nodes), sum(n.cpus for n in nodes))
-    )
+    return [_node(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def reachable_nodes(present: list[Node]) -> list[Node]:
+    """The nodes that are up, or those that the cluster's autoscaler can make it have, whichever is more."""
+    choices = (present, _nodes_of_launcher(), _nodes_of_autoscaler())
+    return max(choices, key=lambda nodes: (sum(n.gpus for n in nodes), sum(n.cpus for n in nodes)))
 
 
 def _nodes_of_autoscaler() -> list[Node]:
+    """What the autoscaler has told the cluster, as that of Kubernetes does."""
+    # Ray Train looks there, too (`WorkerGroup._check_cluster_resources_and_raise_if_insufficient`); there is no public
+    # way to it.
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    groups = config.node_group_configs if config else []
+    counts = [MOST_NODES if group.max_count < 0 else min(group.max_count, MOST_NODES) for group in groups]
+    return [_node(dict(group.resources)) for group, count in zip(groups, counts, strict=True) for _ in range(count)]
+
+
+def _nodes_of_launcher() -> list[Node]:
     path = AUTOSCALER_CONFIG.expanduser()
     if not path.is_file():
         return []

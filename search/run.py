@@ -12,10 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from search.arguments import parse_arguments, saved_arguments
+from search.arguments import parse_arguments, saved_arguments, workers_per_trial
 from search.cli import INTERRUPTED, Interruptible, run_cli, say
 from search.cluster import prepare_environment, start_ray
-from search.prepare import check_weights, find_data, presize_here, space_of
+from search.prepare import check_weights, find_data, pin, presize_here, space_of
 from search.space import Space
 from search.wording import duration, many
 
@@ -45,43 +45,66 @@ def search(args: argparse.Namespace, folder) -> int:
     prepare_environment()
     space = space_of(args)
     from search.tuner import RunOptions, full_settings
+    from trainables.source import images_digest
 
     full_settings(space)
     images = find_data(space, args)
     check_weights(space, args)
+    pin(args)
     presize_here(space, images, args)
     nodes, ray_dashboard = start_ray(args.address)
-    from search.resources import group_size, hardware, trials_at_once
+    from search.resources import hardware
 
-    size = group_size(
-        nodes,
-        num_workers=args.workers_per_trial,
-        cpus_per_worker=args.cpus_per_worker,
-        gpus_per_worker=args.gpus_per_worker,
-    )
+    size, num_workers = sizes(args, nodes)
+    source, digest = str(args.data or space.dataset), images_digest(images)
+    weights = str(args.weights) if args.weights else None
     if args.lr_range == "auto":
         from search.lr_find import narrowed_rates
 
-        found = narrowed_rates(space, images, args.weights, size, folder.lr_find, args.cache)
+        found = narrowed_rates(space, source, digest, weights, size, folder.lr_find, args.cache)
         args.set, args.lr_range = [*args.set, *found], "space"  # a resumed search keeps these bounds
         space = space_of(args)
     options = RunOptions(
         space=space,
         folder=folder,
-        data=str(images.root),
-        weights=str(args.weights) if args.weights else None,
+        data=source,
+        data_digest=digest,
+        weights=weights,
         cache=args.cache,
         labels=list(images.classes),
         group_size=size,
+        num_workers=num_workers,
         num_trials=args.trials or space.num_trials,
         time_budget=args.time_budget,
         method="random" if args.recipes else args.method,  # all proposed already, and none ends early
-        max_concurrent=trials_at_once(nodes, size, args.max_concurrent),
+        max_concurrent=None if args.max_concurrent in ("auto", None) else args.max_concurrent,
         recipes=space.recipes[args.recipes] if args.recipes else (),
         report=args.report,
     )
-    write_command(args, options, ray_dashboard=ray_dashboard, hardware=hardware(nodes))
+    write_command(args, options, data=str(images.root), ray_dashboard=ray_dashboard, hardware=hardware(nodes))
+    announce(options, nodes)
     return run(options, resume=args.resume)
+
+
+def sizes(args: argparse.Namespace, nodes: list):
+    """The size of a trial's worker group, and the workers of some architectures; raises `ValueError` where not even the
+    nodes that the autoscaler can add have room."""
+    from dataclasses import replace
+
+    from search.resources import group_size, trials_at_once
+
+    num_workers, of_archs = workers_per_trial(args.workers_per_trial)
+    asked = None if args.max_concurrent in ("auto", None) else args.max_concurrent
+    size = group_size(
+        nodes,
+        num_workers=num_workers,
+        cpus_per_worker=args.cpus_per_worker,
+        gpus_per_worker=args.gpus_per_worker,
+    )
+    counts = [num_workers, *of_archs.values()]
+    trials_at_once(nodes, replace(size, num_workers=max(counts)), None)
+    trials_at_once(nodes, replace(size, num_workers=min(counts)), asked)
+    return size, of_archs
 
 
 def run(options, *, resume: bool) -> int:
@@ -89,7 +112,6 @@ def run(options, *, resume: bool) -> int:
 
     from search.tuner import new_tuner, restored_tuner
 
-    announce(options)
     started = time.monotonic()
     try:
         tuner = restored_tuner(options) if resume else new_tuner(options)
@@ -103,15 +125,19 @@ def run(options, *, resume: bool) -> int:
     return conclude(options, time.monotonic() - started, interrupted=search.interrupted)
 
 
-def announce(options) -> None:
+def announce(options, nodes: list) -> None:
+    from search.resources import trials_at_once
+
     size, folder = options.group_size, options.folder
+    at_once = options.max_concurrent or trials_at_once(nodes, size, None)
+    others = "".join(f", {arch} on {count}" for arch, count in options.num_workers.items())
     what = f"{options.num_trials} trials" + (
         f" in at most {options.time_budget / 60:g} min" if options.time_budget else ""
     )
     gpus = f" and {size.gpus_per_worker} GPUs" if size.gpus_per_worker else ""
     say(
-        f"search: {what}, {options.max_concurrent} at once, each on {many(size.num_workers, 'worker')} of "
-        f"{size.cpus_per_worker:g} CPUs{gpus}; the first one waits for its workers to start"
+        f"search: {what}, {at_once} at once, each on {many(size.num_workers, 'worker')} of "
+        f"{size.cpus_per_worker:g} CPUs{gpus}{others}; the first one waits for its workers to start"
     )
     say(f"results: {folder}/")
     say(f"watch: python -m search.dashboard {folder}")
@@ -188,10 +214,11 @@ def write_command(args: argparse.Namespace, options, **found: Any) -> None:
     command = {
         "argv": sys.argv[1:],
         "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
-        "data": options.data,
+        "source": options.data,
         "weights": options.weights,
         "split_seed": options.space.split_seed,
         "group_size": asdict(options.group_size),
+        "num_workers": options.num_workers,
         "max_concurrent": options.max_concurrent,
         "started_at": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},

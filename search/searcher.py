@@ -11,6 +11,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
+from search.capacity import Capacity
 from search.space import Choice, Dimension, Space
 from trainables.recipe import spec_of
 
@@ -24,9 +25,14 @@ class OptunaSearcher(Searcher):
     The study is kept in a journal file, which Optuna's own tools can open while the search runs. Unlike Ray's
     `OptunaSearch` it reports a value at every `progress` percent, tells PRUNED for a trial that was stopped early and
     FAIL for one that failed.
+
+    Where `capacity` has no room for the next trial it proposes none; Tune asks again. A trial that needs many workers
+    keeps its turn: smaller ones do not go before it.
     """
 
-    def __init__(self, space: Space, journal: Path, *, sampler: str, seed: int) -> None:
+    def __init__(
+        self, space: Space, journal: Path, *, sampler: str, seed: int, capacity: Capacity | None = None
+    ) -> None:
         super().__init__(metric=METRIC, mode="min")
         self.space = space
         self.journal = Path(journal)
@@ -34,6 +40,9 @@ class OptunaSearcher(Searcher):
         self.distributions = {name: _distribution(name, d) for name, d in space.dimensions.items()}
         self.first_configs = space.first_configs()
         self.numbers: dict[str, int] = {}  # Tune's trial id -> Optuna's trial number
+        self.capacity = capacity
+        self.live: dict[str, int] = {}  # Tune's trial id -> workers of a trial that has not ended
+        self._next: optuna.Trial | None = None  # proposed, and waiting for room
         self._study: optuna.Study | None = None
 
     @property
@@ -46,13 +55,31 @@ class OptunaSearcher(Searcher):
             )
         return self._study
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        if len(self.numbers) < len(self.first_configs):
-            self.study.enqueue_trial(self.first_configs[len(self.numbers)])
-        trial = self.study.ask(self.distributions)
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        if not self._has_room(1):  # the later a trial is proposed, the more is known
+            return None
+        trial = self._next = self._next or self._ask()
+        num_workers = self._num_workers(trial.params)
+        if not self._has_room(num_workers):
+            return None
+        self._next = None
         trial.set_user_attr(_TUNE_ID, trial_id)
         self.numbers[trial_id] = trial.number
+        self.live[trial_id] = num_workers
         return trial.params
+
+    def _ask(self) -> optuna.Trial:
+        if len(self.numbers) < len(self.first_configs):
+            self.study.enqueue_trial(self.first_configs[len(self.numbers)])
+        return self.study.ask(self.distributions)
+
+    def _has_room(self, num_workers: int) -> bool:
+        return self.capacity is None or self.capacity.has_room(self.live.values(), num_workers)
+
+    def _num_workers(self, config: dict[str, Any]) -> int:
+        if self.capacity is None:
+            return 1
+        return self.capacity.group_size((self.space.settings | config)["arch"]).num_workers
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         running, progress = self._running(trial_id), result["progress"]
@@ -62,6 +89,7 @@ class OptunaSearcher(Searcher):
             self._trial(running).report(result[METRIC], progress)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self.live.pop(trial_id, None)
         running = self._running(trial_id)
         if running is None:
             return
@@ -83,19 +111,25 @@ class OptunaSearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         self.sampler, self.numbers = pickle.loads(Path(checkpoint_path).read_bytes())
-        self._study = None
+        self._study = self._next = None
         self._fail_forgotten_trials()
+        running = {trial.number: trial.params for trial in self._all_running()}
+        self.live = {i: self._num_workers(running[n]) for i, n in self.numbers.items() if n in running}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_study": None}  # Tune pickles its searcher; a journal's lock does not travel
+        # Tune pickles its searcher; a journal's lock does not travel.
+        return self.__dict__ | {"_study": None, "_next": None}
 
     def _fail_forgotten_trials(self) -> None:
         """Trials asked for after Tune last saved its state: nobody will ever tell how they ended."""
-        for frozen in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        for frozen in self._all_running():
             if frozen.number not in self.numbers.values():
                 trial = self._trial(frozen)
                 trial.set_user_attr("failure", "forgotten when the search was killed")
                 self.study.tell(trial, state=TrialState.FAIL)
+
+    def _all_running(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
 
     def _running(self, trial_id: str) -> FrozenTrial | None:
         number = self.numbers.get(trial_id)

@@ -1,11 +1,12 @@
 """One space and the options of a run -> `ray.tune.Tuner`."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray import tune
 
+from search.capacity import Capacity, CapacityNews
 from search.leaderboard import Leaderboard
 from search.live_report import LiveReport
 from search.results import ResultsTable, RunFolder, TooManyFailures
@@ -28,16 +29,18 @@ class RunOptions:
 
     space: Space
     folder: RunFolder
-    data: str
-    weights: str | None
+    data: str  # source of the images, see `trainables.source`
+    weights: str | None  # source of pretrained weights
     cache: str  # how presized images are stored, see `presize`
     labels: list[str]
     group_size: GroupSize
+    num_workers: dict[str, int] = field(default_factory=dict)  # of architectures by pattern, see `GroupSize`
     num_trials: int
     time_budget: float | None  # seconds
     method: str
-    max_concurrent: int
+    max_concurrent: int | None  # None: as many as fit, also when the cluster grows or shrinks
     recipes: tuple[NamedRecipe, ...] = ()  # the trials are these and no others
+    data_digest: str | None = None  # of the images that every node must have
     report: str = "full"  # or tables, or off
 
 
@@ -52,15 +55,17 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
         labels=options.labels,
     )
     import_tensorboardx()
+    capacity = capacity_of(options)
     live_report = [] if options.report == "off" else [LiveReport(options.folder)]
     leaderboard = Leaderboard(table, num_trials=options.num_trials, time_budget=options.time_budget)
     return tune.Tuner(
         trainable(options, settings),
         tune_config=tune.TuneConfig(
-            search_alg=OptunaSearcher(options.space, options.folder.journal, sampler=sampler, seed=options.space.seed),
+            search_alg=OptunaSearcher(
+                options.space, options.folder.journal, sampler=sampler, seed=options.space.seed, capacity=capacity
+            ),
             scheduler=ProgressHalvingScheduler(METRIC, options.folder.rungs) if early else None,
             num_samples=options.num_trials,
-            max_concurrent_trials=options.max_concurrent,
             time_budget_s=options.time_budget,
             reuse_actors=True,
             trial_name_creator=table_id,
@@ -69,7 +74,7 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
         run_config=tune.RunConfig(
             name=options.folder.tune.name,
             storage_path=str(options.folder.path),
-            callbacks=[table, leaderboard, tune.logger.TBXLoggerCallback(), *live_report],
+            callbacks=[table, leaderboard, CapacityNews(capacity), tune.logger.TBXLoggerCallback(), *live_report],
             stop=TooManyFailures(table, MOST_FAILURES),
             failure_config=tune.FailureConfig(max_failures=ACTOR_RETRIES),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -83,6 +88,7 @@ def restored_tuner(options: RunOptions) -> tune.Tuner:
     if not tune.Tuner.can_restore(str(options.folder.tune)):
         return new_tuner(options)  # it ended before Tune saved anything
     import_tensorboardx()
+    capacity_of(options)  # which Tune's saved searcher takes up
     return tune.Tuner.restore(
         str(options.folder.tune),
         trainable=trainable(options, full_settings(options.space)),
@@ -91,15 +97,21 @@ def restored_tuner(options: RunOptions) -> tune.Tuner:
     )
 
 
+def capacity_of(options: RunOptions) -> Capacity:
+    return Capacity(options.folder.path, options.group_size, options.num_workers, options.max_concurrent)
+
+
 def trainable(options: RunOptions, settings: dict[str, Any]):
     """The trial, with what all trials share. Its actor is pinned to the head node, where checkpoints become files."""
     shared = TrialOptions(
         settings=settings,
         data=options.data,
+        data_digest=options.data_digest,
         weights=options.weights,
         checkpoints=str(options.folder.checkpoints),
         cache=options.cache,
         group_size=options.group_size,
+        num_workers=options.num_workers,
         split_seed=options.space.split_seed,
     )
     on_head = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])

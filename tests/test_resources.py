@@ -5,7 +5,7 @@ import re
 import pytest
 
 from search import resources
-from search.resources import Node, cluster_nodes, group_size, trials_at_once
+from search.resources import Node, group_size, present_nodes, reachable_nodes, trials_at_once
 from trainables.worker_group import GroupSize
 
 LAPTOP = [Node(cpus=2, gpus=0)]
@@ -102,12 +102,13 @@ def cluster(monkeypatch, tmp_path):
     """A function that sets the nodes of the connected cluster and its autoscaler's configuration."""
     path = tmp_path / "ray_bootstrap_config.yaml"
     monkeypatch.setattr(resources, "AUTOSCALER_CONFIG", path)
+    monkeypatch.setattr(resources, "_nodes_of_autoscaler", list)  # of a real one: test_clusters.py
 
     def has(nodes: list[dict], config: str | None = None) -> list[Node]:
         monkeypatch.setattr("ray.nodes", lambda: nodes)
         if config is not None:
             path.write_text(config)
-        return cluster_nodes()
+        return reachable_nodes(present_nodes())
 
     return has
 

@@ -26,6 +26,7 @@ class Host(GroupHost):
 def play(monkeypatch):
     """Runs a coroutine that is given a host with a trial."""
     monkeypatch.setattr(worker_group.ray, "get_runtime_context", lambda: SimpleNamespace(current_actor=None))
+    monkeypatch.setattr(worker_group, "living_nodes", lambda: {"node": {}})
 
     async def with_host(scene) -> None:
         host = Host(GroupSize())
@@ -69,7 +70,7 @@ def test_a_command_goes_to_every_worker_and_its_outcome_to_the_trial(play):
 
 def test_a_worker_that_comes_early_waits_for_the_trial(play):
     async def scene(host):
-        await host.join(0)
+        await host.join(0, "node")
         waiting = asyncio.create_task(host.next_command(0, 0))
         await asyncio.sleep(0.01)
         assert not waiting.done()
@@ -86,7 +87,7 @@ def test_a_lost_group_gets_the_same_command_again_from_the_same_state(play):
         await host.begin(trial("first"), 3, {"model.safetensors": b"third"})
         epoch = await started(host)
         command = await take(host)
-        await host.join(0)  # it is back, knowing nothing
+        await host.join(0, "node")  # it is back, knowing nothing
         assert await take(host) == command
         assert (command.epochs_done, await host.state()) == (3, {"model.safetensors": b"third"})
         await host.deliver(command.number, GOOD)
@@ -97,11 +98,11 @@ def test_a_lost_group_gets_the_same_command_again_from_the_same_state(play):
 
 def test_a_command_that_loses_its_workers_again_and_again_fails_and_the_group_serves_the_next_trial(play):
     async def scene(host):
-        await host.join(0)
+        await host.join(0, "node")
         epoch = await started(host)
         for _ in range(MAX_TRIES):
             command = await take(host)
-            await host.join(0)
+            await host.join(0, "node")
         outcome = await asyncio.wait_for(epoch, SOON)
         assert outcome.failure == f"lost its workers {MAX_TRIES} times in epoch 1"
         await host.begin(trial("second"), 0, None)
@@ -117,12 +118,12 @@ def test_a_command_that_loses_its_workers_again_and_again_fails_and_the_group_se
 def test_one_loss_less_is_survived(play):
     async def scene(host):
         epoch = await started(host)
-        await host.join(0)  # its first start is no loss
+        await host.join(0, "node")  # its first start is no loss
         for _ in range(MAX_TRIES - 1):
             await take(host, rank=1)
             await take(host)
-            await host.join(1)
-            await host.join(0)
+            await host.join(1, "node")
+            await host.join(0, "node")
         await host.deliver((await take(host)).number, GOOD)
         assert await epoch == GOOD
 
@@ -136,7 +137,7 @@ def test_losses_count_anew_for_every_epoch(play):
             epoch = await started(host)
             for _ in range(MAX_TRIES - 1):
                 await take(host, after=number)
-                await host.join(0)
+                await host.join(0, "node")
             number = (await take(host, after=number)).number
             await host.deliver(number, GOOD)
             assert await epoch == GOOD

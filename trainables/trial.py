@@ -5,7 +5,9 @@ The actor trains nothing and imports no torch. It drives a warm worker group, wh
 """
 
 import math
-from dataclasses import dataclass
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,18 @@ from ray import tune
 
 from trainables import checkpoint
 from trainables.recipe import Recipe
-from trainables.worker_group import GroupEnded, GroupHost, GroupSize, Outcome, TrialSpec
+from trainables.worker_group import (
+    GroupEnded,
+    GroupHost,
+    GroupReleased,
+    GroupSize,
+    Outcome,
+    TrialSpec,
+    living_nodes,
+)
 
 MAX_HOSTS = 3
-"""How often a trial starts a new worker group for one epoch before it gives up."""
+"""A trial that has lost so many worker groups in one epoch gives up. A node that went away does not count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +35,12 @@ class TrialOptions:
     """What all trials of a search share."""
 
     settings: dict[str, Any]  # the recipe, but for what is searched
-    data: str
-    weights: str | None
+    data: str  # source of the images, see `source`
+    data_digest: str | None = None  # of the images that every node must have
+    weights: str | None  # source of pretrained weights
     checkpoints: str  # the folder with one of its own for each trial
     group_size: GroupSize
+    num_workers: Mapping[str, int] = field(default_factory=dict)  # of architectures by pattern, see `GroupSize`
     cache: str = "auto"  # how presized images are stored, see `presize`
     split_seed: int = 0
 
@@ -51,16 +63,19 @@ class FineTuneTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any], options: TrialOptions) -> None:
         self.options = options
-        self.host = None
+        self.host = self.host_size = self.host_node = None
         self._begin(config)
         self._start_host()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._begin(new_config)
+        if self.size != self.host_size:
+            self.cleanup()  # these workers are too few or too many
         return True
 
     def _begin(self, config: dict[str, Any]) -> None:
         self.recipe = {**self.options.settings, **config}
+        self.size = self.options.group_size.for_arch(self.recipe["arch"], self.options.num_workers)
         self.folder = Path(self.options.checkpoints) / table_id(self)
         self.handed_over = False
         saved = checkpoint.newest(self.folder)
@@ -103,19 +118,26 @@ class FineTuneTrial(tune.Trainable):
     def cleanup(self) -> None:
         if self.host is not None:
             self.host.close.remote()
+        self.host = None
 
     def _run_epoch(self) -> Outcome:
         """One epoch, on a new worker group where the old one is gone."""
-        for _ in range(MAX_HOSTS):
+        lost = 0
+        while lost < MAX_HOSTS:
             if self.host is None:
                 self._start_host()
             try:
                 if not self.handed_over:
+                    self.host_node = ray.get(self.host.node.remote())
                     ray.get(self.host.begin.remote(self._spec(), self.epochs_done, self.files))
                     self.handed_over = True
                 return ray.get(self.host.run_epoch.remote())
+            except GroupReleased:
+                self.host = None
             except (ray.exceptions.RayActorError, GroupEnded) as error:
-                self.host, self.handed_over, reason = None, False, str(error)
+                self.host, reason = None, str(error)
+                lost += self.host_node is None or self.host_node in living_nodes()
+            self.handed_over = False
         return Outcome(failure=f"lost its worker group {MAX_HOSTS} times: {reason}")
 
     def _spec(self) -> TrialSpec:
@@ -124,15 +146,27 @@ class FineTuneTrial(tune.Trainable):
             trial_id=self.trial_id,
             recipe=self.recipe,
             data=options.data,
+            data_digest=options.data_digest,
             weights=options.weights,
             cache=options.cache,
             split_seed=options.split_seed,
         )
 
     def _start_host(self) -> None:
-        # No CPU of its own: the workers reserve what the training uses. Not inside Tune's placement group, which is
-        # pinned to the head node.
-        strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(placement_group=None)
+        # No CPU of its own: the workers reserve what the training uses. Any strategy but the default one keeps it out
+        # of Tune's placement group, which is pinned to the head node.
+        strategies, node = ray.util.scheduling_strategies, _node_with_room(self.size)
+        strategy = strategies.PlacementGroupSchedulingStrategy(placement_group=None)
+        if node is not None:
+            strategy = strategies.NodeAffinitySchedulingStrategy(node, soft=True)
         host = ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=strategy)(GroupHost)
-        self.host = host.remote(self.options.group_size)
+        self.host, self.host_size, self.host_node = host.remote(self.size), self.size, None
         self.handed_over = False
+
+
+def _node_with_room(size: GroupSize) -> str | None:
+    """A node on which a worker could run: a host holds 0.7 GB for Ray Train, and the head has the trials already."""
+    asked = {"CPU": size.cpus_per_worker, "GPU": size.gpus_per_worker}
+    nodes = living_nodes()
+    fitting = [node for node, has in nodes.items() if all(has.get(name, 0) >= least for name, least in asked.items())]
+    return random.choice(fitting) if fitting else None

@@ -9,14 +9,15 @@ the trial and repeat the command.
 """
 
 import asyncio
+import fnmatch
 import logging
 import shutil
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -27,7 +28,9 @@ from trainables.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 MAX_TRIES = 3
-"""A command that lost its workers this often fails its trial."""
+"""A command that lost its workers this often fails its trial. A node that went away does not count."""
+IDLE_SECONDS = 30.0
+"""Workers that have had nothing to do for so long leave, and others can have their CPUs and GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,11 @@ class GroupSize:
     cpus_per_worker: float = 1
     gpus_per_worker: int = 0
 
+    def for_arch(self, arch: str, num_workers: Mapping[str, int]) -> "GroupSize":
+        """The size for an architecture; `num_workers` has those of patterns such as resnet101*, the last one counts."""
+        found = [count for pattern, count in num_workers.items() if fnmatch.fnmatchcase(arch, pattern)]
+        return replace(self, num_workers=found[-1]) if found else self
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSpec:
@@ -45,8 +53,9 @@ class TrialSpec:
 
     trial_id: str
     recipe: dict[str, Any]
-    data: str  # folder of images, at the same path on every node
-    weights: str | None = None  # folder of pretrained weights
+    data: str  # source of the images, see `source`
+    data_digest: str | None = None  # of the images that it must have
+    weights: str | None = None  # source of pretrained weights
     cache: str = "auto"  # how presized images are stored, see `presize`
     split_seed: int = 0
 
@@ -73,6 +82,15 @@ class GroupEnded(RuntimeError):
     """The worker group is gone and will not come back by itself."""
 
 
+class GroupReleased(GroupEnded):
+    """It was idle and left its resources to others."""
+
+
+def living_nodes() -> dict[str, dict[str, float]]:
+    """Node id -> all resources of the node."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+
+
 class GroupHost:
     """Async actor between a trial slot and its workers. Imports torch (through Ray Train), so that trials need not."""
 
@@ -85,6 +103,8 @@ class GroupHost:
         self._taken = 0
         self._numbers = 0
         self._closing = False
+        self._nodes: set[str] = set()
+        self._idle: asyncio.TimerHandle | None = None
         self._changed = asyncio.Condition()
         self._outcome: asyncio.Future | None = None
         self._loop = asyncio.get_event_loop()
@@ -93,18 +113,29 @@ class GroupHost:
 
     # Called by the trial.
 
+    async def node(self) -> str:
+        """Where this actor is."""
+        return ray.get_runtime_context().get_node_id()
+
     async def begin(self, trial: TrialSpec, epochs_done: int, state: Files | None) -> None:
         """Make `trial` the current one, at the end of `epochs_done` epochs with `state`."""
+        if self._closing:
+            raise GroupReleased("the worker group was idle and has left")
         self._trial, self._epochs_done, self._state = trial, epochs_done, state
 
     async def run_epoch(self) -> Outcome:
         """Train the current trial's next epoch. Raises `GroupEnded` where there are no workers any more."""
+        if self._closing:
+            raise GroupReleased("the worker group was idle and has left")
+        if self._idle is not None:
+            self._idle.cancel()
         self._numbers += 1
         self._tries = 0
         self._outcome = self._outcome_of_ended_group() or self._loop.create_future()
         self._command = Command(self._numbers, self._trial, self._epochs_done)
         await self._notify()
         outcome = await self._outcome
+        self._idle = self._loop.call_later(IDLE_SECONDS, lambda: self._loop.create_task(self.close()))
         if outcome.failure is None:
             self._epochs_done += 1
             self._state = outcome.state
@@ -117,9 +148,15 @@ class GroupHost:
 
     # Called by the workers.
 
-    async def join(self, rank: int) -> None:
-        """A worker (re)entered its loop. If the first one had taken a command, that command lost its workers."""
+    async def join(self, rank: int, node: str) -> None:
+        """A worker (re)entered its loop on `node`. If the first one had taken a command, that lost its workers."""
+        before = set(self._nodes)
+        self._nodes.add(node)
         if rank != 0 or self._command is None or self._command.number != self._taken:
+            return
+        gone = before - living_nodes().keys()
+        self._nodes -= gone
+        if gone:
             return
         self._tries += 1
         if self._tries >= MAX_TRIES:
@@ -158,7 +195,9 @@ class GroupHost:
 
     def _run_trainer(self, size: GroupSize, myself) -> None:
         from ray import train
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
+
+        from trainables.process_group import NodeTorchConfig
 
         # Ray Train wants a folder for checkpoints, but a trial's state travels through the object store.
         storage = tempfile.mkdtemp(prefix="worker_group_")
@@ -168,7 +207,7 @@ class GroupHost:
         trainer = TorchTrainer(
             serve,
             train_loop_config={"host": myself, "num_threads": max(1, int(size.cpus_per_worker))},
-            torch_config=TorchConfig(backend="nccl" if size.gpus_per_worker else "gloo"),
+            torch_config=NodeTorchConfig(backend="nccl" if size.gpus_per_worker else "gloo"),
             scaling_config=train.ScalingConfig(
                 num_workers=size.num_workers,
                 use_gpu=bool(size.gpus_per_worker),
@@ -212,7 +251,7 @@ def serve(config: dict[str, Any]) -> None:
     host, context = config["host"], ray.train.get_context()
     rank, several = context.get_world_rank(), context.get_world_size() > 1
     slot = _Slot(host, config["num_threads"])
-    ray.get(host.join.remote(rank))
+    ray.get(host.join.remote(rank, ray.get_runtime_context().get_node_id()))
     number = 0
     while (command := ray.get(host.next_command.remote(rank, number))) is not None:
         number = command.number
@@ -261,6 +300,7 @@ class _Slot:
         import ray.train.torch
 
         from trainables.finetune import FineTune
+        from trainables.source import folder_of
 
         trial = command.trial
         ready = self.training is not None and self.trial_id == trial.trial_id
@@ -270,8 +310,8 @@ class _Slot:
         recipe = Recipe.from_dict(trial.recipe)
         self.training = FineTune(
             recipe,
-            _presized_images(trial.data, recipe.presize, recipe.resize_method, trial.cache),
-            weights=Path(trial.weights) if trial.weights else None,
+            _presized_images(trial.data, trial.data_digest, recipe.presize, recipe.resize_method, trial.cache),
+            weights=folder_of(trial.weights) if trial.weights else None,
             device=ray.train.torch.get_device(),
             num_threads=self.num_threads,
             split_seed=trial.split_seed,
@@ -295,8 +335,8 @@ def _is_of_lost_worker(error: Exception) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _presized_images(data: str, size: int, method: str, storage: str):
-    from trainables.data import find_images
+def _presized_images(data: str, digest: str | None, size: int, method: str, storage: str):
     from trainables.presize import presize
+    from trainables.source import images_of
 
-    return presize(find_images(Path(data)), size, method, storage=storage)
+    return presize(images_of(data, digest), size, method, storage=storage)
