@@ -5,9 +5,11 @@ import json
 import re
 import shlex
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from search.space import space_names
 from trainables.fetch import is_uri
+from trainables.remote import shown
 
 METHODS = ("tpe-asha", "tpe", "random-asha", "random")
 
@@ -21,6 +23,8 @@ examples:
       choose the architectures, narrow the epochs, pin the image size
   python -m search.run --resume --name NAME
       go on with a search that was interrupted
+  python -m search.run --resume --name NAME --storage s3://bucket/runs
+      go on with it on another machine, from the copy that --storage had made of it there
   python -m search.run --space pets --recipes book
       the runs of fastai's book, each once, with the published errors beside ours
   python -m search.run --space pets --describe
@@ -79,6 +83,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     out = parser.add_argument_group("results")
     out.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results/")
     out.add_argument("--name", help="the run's folder in there (default: space and time)")
+    out.add_argument("--storage", type=_storage, metavar="URI", help=(
+        "an s3://, gs:// or file:// address; <URI>/<name>/ gets a copy of everything as the search goes, from which "
+        "--resume --storage goes on with it on another head node"
+    ))  # fmt: skip
     out.add_argument("--report", choices=("full", "tables", "off"), default="full", help=(
         "write report.html as the search goes and at its end: full labels the validation images with the winner, for "
         "its confusion matrix and top losses, tables leaves that out; default full"
@@ -118,9 +126,8 @@ def saved_arguments(folder, args: argparse.Namespace) -> argparse.Namespace:
     for name in ("data", "weights"):
         saved[name] = source(saved[name]) if saved[name] else None
     saved["results"] = Path(saved["results"])
-    return argparse.Namespace(
-        **saved | {"resume": True, "address": args.address, "name": args.name, "results": args.results}
-    )
+    here = {"resume": True, "address": args.address, "name": args.name, "results": args.results}
+    return argparse.Namespace(**saved | here | {"storage": args.storage or saved["storage"]})
 
 
 def search_command(args: argparse.Namespace, *more: str) -> str:
@@ -138,6 +145,20 @@ def absolute(text: str) -> Path:
 def source(text: str) -> Path | str:
     """A folder, or a URI as it is."""
     return text if is_uri(text) else absolute(text)
+
+
+def _storage(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("s3", "gs", "file") or not parts.netloc + parts.path.strip("/"):
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)!r} is no place in an object store: expected s3://bucket/path, gs://bucket/path or file:///path"
+        )
+    if "@" in parts.netloc:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} came with a key, and the address is kept in the run's files. Give the key by the "
+            "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or by the node's role"
+        )
+    return text
 
 
 def workers_per_trial(asked: list[str] | None) -> tuple[int, dict[str, int]]:

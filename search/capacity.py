@@ -1,5 +1,6 @@
 """How many trials may run at once, as the cluster grows and shrinks."""
 
+import math
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -10,31 +11,42 @@ from ray import tune
 from search.cli import say
 from search.resources import present_nodes, reachable_nodes, room
 from search.wording import duration, many
-from trainables.worker_group import GroupSize
+from trainables.worker_group import IDLE_SECONDS, GroupSize
 
 LOOK_SECONDS = 5.0
 """How old what is known of the cluster may be."""
 REMIND_SECONDS = 120.0
+MOST_WAITING = 8
+"""So many workers may wait for nodes before there are any; then as many as there are already."""
+YIELD_SECONDS = IDLE_SECONDS + 10
+"""After a trial's end those that wait for room get it before new ones: its workers leave when they are idle."""
 
 
 class Capacity:
     """What the nodes of the connected cluster have room for, and what the search in `folder` asks of them.
 
-    Tune saves it with its state. A search that goes on elsewhere takes up what its own start has found instead.
+    Tune saves it with its state. A search that goes on, maybe in another place, takes up what its own start has found.
     """
 
     def __init__(
-        self, folder: Path, size: GroupSize, num_workers: Mapping[str, int], max_trials: int | None = None
+        self,
+        folder: Path,
+        size: GroupSize,
+        num_workers: Mapping[str, int],
+        max_trials: int | None = None,
+        *,
+        launched: bool = False,
     ) -> None:
-        self.folder = folder
         self.size = size
         self.num_workers = num_workers  # of architectures by pattern, see `GroupSize`
         self.max_trials = max_trials  # None: as many as fit
-        self._looked = -LOOK_SECONDS
-        _capacities[folder] = self
+        self.launched = launched  # see `reachable_nodes`
+        self.name = folder.name
+        self._looked = self._ended = -math.inf
+        _capacities[self.name] = self
 
     def __reduce__(self) -> tuple:
-        return _capacity_of, (self.folder,)
+        return _capacity_of, (self.name,)
 
     @property
     def largest(self) -> int:
@@ -45,10 +57,24 @@ class Capacity:
         return self.size.for_arch(arch, self.num_workers)
 
     def has_room(self, live: Collection[int], more: int) -> bool:
-        """Whether a trial of `more` workers may start beside those with `live` workers; the first one always may."""
-        if self.max_trials is not None:
-            return len(live) < self.max_trials
-        return not live or sum(live) + more <= self.reachable
+        """Whether a trial of `more` workers may start beside those with `live` workers; the first one always may.
+
+        Some may wait for nodes, which is what makes an autoscaler add them.
+        """
+        if not live:
+            return True
+        if self.max_trials is not None and len(live) >= self.max_trials:
+            return False
+        wanted = sum(live) + more
+        if wanted <= self.present:
+            return True
+        most_waiting = max(MOST_WAITING, self.largest, self.present)
+        yields = time.monotonic() - self._ended < YIELD_SECONDS
+        return not yields and wanted <= min(self.reachable, self.present + most_waiting)
+
+    def note_end(self) -> None:
+        """A trial has ended."""
+        self._ended = time.monotonic()
 
     @property
     def present(self) -> int:
@@ -66,23 +92,25 @@ class Capacity:
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
         nodes = present_nodes()
-        self._present, self._reachable = room(nodes, self.size), room(reachable_nodes(nodes), self.size)
+        self._present = room(nodes, self.size)
+        self._reachable = room(reachable_nodes(nodes, launched=self.launched), self.size)
         self._looked = time.monotonic()
 
 
-_capacities: dict[Path, Capacity] = {}
-"""Of each search in this process, by its folder."""
+_capacities: dict[str, Capacity] = {}
+"""Of each search in this process, by its name."""
 
 
-def _capacity_of(folder: Path) -> Capacity:
-    return _capacities[folder]
+def _capacity_of(name: str) -> Capacity:
+    return _capacities[name]
 
 
 class CapacityNews(tune.Callback):
     """Says when trials wait for nodes, and when nodes come or go."""
 
-    def __init__(self, capacity: Capacity) -> None:
+    def __init__(self, capacity: Capacity, settings: Mapping[str, Any]) -> None:
         self.capacity = capacity
+        self.settings = settings  # of all trials, but for what is searched
         self.told: int | None = None
         self.waiting_since: float | None = None
         self.reminded = 0.0
@@ -92,8 +120,9 @@ class CapacityNews(tune.Callback):
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         present = self.capacity.present
-        if present < self.capacity.largest:
-            self._wait(present)
+        wanted = max(self.capacity.largest, self._workers(trials))
+        if present < wanted:
+            self._wait(present, wanted)
         elif self.waiting_since is not None:
             self.waiting_since = None
             say(f"cluster: room for {many(present, 'worker')} now, the search goes on")
@@ -101,19 +130,22 @@ class CapacityNews(tune.Callback):
             say(f"cluster: {'more' if present > self.told else 'fewer'} nodes, room for {many(present, 'worker')} now")
         self.told = present
 
-    def _wait(self, present: int) -> None:
+    def _workers(self, trials: list) -> int:
+        """Of the trials under way."""
+        running = (self.settings | trial.config for trial in trials if trial.status == trial.RUNNING)
+        return sum(self.capacity.group_size(recipe["arch"]).num_workers for recipe in running)
+
+    def _wait(self, present: int, wanted: int) -> None:
         now = time.monotonic()
-        if self.waiting_since is None:
-            self.waiting_since = self.reminded = now
-            say(waiting(present, self.capacity.reachable, self.capacity.largest))
+        if self.waiting_since is None or present != self.told:
+            self.waiting_since, self.reminded = self.waiting_since or now, now
+            say(waiting(present, self.capacity.reachable, wanted))
         elif now - self.reminded >= REMIND_SECONDS:
             self.reminded = now
             say(f"cluster: still waiting for nodes, for {duration(now - self.waiting_since)} now")
 
 
-def waiting(present: int, reachable: int, num_workers: int) -> str:
+def waiting(present: int, reachable: int, wanted: int) -> str:
     """What a search says whose trials do not fit on the nodes that are up."""
-    adds = f"its autoscaler can make it {reachable}" if reachable > present else "it waits for a node to come back"
-    return (
-        f"cluster: waiting for nodes. A trial needs {many(num_workers, 'worker')}, there is room for {present}; {adds}"
-    )
+    adds = f"its autoscaler can make it {reachable}" if reachable > present else "they wait for nodes to come back"
+    return f"cluster: waiting for nodes. Trials need {many(wanted, 'worker')}, there is room for {present}; {adds}"

@@ -13,7 +13,8 @@ def prepare_environment() -> None:
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # failed trials have no metric
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what a kill of this process can make Tune forget
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")  # imports are slow on a busy machine
+    # For how long workers wait for room: a new machine takes minutes, and a lost one may never come back.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "86400")
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "600")
     # Threads that spin while they wait made an epoch 4 times as long where another process wanted the CPU, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -42,7 +43,7 @@ def start_ray(address: str | None) -> tuple[list, str]:
     if context.dashboard_url:
         say(f"Ray's dashboard: http://{context.dashboard_url}")
     check_place()
-    return reachable_nodes(present_nodes()), context.dashboard_url or ""
+    return reachable_nodes(present_nodes(), launched=address is not None), context.dashboard_url or ""
 
 
 def check_place() -> None:

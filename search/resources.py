@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,7 @@ from typing import Any
 from trainables.worker_group import GroupSize
 
 AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
-"""`ray up` leaves the cluster's configuration here on the head node."""
-MOST_NODES = 1000
-"""Of one kind, where an autoscaler knows no limit."""
+"""`ray up` leaves the cluster's configuration here on the head node, cluster/kubernetes/ the part that counts."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,19 @@ def trials_at_once(nodes: list[Node], size: GroupSize, asked: int | None) -> int
     per_worker = f"{size.cpus_per_worker:g} CPUs" + (
         f" and {size.gpus_per_worker} GPUs" if size.gpus_per_worker else ""
     )
-    have = ", ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in nodes) or "nothing"
+    have = ", ".join(_kinds(nodes)) or "nothing"
     wanted = f"{asked} trials at once of {size.num_workers}" if asked else f"A trial of {size.num_workers}"
     raise ValueError(
         f"This can never be scheduled. {wanted} workers, each with {per_worker}, needs room for "
         f"{(asked or 1) * size.num_workers} workers, but the cluster's nodes ({have}) have room for {workers}. "
         f"Lower --max-concurrent, --workers-per-trial, --cpus-per-worker or --gpus-per-worker, or add nodes."
     )
+
+
+def _kinds(nodes: list[Node]) -> list[str]:
+    """Such as "3 x 8 CPUs and 1 GPUs"."""
+    counts = Counter(nodes)
+    return [f"{f'{n} x ' if n > 1 else ''}{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node, n in counts.items()]
 
 
 def present_nodes() -> list[Node]:
@@ -72,25 +77,17 @@ def present_nodes() -> list[Node]:
     return [_node(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
-def reachable_nodes(present: list[Node]) -> list[Node]:
-    """The nodes that are up, or those that the cluster's autoscaler can make it have, whichever is more."""
-    choices = (present, _nodes_of_launcher(), _nodes_of_autoscaler())
+def reachable_nodes(present: list[Node], *, launched: bool) -> list[Node]:
+    """The nodes that are up, or those that the cluster's autoscaler can make it have, whichever is more.
+
+    `launched`: the cluster was there before; a Ray that the search started on this machine has no autoscaler.
+    """
+    choices = (present, _nodes_of_launcher()) if launched else (present,)
     return max(choices, key=lambda nodes: (sum(n.gpus for n in nodes), sum(n.cpus for n in nodes)))
 
 
-def _nodes_of_autoscaler() -> list[Node]:
-    """What the autoscaler has told the cluster, as that of Kubernetes does."""
-    # Ray Train looks there, too (`WorkerGroup._check_cluster_resources_and_raise_if_insufficient`); there is no public
-    # way to it.
-    from ray._private.state import state
-
-    config = state.get_cluster_config()
-    groups = config.node_group_configs if config else []
-    counts = [MOST_NODES if group.max_count < 0 else min(group.max_count, MOST_NODES) for group in groups]
-    return [_node(dict(group.resources)) for group, count in zip(groups, counts, strict=True) for _ in range(count)]
-
-
 def _nodes_of_launcher() -> list[Node]:
+    """From the cluster's configuration: the autoscaler itself tells nobody (Ray 2.60)."""
     path = AUTOSCALER_CONFIG.expanduser()
     if not path.is_file():
         return []
@@ -99,7 +96,7 @@ def _nodes_of_launcher() -> list[Node]:
     config = yaml.safe_load(path.read_text()) or {}
     types = config.get("available_node_types", {}).values()
     nodes = [_node(kind.get("resources", {})) for kind in types for _ in range(kind.get("max_workers", 0))]
-    return nodes[: config.get("max_workers", 0)]
+    return sorted(nodes, key=lambda node: (node.gpus, node.cpus), reverse=True)[: config.get("max_workers", 0)]
 
 
 def _node(resources: dict[str, Any]) -> Node:

@@ -103,7 +103,7 @@ class ResultsTable(tune.Callback):
         self.running: dict[str, Any] = {}  # Tune's trials, by trial
         self.failures_in_a_row = 0
         """How many trials have failed without another end between them, since this start of the search."""
-        _tables[folder.path] = self
+        _tables[folder.path.name] = self
 
     def __reduce__(self) -> tuple:
         """Tune saves its callbacks and its stopper apart from each other, the latter once a second. The rows are on
@@ -258,12 +258,12 @@ class ResultsTable(tune.Callback):
         self._write_trials(*self.rows.values())
 
 
-_tables: dict[Path, ResultsTable] = {}
-"""The table of each run in this process, by folder."""
+_tables: dict[str, ResultsTable] = {}
+"""The table of each run in this process, by the run's name: its folder may lie elsewhere now."""
 
 
 def _table_of(folder: RunFolder, given: dict[str, Any]) -> ResultsTable:
-    return _tables.get(folder.path) or ResultsTable(folder, **given)
+    return _tables.get(folder.path.name) or ResultsTable(folder, **given)
 
 
 def fail(row: Row, reason: str) -> None:

@@ -1,11 +1,14 @@
 """Search one space: `python -m search.run --space quickstart`."""
 
 import argparse
+import fnmatch
 import json
 import math
 import platform
+import re
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
@@ -13,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from search.arguments import parse_arguments, saved_arguments, workers_per_trial
-from search.cli import INTERRUPTED, Interruptible, run_cli, say
+from search.cli import INTERRUPTED, Interruptible, run_cli, say, show_progress
 from search.cluster import prepare_environment, start_ray
-from search.prepare import check_weights, find_data, pin, presize_here, space_of
+from search.prepare import check_weights, find_data, pin, presize_here, setting_values, space_of
 from search.space import Space
 from search.wording import duration, many
 
@@ -31,6 +34,10 @@ def main() -> int:
 
     if args.resume:
         folder = RunFolder(args.results / args.name)
+        if args.storage and not folder.path.exists():
+            from search.storage import bring_back
+
+            bring_back(args.storage, folder)
         return search(saved_arguments(folder, args), folder)
     name = args.name or f"{args.space}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = RunFolder(args.results / name)
@@ -43,11 +50,13 @@ def main() -> int:
 def search(args: argparse.Namespace, folder) -> int:
     """Check everything that can be checked before Ray starts, then run the search to its end."""
     prepare_environment()
+    show_progress()
     space = space_of(args)
     from search.tuner import RunOptions, full_settings
     from trainables.source import images_digest
 
     full_settings(space)
+    mirror = mirror_of(args, folder)
     images = find_data(space, args)
     check_weights(space, args)
     pin(args)
@@ -55,7 +64,7 @@ def search(args: argparse.Namespace, folder) -> int:
     nodes, ray_dashboard = start_ray(args.address)
     from search.resources import hardware
 
-    size, num_workers = sizes(args, nodes)
+    size, num_workers = sizes(args, nodes, setting_values(space, "arch"))
     source, digest = str(args.data or space.dataset), images_digest(images)
     weights = str(args.weights) if args.weights else None
     if args.lr_range == "auto":
@@ -78,33 +87,49 @@ def search(args: argparse.Namespace, folder) -> int:
         time_budget=args.time_budget,
         method="random" if args.recipes else args.method,  # all proposed already, and none ends early
         max_concurrent=None if args.max_concurrent in ("auto", None) else args.max_concurrent,
+        launched=args.address is not None,
         recipes=space.recipes[args.recipes] if args.recipes else (),
         report=args.report,
     )
     write_command(args, options, data=str(images.root), ray_dashboard=ray_dashboard, hardware=hardware(nodes))
     announce(options, nodes)
-    return run(options, resume=args.resume)
+    with mirror:
+        return run(options, resume=args.resume)
 
 
-def sizes(args: argparse.Namespace, nodes: list):
-    """The size of a trial's worker group, and the workers of some architectures; raises `ValueError` where not even the
-    nodes that the autoscaler can add have room."""
+def mirror_of(args: argparse.Namespace, folder):
+    """What copies the run to `--storage`, as a context; one that does nothing without it."""
+    if args.storage is None:
+        return nullcontext()
+    from search.storage import Mirror
+
+    return Mirror(folder, args.storage, resume=args.resume)
+
+
+def sizes(args: argparse.Namespace, nodes: list, archs: list[str]):
+    """The size of a trial's worker group, and the workers of some of the architectures; raises `ValueError` where not
+    even the nodes that the autoscaler can add have room, or a pattern is one of no architecture."""
     from dataclasses import replace
 
     from search.resources import group_size, trials_at_once
 
     num_workers, of_archs = workers_per_trial(args.workers_per_trial)
+    for pattern in of_archs:
+        if not fnmatch.filter(archs, pattern):
+            raise ValueError(
+                f"--workers-per-trial {pattern}={of_archs[pattern]}: none of {', '.join(archs)} is like that"
+            )
     asked = None if args.max_concurrent in ("auto", None) else args.max_concurrent
-    size = group_size(
+    counts = [num_workers, *of_archs.values()]
+    largest = group_size(
         nodes,
-        num_workers=num_workers,
+        num_workers=max(counts),
         cpus_per_worker=args.cpus_per_worker,
         gpus_per_worker=args.gpus_per_worker,
     )
-    counts = [num_workers, *of_archs.values()]
-    trials_at_once(nodes, replace(size, num_workers=max(counts)), None)
-    trials_at_once(nodes, replace(size, num_workers=min(counts)), asked)
-    return size, of_archs
+    trials_at_once(nodes, largest, None)
+    trials_at_once(nodes, replace(largest, num_workers=min(counts)), asked)
+    return replace(largest, num_workers=num_workers), of_archs
 
 
 def run(options, *, resume: bool) -> int:
@@ -123,6 +148,13 @@ def run(options, *, resume: bool) -> int:
     finally:
         ray.shutdown()
     return conclude(options, time.monotonic() - started, interrupted=search.interrupted)
+
+
+def words_to_show(argv: list[str]) -> list[str]:
+    """The command line for the report: its URIs without user, password and query."""
+    from trainables.remote import shown
+
+    return [re.sub(r"[a-z][a-z0-9]*://\S+", lambda uri: shown(uri[0]), word) for word in argv]
 
 
 def announce(options, nodes: list) -> None:
@@ -212,7 +244,7 @@ def write_command(args: argparse.Namespace, options, **found: Any) -> None:
     options.folder.path.mkdir(parents=True, exist_ok=True)
     packages = ("finetune-search", "ray", "torch", "torchvision", "timm", "optuna")
     command = {
-        "argv": sys.argv[1:],
+        "argv": words_to_show(sys.argv[1:]),
         "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
         "source": options.data,
         "weights": options.weights,

@@ -90,6 +90,8 @@ class OptunaSearcher(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self.live.pop(trial_id, None)
+        if self.capacity is not None:
+            self.capacity.note_end()
         running = self._running(trial_id)
         if running is None:
             return

@@ -13,6 +13,7 @@ from search.results import ResultsTable, RunFolder, TooManyFailures
 from search.scheduler import ProgressHalvingScheduler
 from search.searcher import METRIC, OptunaSearcher
 from search.space import NamedRecipe, Space
+from search.storage import Mirroring
 from trainables.recipe import Recipe
 from trainables.trial import FineTuneTrial, TrialOptions, table_id
 from trainables.worker_group import GroupSize
@@ -39,6 +40,7 @@ class RunOptions:
     time_budget: float | None  # seconds
     method: str
     max_concurrent: int | None  # None: as many as fit, also when the cluster grows or shrinks
+    launched: bool = False  # the cluster was there before, see `reachable_nodes`
     recipes: tuple[NamedRecipe, ...] = ()  # the trials are these and no others
     data_digest: str | None = None  # of the images that every node must have
     report: str = "full"  # or tables, or off
@@ -74,7 +76,14 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
         run_config=tune.RunConfig(
             name=options.folder.tune.name,
             storage_path=str(options.folder.path),
-            callbacks=[table, leaderboard, CapacityNews(capacity), tune.logger.TBXLoggerCallback(), *live_report],
+            callbacks=[
+                table,
+                leaderboard,
+                CapacityNews(capacity, settings),
+                tune.logger.TBXLoggerCallback(),
+                *live_report,
+                Mirroring(options.folder),
+            ],
             stop=TooManyFailures(table, MOST_FAILURES),
             failure_config=tune.FailureConfig(max_failures=ACTOR_RETRIES),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -85,10 +94,10 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
 
 def restored_tuner(options: RunOptions) -> tune.Tuner:
     """The search in `options.folder` where it was left: ended trials stay, the others go on from their last epoch."""
-    if not tune.Tuner.can_restore(str(options.folder.tune)):
-        return new_tuner(options)  # it ended before Tune saved anything
-    import_tensorboardx()
-    capacity_of(options)  # which Tune's saved searcher takes up
+    restorable = tune.Tuner.can_restore(str(options.folder.tune))
+    tuner = new_tuner(options)  # whose settings take the place of the saved ones: the folder may lie elsewhere now
+    if not restorable:
+        return tuner  # it ended before Tune saved anything
     return tune.Tuner.restore(
         str(options.folder.tune),
         trainable=trainable(options, full_settings(options.space)),
@@ -98,7 +107,13 @@ def restored_tuner(options: RunOptions) -> tune.Tuner:
 
 
 def capacity_of(options: RunOptions) -> Capacity:
-    return Capacity(options.folder.path, options.group_size, options.num_workers, options.max_concurrent)
+    return Capacity(
+        options.folder.path,
+        options.group_size,
+        options.num_workers,
+        options.max_concurrent,
+        launched=options.launched,
+    )
 
 
 def trainable(options: RunOptions, settings: dict[str, Any]):

@@ -89,6 +89,14 @@ def zip_of(files: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
+def encrypted_zip() -> bytes:
+    """By its headers, which is all that is looked at before a password is asked for."""
+    out = bytearray(zip_of({"a.jpg": b"x"}))
+    for start in (out.find(b"PK\x03\x04") + 6, out.find(b"PK\x01\x02") + 8):
+        out[start] |= 1
+    return bytes(out)
+
+
 FILES = {"birds/ant/1.jpg": b"one", "birds/bee/2.jpg": b"two"}
 
 
@@ -115,6 +123,11 @@ def test_an_archive_is_fetched_once_and_leaves_no_second_copy(web, tmp_path):
         "content",
         "source.json",
     ]
+
+
+def test_an_address_may_have_any_letters(web):
+    web.answers["/v%C3%B6gel%20(1).tar"] = tar_of(FILES)
+    assert content(fetch(web.uri("/vögel%20(1).tar")))
 
 
 def test_weights_may_be_a_single_file(web):
@@ -212,6 +225,7 @@ def test_nobody_listens():
         (tar_of({"/tmp/evil": b"x", "../../evil": b""}), "would not stay in their folder"),
         (zip_of({"a/../../evil": b"x"}), "would not stay in their folder"),
         (tar_of(FILES)[:-30], "damaged"),
+        (encrypted_zip(), "damaged|password"),
         (b"<!DOCTYPE html><title>Sign in</title>", "neither a tar nor a zip archive.*<!DOCTYPE html"),
         (b"", "neither a tar nor a zip"),
     ],

@@ -88,6 +88,11 @@ def test_a_request_that_can_never_be_met_is_refused_with_the_arithmetic(nodes, g
     assert "\n" not in message
 
 
+def test_the_refusal_of_a_large_cluster_fits_on_a_line():
+    with pytest.raises(ValueError, match=r"\(1000 x 8 CPUs and 0 GPUs, 4 CPUs and 1 GPUs\) have room for 1"):
+        trials_at_once(1000 * [Node(8, 0)] + [Node(4, 1)], workers(1, 1, num_workers=2), None)
+
+
 def test_too_many_workers_for_a_laptop_are_refused():
     with pytest.raises(ValueError, match=r"4 workers, each with 1 CPUs, .* room for 2"):
         trials_at_once(LAPTOP, size(LAPTOP, num_workers=4), None)
@@ -102,13 +107,12 @@ def cluster(monkeypatch, tmp_path):
     """A function that sets the nodes of the connected cluster and its autoscaler's configuration."""
     path = tmp_path / "ray_bootstrap_config.yaml"
     monkeypatch.setattr(resources, "AUTOSCALER_CONFIG", path)
-    monkeypatch.setattr(resources, "_nodes_of_autoscaler", list)  # of a real one: test_clusters.py
 
     def has(nodes: list[dict], config: str | None = None) -> list[Node]:
         monkeypatch.setattr("ray.nodes", lambda: nodes)
         if config is not None:
             path.write_text(config)
-        return reachable_nodes(present_nodes())
+        return reachable_nodes(present_nodes(), launched=True)
 
     return has
 
@@ -130,6 +134,17 @@ def test_nodes_that_the_autoscaler_can_add_count(cluster):
     nodes = cluster([node_of_ray(8)], CONFIG)
     assert nodes == [Node(32, 4), Node(32, 4), Node(16, 0)]  # 3 in all, whatever the types allow
     assert trials_at_once(nodes, size(nodes), None) == 8
+
+
+def test_the_nodes_with_gpus_come_first_where_not_all_may_come(cluster):
+    config = "max_workers: 3\navailable_node_types:\n  cpu: {resources: {CPU: 16}, max_workers: 10}\n"
+    nodes = cluster([node_of_ray(8)], config + "  gpu: {resources: {CPU: 8, GPU: 1}, max_workers: 2}\n")
+    assert nodes == [Node(8, 1), Node(8, 1), Node(16, 0)]
+
+
+def test_a_ray_that_the_search_started_itself_has_no_autoscaler(cluster):
+    cluster([node_of_ray(8)], CONFIG)
+    assert reachable_nodes(present_nodes(), launched=False) == [Node(8, 0)]
 
 
 def test_a_cluster_that_has_more_than_its_autoscaler_adds_counts_as_it_is(cluster):

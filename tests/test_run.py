@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from tiny_run import draw_images
 
+from search.arguments import parse_arguments
+from search.resources import Node
+from search.run import sizes, words_to_show
+
 ROOT = Path(__file__).parents[1]
 SEARCH = ("-m", "search.run")
 
@@ -212,3 +216,20 @@ def test_curves_of_an_interrupted_finder_do_not_take_the_name_of_a_run(command, 
     assert_refused(command(*arguments), "There is no folder")
     (tmp_path / "results" / "again" / "trials.csv").touch()
     assert_refused(command(*arguments), "exists. Add --resume")
+
+
+def test_workers_for_an_architecture_that_is_not_searched_are_refused():
+    args = parse_arguments(["--space", "quickstart", "--workers-per-trial", "resnet_101*=2"])
+    with pytest.raises(ValueError, match=r"resnet_101\*=2: none of tf_efficientnet_lite0, .* is like that"):
+        sizes(args, [Node(cpus=8, gpus=0)], ["tf_efficientnet_lite0", "tf_efficientnet_lite1"])
+
+
+def test_trials_of_all_sizes_share_the_cpus_of_a_laptop():
+    args = parse_arguments(["--space", "quickstart", "--workers-per-trial", "*lite2=2"])
+    size, of_archs = sizes(args, [Node(cpus=2, gpus=0)], ["tf_efficientnet_lite0", "tf_efficientnet_lite2"])
+    assert (size.num_workers, size.cpus_per_worker, of_archs) == (1, 1, {"*lite2": 2})
+
+
+def test_the_command_that_is_shown_has_no_secrets():
+    argv = ["--data", "https://me:secret@host/x.tar?Signature=secret", "--weights=s3://key:secret@bucket/w", "--set"]
+    assert words_to_show(argv) == ["--data", "https://host/x.tar", "--weights=s3://bucket/w", "--set"]

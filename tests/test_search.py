@@ -3,35 +3,32 @@
 Found by `pytest -m ray`. Every search starts Ray of its own, which is what takes the time here.
 """
 
-import csv
 import json
 import os
 import re
+import shutil
 import signal
-import subprocess
-import sys
-import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from processes import command_line, descendants, left_after
+from object_store import s3_server
+from processes import descendants, left_after
+from searches import EPOCH_TIMES, PINNED, TIMES, Search, completed, settings, tables, without
 from tiny_run import draw_images
 
 from search.space import load_space
+from search.storage import RemoteRun
 
 pytestmark = pytest.mark.ray
 
-ROOT = Path(__file__).parents[1]
-PINNED = "pretrained=false presize=40 image_size=32 batch_size=4 freeze_epochs=1 bn_momentum=0.3 div=1 weight_decay=10"
 SEARCHED = "arch=test_resnet.r160_in1k,test_vit.r160_in1k epochs=1..3"
 # With so much weight decay a rate of 10 multiplies the weights by -99 in every step: it diverges, whatever the network.
 ALSO_PINNED = "lr_ratio=10 lr_max_frozen=0.002 mixup_alpha=0 smoothing=0.1 train_bn=unfrozen head=linear"
 SETTINGS = f"{PINNED} {ALSO_PINNED} {SEARCHED} lr_max=0.001,10".split()
 NUM_TRIALS = 6
 SEED = 1
-TIMES = ("trial_id", "seconds", "overhead_seconds", "images_per_second")
-EPOCH_TIMES = ("trial_id", "train_seconds", "valid_seconds", "images_per_second", "finished_at")
 
 
 @pytest.fixture(scope="module")
@@ -39,59 +36,11 @@ def class_folders(tmp_path_factory) -> Path:
     return draw_images(tmp_path_factory.mktemp("search") / "data", each=20)
 
 
-class Search:
-    """`python -m search.run` in a process of its own, its output read as it comes."""
-
-    def __init__(self, folder: Path, *arguments: object) -> None:
-        self.folder = folder
-        # The same as `python -m search.run`, and tells at its end whether torch came in.
-        code = "import sys; from search import run; code = run.main(); print('torch' in sys.modules); sys.exit(code)"
-        common = ["--results", folder.parent, "--name", folder.name]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, [*arguments, *common])],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.lines: list[str] = []
-        self.ray_processes: set[int] = set()
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip("\n"))
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.lines)
-
-    def wait_for(self, pattern: str, seconds: float = 240) -> None:
-        """Until a line of the output matches."""
-        deadline = time.monotonic() + seconds
-        while not any(re.search(pattern, line) for line in self.lines):
-            assert self.process.poll() is None, f"ended before {pattern!r}:\n{self.text}"
-            assert time.monotonic() < deadline, f"no {pattern!r} in {seconds} s:\n{self.text}"
-            time.sleep(0.02)
-        self.ray_processes |= descendants(self.process.pid)
-
-    def wait(self, seconds: float = 300) -> int:
-        code = self.process.wait(seconds)
-        self.reader.join(5)
-        return code
-
-    def processes(self, title: str) -> list[int]:
-        """Of this search, by what Ray calls them (a pattern)."""
-        return [pid for pid in descendants(self.process.pid) if re.match(title, command_line(pid))]
-
-
 def start(folder: Path, data: Path, *arguments: object) -> Search:
     one_at_a_time = ("--max-concurrent", 1, "--cpus-per-worker", 1, "--seed", SEED)
     if "--report" not in arguments:
         arguments = (*arguments, "--report", "off")  # it has tests of its own
-    settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    return Search(folder, "--space", "quickstart", "--data", data, *one_at_a_time, *settings, *arguments)
+    return Search(folder, "--space", "quickstart", "--data", data, *one_at_a_time, *settings(*SETTINGS), *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +189,41 @@ def test_a_lost_worker_ctrl_c_and_a_kill_leave_no_trace_in_the_end(undisturbed, 
     assert sorted(without(epochs, EPOCH_TIMES), key=str) == sorted(without(expected_epochs, EPOCH_TIMES), key=str)
 
 
+@pytest.fixture
+def s3():
+    with s3_server() as bucket:
+        yield bucket
+
+
+def test_a_search_whose_head_is_lost_goes_on_from_its_storage(undisturbed, class_folders, s3, tmp_path):
+    """On another disk, in another folder, it ends with the tables of the undisturbed one."""
+    lost = start(tmp_path / "lost" / "run", class_folders, "--trials", 3, "--storage", s3)
+    lost.wait_for(r"trial 0 .*completed")
+    [ended] = completed(lost.folder)
+    deadline, there = time.monotonic() + 60, RemoteRun(s3, "run")
+    while "best/model.safetensors" not in (there.index() or {"files": {}})["files"]:
+        assert time.monotonic() < deadline, lost.text
+        time.sleep(0.2)
+    for process in (lost.process.pid, *descendants(lost.process.pid)):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    lost.wait()
+    shutil.rmtree(lost.folder)
+
+    resumed = Search(tmp_path / "new" / "run", "--resume", "--storage", s3)
+    assert resumed.wait() == 0, resumed.text
+    assert f"bringing it back from {s3}/run/" in resumed.text
+    assert f"storage: {s3}/run/ holds the run as it is now" in resumed.text
+    assert resumed.lines[-1] == "False"  # no torch in the driver
+    trials, epochs = tables(resumed.folder)
+    expected_trials, expected_epochs = tables(undisturbed.folder)
+    expected_epochs = [epoch for epoch in expected_epochs if int(epoch["number"]) < 3]
+    assert trials[0] == ended
+    assert without(trials, TIMES) == without(expected_trials[:3], TIMES)
+    assert sorted(without(epochs, EPOCH_TIMES), key=str) == sorted(without(expected_epochs, EPOCH_TIMES), key=str)
+    assert not lost.folder.exists()
+
+
 def test_a_lost_trial_actor_goes_on_from_its_last_epoch(undisturbed, class_folders, tmp_path):
     search = start(tmp_path / "actor", class_folders, "--trials", 2)
     search.wait_for(r"trial 1 .*epoch 1/")
@@ -282,9 +266,8 @@ def test_five_failures_in_a_row_end_the_search(class_folders, search_cache, tmp_
 
 def test_the_books_recipes_are_run_and_shown_beside_the_published_errors(class_folders, search_cache, tmp_path):
     pinned = f"{PINNED} arch=test_resnet.r160_in1k head=linear concat_pool=false epochs=1 lr_max=1e-4 lr_ratio=1"
-    settings = [word for setting in pinned.split() for word in ("--set", setting)]
     common = ("--data", class_folders, "--max-concurrent", 1, "--cpus-per-worker", 1)
-    search = Search(tmp_path / "book", "--space", "pets", "--recipes", "book", *common, *settings)
+    search = Search(tmp_path / "book", "--space", "pets", "--recipes", "book", *common, *settings(pinned))
     assert search.wait() == 0, search.text
     rows, _ = tables(search.folder)
     assert [row["status"] for row in rows] == ["completed"] * len(rows)
@@ -318,22 +301,6 @@ def test_the_finder_narrows_the_rates_of_a_search_once(class_folders, search_cac
     assert command["arguments"]["lr_range"] == "space"  # a resumed search keeps the bounds and runs no finder
     assert any(text.startswith("lr_max_frozen=") for text in command["arguments"]["set"][-2:])
     assert search.lines[-1] == "False"  # no torch in the driver
-
-
-def tables(folder: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    def read(name: str) -> list[dict[str, str]]:
-        with (folder / name).open(newline="") as file:
-            return list(csv.DictReader(file))
-
-    return read("trials.csv"), read("epochs.csv")
-
-
-def completed(folder: Path) -> list[dict[str, str]]:
-    return [row for row in tables(folder)[0] if row["status"] == "completed"]
-
-
-def without(rows: list[dict[str, str]], names: tuple[str, ...]) -> list[dict[str, str]]:
-    return [{name: value for name, value in row.items() if name not in names} for row in rows]
 
 
 def maps_torch(pid: int) -> bool:

@@ -9,7 +9,16 @@ from types import SimpleNamespace
 import pytest
 
 from trainables import worker_group
-from trainables.worker_group import MAX_TRIES, GroupEnded, GroupHost, GroupSize, Outcome, TrialSpec
+from trainables.worker_group import (
+    MAX_LOST_NODES,
+    MAX_TRIES,
+    GroupEnded,
+    GroupHost,
+    GroupReleased,
+    GroupSize,
+    Outcome,
+    TrialSpec,
+)
 
 GOOD = Outcome(metrics={"epoch": 1}, state={"model.safetensors": b"weights"})
 SOON = 5  # seconds
@@ -29,7 +38,7 @@ def play(monkeypatch):
     monkeypatch.setattr(worker_group, "living_nodes", lambda: {"node": {}})
 
     async def with_host(scene) -> None:
-        host = Host(GroupSize())
+        host = Host(GroupSize(num_workers=2))
         await host.begin(trial("first"), 0, None)
         await asyncio.wait_for(scene(host), 4 * SOON)
 
@@ -141,6 +150,83 @@ def test_losses_count_anew_for_every_epoch(play):
             number = (await take(host, after=number)).number
             await host.deliver(number, GOOD)
             assert await epoch == GOOD
+
+    play(scene)
+
+
+def test_workers_that_a_node_took_away_do_not_count_against_the_trial(play):
+    async def scene(host):
+        await host.join(0, "spot 0")
+        epoch = await started(host)
+        for number in range(1, MAX_TRIES + 1):
+            await take(host)
+            await host.join(0, f"spot {number}")
+        await host.deliver((await take(host)).number, GOOD)
+        assert await epoch == GOOD
+
+    play(scene)
+
+
+def test_a_trial_that_takes_one_node_after_another_with_it_fails(play):
+    async def scene(host):
+        await host.join(0, "spot 0")
+        epoch = await started(host)
+        for number in range(1, MAX_LOST_NODES + 1):
+            await take(host)
+            await host.join(0, f"spot {number}")
+        assert (await asyncio.wait_for(epoch, SOON)).failure == f"lost its workers {MAX_LOST_NODES} times in epoch 1"
+
+    play(scene)
+
+
+def test_workers_start_together_once_all_of_them_have_the_images(play):
+    async def scene(host):
+        for _ in range(2):  # in every command anew
+            epoch = await started(host)
+            command = await take(host, after=host._taken)
+            first = asyncio.create_task(host.meet(0))
+            await asyncio.sleep(0.01)
+            assert not first.done()
+            await asyncio.wait_for(host.meet(1), SOON)
+            await asyncio.wait_for(first, SOON)
+            await host.deliver(command.number, GOOD)
+            await epoch
+
+    play(scene)
+
+
+def test_a_worker_that_was_lost_is_waited_for_again(play):
+    async def scene(host):
+        epoch = await started(host)
+        before = asyncio.create_task(host.meet(1))
+        await asyncio.sleep(0.01)
+        before.cancel()
+        await host.join(1, "node")
+        first = asyncio.create_task(host.meet(0))
+        await asyncio.sleep(0.01)
+        assert not first.done()
+        await host.meet(1)
+        await asyncio.wait_for(first, SOON)
+        epoch.cancel()
+
+    play(scene)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_workers_without_work_leave_their_cpus_to_others(play, monkeypatch, trained):
+    monkeypatch.setattr(worker_group, "IDLE_SECONDS", 0.05)
+
+    async def scene(host):
+        if trained:
+            epoch = await started(host)
+            await asyncio.sleep(0.1)  # no matter how long
+            await host.deliver((await take(host)).number, GOOD)
+            await epoch
+        assert await take(host, after=1) is None
+        with pytest.raises(GroupReleased):
+            await host.run_epoch()
+        with pytest.raises(GroupReleased):
+            await host.begin(trial("second"), 0, None)
 
     play(scene)
 

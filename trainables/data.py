@@ -77,7 +77,7 @@ def find_images(root: Path | str) -> ImageFolder:
     found = find_unchecked(root)
     check_classes(found)
     _warn_of_case(found.classes)
-    logger.info("%s: %s", found.root, found.describe())
+    logger.debug("%s: %s", found.root, found.describe())
     return found
 
 

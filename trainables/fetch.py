@@ -5,24 +5,31 @@ gs or file; or of a folder, by s3, gs or file. What was fetched stays as it was 
 content: of the archive or file as it was sent, or of a folder as `_digest_of_folder` has it. Imports no torch.
 """
 
+import gzip
 import http.client
 import json
 import logging
+import lzma
 import re
 import shutil
+import ssl
+import string
 import tarfile
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
+from trainables import remote
 from trainables.data import cache_dir, locked
+from trainables.remote import FetchError, inside, shown, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +40,10 @@ TRIES = 4
 """With pauses of 1, 2 and 4 s: a server that is busy or breaks off now often is not so then."""
 CHUNK = 1 << 20
 NEWS_SECONDS = 10.0
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError, RuntimeError)
+"""What unpacking raises; the last one where an archive wants a password, or a compression that is not known here."""
 FILES_AT_ONCE = 16
 """Small files wait for the network, not for the processor."""
-
-
-class FetchError(ValueError):
-    """It cannot be had; the message is for the user and holds no password, key or signature of the URI."""
 
 
 class _Busy(Exception):
@@ -47,12 +52,6 @@ class _Busy(Exception):
 
 def is_uri(text: str) -> bool:
     return "://" in text
-
-
-def shown(uri: str) -> str:
-    """The URI without user, password, query and checksum, for people and logs."""
-    parts = urllib.parse.urlsplit(uri)
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def fetch(uri: str) -> Path:
@@ -144,7 +143,7 @@ def _get(address: str, partial: Path, content: Path) -> str:
     """Fill `content` from `address`; SHA-256 of what came."""
     if address.lower().startswith(("http://", "https://")):
         return _unpack(address, _with_retries(lambda: _download(address, partial / "sent")), partial / "sent", content)
-    filesystem, path = _filesystem(address)
+    filesystem, path = remote.filesystem(address)
     from pyarrow.fs import FileType
 
     with _store_errors(address):
@@ -177,7 +176,8 @@ def _with_retries(get: Callable[[], str]) -> str:
 
 
 def _download(address: str, file: Path) -> str:
-    request = urllib.request.Request(address, headers={"User-Agent": "finetune-search"})
+    ascii_address = urllib.parse.quote(address, safe=string.punctuation)  # what is quoted already stays
+    request = urllib.request.Request(ascii_address, headers={"User-Agent": "finetune-search"})
     try:
         with urllib.request.urlopen(request, timeout=SILENT_SECONDS) as response:
             length = response.headers.get("Content-Length")
@@ -187,7 +187,7 @@ def _download(address: str, file: Path) -> str:
         if error.code >= 500 or error.code in (408, 429):
             raise _Busy(text) from error
         raise FetchError(f"{text}.") from error
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
         raise _Busy(f"{shown(address)}: {getattr(error, 'reason', error)}") from error
     if length and file.stat().st_size != int(length):
         raise _Busy(f"{shown(address)}: the server broke off after {file.stat().st_size} of {length} bytes")
@@ -221,7 +221,7 @@ def _unpack(address: str, digest: str, sent: Path, content: Path) -> str:
         elif zipfile.is_zipfile(sent):
             with zipfile.ZipFile(sent) as archive:
                 for member in archive.namelist():
-                    _inside(content, member, address)
+                    inside(content, member, address)
                 archive.extractall(content)
         elif name.endswith(".safetensors"):
             sent.rename(content / name)
@@ -233,31 +233,13 @@ def _unpack(address: str, digest: str, sent: Path, content: Path) -> str:
             )
     except tarfile.FilterError as error:
         raise FetchError(f"{shown(address)} is refused, its files would not stay in their folder: {error}") from error
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zipfile.zlib.error) as error:
+    except DAMAGED as error:
         raise FetchError(f"The archive {shown(address)} is damaged: {error}") from error
     sent.unlink(missing_ok=True)
     return digest
 
 
-def _inside(folder: Path, name: str, address: str) -> Path:
-    """The file `name` of `folder`; raises `FetchError` where it would lie elsewhere."""
-    parts = PurePosixPath(name.replace("\\", "/"))
-    if parts.is_absolute() or ".." in parts.parts:
-        raise FetchError(f"{shown(address)} is refused, its files would not stay in their folder: {name!r}")
-    return folder / parts
-
-
 # --- Object stores and local folders ----------------------------------------------------------------------------------
-
-
-def _filesystem(address: str):
-    from pyarrow import ArrowException
-    from pyarrow.fs import FileSystem
-
-    try:
-        return FileSystem.from_uri(address)
-    except (ArrowException, OSError) as error:
-        raise FetchError(f"{shown(address)} is no address that can be read: {_without_secrets(error)}") from error
 
 
 @contextmanager
@@ -268,11 +250,7 @@ def _store_errors(address: str) -> Iterator[None]:
     except OSError as error:
         if error.errno is not None and not address.startswith("file:"):
             raise
-        raise FetchError(f"{shown(address)} cannot be read: {_without_secrets(error)}") from error
-
-
-def _without_secrets(error: Exception) -> str:
-    return re.sub(r"//[^/@\s]*@", "//", str(error)).splitlines()[0]
+        raise FetchError(f"{shown(address)} cannot be read: {without_secrets(error)}") from error
 
 
 def _copy_folder(filesystem, path: str, address: str, content: Path) -> str:
@@ -285,7 +263,7 @@ def _copy_folder(filesystem, path: str, address: str, content: Path) -> str:
         raise FetchError(f"There are no files in {shown(address)}.")
 
     def copy(name: str) -> str:
-        file = _inside(content, name, address)
+        file = inside(content, name, address)
         file.parent.mkdir(parents=True, exist_ok=True)
         with filesystem.open_input_stream(base + name) as stream:
             return _store(stream.read, file, address)

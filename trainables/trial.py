@@ -30,6 +30,10 @@ MAX_HOSTS = 3
 """A trial that has lost so many worker groups in one epoch gives up. A node that went away does not count."""
 
 
+CLOSE_SECONDS = 10.0
+"""So long workers may take to leave."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrialOptions:
     """What all trials of a search share."""
@@ -65,7 +69,8 @@ class FineTuneTrial(tune.Trainable):
         self.options = options
         self.host = self.host_size = self.host_node = None
         self._begin(config)
-        self._start_host()
+        if not self.repeat:  # such a trial may have ended: its workers would wait in the place of others
+            self._start_host()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._begin(new_config)
@@ -117,12 +122,14 @@ class FineTuneTrial(tune.Trainable):
 
     def cleanup(self) -> None:
         if self.host is not None:
+            # Without this actor the host is gone, too, and what it reserved is Ray's to find out.
             self.host.close.remote()
+            ray.wait([self.host.ended.remote()], timeout=CLOSE_SECONDS)
         self.host = None
 
     def _run_epoch(self) -> Outcome:
         """One epoch, on a new worker group where the old one is gone."""
-        lost = 0
+        lost, reason = 0, ""
         while lost < MAX_HOSTS:
             if self.host is None:
                 self._start_host()
@@ -134,7 +141,7 @@ class FineTuneTrial(tune.Trainable):
                 return ray.get(self.host.run_epoch.remote())
             except GroupReleased:
                 self.host = None
-            except (ray.exceptions.RayActorError, GroupEnded) as error:
+            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, GroupEnded) as error:
                 self.host, reason = None, str(error)
                 lost += self.host_node is None or self.host_node in living_nodes()
             self.handed_over = False

@@ -28,7 +28,11 @@ from trainables.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 MAX_TRIES = 3
-"""A command that lost its workers this often fails its trial. A node that went away does not count."""
+"""A command that lost its workers this often fails its trial."""
+MAX_LOST_NODES = 10
+"""The same where nodes went away with them, which happens to good trials, too, on machines that come and go."""
+MAX_START_FAILURES = 10
+"""A group whose workers died while they started this often is given up."""
 IDLE_SECONDS = 30.0
 """Workers that have had nothing to do for so long leave, and others can have their CPUs and GPUs."""
 
@@ -99,17 +103,21 @@ class GroupHost:
         self._epochs_done = 0
         self._state: Files | None = None
         self._command: Command | None = None
-        self._tries = 0
+        self._num_workers = size.num_workers
+        self._tries = self._lost_nodes = 0
         self._taken = 0
         self._numbers = 0
         self._closing = False
         self._nodes: set[str] = set()
+        self._met: set[int] = set()  # workers that have the images of the command
         self._idle: asyncio.TimerHandle | None = None
         self._changed = asyncio.Condition()
+        self._run_ended = asyncio.Event()
         self._outcome: asyncio.Future | None = None
         self._loop = asyncio.get_event_loop()
         myself = ray.get_runtime_context().current_actor
         threading.Thread(target=self._run_trainer, args=(size, myself), daemon=True).start()
+        self._loop.call_soon_threadsafe(self._rest)
 
     # Called by the trial.
 
@@ -127,24 +135,35 @@ class GroupHost:
         """Train the current trial's next epoch. Raises `GroupEnded` where there are no workers any more."""
         if self._closing:
             raise GroupReleased("the worker group was idle and has left")
-        if self._idle is not None:
-            self._idle.cancel()
+        self._idle.cancel()
         self._numbers += 1
-        self._tries = 0
+        self._tries = self._lost_nodes = 0
+        self._met.clear()
         self._outcome = self._outcome_of_ended_group() or self._loop.create_future()
         self._command = Command(self._numbers, self._trial, self._epochs_done)
         await self._notify()
         outcome = await self._outcome
-        self._idle = self._loop.call_later(IDLE_SECONDS, lambda: self._loop.create_task(self.close()))
+        self._rest()
         if outcome.failure is None:
             self._epochs_done += 1
             self._state = outcome.state
         return outcome
 
+    def _rest(self) -> None:
+        self._idle = self._loop.call_later(IDLE_SECONDS, lambda: self._loop.create_task(self._release()))
+
+    async def _release(self) -> None:
+        if self._command is None:
+            await self.close()
+
     async def close(self) -> None:
         """Let the workers leave their loop, which ends the Ray Train run."""
         self._closing = True
         await self._notify()
+
+    async def ended(self) -> None:
+        """Wait until the Ray Train run has ended and its resources are free."""
+        await self._run_ended.wait()
 
     # Called by the workers.
 
@@ -152,16 +171,16 @@ class GroupHost:
         """A worker (re)entered its loop on `node`. If the first one had taken a command, that lost its workers."""
         before = set(self._nodes)
         self._nodes.add(node)
+        self._met.discard(rank)
         if rank != 0 or self._command is None or self._command.number != self._taken:
             return
         gone = before - living_nodes().keys()
         self._nodes -= gone
-        if gone:
-            return
-        self._tries += 1
-        if self._tries >= MAX_TRIES:
-            epoch = self._command.epochs_done + 1
-            self._resolve(self._command.number, Outcome(failure=f"lost its workers {MAX_TRIES} times in epoch {epoch}"))
+        self._tries += not gone
+        self._lost_nodes += bool(gone)
+        if self._tries >= MAX_TRIES or self._lost_nodes >= MAX_LOST_NODES:
+            times, epoch = self._tries + self._lost_nodes, self._command.epochs_done + 1
+            self._resolve(self._command.number, Outcome(failure=f"lost its workers {times} times in epoch {epoch}"))
 
     async def next_command(self, rank: int, after: int) -> Command | None:
         """Wait for a command numbered above `after`; None tells the worker to leave."""
@@ -172,6 +191,13 @@ class GroupHost:
         if rank == 0:
             self._taken = self._command.number
         return self._command
+
+    async def meet(self, rank: int) -> None:
+        """Wait until all workers have the images. One may fetch and presize them for hours; collectives time out."""
+        self._met.add(rank)
+        await self._notify()
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._closing or len(self._met) == self._num_workers)
 
     async def state(self) -> Files | None:
         """The current trial's last state, for a worker that has to build the trial."""
@@ -217,7 +243,8 @@ class GroupHost:
             run_config=train.RunConfig(
                 name="worker_group",
                 storage_path=storage,
-                failure_config=train.FailureConfig(max_failures=-1),  # failures count per command, see `join`
+                # Failures count per command, see `join`; Ray counts the workers that die before they come there.
+                failure_config=train.FailureConfig(max_failures=-1, controller_failure_limit=MAX_START_FAILURES),
             ),
         )
         try:
@@ -231,6 +258,7 @@ class GroupHost:
 
     def _end(self, reason: str) -> None:
         self._ended = reason
+        self._run_ended.set()
         if self._outcome is not None and not self._outcome.done():
             self._outcome.set_exception(GroupEnded(reason))
 
@@ -297,6 +325,7 @@ class _Slot:
 
     def _prepare(self, command: Command) -> None:
         """Have the trial of `command` in memory, at the epoch that it starts from."""
+        import ray.train
         import ray.train.torch
 
         from trainables.finetune import FineTune
@@ -308,9 +337,11 @@ class _Slot:
             return
         self._drop()
         recipe = Recipe.from_dict(trial.recipe)
+        images = _presized_images(trial.data, trial.data_digest, recipe.presize, recipe.resize_method, trial.cache)
+        ray.get(self.host.meet.remote(ray.train.get_context().get_world_rank()))
         self.training = FineTune(
             recipe,
-            _presized_images(trial.data, trial.data_digest, recipe.presize, recipe.resize_method, trial.cache),
+            images,
             weights=folder_of(trial.weights) if trial.weights else None,
             device=ray.train.torch.get_device(),
             num_threads=self.num_threads,

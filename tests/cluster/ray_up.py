@@ -1,9 +1,10 @@
-"""`ray up` for real, by the commands at the top of cluster/local.yaml, on a machine that is this one.
+"""`ray up` for real, by the README's commands for machines of one's own, on a machine that is this one.
 
     python tests/cluster/ray_up.py
 
 A new user stands for the other machine: an SSH server on 127.0.0.1 port 22 (the launcher knows no other port) lets the
-launcher in, it installs this project there, starts Ray, runs a short quickstart search, and brings the results back.
+launcher in, it installs this project there and starts Ray. Two short quickstart searches run, by `ray submit` and by
+`ray job submit`, and their results are brought back.
 Needs root, Debian's openssh-server, openssh-client, rsync and python3-venv, a free port 22, and 3 to 10 minutes.
 The user and the server are gone at the end. Exit code 0 if everything held.
 """
@@ -25,8 +26,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 USER = "finetune-launcher"
-SHORT = "--trials 3 --set epochs=1 --set image_size=96"
-"""The search is the one at the top of cluster/local.yaml, cut short."""
+SHORT = {"first": "--trials 3 --set epochs=1 --set image_size=96", "second": "--trials 1 --set epochs=1"}
+"""The README's searches, by name, are cut short so."""
 
 
 def main() -> int:
@@ -40,9 +41,10 @@ def main() -> int:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
         environment["RAY_AUTH_MODE"] = "token"
-        for command in launcher_commands(here / "cluster" / "local.yaml"):
-            step(command.replace("--name first", f"--name first {SHORT}"), here, environment)
-        check_results(here / "results" / "first")
+        for command in readme_commands(ROOT / "README.md"):
+            step(shortened(command), here, environment)
+        for name, trials in (("first", 3), ("second", 1)):
+            check_results(here / "results" / name, trials)
     print("everything held")
     return 0
 
@@ -129,10 +131,16 @@ def checkout(folder: Path, key: Path) -> Path:
     return folder
 
 
-def launcher_commands(file: Path) -> list[str]:
-    """The commands in the comment at the top of a cluster's file, as they stand there."""
-    header = file.read_text().partition("\ncluster_name:")[0].replace("\\\n#", "")
-    return [line.partition("   # ")[0].strip() for line in re.findall(r"^#   (ray .+)$", header, re.MULTILINE)]
+def readme_commands(readme: Path) -> list[str]:
+    """The commands for machines of one's own, as they stand there."""
+    block = readme.read_text().partition("<!-- own machines -->\n```sh\n")[2].partition("```")[0]
+    return [line.partition("   # ")[0].strip() for line in block.splitlines()]
+
+
+def shortened(command: str) -> str:
+    for name, options in SHORT.items():
+        command = command.replace(f"--name {name}", f"--name {name} {options}")
+    return command
 
 
 def step(command: str, folder: Path, environment: dict[str, str]) -> None:
@@ -147,15 +155,15 @@ def step(command: str, folder: Path, environment: dict[str, str]) -> None:
         sys.exit(f"error: it failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
 
 
-def check_results(run: Path) -> None:
+def check_results(run: Path, num_trials: int) -> None:
     """Raises `SystemExit` unless the search is here, whole."""
     with (run / "trials.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    print(f"  trials: {', '.join(row['status'] for row in rows)}")
+    print(f"  {run.name}: trials {', '.join(row['status'] for row in rows)}")
     wanted = ("epochs.csv", "report.html", "best/model.safetensors", "study.journal")
     missing = [name for name in wanted if not (run / name).is_file()]
-    if len(rows) != 3 or missing or not any(row["status"] == "completed" for row in rows):
-        sys.exit(f"error: {len(rows)} trials of 3 came back; missing: {', '.join(missing) or 'no file'}")
+    if len(rows) != num_trials or missing or not any(row["status"] == "completed" for row in rows):
+        sys.exit(f"error: {len(rows)} trials of {num_trials} came back; missing: {', '.join(missing) or 'no file'}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,173 @@
+"""Searches on clusters of several nodes, all on this machine: nodes that go, that come, and that are waited for.
+
+Machines of their own, with addresses and disks of their own, are in tests/cluster/.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from processes import descendants, left_after
+from ray.cluster_utils import Cluster
+from ray.util import get_node_ip_address
+from searches import PINNED, Search, completed, settings, tables
+from tiny_run import draw_images
+
+pytestmark = pytest.mark.ray
+
+SETTINGS = f"{PINNED} arch=test_resnet.r160_in1k weight_decay=0.01 lr_max=0.001..0.01 tta_views=0"
+FAKE_PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+FAKE_HEAD_NODE = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
+
+
+@pytest.fixture(scope="module")
+def class_folders(search_cache, tmp_path_factory) -> Path:
+    return draw_images(tmp_path_factory.mktemp("clusters") / "data", each=20)
+
+
+@pytest.fixture
+def cluster():
+    """A head with one CPU; the test adds nodes of one CPU each."""
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    yield found
+    processes = {pid for node in found.list_all_nodes() for info in node.all_processes.values() for pid in pids(info)}
+    found.shutdown()
+    assert not left_after(20, processes)
+
+
+def pids(infos: list) -> set[int]:
+    return {pid for info in infos for pid in (info.process.pid, *descendants(info.process.pid))}
+
+
+def start(folder: Path, data: Path, cluster: Cluster, *arguments: object) -> Search:
+    where = ("--address", cluster.address, "--cpus-per-worker", 1, "--report", "off", "--method", "random")
+    return Search(folder, "--space", "quickstart", "--data", data, *where, *settings(SETTINGS), *arguments)
+
+
+def test_a_node_that_goes_away_takes_no_finished_epoch_with_it(cluster, class_folders, tmp_path):
+    node = cluster.add_node(num_cpus=1)
+    longer = ("--trials", 2, "--workers-per-trial", 2, *settings("epochs=5"))
+    search = start(tmp_path / "disturbed", class_folders, cluster, *longer)
+    search.wait_for(r"trial 0 .*epoch 3/")
+    cluster.remove_node(node, allow_graceful=False)
+    search.wait_for("cluster: waiting for nodes. Trials need 2 workers, there is room for 1")
+    cluster.add_node(num_cpus=1)
+    assert search.wait() == 0, search.text
+    assert "room for 2 workers now, the search goes on" in search.text
+    assert [row["status"] for row in tables(search.folder)[0]] == ["completed"] * 2
+    reported = re.findall(r"trial +\d+ +epoch \d+/", search.text)
+    assert len(reported) == len(set(reported)) == 12
+    assert_learns_like_one_worker(search.folder, class_folders)
+
+
+def assert_learns_like_one_worker(folder: Path, data: Path) -> None:
+    """The winner's losses are those of its recipe without Ray."""
+    from trainables.data import find_images
+    from trainables.finetune import FineTune
+    from trainables.presize import presize
+    from trainables.recipe import Recipe
+
+    recipe = Recipe.from_dict(json.loads((folder / "best/recipe.json").read_text()))
+    trial_id = json.loads((folder / "best/metrics.json").read_text())["trial_id"]
+    epochs = [row for row in tables(folder)[1] if row["trial_id"] == trial_id]
+    training = FineTune(recipe, presize(find_images(data), recipe.presize, recipe.resize_method))
+    assert len(epochs) == recipe.total_epochs
+    for row in epochs:
+        metrics = training.run_epoch()
+        for loss in ("train_loss", "valid_loss"):
+            assert float(row[loss]) == pytest.approx(metrics[loss], rel=1e-3)
+    training.close()
+
+
+def test_a_search_grows_and_shrinks_with_its_cluster(cluster, class_folders, tmp_path):
+    search = start(tmp_path / "elastic", class_folders, cluster, "--trials", 6, *settings("epochs=8"))
+    search.wait_for(r"trial 0 .*epoch 1/")
+    assert "6 trials, 1 at once" in search.text
+    node = cluster.add_node(num_cpus=1)
+    search.wait_for("cluster: more nodes, room for 2 workers now")
+    search.wait_for(r"trial 2 .*epoch 1/")
+    assert most_at_once(search.lines) == 2
+    cluster.remove_node(node, allow_graceful=False)
+    search.wait_for("cluster: fewer nodes, room for 1 worker now")
+    assert search.wait() == 0, search.text
+    assert [row["status"] for row in tables(search.folder)[0]] == ["completed"] * 6
+    epochs = tables(search.folder)[1]
+    assert len(epochs) == len({(row["number"], row["epoch"]) for row in epochs}) == 6 * 9
+
+
+def most_at_once(lines: list[str]) -> int:
+    live, most = 0, 0
+    for line in lines:
+        live += (": " in line and "starts:" in line) - ("completed: error" in line)
+        most = max(most, live)
+    return most
+
+
+@pytest.fixture
+def autoscaling(tmp_path, monkeypatch):
+    """A head without CPUs whose autoscaler can start two nodes of one CPU each, as processes of this machine."""
+    port, dashboard_port = free_ports(2)
+    provider = {"type": "external", "module": FAKE_PROVIDER, "head_node_id": FAKE_HEAD_NODE, "launch_multiple": True}
+    provider |= {"gcs_address": f"{get_node_ip_address()}:{port}"}
+    provider |= dict.fromkeys(("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check"), True)
+    nothing = {"node_config": {}, "min_workers": 0}
+    types = {
+        "ray.head.default": nothing | {"resources": {"CPU": 0}, "max_workers": 0},
+        "small": nothing | {"resources": {"CPU": 1, "object_store_memory": 150_000_000}, "max_workers": 2},
+    }
+    config = {"cluster_name": "fake", "max_workers": 2, "provider": provider, "available_node_types": types}
+    config |= {"head_node_type": "ray.head.default", "auth": {}, "idle_timeout_minutes": 5}
+    config |= {"file_mounts": {}, "cluster_synced_files": []}
+    commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    config |= {f"{name}_commands": [] for name in commands}
+    file = tmp_path / "ray_bootstrap_config.yaml"  # where `ray up` leaves it, in the home folder
+    file.write_text(json.dumps(config))
+    tokens = Path.home() / ".ray/auth_token"
+    if tokens.is_file():
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tokens))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    told = {"RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    told |= {"RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE}
+    with monkeypatch.context() as patch:
+        for name, value in told.items():
+            patch.setenv(name, value)
+        node = {
+            "num_cpus": 0,
+            "gcs_server_port": port,
+            "dashboard_port": dashboard_port,
+            "autoscaling_config": str(file),
+        }
+        found = Cluster(initialize_head=True, head_node_args=node)
+    yield found
+    processes = {pid for info in found.head_node.all_processes.values() for pid in pids(info)}
+    found.shutdown()
+    for pid in processes:  # the autoscaler's nodes do not end with it
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in sockets:
+            probe.bind(("", 0))
+        return [probe.getsockname()[1] for probe in sockets]
+
+
+def test_nodes_that_the_autoscaler_can_add_are_waited_for_by_trials_of_all_sizes(autoscaling, class_folders, tmp_path):
+    never = start(tmp_path / "never", class_folders, autoscaling, "--workers-per-trial", 3)
+    assert never.wait() != 0
+    assert "This can never be scheduled. A trial of 3 workers" in never.text
+    archs = settings("arch=test_resnet.r160_in1k,test_vit.r160_in1k epochs=1")
+    mixed = ("--workers-per-trial", "test_vit*=2", "--trials", 4, *archs)
+    search = start(tmp_path / "waits", class_folders, autoscaling, *mixed)
+    search.wait_for("waiting for nodes. Trials need 2 workers, there is room for 0; its autoscaler can make it 2")
+    assert search.wait() == 0, search.text
+    assert "room for 2 workers now, the search goes on" in search.text
+    rows = completed(search.folder)
+    assert len(rows) == 4 and len({row["arch"] for row in rows}) == 2
