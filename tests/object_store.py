@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import boto3
 import pytest
+from moto import server
 
 BUCKET = "searches"
 
@@ -11,7 +13,6 @@ BUCKET = "searches"
 @contextmanager
 def s3_server() -> Iterator[str]:
     """The URI of its bucket. Child processes find it, too."""
-    boto3, server = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
