@@ -23,8 +23,8 @@ examples:
       choose the architectures, narrow the epochs, pin the image size
   python -m search.run --resume --name NAME
       go on with a search that was interrupted
-  python -m search.run --resume --name NAME --storage s3://bucket/runs
-      go on with it on another machine, from the copy that --storage had made of it there
+  python -m search.run --resume --name NAME --storage s3://bucket/runs --address auto
+      go on with it on another cluster, from the copy that --storage had made of it there
   python -m search.run --space pets --recipes book
       the runs of fastai's book, each once, with the published errors beside ours
   python -m search.run --space pets --describe
@@ -128,6 +128,14 @@ def saved_arguments(folder, args: argparse.Namespace) -> argparse.Namespace:
     saved["results"] = Path(saved["results"])
     here = {"resume": True, "address": args.address, "name": args.name, "results": args.results}
     return argparse.Namespace(**saved | here | {"storage": args.storage or saved["storage"]})
+
+
+def resume_command(folder, address: str | None) -> str:
+    """The command that goes on with an interrupted run."""
+    words = ["python", "-m", "search.run", "--resume", "--name", folder.path.name]
+    if folder.path.parent != Path("results").absolute():
+        words += ["--results", str(folder.path.parent)]
+    return shlex.join([*words, *(["--address", address] if address else [])])
 
 
 def search_command(args: argparse.Namespace, *more: str) -> str:

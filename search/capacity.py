@@ -17,9 +17,9 @@ LOOK_SECONDS = 5.0
 """How old what is known of the cluster may be."""
 REMIND_SECONDS = 120.0
 MOST_WAITING = 8
-"""So many workers may wait for nodes before there are any; then as many as there are already."""
+"""At least so many workers may wait for nodes; where more nodes are up, as many as these have room for."""
 YIELD_SECONDS = IDLE_SECONDS + 10
-"""After a trial's end those that wait for room get it before new ones: its workers leave when they are idle."""
+"""So long no new trial takes the workers of one that has ended, where others wait for that room: idle workers leave."""
 
 
 class Capacity:
@@ -42,7 +42,9 @@ class Capacity:
         self.max_trials = max_trials  # None: as many as fit
         self.launched = launched  # see `reachable_nodes`
         self.name = folder.name
-        self._looked = self._ended = -math.inf
+        self._looked = self._freed = -math.inf
+        self._present = 0
+        self._lost_nodes = False
         _capacities[self.name] = self
 
     def __reduce__(self) -> tuple:
@@ -69,12 +71,15 @@ class Capacity:
         if wanted <= self.present:
             return True
         most_waiting = max(MOST_WAITING, self.largest, self.present)
-        yields = time.monotonic() - self._ended < YIELD_SECONDS
+        yields = time.monotonic() - self._freed < YIELD_SECONDS
         return not yields and wanted <= min(self.reachable, self.present + most_waiting)
 
-    def note_end(self) -> None:
-        """A trial has ended."""
-        self._ended = time.monotonic()
+    def note_end(self, live: Collection[int]) -> None:
+        """One of the trials with `live` workers has ended. Where others wait for room, they get it before a new one:
+        they may need more workers than it had, or be ones whose node was lost. Else it does not matter who waits.
+        """
+        if sum(live) > self.present and (self.num_workers or self._lost_nodes):
+            self._freed = time.monotonic()
 
     @property
     def present(self) -> int:
@@ -91,8 +96,10 @@ class Capacity:
     def _look(self) -> None:
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
-        nodes = present_nodes()
+        nodes, before = present_nodes(), self._present
         self._present = room(nodes, self.size)
+        if self._present != before:
+            self._lost_nodes = self._present < before
         self._reachable = room(reachable_nodes(nodes, launched=self.launched), self.size)
         self._looked = time.monotonic()
 
@@ -119,13 +126,16 @@ class CapacityNews(tune.Callback):
         self.told = self.waiting_since = None
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+        if not self.capacity.launched:
+            return
         present = self.capacity.present
         wanted = max(self.capacity.largest, self._workers(trials))
         if present < wanted:
             self._wait(present, wanted)
         elif self.waiting_since is not None:
             self.waiting_since = None
-            say(f"cluster: room for {many(present, 'worker')} now, the search goes on")
+            if present != self.told:
+                say(f"cluster: room for {many(present, 'worker')} now, the search goes on")
         elif self.told is not None and present != self.told:
             say(f"cluster: {'more' if present > self.told else 'fewer'} nodes, room for {many(present, 'worker')} now")
         self.told = present
@@ -140,7 +150,7 @@ class CapacityNews(tune.Callback):
         if self.waiting_since is None or present != self.told:
             self.waiting_since, self.reminded = self.waiting_since or now, now
             say(waiting(present, self.capacity.reachable, wanted))
-        elif now - self.reminded >= REMIND_SECONDS:
+        elif present < self.capacity.largest and now - self.reminded >= REMIND_SECONDS:
             self.reminded = now
             say(f"cluster: still waiting for nodes, for {duration(now - self.waiting_since)} now")
 

@@ -1,6 +1,5 @@
 """What all commands of `python -m search.<name>` share: how they end."""
 
-import logging
 import os
 import signal
 import sys
@@ -68,18 +67,6 @@ class Interruptible:
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
-
-
-def show_progress() -> None:
-    """Says what `trainables` logs: what is fetched or waited for, and what it noticed of the images."""
-    logger = logging.getLogger("trainables")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(_Sayer())
-
-
-class _Sayer(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
 
 
 def say(text: str) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import fnmatch
 import json
+import logging
 import math
 import platform
 import re
@@ -15,8 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from search.arguments import parse_arguments, saved_arguments, workers_per_trial
-from search.cli import INTERRUPTED, Interruptible, run_cli, say, show_progress
+from search.arguments import parse_arguments, resume_command, saved_arguments, workers_per_trial
+from search.cli import INTERRUPTED, Interruptible, run_cli, say
 from search.cluster import prepare_environment, start_ray
 from search.prepare import check_weights, find_data, pin, presize_here, setting_values, space_of
 from search.space import Space
@@ -87,7 +88,7 @@ def search(args: argparse.Namespace, folder) -> int:
         time_budget=args.time_budget,
         method="random" if args.recipes else args.method,  # all proposed already, and none ends early
         max_concurrent=None if args.max_concurrent in ("auto", None) else args.max_concurrent,
-        launched=args.address is not None,
+        address=args.address,
         recipes=space.recipes[args.recipes] if args.recipes else (),
         report=args.report,
     )
@@ -97,13 +98,26 @@ def search(args: argparse.Namespace, folder) -> int:
         return run(options, resume=args.resume)
 
 
+def show_progress() -> None:
+    """Say what is logged of fetching and waiting, and what was noticed of the images. Presizing has a bar."""
+    for name in ("data", "fetch", "weights"):
+        logger = logging.getLogger(f"trainables.{name}")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(_Sayer())
+
+
+class _Sayer(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
 def mirror_of(args: argparse.Namespace, folder):
     """What copies the run to `--storage`, as a context; one that does nothing without it."""
     if args.storage is None:
         return nullcontext()
     from search.storage import Mirror
 
-    return Mirror(folder, args.storage, resume=args.resume)
+    return Mirror(folder, args.storage, resume=args.resume, resume_command=resume_command(folder, args.address))
 
 
 def sizes(args: argparse.Namespace, nodes: list, archs: list[str]):
@@ -197,7 +211,7 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     say(f"{len(rows)} trials in {duration(seconds)}: {counts(rows)}")
     write_last_report(options, analysis=options.report == "full" and not interrupted)
     if interrupted:
-        say(f"interrupted. Go on with: python -m search.run --resume --name {options.folder.path.name}")
+        say(f"interrupted. Go on with: {resume_command(options.folder, options.address)}")
         return INTERRUPTED
     for row in rows:
         if row["status"] == FAILED:

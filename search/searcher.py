@@ -89,9 +89,9 @@ class OptunaSearcher(Searcher):
             self._trial(running).report(result[METRIC], progress)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        self.live.pop(trial_id, None)
         if self.capacity is not None:
-            self.capacity.note_end()
+            self.capacity.note_end(self.live.values())
+        self.live.pop(trial_id, None)
         running = self._running(trial_id)
         if running is None:
             return

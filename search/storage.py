@@ -195,9 +195,10 @@ class Mirror:
     later is said, and tried again; the search does not end of it.
     """
 
-    def __init__(self, folder: RunFolder, storage: str, *, resume: bool) -> None:
+    def __init__(self, folder: RunFolder, storage: str, *, resume: bool, resume_command: str) -> None:
         self.folder = folder
         self.remote = RemoteRun(storage, folder.path.name)
+        self.resume_command = resume_command
         self.writer = uuid4().hex
         try:
             index = self.remote.index() or {"writer": None, "files": {}}
@@ -265,7 +266,7 @@ class Mirror:
             self.error = "interrupted"
         say(
             f"STORAGE: THE LAST COPY FAILED, {self.remote} IS NOT COMPLETE ({self.error}). Once more: "
-            f"python -m search.run --resume --name {self.folder.path.name}"
+            f"{self.resume_command}"
         )
 
     def _news(self, found: dict[str, Found]) -> bool:

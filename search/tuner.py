@@ -40,7 +40,7 @@ class RunOptions:
     time_budget: float | None  # seconds
     method: str
     max_concurrent: int | None  # None: as many as fit, also when the cluster grows or shrinks
-    launched: bool = False  # the cluster was there before, see `reachable_nodes`
+    address: str | None = None  # of a Ray cluster that was there before
     recipes: tuple[NamedRecipe, ...] = ()  # the trials are these and no others
     data_digest: str | None = None  # of the images that every node must have
     report: str = "full"  # or tables, or off
@@ -112,7 +112,7 @@ def capacity_of(options: RunOptions) -> Capacity:
         options.group_size,
         options.num_workers,
         options.max_concurrent,
-        launched=options.launched,
+        launched=options.address is not None,
     )
 
 

@@ -64,13 +64,30 @@ def test_some_trials_wait_for_nodes_that_the_autoscaler_can_add_and_more_once_it
 
 def test_a_trial_that_waits_for_room_gets_it_before_a_new_one(cluster, tmp_path):
     cluster.more = [Node(8, 0)]
-    found = capacity(tmp_path)
+    found = capacity(tmp_path, of_archs={"resnet101": 2})
     assert found.has_room([1, 1], 2)
-    found.note_end()
+    found.note_end([1, 1, 2])
     assert not found.has_room([1, 2], 1)
     assert found.has_room([1], 1)  # room for both
     cluster.now += module.YIELD_SECONDS
     assert found.has_room([1, 2], 1)
+
+
+def test_a_trial_whose_node_was_lost_gets_room_before_a_new_one(cluster, tmp_path):
+    cluster.present, cluster.more = [Node(2, 0), Node(2, 0)], [Node(8, 0)]
+    found = capacity(tmp_path)
+    found.note_end([1, 1, 1, 1, 1])
+    assert found.has_room([1, 1, 1, 1], 1)  # of trials that have not begun it does not matter which one waits
+    cluster.become(Node(2, 0))
+    found.note_end([1, 1, 1, 1])
+    assert not found.has_room([1, 1, 1], 1)
+
+
+def test_trials_that_end_all_the_time_do_not_keep_a_cluster_from_growing(cluster, tmp_path):
+    cluster.more = [Node(8, 0)]
+    found = capacity(tmp_path, of_archs={"resnet101": 2})
+    found.note_end([1, 1])
+    assert found.has_room([1], 2)
 
 
 def test_room_follows_the_nodes_that_come_and_go(cluster, tmp_path):
@@ -124,7 +141,14 @@ def test_trials_that_run_already_are_waited_for_too(cluster, tmp_path, capsys):
     assert steps(news, capsys, trial("RUNNING", arch="resnet101"), trial("TERMINATED")) == ""
     waits = steps(news, capsys, trial("RUNNING", arch="resnet101"), trial("RUNNING"))
     assert "Trials need 3 workers, there is room for 2; they wait for nodes to come back" in waits
-    assert "the search goes on" in steps(news, capsys, trial("RUNNING"))
+    cluster.now += 2 * module.REMIND_SECONDS
+    assert steps(news, capsys, trial("RUNNING", arch="resnet101"), trial("RUNNING")) == ""  # the others go on
+    assert steps(news, capsys, trial("RUNNING")) == ""
+
+
+def test_a_search_on_one_machine_says_nothing_of_nodes(cluster, tmp_path, capsys):
+    alone = Capacity(tmp_path, GroupSize(num_workers=8), {})
+    assert steps(CapacityNews(alone, SETTINGS), capsys, trial("RUNNING")) == ""
 
 
 def test_a_search_says_when_nodes_come_and_go(cluster, tmp_path, capsys):

@@ -44,15 +44,26 @@ def pids(infos: list) -> set[int]:
     return {pid for info in infos for pid in (info.process.pid, *descendants(info.process.pid))}
 
 
-def start(folder: Path, data: Path, cluster: Cluster, *arguments: object) -> Search:
-    where = ("--address", cluster.address, "--cpus-per-worker", 1, "--report", "off", "--method", "random")
-    return Search(folder, "--space", "quickstart", "--data", data, *where, *settings(SETTINGS), *arguments)
+@pytest.fixture
+def start(class_folders, tmp_path):
+    """Begins a search on a cluster; none is left at the test's end."""
+    started: list[Search] = []
+
+    def begin(cluster: Cluster, *arguments: object) -> Search:
+        where = ("--data", class_folders, "--address", cluster.address, "--cpus-per-worker", 1, "--report", "off")
+        common = ("--space", "quickstart", "--method", "random", *settings(SETTINGS))
+        started.append(Search(tmp_path / f"search{len(started)}", *where, *common, *arguments))
+        return started[-1]
+
+    yield begin
+    for search in started:
+        search.process.kill()
 
 
-def test_a_node_that_goes_away_takes_no_finished_epoch_with_it(cluster, class_folders, tmp_path):
+def test_a_node_that_goes_away_takes_no_finished_epoch_with_it(cluster, start, class_folders):
     node = cluster.add_node(num_cpus=1)
     longer = ("--trials", 2, "--workers-per-trial", 2, *settings("epochs=5"))
-    search = start(tmp_path / "disturbed", class_folders, cluster, *longer)
+    search = start(cluster, *longer)
     search.wait_for(r"trial 0 .*epoch 3/")
     cluster.remove_node(node, allow_graceful=False)
     search.wait_for("cluster: waiting for nodes. Trials need 2 workers, there is room for 1")
@@ -84,8 +95,8 @@ def assert_learns_like_one_worker(folder: Path, data: Path) -> None:
     training.close()
 
 
-def test_a_search_grows_and_shrinks_with_its_cluster(cluster, class_folders, tmp_path):
-    search = start(tmp_path / "elastic", class_folders, cluster, "--trials", 6, *settings("epochs=8"))
+def test_a_search_grows_and_shrinks_with_its_cluster(cluster, start):
+    search = start(cluster, "--trials", 6, *settings("epochs=8"))
     search.wait_for(r"trial 0 .*epoch 1/")
     assert "6 trials, 1 at once" in search.text
     node = cluster.add_node(num_cpus=1)
@@ -159,15 +170,15 @@ def free_ports(count: int) -> list[int]:
         return [probe.getsockname()[1] for probe in sockets]
 
 
-def test_nodes_that_the_autoscaler_can_add_are_waited_for_by_trials_of_all_sizes(autoscaling, class_folders, tmp_path):
-    never = start(tmp_path / "never", class_folders, autoscaling, "--workers-per-trial", 3)
+def test_nodes_that_the_autoscaler_can_add_are_waited_for_by_trials_of_all_sizes(autoscaling, start):
+    never = start(autoscaling, "--workers-per-trial", 3)
     assert never.wait() != 0
     assert "This can never be scheduled. A trial of 3 workers" in never.text
     archs = settings("arch=test_resnet.r160_in1k,test_vit.r160_in1k epochs=1")
-    mixed = ("--workers-per-trial", "test_vit*=2", "--trials", 4, *archs)
-    search = start(tmp_path / "waits", class_folders, autoscaling, *mixed)
+    mixed = ("--workers-per-trial", "test_vit*=2", "--trials", 3, *archs)
+    search = start(autoscaling, *mixed)
     search.wait_for("waiting for nodes. Trials need 2 workers, there is room for 0; its autoscaler can make it 2")
     assert search.wait() == 0, search.text
     assert "room for 2 workers now, the search goes on" in search.text
     rows = completed(search.folder)
-    assert len(rows) == 4 and len({row["arch"] for row in rows}) == 2
+    assert len(rows) == 3 and len({row["arch"] for row in rows}) == 2

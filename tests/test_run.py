@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from tiny_run import draw_images
 
-from search.arguments import parse_arguments
+from search.arguments import parse_arguments, resume_command
 from search.resources import Node
+from search.results import RunFolder
 from search.run import sizes, words_to_show
 
 ROOT = Path(__file__).parents[1]
@@ -233,3 +234,10 @@ def test_trials_of_all_sizes_share_the_cpus_of_a_laptop():
 def test_the_command_that_is_shown_has_no_secrets():
     argv = ["--data", "https://me:secret@host/x.tar?Signature=secret", "--weights=s3://key:secret@bucket/w", "--set"]
     assert words_to_show(argv) == ["--data", "https://host/x.tar", "--weights=s3://bucket/w", "--set"]
+
+
+def test_the_command_that_goes_on_says_where(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here, elsewhere = RunFolder(Path("results/first")), RunFolder(tmp_path / "kept" / "first")
+    assert resume_command(here, None) == "python -m search.run --resume --name first"
+    assert resume_command(elsewhere, "auto").endswith(f"--name first --results {tmp_path}/kept --address auto")

@@ -18,6 +18,7 @@ from search.storage import Mirror, Mirroring, RemoteRun, bring_back, moment
 from trainables import checkpoint
 
 NAME = "birds"
+AGAIN = f"python -m search.run --resume --name {NAME}"
 Content = dict[str, bytes]
 
 
@@ -82,7 +83,7 @@ def shown(uri: str, tmp_path: Path) -> Content:
 
 
 def test_what_is_new_changed_and_gone_on_the_disk_is_so_in_the_store(folder, uri, tmp_path):
-    with Mirror(folder, uri, resume=False) as mirror:
+    with Mirror(folder, uri, resume=False, resume_command=AGAIN) as mirror:
         copy_now(mirror)
         assert brought_back(uri, tmp_path) == content(folder.path)
         write_epoch(folder, 2)
@@ -98,19 +99,19 @@ def test_what_is_new_changed_and_gone_on_the_disk_is_so_in_the_store(folder, uri
 
 
 def test_the_end_of_the_search_is_in_the_store(folder, uri, tmp_path, capsys):
-    with Mirror(folder, uri, resume=False):
+    with Mirror(folder, uri, resume=False, resume_command=AGAIN):
         write_epoch(folder, 7)
     assert brought_back(uri, tmp_path) == content(folder.path)
     assert f"storage: {uri}/{NAME}/ holds the run as it is now" in capsys.readouterr().out
 
 
 def test_contents_that_no_file_has_any_more_are_removed(folder, uri, tmp_path):
-    with Mirror(folder, uri, resume=False) as mirror:
+    with Mirror(folder, uri, resume=False, resume_command=AGAIN) as mirror:
         for number in range(2, 6):
             write_epoch(folder, number)
             copy_now(mirror)
         (tmp_path / "store" / NAME / "resume" / ("0" * 64)).write_text("left by a pass that was killed")
-    with Mirror(folder, uri, resume=True):
+    with Mirror(folder, uri, resume=True, resume_command=AGAIN):
         pass
     kept = {path.name for path in (tmp_path / "store" / NAME / "resume").iterdir()}
     index = json.loads((tmp_path / "store" / NAME / "resume" / "index.json").read_text())
@@ -119,7 +120,7 @@ def test_contents_that_no_file_has_any_more_are_removed(folder, uri, tmp_path):
 
 def test_a_pass_that_is_cut_off_anywhere_leaves_one_moment_whole(folder, uri, tmp_path, monkeypatch):
     """The store fails at its first, second, ... operation: what is there is the moment before, or the new one."""
-    with Mirror(folder, uri, resume=False) as mirror:
+    with Mirror(folder, uri, resume=False, resume_command=AGAIN) as mirror:
         copy_now(mirror)
         number, cuts, seen = 1, 0, set()
         while True:
@@ -164,7 +165,7 @@ def fail_after(patch: pytest.MonkeyPatch, operations: int):
 @pytest.mark.parametrize("large", [1, 1 << 20])
 def test_a_moment_stays_what_it_was_while_it_is_copied(folder, uri, tmp_path, monkeypatch, large):
     monkeypatch.setattr(storage, "CHUNK", large)
-    mirror = Mirror(folder, uri, resume=False)
+    mirror = Mirror(folder, uri, resume=False, resume_command=AGAIN)
     then = content(folder.path)
     found = moment(folder, None, {})
     write_epoch(folder, 2)
@@ -211,7 +212,7 @@ def test_tunes_state_is_that_of_the_moment(folder, uri, tmp_path):
     tunes.mkdir()
     (tunes / "experiment_state-1.json").write_text("of now")
     (folder.tune / "tuner.pkl").write_text("only here")
-    with Mirror(folder, uri, resume=False) as mirror:
+    with Mirror(folder, uri, resume=False, resume_command=AGAIN) as mirror:
         copy_now(mirror, tunes)
         found = brought_back(uri, tmp_path)
     assert (found["tune/experiment_state-1.json"], found["tune/tuner.pkl"]) == (b"of now", b"only here")
@@ -219,7 +220,7 @@ def test_tunes_state_is_that_of_the_moment(folder, uri, tmp_path):
 
 def test_nothing_is_sent_while_only_tune_renews_its_state(folder, uri, tmp_path):
     index = tmp_path / "store" / NAME / "resume" / "index.json"
-    with Mirror(folder, uri, resume=False) as mirror:
+    with Mirror(folder, uri, resume=False, resume_command=AGAIN) as mirror:
         copy_now(mirror)
         before = index.read_text(), index.stat().st_mtime_ns
         (folder.tune / "experiment_state-1.json").write_text("a second later")
@@ -229,7 +230,7 @@ def test_nothing_is_sent_while_only_tune_renews_its_state(folder, uri, tmp_path)
 
 
 def test_an_error_is_said_once_and_its_end_once(folder, uri, tmp_path, capsys):
-    with Mirror(folder, uri, resume=False) as mirror:
+    with Mirror(folder, uri, resume=False, resume_command=AGAIN) as mirror:
         away = (tmp_path / "store").rename(tmp_path / "away")
         (tmp_path / "store").write_text("no folder")
         for number in (2, 3, 4):
@@ -247,20 +248,20 @@ def test_an_error_is_said_once_and_its_end_once(folder, uri, tmp_path, capsys):
 
 
 def test_a_last_copy_that_fails_is_said_loudly(folder, uri, tmp_path, capsys):
-    with Mirror(folder, uri, resume=False):
+    with Mirror(folder, uri, resume=False, resume_command=AGAIN):
         (tmp_path / "store").rename(tmp_path / "away")
         (tmp_path / "store").write_text("no folder")
     text = capsys.readouterr().out
-    assert "STORAGE: THE LAST COPY FAILED" in text and f"--resume --name {NAME}" in text
+    assert "STORAGE: THE LAST COPY FAILED" in text and AGAIN in text
 
 
 def test_a_search_that_goes_on_elsewhere_is_not_overwritten(folder, uri, tmp_path):
-    with Mirror(folder, uri, resume=False) as lost:
+    with Mirror(folder, uri, resume=False, resume_command=AGAIN) as lost:
         copy_now(lost)
         elsewhere = RunFolder(tmp_path / "elsewhere" / NAME)
         bring_back(uri, elsewhere)
         write_epoch(elsewhere, 2)
-        with Mirror(elsewhere, uri, resume=True):
+        with Mirror(elsewhere, uri, resume=True, resume_command=AGAIN):
             pass
         write_epoch(folder, 9)
         copy_now(lost)
@@ -269,12 +270,12 @@ def test_a_search_that_goes_on_elsewhere_is_not_overwritten(folder, uri, tmp_pat
 
 
 def test_what_was_brought_back_is_not_sent_again(folder, uri, tmp_path):
-    with Mirror(folder, uri, resume=False):
+    with Mirror(folder, uri, resume=False, resume_command=AGAIN):
         pass
     elsewhere = RunFolder(tmp_path / "elsewhere" / NAME)
     bring_back(uri, elsewhere)
     times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store" / NAME / "resume").iterdir()}
-    with Mirror(elsewhere, uri, resume=True):
+    with Mirror(elsewhere, uri, resume=True, resume_command=AGAIN):
         pass
     now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store" / NAME / "resume").iterdir()}
     assert now.pop("index.json") > times.pop("index.json")
@@ -282,24 +283,24 @@ def test_what_was_brought_back_is_not_sent_again(folder, uri, tmp_path):
 
 
 def test_a_folder_that_is_here_takes_the_place_of_the_copy_and_says_so(folder, uri, capsys):
-    with Mirror(folder, uri, resume=False):
+    with Mirror(folder, uri, resume=False, resume_command=AGAIN):
         pass
-    Mirror(folder, uri, resume=True)
+    Mirror(folder, uri, resume=True, resume_command=AGAIN)
     assert "takes its place" not in capsys.readouterr().out
     folder.command.write_text('{"started_at": "later"}')
-    Mirror(folder, uri, resume=True)
+    Mirror(folder, uri, resume=True, resume_command=AGAIN)
     assert f"{uri}/{NAME}/ is of another start of this run" in capsys.readouterr().out
 
 
 def test_a_run_of_that_name_in_the_store_is_not_overwritten_by_a_new_one(folder, uri):
-    with Mirror(folder, uri, resume=False):
+    with Mirror(folder, uri, resume=False, resume_command=AGAIN):
         pass
     with pytest.raises(ValueError, match=rf"{NAME}/ exists\. Add --resume"):
-        Mirror(folder, uri, resume=False)
+        Mirror(folder, uri, resume=False, resume_command=AGAIN)
 
 
 def test_a_copy_that_is_damaged_or_incomplete_is_refused_as_a_whole(folder, uri, tmp_path):
-    with Mirror(folder, uri, resume=False):
+    with Mirror(folder, uri, resume=False, resume_command=AGAIN):
         pass
     resume = tmp_path / "store" / NAME / "resume"
     digest = json.loads((resume / "index.json").read_text())["files"]["trials.csv"]
@@ -314,7 +315,7 @@ def test_a_copy_that_is_damaged_or_incomplete_is_refused_as_a_whole(folder, uri,
 
 
 def test_a_copy_that_would_write_elsewhere_is_refused(folder, uri, tmp_path):
-    with Mirror(folder, uri, resume=False):
+    with Mirror(folder, uri, resume=False, resume_command=AGAIN):
         pass
     index = tmp_path / "store" / NAME / "resume" / "index.json"
     index.write_text(index.read_text().replace("trials.csv", "../../trials.csv"))
@@ -331,7 +332,7 @@ def test_without_storage_a_step_copies_nothing(folder):
 
 def test_a_run_comes_back_from_s3(folder, s3, tmp_path):
     uri = f"{s3}/some/where"
-    with Mirror(folder, uri, resume=False) as mirror:
+    with Mirror(folder, uri, resume=False, resume_command=AGAIN) as mirror:
         copy_now(mirror)
         for number in (2, 3):
             write_epoch(folder, number)
@@ -347,7 +348,7 @@ def test_a_run_comes_back_from_s3(folder, s3, tmp_path):
 def test_a_large_file_goes_to_s3_in_parts(folder, s3, tmp_path):
     weights = bytes(range(256)) * (90 << 10)
     (folder.checkpoints / "t1" / "epoch_0001" / checkpoint.WEIGHTS_FILE).write_bytes(weights)
-    with Mirror(folder, f"{s3}/large", resume=False):
+    with Mirror(folder, f"{s3}/large", resume=False, resume_command=AGAIN):
         pass
     assert brought_back(f"{s3}/large", tmp_path)[f"checkpoints/t1/epoch_0001/{checkpoint.WEIGHTS_FILE}"] == weights
 
@@ -356,7 +357,7 @@ def test_s3_may_be_named_by_the_uri(folder, s3, tmp_path, monkeypatch):
     endpoint = os.environ["AWS_ENDPOINT_URL_S3"]
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
     uri = f"{s3}/named?scheme=http&endpoint_override={endpoint.removeprefix('http://')}&region=us-east-1"
-    with Mirror(folder, uri, resume=False):
+    with Mirror(folder, uri, resume=False, resume_command=AGAIN):
         pass
     assert brought_back(uri, tmp_path) == content(folder.path)
 

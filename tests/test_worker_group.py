@@ -184,10 +184,10 @@ def test_workers_start_together_once_all_of_them_have_the_images(play):
         for _ in range(2):  # in every command anew
             epoch = await started(host)
             command = await take(host, after=host._taken)
-            first = asyncio.create_task(host.meet(0))
+            first = asyncio.create_task(host.meet(0, host._numbers))
             await asyncio.sleep(0.01)
             assert not first.done()
-            await asyncio.wait_for(host.meet(1), SOON)
+            await asyncio.wait_for(host.meet(1, host._numbers), SOON)
             await asyncio.wait_for(first, SOON)
             await host.deliver(command.number, GOOD)
             await epoch
@@ -198,14 +198,14 @@ def test_workers_start_together_once_all_of_them_have_the_images(play):
 def test_a_worker_that_was_lost_is_waited_for_again(play):
     async def scene(host):
         epoch = await started(host)
-        before = asyncio.create_task(host.meet(1))
+        before = asyncio.create_task(host.meet(1, host._numbers))
         await asyncio.sleep(0.01)
         before.cancel()
         await host.join(1, "node")
-        first = asyncio.create_task(host.meet(0))
+        first = asyncio.create_task(host.meet(0, host._numbers))
         await asyncio.sleep(0.01)
         assert not first.done()
-        await host.meet(1)
+        await host.meet(1, host._numbers)
         await asyncio.wait_for(first, SOON)
         epoch.cancel()
 

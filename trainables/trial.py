@@ -28,8 +28,6 @@ from trainables.worker_group import (
 
 MAX_HOSTS = 3
 """A trial that has lost so many worker groups in one epoch gives up. A node that went away does not count."""
-
-
 CLOSE_SECONDS = 10.0
 """So long workers may take to leave."""
 
@@ -122,7 +120,8 @@ class FineTuneTrial(tune.Trainable):
 
     def cleanup(self) -> None:
         if self.host is not None:
-            # Without this actor the host is gone, too, and what it reserved is Ray's to find out.
+            # Without this actor the host is gone, too, and what it reserved is Ray's to find out. A group that still
+            # waits for room cannot leave.
             self.host.close.remote()
             ray.wait([self.host.ended.remote()], timeout=CLOSE_SECONDS)
         self.host = None

@@ -192,12 +192,17 @@ class GroupHost:
             self._taken = self._command.number
         return self._command
 
-    async def meet(self, rank: int) -> None:
-        """Wait until all workers have the images. One may fetch and presize them for hours; collectives time out."""
+    async def meet(self, rank: int, number: int) -> None:
+        """Wait until all workers have the images of a command. One may fetch and presize them for hours, while
+        collectives time out."""
+        if number != self._numbers:
+            return
         self._met.add(rank)
         await self._notify()
         async with self._changed:
-            await self._changed.wait_for(lambda: self._closing or len(self._met) == self._num_workers)
+            await self._changed.wait_for(
+                lambda: self._closing or number != self._numbers or len(self._met) == self._num_workers
+            )
 
     async def state(self) -> Files | None:
         """The current trial's last state, for a worker that has to build the trial."""
@@ -338,7 +343,7 @@ class _Slot:
         self._drop()
         recipe = Recipe.from_dict(trial.recipe)
         images = _presized_images(trial.data, trial.data_digest, recipe.presize, recipe.resize_method, trial.cache)
-        ray.get(self.host.meet.remote(ray.train.get_context().get_world_rank()))
+        ray.get(self.host.meet.remote(ray.train.get_context().get_world_rank(), command.number))
         self.training = FineTune(
             recipe,
             images,

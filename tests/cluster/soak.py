@@ -7,6 +7,7 @@ it takes about 15 minutes on two cores. Exit code 0 if the search ended and its 
 """
 
 import argparse
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,15 +36,19 @@ def main() -> int:
     for _ in range(args.nodes - 1):
         cluster.add_node(num_cpus=1)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as root:
+    with tempfile.TemporaryDirectory() as root:
         search = Search(
             Path(root) / "soak", "--space", "quickstart", "--data", draw_images(Path(root) / "data"), "--report", "off",
             "--address", cluster.address, "--cpus-per-worker", 1, "--workers-per-trial", f"{LARGE}=2", "--trials",
             args.trials, "--method", "random-asha", *settings(SETTINGS),
         )  # fmt: skip
-        code = search.wait(60 * args.minutes)
-        print("\n".join(search.lines))
-        problems = list(problems_of(search.folder, args.trials))
+        try:
+            code, problems = search.wait(60 * args.minutes), []
+        except subprocess.TimeoutExpired:
+            search.process.kill()
+            code, problems = None, ["it hangs"]
+        print(search.text)
+        problems += problems_of(search.folder, args.trials)
     below = descendants(cluster.head_node.all_processes["raylet"][0].process.pid)
     cluster.shutdown()
     problems += [f"still there: {line}" for line in left_after(20, below)]
@@ -57,7 +62,7 @@ def problems_of(folder: Path, num_trials: int):
     print(f"trials: {dict(Counter(row['status'] for row in trials))}, {dict(sizes)}, {len(epochs)} epochs")
     if sorted(int(row["number"]) for row in trials) != list(range(num_trials)):
         yield f"{len(trials)} rows of {num_trials}"
-    if min(sizes.values()) < num_trials // 5 or len(sizes) < 2:
+    if len(sizes) < 2 or min(sizes.values()) < num_trials // 5:
         yield "hardly a mixture"
     for row in trials:
         mine = [int(epoch["epoch"]) for epoch in epochs if epoch["trial_id"] == row["trial_id"]]
