@@ -32,14 +32,10 @@ class EmptyTraining:
     def run_epoch(self) -> dict[str, float | int | str]:
         import torch
 
-        recipe, self.epochs_done = self.recipe, self.epochs_done + 1
+        self.epochs_done += 1
         part = float(self.world.sum(torch.tensor(1 / self.world.size)))  # the workers meet, as in every epoch
-        done = max(0, self.epochs_done - recipe.freeze_epochs)
-        error = error_rate(recipe, done / recipe.epochs)
-        stage = "unfrozen" if done else "frozen"
-        return {"epoch": self.epochs_done, "stage": stage, "progress": 100 * done // recipe.epochs,
-                "train_loss": 3 * error, "valid_loss": 2.5 * error * part, "error_rate": error, "accuracy": 1 - error,
-                "train_seconds": 0.001, "valid_seconds": 0.001, "images_per_second": 1.0}  # fmt: skip
+        metrics = epoch_metrics(self.recipe, self.epochs_done)
+        return metrics | {"valid_loss": metrics["valid_loss"] * part}
 
     def state(self) -> dict[str, bytes]:
         return {WEIGHTS_FILE: b"weights", PREPROCESSING_FILE: b"{}\n", TRAINING_FILE: b"optimizer"}
@@ -49,6 +45,15 @@ class EmptyTraining:
 
     def close(self) -> None:
         pass
+
+
+def epoch_metrics(recipe, epochs_done: int) -> dict[str, float | int | str]:
+    """What `FineTune` says after an epoch."""
+    done = max(0, epochs_done - recipe.freeze_epochs)
+    error = error_rate(recipe, done / recipe.epochs)
+    return {"epoch": epochs_done, "stage": "unfrozen" if done else "frozen", "progress": 100 * done // recipe.epochs,
+            "train_loss": 3 * error, "valid_loss": 2.5 * error, "error_rate": error, "accuracy": 1 - error,
+            "train_seconds": 0.001, "valid_seconds": 0.001, "images_per_second": 1.0}  # fmt: skip
 
 
 def error_rate(recipe, progress: float) -> float:
@@ -75,8 +80,8 @@ def serve_nothing(config: dict) -> None:
     product_serve(config)
 
 
-def start_ray(cache: Path, *, empty: bool = True) -> None:
-    """A Ray of our own on this machine, with the environment of a search, whose trials are `empty`."""
+def start_ray(cache: Path, *, hook: Callable[[], None] | None = train_nothing) -> None:
+    """A Ray of our own on this machine, with the environment of a search. Its processes call `hook` as they start."""
     from search.cluster import prepare_environment
 
     os.environ["FINETUNE_SEARCH_CACHE"] = str(cache)
@@ -84,10 +89,10 @@ def start_ray(cache: Path, *, empty: bool = True) -> None:
     import ray
 
     environment = {"env_vars": {n: os.environ[n] for n in os.environ if n.startswith(("RAY_TRAIN_", "OMP_WAIT"))}}
-    if empty:
+    if hook:
         before = os.environ.get("PYTHONPATH")
         environment["env_vars"]["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
-        environment["worker_process_setup_hook"] = train_nothing
+        environment["worker_process_setup_hook"] = hook
     ray.init(address="local", num_cpus=CPUS_TOLD, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
 
 
@@ -119,6 +124,26 @@ def search_options(
         labels=["dark", "light"], group_size=size, num_trials=trials, time_budget=None, method="tpe-asha",
         max_concurrent=concurrent,
     )  # fmt: skip
+
+
+def pretend_room(workers: int) -> None:
+    """The next searches of this process find a cluster with room for so many workers of one CPU."""
+    from search import capacity
+    from search.resources import Node
+
+    capacity.present_nodes = lambda: [Node(cpus=workers, gpus=0)]
+
+
+def end_search_when(is_over: Callable[[], bool]) -> None:
+    """The next search of this process ends as soon as `is_over()`, whatever its options say."""
+    from search import tuner
+    from search.results import TooManyFailures
+
+    class Over(TooManyFailures):
+        def stop_all(self) -> bool:
+            return super().stop_all() or is_over()
+
+    tuner.TooManyFailures = Over
 
 
 def run_search(options, on_end: Callable, on_result: Callable = lambda result: None) -> list[dict]:

@@ -50,7 +50,7 @@ def nested(args: argparse.Namespace, root: Path, ends: list[float]) -> int:
         def on_trial_complete(self, *unused: Any, **info: Any) -> None:
             ends.append(time.perf_counter())
 
-    start_ray(root / "cache", empty=False)
+    start_ray(root / "cache", hook=None)
     space = {"lr": tune.loguniform(1e-4, 1e-2), "num_workers": args.workers[0], "storage": str(root)}
     tuner = tune.Tuner(
         fit_trainer,
