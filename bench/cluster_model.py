@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def scaled(phases: list[dict[str, float]], scale: float) -> list[dict[str, float]]:
-    return [phase | {"seconds": scale * phase["seconds"]} for phase in phases]
+    return [phase | {name: scale * phase[name] for name in ("epoch_seconds", "seconds")} for phase in phases]
 
 
 def arm(args: argparse.Namespace, name: str, *numbers: Any) -> Any:
@@ -81,9 +81,9 @@ def arm(args: argparse.Namespace, name: str, *numbers: Any) -> Any:
     print(" ".join(map(str, (name, *numbers))), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "arm.json", Path(folder) / "log"
-        common = [f"--epochs={args.epochs}", f"--seed={args.seed}", f"--results={args.results}", f"--out={out}"]
+        common = [f"--{given}={getattr(args, given)}" for given in ("epochs", "seed", "results", "scale")]
         with log.open("w") as file:
-            command = [sys.executable, __file__, *common, "--arm", name, *map(str, numbers)]
+            command = [sys.executable, __file__, *common, f"--out={out}", "--arm", name, *map(str, numbers)]
             done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
         if done.returncode:
             raise RuntimeError(f"{name} {numbers} ended with {done.returncode}:\n{log.read_text()[-4000:]}")
@@ -288,7 +288,7 @@ def parse_args() -> argparse.Namespace:
     add("--results", type=int, default=200, help="each time, at least; 200 without it")
     add("--calibration-trials", type=int, default=8, help="actors in the run that tells what an actor costs")
     add("--check-trials", type=int, default=48, help="actors in the run that checks the model; 48 without it")
-    add("--scale", type=float, default=1, help="of the seconds of those two runs' phases")
+    add("--scale", type=float, default=1, help="of all seconds of those two runs, for a quick look")
     add("--costs", type=Path, help="cluster_model.json whose measurements to take")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=RESULTS)

@@ -43,9 +43,9 @@ class Phase:
 class Elsewhere:
     """Async actor: the hosts and workers of all trials, as far as their actors can see."""
 
-    def __init__(self) -> None:
+    def __init__(self, epoch_seconds: float) -> None:
         self.trials: dict[str, list] = {}  # by slot: the recipe, and how many epochs are done
-        self.load(RAMP_SECONDS, 0)
+        self.load(epoch_seconds, 0)
 
     def load(self, epoch_seconds: float, checkpoint_mb: float) -> int:
         """Holds from each trial's next epoch on; the id of this process."""
@@ -99,8 +99,9 @@ def train_elsewhere() -> None:
 class Watch:
     """Leads the run from one phase to the next, and counts in each of them."""
 
-    def __init__(self, trials: int, phases: list[Phase]) -> None:
+    def __init__(self, trials: int, phases: list[Phase], scale: float) -> None:
         self.trials, self.phases = trials, phases
+        self.ramp, self.settle, self.quiet = (scale * s for s in (RAMP_SECONDS, SETTLE_SECONDS, ALONE_SECONDS))
         self.ended = 0
         self.actors: dict[int, float] = {}  # process id -> when its first result came
         self.rows: list[dict[str, Any]] = []
@@ -116,11 +117,11 @@ class Watch:
         import ray
 
         self.elsewhere, self.load = elsewhere, elsewhere.load.remote  # an actor ends with its last handle
-        self.elsewhere_pid = ray.get(self.load(RAMP_SECONDS, 0))
+        self.elsewhere_pid = ray.get(self.load(self.ramp, 0))
         before = self.processes()
-        time.sleep(ALONE_SECONDS)
+        time.sleep(self.quiet)
         after = self.processes()
-        ray_cpu = spent(before["ray"], after["ray"]) / ALONE_SECONDS
+        ray_cpu = spent(before["ray"], after["ray"]) / self.quiet
         self.alone = {"ray_cpu": ray_cpu, "ray_mb": after["ray"]["pss_mb"]}
 
     def on_result(self, result: dict[str, Any]) -> None:
@@ -139,8 +140,8 @@ class Watch:
     def _enter(self) -> None:
         phase = self.phases[len(self.rows)]
         self.load(phase.epoch_seconds, phase.checkpoint_mb)
-        previous = self.phases[len(self.rows) - 1].epoch_seconds if self.rows else RAMP_SECONDS
-        self.before, self.deadline = None, time.time() + SETTLE_SECONDS + 1.2 * (previous + phase.epoch_seconds)
+        previous = self.phases[len(self.rows) - 1].epoch_seconds if self.rows else self.ramp
+        self.before, self.deadline = None, time.time() + self.settle + 1.2 * (previous + phase.epoch_seconds)
 
     def _next(self, now: float) -> None:
         """The phase has settled, or it is over."""
@@ -238,14 +239,14 @@ def on_end(now: float) -> None:
 def run_trials(args: argparse.Namespace, trials: int, phases: list[dict[str, float]]) -> dict[str, Any]:
     """One search with so many trials at once, through `phases` (see `Phase`). Call it once in a process."""
     global _watch
-    _watch = Watch(trials, [Phase(**phase) for phase in phases])
+    _watch = Watch(trials, [Phase(**phase) for phase in phases], args.scale)
     with tempfile.TemporaryDirectory() as root:
         start_ray(Path(root) / "cache", hook=train_elsewhere)
         import ray
 
         try:
             options = {"name": "elsewhere", "num_cpus": 0, "max_concurrency": 10 * trials}
-            _watch.begin(ray.remote(**options)(Elsewhere).remote())
+            _watch.begin(ray.remote(**options)(Elsewhere).remote(_watch.ramp))
             settings = (f"epochs={EPOCHS - 1}", "freeze_epochs=1")
             options = search_options(Path(root), settings, trials=10**6, concurrent=trials, seed=args.seed)
             pretend_room(trials)

@@ -98,7 +98,7 @@ def test_trials_that_end_while_others_start_hold_up_the_search():
 @pytest.mark.ray
 def test_costs_are_measured_and_the_table_names_the_bottleneck(tmp_path):
     sizes = ("--sizes", "2", "6", "--results", "20", "--trials", "2", "20", "--search", "6", "--epochs", "4")
-    run = ("--calibration-trials", "2", "--check-trials", "3", "--scale", "0.2", "--out", str(tmp_path))
+    run = ("--calibration-trials", "2", "--check-trials", "3", "--scale", "0.1", "--out", str(tmp_path))
     result, table = bench(tmp_path, *sizes, *run)
     named = result["first_bottleneck"]
     assert result["largest"][named] == min(result["largest"].values()) > 0
