@@ -111,6 +111,7 @@ def search_options(
     root: Path, settings: Sequence[str], *, trials: int, workers: int = 1, concurrent: int = 1, seed: int = 0
 ):
     """A search of the quickstart's dimensions as the command line would make it, in a folder of its own."""
+    from search.method import Method
     from search.results import RunFolder
     from search.space import load_space
     from search.tuner import RunOptions
@@ -121,7 +122,7 @@ def search_options(
     return RunOptions(
         space=space, folder=RunFolder(root / "run"), data=str(draw_images(root / "images")), weights=None,
         cache="auto",
-        labels=["dark", "light"], group_size=size, num_trials=trials, time_budget=None, method="tpe-asha",
+        labels=["dark", "light"], group_size=size, num_trials=trials, time_budget=None, method=Method(),
         max_concurrent=concurrent,
     )  # fmt: skip
 

@@ -7,11 +7,10 @@ import shlex
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from search.method import CONFIRM_SEEDS, OBJECTIVES, SCHEDULERS, SEARCHERS, Method
 from search.space import space_names
 from trainables.fetch import is_uri
 from trainables.remote import shown
-
-METHODS = ("tpe-asha", "tpe", "random-asha", "random")
 
 EXAMPLES = """
 examples:
@@ -42,7 +41,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what = parser.add_argument_group("what to search")
     what.add_argument("--space", metavar="SPACE", help=f"the search space: {', '.join(space_names())}")
     what.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=(
-        "pin a setting (epochs=5), narrow or add a dimension (epochs=3..8, arch=resnet18,resnet34); repeatable"
+        "pin a setting (epochs=5), narrow or add a dimension (epochs=3..8, arch=resnet18,resnet34, or "
+        "mixup_alpha=0,0.1..0.4 for off or a number); repeatable"
     ))  # fmt: skip
     what.add_argument(
         "--data", type=source, metavar="DIR|URI", help=(
@@ -53,14 +53,31 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--weights", type=source, metavar="DIR|URI", help="<arch>.safetensors files, looked into first; likewise"
     )
     what.add_argument("--recipes", metavar="NAME", help=(
-        "run just the space's recipes of that name, such as book, each once and to its end; --method has no say"
+        "run just the space's recipes of that name, such as book, each once and to its end; --searcher and "
+        "--scheduler have no say"
     ))  # fmt: skip
     what.add_argument("--describe", action="store_true", help="print the space and all settings, and stop")
     how = parser.add_argument_group("how")
     how.add_argument("--trials", type=positive, metavar="N", help="how many trials (default: the space's)")
     how.add_argument("--time-budget", type=_seconds, metavar="30m", help="stop after this time (90s, 30m, 8h)")
-    how.add_argument("--method", choices=METHODS, default="tpe-asha", help=(
-        "who proposes (Optuna's TPE or random), and whether bad trials end early (-asha); default tpe-asha"
+    how.add_argument("--searcher", choices=SEARCHERS, default="tpe", help=(
+        "who proposes, of Optuna's samplers; default tpe"
+    ))  # fmt: skip
+    how.add_argument("--scheduler", choices=SCHEDULERS, help=(
+        "which trials end early: rungs = those that are bad late in their schedule; median = those that are worse than "
+        "the median at any time; annealed = none, but all begin short, and the best third of a length is trained anew "
+        "with the next one; none; default rungs, and none with --objective error,seconds"
+    ))  # fmt: skip
+    how.add_argument("--objective", choices=OBJECTIVES, default="error", help=(
+        "what is to be small: the validation error, or that and the seconds of training, whose Pareto front the table "
+        "then marks; default error"
+    ))  # fmt: skip
+    how.add_argument("--target-seconds", type=_seconds, metavar="90s", help=(
+        "prefer trials whose training takes no longer; begins with a trial of each architecture, in the order of the "
+        "space, up to the first one that takes longer"
+    ))  # fmt: skip
+    how.add_argument("--confirm", type=positive, default=0, metavar="K", help=(
+        f"train the best K configs again in the end, each with {CONFIRM_SEEDS} new seeds; the mean decides who has won"
     ))  # fmt: skip
     how.add_argument("--lr-range", choices=("space", "auto"), default="space", help=(
         "bounds of the learning rates: the space's own, or narrowed by the learning-rate finder, which then runs once "
@@ -102,6 +119,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume and args.name is None:
         parser.error("--resume needs --name, the folder of the run to go on with")
     return args
+
+
+def method_of(args: argparse.Namespace) -> Method:
+    """Raises `ValueError` where its parts do not fit each other."""
+    if args.recipes:  # all are proposed already, and none ends early
+        return Method(searcher="random", scheduler="none", confirm=args.confirm)
+    default = "rungs" if args.objective == "error" else "none"
+    names = ("searcher", "objective", "target_seconds", "confirm")
+    return Method(scheduler=args.scheduler or default, **{name: getattr(args, name) for name in names})
 
 
 def add_cache(parser) -> None:

@@ -1,6 +1,7 @@
 """The charts of a report, each with a caption that says the same in words. Pure functions of a run's tables."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,9 +12,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+from optuna.trial import FrozenTrial
 from plotly.subplots import make_subplots
 
-from search.results import COMPLETED, FAILED, RUNNING, STOPPED
+from search import results
+from search.results import COMPLETED, FAILED, RETRAINED, RUNNING, STOPPED
 from search.run_record import RunRecord
 from search.wording import many, percent
 from trainables.recipe import Recipe
@@ -24,6 +27,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E0
 GREY = "#8a8f98"
 STATUS_MARKS = {
     COMPLETED: {"color": BLUE, "symbol": "circle"},
+    RETRAINED: {"color": SKY, "symbol": "diamond-open"},
     STOPPED: {"color": ORANGE, "symbol": "x"},
     FAILED: {"color": RED, "symbol": "cross"},
     RUNNING: {"color": GREY, "symbol": "circle-open"},
@@ -203,9 +207,16 @@ def importances(run: RunRecord) -> dict[str, float]:
     if len(run.completed) < LEAST_FOR_IMPORTANCE or not run.folder.journal.is_file():
         return {}
     try:
-        return get_param_importances(run.study, evaluator=PedAnovaImportanceEvaluator())
+        study = run.study
+        with warnings.catch_warnings():  # that a lower target is taken for the better one: it is
+            warnings.simplefilter("ignore", UserWarning)
+            return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), target=_error)
     except (ValueError, RuntimeError):  # such as all trials alike
         return {}
+
+
+def _error(trial: FrozenTrial) -> float:
+    return trial.values[0]
 
 
 def cost(run: RunRecord) -> Chart | None:
@@ -246,9 +257,7 @@ def cost(run: RunRecord) -> Chart | None:
 
 def pareto_front(done: pd.DataFrame) -> pd.DataFrame:
     """The completed trials that no other one beats in both error and seconds, cheapest first."""
-    by_cost = done.sort_values(["seconds", "error_rate"])
-    before = by_cost["error_rate"].cummin().shift(fill_value=math.inf)
-    return by_cost[by_cost["error_rate"] < before]
+    return done.loc[[row["number"] for row in results.pareto_front(done.to_dict("records"))]]
 
 
 # --- The winner -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from search.results import COMPLETED, RUNNING, ResultsTable, Row, leaders, row_of
+from search.results import COMPLETED, CONFIRMED, RUNNING, ResultsTable, Row, leaders, row_of
 from search.space import NamedRecipe
 from search.wording import duration, percent
 from trainables.trial import table_id
@@ -117,15 +117,26 @@ def rows_table(rows: list[Row], dimensions: list[str], *, fold: bool = True) -> 
     widths = {"trial": 5, "status": 10, "epochs": 6, "error": 7, "loss": 5, "seconds": 7}  # recipes give way first
     for name, width in widths.items():
         table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True, min_width=width)
+    more = {name: of_row for name, of_row in MORE.items() if any(map(of_row, rows))}
+    for name in more:
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("recipe", overflow="fold")
     for row in rows:
         known = row["epochs_done"] > 0
         cells = [str(row["number"]), _status(row), f"{row['epochs_done']}/{row['epochs_total']}"]
         cells += [_percent(row) if known else "", f"{row['valid_loss']:.3f}" if known else "", f"{row['seconds']:.0f}"]
+        cells += [of_row(row) for of_row in more.values()]
         recipe = _recipe(row, dimensions)
         # The column may wrap, or it would not give way: it is the text that does not.
         table.add_row(*cells, recipe if fold else Text(recipe, no_wrap=True, overflow="ellipsis"))
     return table
+
+
+MORE = {
+    "confirmed": lambda row: _share(row.get(CONFIRMED)),  # the mean of the retrainings
+    "front": lambda row: "*" if row.get("front") else "",
+}
+"""Columns that only some searches have."""
 
 
 def _status(row: Row) -> str | ProgressBar:

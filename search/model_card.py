@@ -8,8 +8,9 @@ from pathlib import PurePath
 from typing import Any
 
 from search.export_formats import INPUT, ONNX_FILE, OPSET, OUTPUT, PROGRAM_FILE
+from search.noise import wilson_interval
 from search.predict import printable
-from search.run_record import RunRecord, wilson_interval
+from search.run_record import RunRecord
 from search.wording import many, percent
 from trainables.model_folder import ModelFolder
 from trainables.recipe import spec_of

@@ -15,9 +15,11 @@ from search import figures, page
 from search.cli import run_cli, say
 from search.error_analysis import ErrorAnalysis, analyse, read_analysis
 from search.files import write_atomically
-from search.results import COMPLETED, FAILED, RUNNING, SCORES, STOPPED
+from search.results import COMPLETED, CONFIRMED, FAILED, RETRAINED, RUNNING, SCORES, STOPPED
 from search.run_record import RunRecord, load
 from search.wording import duration, many, percent
+
+STATUSES = (COMPLETED, RETRAINED, STOPPED, FAILED, RUNNING)
 
 EXAMPLES = """
 examples:
@@ -119,7 +121,7 @@ def headline(run: RunRecord) -> str:
     if run.trials.empty:
         return "no trial has started yet"
     counts = run.trials["status"].value_counts()
-    by_status = ", ".join(f"{counts[name]} {name}" for name in (COMPLETED, STOPPED, FAILED, RUNNING) if name in counts)
+    by_status = ", ".join(f"{counts[name]} {name}" for name in STATUSES if name in counts)
     minutes = figures.end_times(run)
     took = f" in {duration(60 * minutes.max())}" if len(minutes) else ""
     return f"{many(len(run.trials), 'trial')}{took}: {by_status}"
@@ -127,17 +129,13 @@ def headline(run: RunRecord) -> str:
 
 def verdict(run: RunRecord) -> str:
     """How sure the winner's lead on trial 0 is, in words; empty without both."""
-    best, first = run.best, run.first
-    if best is None:
+    if run.best is None:
         return "No trial has completed, so there is no winner yet." if len(run.trials) else ""
-    ours, theirs = run.interval(best), None if first is None else run.interval(first)
-    if theirs is None or ours is None or first.name == best.name:
+    if not run.lead:
         return ""
-    apart = ours[1] < theirs[0]
     return (
-        ("The two intervals do not overlap. " if apart else "The two intervals overlap: this may be chance. ")
-        + f"The winner is the best of {len(run.completed)} trials on the same {run.num_valid} images that are reported "
-        "here, so expect a little more error on new ones."
+        f"The winner is {run.lead}. It is the best of {len(run.completed)} trials on the same {run.num_valid} images "
+        "that are reported here, so expect a little more error on new ones."
     )
 
 
@@ -157,7 +155,6 @@ def _card(name: str, title: str, row: pd.Series, run: RunRecord) -> dict[str, An
 def facts(run: RunRecord) -> list[tuple[str, str]]:
     """What ran and when, as terms and texts; what is not known is left out."""
     last = run.epochs["finished_at"].max() if len(run.epochs) else ""
-    method = run.command.get("arguments", {}).get("method")
     dimensions = "; ".join(f"{name} {values}" for name, values in run.space["dimensions"].items())
     found = [
         ("started", _moment(run.command.get("started_at", ""))),
@@ -165,10 +162,18 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
         ("images", str(run.command["data"])),
         ("split", _split(run)),
         ("searched", dimensions),
-        ("method", f"{method}, seed {run.space['seed']}" if method else ""),
+        ("method", _method(run)),
         ("a trial", _trial_size(run.command)),
     ]
     return [(term, text) for term, text in found if text]
+
+
+def _method(run: RunRecord) -> str:
+    """Such as "searcher tpe, scheduler rungs, objective error, seed 6"."""
+    known = {name: value for name, value in run.command.get("method", {}).items() if value}
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in (known | {"seed": run.space["seed"]}).items()
+    )
 
 
 def _split(run: RunRecord) -> str:
@@ -230,9 +235,11 @@ def columns(run: RunRecord) -> list[Column]:
     shown.append(Column("error", "error_rate", is_share=True))
     if run.trials["tta_error_rate"].notna().any():
         shown.append(Column("with TTA", "tta_error_rate", is_share=True))
+    if CONFIRMED in run.trials and run.trials[CONFIRMED].notna().any():
+        shown.append(Column("confirmed", CONFIRMED, is_share=True))
     shown += [Column("loss", "valid_loss"), Column("seconds", "seconds")]
     known = {"number", "trial_id", *SCORES, *(column.source for column in shown)}
-    known |= {"epochs_total", "overhead_seconds", "images_per_second", "reason"}
+    known |= {CONFIRMED, "epochs_total", "overhead_seconds", "images_per_second", "reason"}
     for name in (name for name in run.trials.columns if name not in known):
         shown.append(Column(name, name, is_text=not pd.api.types.is_numeric_dtype(run.trials[name])))
     return [*shown, Column("reason", "reason", is_text=True)]

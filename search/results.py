@@ -14,17 +14,22 @@ from typing import Any
 from ray import tune
 
 from search.files import replace_folder, write_atomically
+from search.method import CONFIRM_SEEDS
 from search.scheduler import stop_reasons
 from trainables import checkpoint
 from trainables.checkpoint import PREPROCESSING_FILE, WEIGHTS_FILE
 from trainables.recipe import Recipe
-from trainables.trial import table_id
+from trainables.trial import RETRAINS, table_id
 
 COMPLETED, STOPPED, FAILED, RUNNING = "completed", "stopped early", "failed", "running"
+RETRAINED = "retrained"
+"""A trial that was one of the best once more, with another seed. It does not compete."""
 METRICS = ("error_rate", "tta_error_rate", "valid_loss", "accuracy", "epochs_done", "epochs_total")
 SCORES = METRICS[:4]
 """Metrics that a trial without a finished epoch, or a failed one, does not have."""
 COSTS = ("seconds", "overhead_seconds", "images_per_second")
+CONFIRMED = "confirmed_error_rate"
+"""Mean error rate of a trial's retrainings."""
 EPOCH_COLUMNS = [
     "number",
     "trial_id",
@@ -64,14 +69,25 @@ class RunFolder:
         return os.path.relpath(self.path) if self.path.is_relative_to(Path.cwd()) else str(self.path)
 
 
-def rank(row: Row) -> tuple[float, float]:
-    """Sorts completed trials best first: lowest error rate, ties by validation loss."""
-    return row["error_rate"], row["valid_loss"]
+def rank(row: Row) -> tuple[float, ...]:
+    """Sorts completed trials best first: lowest mean error rate of the retrainings, those without them last; then
+    lowest error rate, ties by validation loss."""
+    confirmed = row.get(CONFIRMED, math.nan)
+    return (math.inf if math.isnan(confirmed) else confirmed), row["error_rate"], row["valid_loss"]
 
 
 def leaders(rows: Iterable[Row]) -> list[Row]:
     """The completed trials, best first."""
     return sorted((row for row in rows if row["status"] == COMPLETED), key=rank)
+
+
+def pareto_front(rows: Iterable[Row]) -> list[Row]:
+    """The completed trials that no other one beats in both error rate and seconds, cheapest first."""
+    front: list[Row] = []
+    for row in sorted(leaders(rows), key=lambda row: (row["seconds"], row["error_rate"])):
+        if not front or row["error_rate"] < front[-1]["error_rate"]:
+            front.append(row)
+    return front
 
 
 class ResultsTable(tune.Callback):
@@ -91,16 +107,21 @@ class ResultsTable(tune.Callback):
         dimensions: list[str],
         labels: list[str],
         pinned: Sequence[str] = (),
+        confirm: int = 0,
+        front: bool = False,
     ) -> None:
         self.folder = folder
         self.settings = settings
         self.dimensions = dimensions
         self.pinned = list(pinned)  # settings that the user gave one value: the same in all rows
         self.labels = labels
+        self.confirm = confirm  # so many of the best are trained again, and keep their weights until then
+        self.front = front  # whether to mark the Pareto front of error rate and seconds
         self.rows: dict[str, Row] = {}
         self.lines: dict[str, str] = {}  # of trials.csv, by trial: a thousand rows are not formatted for each event
         self.epoch_rows: dict[tuple[str, int], Row] = {}  # by trial and epoch
         self.running: dict[str, Any] = {}  # Tune's trials, by trial
+        self.kept: set[str] = set()  # trials that have ended and keep their weights
         self.failures_in_a_row = 0
         """How many trials have failed without another end between them, since this start of the search."""
         _tables[folder.path.name] = self
@@ -108,12 +129,15 @@ class ResultsTable(tune.Callback):
     def __reduce__(self) -> tuple:
         """Tune saves its callbacks and its stopper apart from each other, the latter once a second. The rows are on
         disk anyway, and those who shared this table share the one that is read back."""
-        given = {name: getattr(self, name) for name in ("settings", "dimensions", "labels", "pinned")}
+        names = ("settings", "dimensions", "labels", "pinned", "confirm", "front")
+        given = {name: getattr(self, name) for name in names}
         return _table_of, (self.folder, given)
 
     @property
     def columns(self) -> list[str]:
-        return ["number", "trial_id", "status", *METRICS, *COSTS, *self.dimensions, *self.pinned, "reason"]
+        of_method = ["front"] * self.front + [CONFIRMED, RETRAINS, "seed"] * bool(self.confirm)
+        settings = [name for name in (*self.dimensions, *self.pinned) if name not in of_method]
+        return ["number", "trial_id", "status", *METRICS, *COSTS, *of_method, *settings, "reason"]
 
     def setup(self, **info: Any) -> None:
         self.rows = {row["trial_id"]: row for row in read_trials(self.folder.trials)}
@@ -152,12 +176,9 @@ class ResultsTable(tune.Callback):
             return
         row |= {name: result.get(name, math.nan) for name in (*SCORES, "epochs_total", "images_per_second")}
         row["epochs_done"] = result["epoch"]
-        row["overhead_seconds"] = result["overhead_seconds"]
+        row |= {name: result[name] for name in ("seconds", "overhead_seconds")}
         self._add_epoch(row, result)
-        keys = ((row["trial_id"], epoch) for epoch in range(1, row["epochs_total"] + 1))
-        epochs = [self.epoch_rows[key] for key in keys if key in self.epoch_rows]
-        row["seconds"] = sum(float(epoch["train_seconds"]) + float(epoch["valid_seconds"]) for epoch in epochs)
-        if row["epochs_done"] == row["epochs_total"]:
+        if row["epochs_done"] == row["epochs_total"] and row[RETRAINS] == "":
             self._keep_if_best(trial, row)  # a trial counts as complete when its weights are where they are looked for
         self._write_trials(row)
 
@@ -166,11 +187,13 @@ class ResultsTable(tune.Callback):
         if row["reason"]:
             row["status"] = FAILED
         elif row["epochs_done"] == row["epochs_total"]:
-            row["status"] = COMPLETED
+            row["status"] = COMPLETED if row[RETRAINS] == "" else RETRAINED
         else:
             row["status"] = STOPPED
             row["reason"] = stop_reasons(self.folder.rungs).get(trial.trial_id, "the search ended")
         self._end(row)
+        if row["status"] == RETRAINED:
+            self._confirm(row[RETRAINS], trials)
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         """A search that ends (time budget, too many failures) terminates its trials without telling callbacks."""
@@ -187,14 +210,40 @@ class ResultsTable(tune.Callback):
     def _end(self, row: Row) -> None:
         self.failures_in_a_row = self.failures_in_a_row + 1 if row["status"] == FAILED else 0
         self.running.pop(row["trial_id"], None)
+        self._write_trials(row, *self._mark_front())
+        kept = {best["trial_id"] for best in leaders(self.rows.values())[: self.confirm]}
+        for trial_id in {row["trial_id"], *self.kept} - kept:
+            checkpoint.drop(self.folder.checkpoints / trial_id)  # the best one's weights are in best/
+        self.kept = kept
+
+    def _mark_front(self) -> list[Row]:
+        """The rows of which this is news."""
+        if not self.front:
+            return []
+        front = {row["trial_id"] for row in pareto_front(self.rows.values())}
+        changed = [row for row in self.rows.values() if (row["front"] == "yes") != (row["trial_id"] in front)]
+        for row in changed:
+            row["front"] = "yes" if row["trial_id"] in front else ""
+        return changed
+
+    def _confirm(self, number: int, trials: list) -> None:
+        """Rank a trial by its retrainings when the last of them has ended."""
+        again = [r for r in self.rows.values() if r[RETRAINS] == number and r["status"] == RETRAINED]
+        if len(again) < CONFIRM_SEEDS:
+            return
+        row = next(row for row in self.rows.values() if row["number"] == number)
+        row[CONFIRMED] = sum(r["error_rate"] for r in again) / len(again)
         self._write_trials(row)
-        checkpoint.drop(self.folder.checkpoints / row["trial_id"])  # the best one's weights are in best/
+        leader = leaders(self.rows.values())[0]
+        if leader is row:
+            self._put_best(next(trial for trial in trials if table_id(trial) == row["trial_id"]), row)
 
     def _row(self, trial) -> Row:
         trial_id = table_id(trial)
         if trial_id not in self.rows:
             nothing_yet = dict.fromkeys((*SCORES, "images_per_second"), math.nan)
             recipe = self.settings | trial.config
+            retrains = next((row["number"] for i, row in self.rows.items() if i == recipe.get(RETRAINS)), "")
             self.rows[trial_id] = dict(
                 number=1 + max((row["number"] for row in self.rows.values()), default=-1),
                 trial_id=trial_id,
@@ -204,23 +253,29 @@ class ResultsTable(tune.Callback):
                 epochs_total=recipe["epochs"] + recipe["freeze_epochs"],
                 seconds=0.0,
                 overhead_seconds=math.nan,
-                **{name: recipe[name] for name in (*self.dimensions, *self.pinned)},
                 reason="",
+                **{"front": "", CONFIRMED: math.nan, RETRAINS: retrains},
+                **{name: recipe[name] for name in (*self.dimensions, *self.pinned, "seed")},
             )
         return self.rows[trial_id]
 
     def _keep_if_best(self, trial, row: Row) -> None:
-        found = checkpoint.newest(self.folder.checkpoints / row["trial_id"])
         best = leaders(self.rows.values())
+        if not best or rank(row) < rank(best[0]):
+            self._put_best(trial, row)
+
+    def _put_best(self, trial, row: Row) -> None:
+        found = checkpoint.newest(self.folder.checkpoints / row["trial_id"])
         # Without weights it has ended and was looked at before: a kill made Tune forget that.
-        if not found or not (found / WEIGHTS_FILE).is_file() or (best and rank(best[0]) <= rank(row)):
+        if not found or not (found / WEIGHTS_FILE).is_file():
             return
         recipe = Recipe.from_dict(self.settings | trial.config)
 
         def fill(folder: Path) -> None:
             for name in (WEIGHTS_FILE, PREPROCESSING_FILE):
                 shutil.copyfile(found / name, folder / name)
-            metrics = row | trial.config | {"status": COMPLETED}  # a row read back has its dimensions as text
+            known = {name: row[name] for name in row if name not in ("front", CONFIRMED, RETRAINS)}
+            metrics = known | trial.config | {"status": COMPLETED}  # a row read back has its dimensions as text
             contents = {"recipe": recipe.to_dict(), "labels": self.labels, "metrics": metrics}
             for name, content in contents.items():
                 (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -307,10 +362,12 @@ def read_trials(path: Path) -> list[Row]:
     """The rows of `trials.csv` with numbers as numbers; dimensions as in the file."""
     rows: list[Row] = []
     for row in read_rows(path):
-        for name in (*SCORES, *COSTS):
-            row[name] = float(row[name]) if row[name] else math.nan
+        for name in (*SCORES, *COSTS, CONFIRMED):
+            row[name] = float(row[name]) if row.get(name) else math.nan
         for name in ("number", "epochs_done", "epochs_total"):
             row[name] = int(row[name])
+        row[RETRAINS] = int(row[RETRAINS]) if row.get(RETRAINS) else ""
+        row.setdefault("front", "")
         rows.append(row)
     return rows
 

@@ -4,7 +4,6 @@ import argparse
 import fnmatch
 import json
 import logging
-import math
 import platform
 import re
 import sys
@@ -16,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from search.arguments import parse_arguments, resume_command, saved_arguments, workers_per_trial
+from search.arguments import method_of, parse_arguments, resume_command, saved_arguments, workers_per_trial
 from search.cli import INTERRUPTED, Interruptible, run_cli, say
 from search.cluster import prepare_environment, start_ray
 from search.prepare import check_weights, find_data, pin, presize_here, setting_values, space_of
@@ -52,7 +51,7 @@ def search(args: argparse.Namespace, folder) -> int:
     """Check everything that can be checked before Ray starts, then run the search to its end."""
     prepare_environment()
     show_progress()
-    space = space_of(args)
+    space, method = space_of(args), method_of(args)
     from search.tuner import RunOptions, full_settings
     from trainables.source import images_digest
 
@@ -86,7 +85,7 @@ def search(args: argparse.Namespace, folder) -> int:
         num_workers=num_workers,
         num_trials=args.trials or space.num_trials,
         time_budget=args.time_budget,
-        method="random" if args.recipes else args.method,  # all proposed already, and none ends early
+        method=method,
         max_concurrent=None if args.max_concurrent in ("auto", None) else args.max_concurrent,
         address=args.address,
         recipes=space.recipes[args.recipes] if args.recipes else (),
@@ -194,7 +193,9 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     from rich.console import Console
 
     from search.leaderboard import counts, leaderboard, recipes_table
-    from search.results import COMPLETED, FAILED, RUNNING, leaders, read_trials
+    from search.results import FAILED, RUNNING, leaders, read_trials
+    from search.run_record import load
+    from search.summary import summary
     from trainables import checkpoint
 
     rows = read_trials(options.folder.trials)
@@ -216,17 +217,11 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     for row in rows:
         if row["status"] == FAILED:
             say(f"trial {row['number']} failed: {row['reason']}")
-    best = leaders(rows)
-    if not best:
+    if not leaders(rows):
         say("no trial completed, so there is no best checkpoint")
         return 1
-    tta = best[0]["tta_error_rate"]
-    averaged = "" if math.isnan(tta) else f" ({100 * tta:.1f} % with test-time augmentation)"
-    first = next((row for row in rows if row["number"] == 0 and row["status"] == COMPLETED), None)
-    beside = ""
-    if first and not options.recipes:
-        beside = f"; trial 0, the space's own recipe: {100 * first['error_rate']:.1f} %"
-    say(f"best: trial {best[0]['number']} with {100 * best[0]['error_rate']:.1f} % validation error{averaged}{beside}")
+    for line in summary(load(options.folder.path)):
+        say(line)
     say(f"table: {options.folder}/trials.csv    best checkpoint: {options.folder}/best/")
     if options.folder.report.is_file():
         say(f"report: {options.folder}/report.html    dashboard: python -m search.dashboard {options.folder}")
@@ -266,6 +261,7 @@ def write_command(args: argparse.Namespace, options, **found: Any) -> None:
         "group_size": asdict(options.group_size),
         "num_workers": options.num_workers,
         "max_concurrent": options.max_concurrent,
+        "method": asdict(options.method),
         "started_at": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         **found,

@@ -11,13 +11,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from search.model_folder import is_run
-from search.results import COMPLETED, SCORES, RunFolder
+from search.noise import lead, wilson_interval
+from search.results import COMPLETED, CONFIRMED, SCORES, RunFolder
 from search.scheduler import stop_reasons
 from trainables.model_folder import read_json, read_model
 from trainables.recipe import Recipe
-
-Z_95 = 1.959964
-"""Of a two-sided 95 % interval: standard normal quantile at 0.975."""
 
 
 def load(path: Path | str) -> "RunRecord":
@@ -50,8 +48,10 @@ class RunRecord:
 
     @property
     def completed(self) -> pd.DataFrame:
-        """The completed trials, best first: lowest error rate, ties by validation loss."""
-        return self.trials[self.trials["status"] == COMPLETED].sort_values(["error_rate", "valid_loss"], kind="stable")
+        """The completed trials, best first: lowest mean error rate of the retrainings, those without them last; then
+        lowest error rate, ties by validation loss."""
+        by = [name for name in (CONFIRMED, "error_rate", "valid_loss") if name in self.trials]
+        return self.trials[self.trials["status"] == COMPLETED].sort_values(by, kind="stable")
 
     @property
     def best(self) -> pd.Series | None:
@@ -91,6 +91,17 @@ class RunRecord:
         error = row["error_rate"]
         return wilson_interval(error, self.num_valid) if self.num_valid and not math.isnan(error) else None
 
+    @property
+    def lead(self) -> str:
+        """What the winner's lead on trial 0 is worth, in words; empty without both. Where it was trained again, that
+        mean counts instead of the one training that was chosen."""
+        best, first = self.best, self.first
+        if first is None or best.name == first.name or not self.num_valid:
+            return ""
+        confirmed = best.get(CONFIRMED, math.nan)
+        error = best["error_rate"] if math.isnan(confirmed) else confirmed
+        return lead(error, first["error_rate"], self.num_valid, len(self.completed))
+
     @cached_property
     def study(self) -> optuna.Study:
         """The Optuna study as it is in the run's journal. Raises `ValueError` where there is none yet."""
@@ -98,19 +109,6 @@ class RunRecord:
             raise ValueError(f"{self.folder} has no study yet: no trial has started.")
         storage = JournalStorage(JournalFileBackend(str(self.folder.journal)))
         return optuna.load_study(study_name=self.space["name"], storage=storage)
-
-
-def wilson_interval(error_rate: float, num_images: int) -> tuple[float, float]:
-    """The 95 % interval of a share seen in `num_images` images (Wilson 1927), both ends in 0..1.
-
-    Raises `ValueError` where there are no images or the share is none.
-    """
-    if num_images < 1 or not 0 <= error_rate <= 1:
-        raise ValueError(f"error_rate is {error_rate} of {num_images} images; expected 0 to 1 of 1 or more images.")
-    spread = Z_95**2 / num_images
-    centre = error_rate + spread / 2
-    half = math.sqrt(error_rate * (1 - error_rate) * spread + spread**2 / 4)
-    return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
 
 
 def _read_table(path: Path) -> pd.DataFrame:

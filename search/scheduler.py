@@ -9,10 +9,12 @@ import numpy as np
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from search.files import write_atomically
+from trainables.trial import RETRAINS
 
 RUNGS = (50, 75)
 KEEP = 0.6
 MIN_RECORDED = 2
+MEDIAN_RUNGS = tuple(range(10, 100, 10))
 
 
 def cut_off(recorded: Sequence[float], keep: float) -> float | None:
@@ -23,6 +25,15 @@ def cut_off(recorded: Sequence[float], keep: float) -> float | None:
 def rung_at(progress: int, rungs: Sequence[int]) -> int | None:
     """The highest rung that `progress` percent has reached; None below the first, and at the end."""
     return max((rung for rung in rungs if rung <= progress < 100), default=None)
+
+
+def new_scheduler(name: str, metric: str, state_file: Path) -> TrialScheduler:
+    """What ends bad trials early: those beyond a cut-off at late rungs, those worse than the median, or none."""
+    if name == "rungs":
+        return ProgressHalvingScheduler(metric, state_file)
+    if name == "median":
+        return ProgressHalvingScheduler(metric, state_file, rungs=MEDIAN_RUNGS, keep=0.5)
+    return FIFOScheduler()
 
 
 def stop_reasons(state_file: Path) -> dict[str, str]:
@@ -59,6 +70,8 @@ class ProgressHalvingScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller, trial, result: dict[str, Any]) -> str:
         if trial.trial_id in self.reasons:  # a kill came before anyone took note
             return TrialScheduler.STOP
+        if RETRAINS in trial.config:
+            return TrialScheduler.CONTINUE
         value, rung = result[self.watched], rung_at(result["progress"], list(self.recorded))
         if rung is None or trial.trial_id in self.recorded[rung] or not np.isfinite(value):
             return TrialScheduler.CONTINUE

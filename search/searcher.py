@@ -1,22 +1,33 @@
 """Optuna as Tune's searcher, told the truth about every trial: finished, stopped early, or failed."""
 
 import pickle
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from search.capacity import Capacity
+from search.confirm import retrainings
+from search.method import Method
 from search.space import Choice, Dimension, Space
-from trainables.recipe import spec_of
+from trainables.recipe import has_effect, spec_of
+from trainables.trial import unmistakable
 
 METRIC = "error_rate"
-_TUNE_ID = "trial_id"
+STARTUP_TRIALS = 5
+"""Few random configs first: most searches here are short, and trial 0 is a good one already."""
+
+_TUNE_ID, _SECONDS, _LOSS = "trial_id", "seconds", "valid_loss"
+
+Config = dict[str, Any]
 
 
 class OptunaSearcher(Searcher):
@@ -28,21 +39,34 @@ class OptunaSearcher(Searcher):
 
     Where `capacity` has no room for the next trial it proposes none; Tune asks again. A trial that needs many workers
     keeps its turn: smaller ones do not go before it.
+
+    After `num_trials` proposals, and when these have ended, the best `method.confirm` are trained again.
     """
 
     def __init__(
-        self, space: Space, journal: Path, *, sampler: str, seed: int, capacity: Capacity | None = None
+        self,
+        space: Space,
+        journal: Path,
+        *,
+        seed: int,
+        method: Method | None = None,
+        capacity: Capacity | None = None,
+        num_trials: int | None = None,
     ) -> None:
         super().__init__(metric=METRIC, mode="min")
         self.space = space
         self.journal = Path(journal)
-        self.sampler = _sampler(sampler, seed)
-        self.distributions = {name: _distribution(name, d) for name, d in space.dimensions.items()}
+        self.method = method or Method()
+        self.sampler = _sampler(self.method, seed)
+        self.num_trials = num_trials
         self.first_configs = space.first_configs()
+        if self.method.target_seconds:
+            self.first_configs += _each_arch(space, self.first_configs)
         self.numbers: dict[str, int] = {}  # Tune's trial id -> Optuna's trial number
+        self.retrained: list[str] = []  # Tune's ids of trials that are others' once more
         self.capacity = capacity
         self.live: dict[str, int] = {}  # Tune's trial id -> workers of a trial that has not ended
-        self._next: optuna.Trial | None = None  # proposed, and waiting for room
+        self._next: tuple[optuna.Trial | None, Config] | None = None  # proposed, and waiting for room
         self._study: optuna.Study | None = None
 
     @property
@@ -51,41 +75,81 @@ class OptunaSearcher(Searcher):
             optuna.logging.set_verbosity(optuna.logging.WARNING)
             storage = JournalStorage(JournalFileBackend(str(self.journal)))
             self._study = optuna.create_study(
-                storage=storage, study_name=self.space.name, sampler=self.sampler, load_if_exists=True
+                storage=storage,
+                study_name=self.space.name,
+                sampler=self.sampler,
+                directions=["minimize"] * self.method.num_objectives,
+                load_if_exists=True,
             )
         return self._study
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+    def suggest(self, trial_id: str) -> Config | str | None:
         if not self._has_room(1):  # the later a trial is proposed, the more is known
             return None
-        trial = self._next = self._next or self._ask()
-        num_workers = self._num_workers(trial.params)
+        if self._next is None and self.num_trials is not None and len(self.numbers) >= self.num_trials:
+            return self._retrain(trial_id)
+        trial, config = self._next = self._next or self._ask()
+        num_workers = self._num_workers(config)
         if not self._has_room(num_workers):
             return None
         self._next = None
         trial.set_user_attr(_TUNE_ID, trial_id)
         self.numbers[trial_id] = trial.number
         self.live[trial_id] = num_workers
-        return trial.params
+        return config
 
-    def _ask(self) -> optuna.Trial:
+    def _ask(self) -> tuple[optuna.Trial, Config]:
+        if self._is_slow():  # the architectures that follow are slower still
+            self.first_configs = self.first_configs[: len(self.numbers)]
+        first = {}
         if len(self.numbers) < len(self.first_configs):
-            self.study.enqueue_trial(self.first_configs[len(self.numbers)])
-        return self.study.ask(self.distributions)
+            first = self.first_configs[len(self.numbers)]
+            self.study.enqueue_trial(as_params(self.space, first))
+        trial = self.study.ask()
+        return trial, first | propose(trial, self.space)
+
+    def _is_slow(self) -> bool:
+        """Whether a trial that showed an architecture's cost took longer than wanted."""
+        shown = len(self.space.first_configs()) <= len(self.numbers) < len(self.first_configs)
+        limit = self.method.target_seconds
+        return shown and any(t.user_attrs.get(_SECONDS, 0) > limit for t in self.study.get_trials(deepcopy=False))
+
+    def _retrain(self, trial_id: str) -> Config | str | None:
+        """One of the best once more. The choice among all trials waits for the last of them."""
+        if set(self.live) & set(self.numbers):
+            return None
+        todo = retrainings(self._ranked()[: self.method.confirm], self.space.seed)
+        if len(self.retrained) >= len(todo):
+            return Searcher.FINISHED
+        config = todo[len(self.retrained)]
+        num_workers = self._num_workers(config)
+        if not self._has_room(num_workers):
+            return None
+        self.retrained.append(trial_id)
+        self.live[trial_id] = num_workers
+        return config
+
+    def _ranked(self) -> list[tuple[str, Config]]:
+        """The table's id and config of the completed trials, best first: lowest error, ties by validation loss."""
+        done = self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        done = sorted(done, key=lambda trial: (trial.values[0], trial.user_attrs[_LOSS]))
+        return [(unmistakable(trial.user_attrs[_TUNE_ID]), config_of(self.space, trial.params)) for trial in done]
 
     def _has_room(self, num_workers: int) -> bool:
         return self.capacity is None or self.capacity.has_room(self.live.values(), num_workers)
 
-    def _num_workers(self, config: dict[str, Any]) -> int:
+    def _num_workers(self, config: Config) -> int:
         if self.capacity is None:
             return 1
         return self.capacity.group_size((self.space.settings | config)["arch"]).num_workers
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         running, progress = self._running(trial_id), result["progress"]
-        # A study has one value per step. In the frozen stage progress stands still, and a trial that was restored says
-        # its last result once more.
-        if running is not None and progress > 0 and progress not in running.intermediate_values:
+        # A study has one value per step, and none where there are two objectives. In the frozen stage progress stands
+        # still, and a trial that was restored says its last result once more.
+        if running is None or len(self.study.directions) > 1:
+            return
+        if progress > 0 and progress not in running.intermediate_values:
             self._trial(running).report(result[METRIC], progress)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -102,21 +166,25 @@ class OptunaSearcher(Searcher):
             self.study.tell(trial, state=TrialState.FAIL)
             return
         self.on_trial_result(trial_id, result)  # Tune keeps the result with which a trial ends for this call
-        if result["epoch"] == result["epochs_total"]:
-            self.study.tell(trial, result[METRIC])
+        finished = result["epoch"] == result["epochs_total"]
+        seconds = result[_SECONDS] * result["epochs_total"] / result["epoch"]
+        trial.set_user_attr(_SECONDS, seconds)  # of the whole training, also where it was stopped
+        trial.set_user_attr(_LOSS, result[_LOSS])
+        if finished:
+            self.study.tell(trial, [result[METRIC], seconds][: len(self.study.directions)])
         else:
             self.study.tell(trial, state=TrialState.PRUNED)
 
     def save(self, checkpoint_path: str) -> None:
         """The study is in its journal already; what is left is the sampler's random state and who is who."""
-        Path(checkpoint_path).write_bytes(pickle.dumps((self.sampler, self.numbers)))
+        Path(checkpoint_path).write_bytes(pickle.dumps((self.sampler, self.numbers, self.retrained, self.live)))
 
     def restore(self, checkpoint_path: str) -> None:
-        self.sampler, self.numbers = pickle.loads(Path(checkpoint_path).read_bytes())
+        self.sampler, self.numbers, self.retrained, live = pickle.loads(Path(checkpoint_path).read_bytes())
         self._study = self._next = None
         self._fail_forgotten_trials()
-        running = {trial.number: trial.params for trial in self._all_running()}
-        self.live = {i: self._num_workers(running[n]) for i, n in self.numbers.items() if n in running}
+        running = {trial.number for trial in self._all_running()}
+        self.live = {i: n for i, n in live.items() if i in self.retrained or self.numbers[i] in running}
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its searcher; a journal's lock does not travel.
@@ -144,16 +212,82 @@ class OptunaSearcher(Searcher):
         return optuna.Trial(self.study, frozen._trial_id)
 
 
-def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
-    if name == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    # Few random configs first: most searches here are short, and trial 0 is a good one already.
-    return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=5)
+# --- Between a space and a study --------------------------------------------------------------------------------------
 
 
-def _distribution(name: str, dimension: Dimension) -> BaseDistribution:
+def propose(trial: optuna.Trial, space: Space) -> Config:
+    """A value for each dimension that has an effect beside the others."""
+    config: Config = {}
+    for name in space.in_order():
+        if has_effect(name, space.full(config)):
+            config[name] = _suggest(trial, name, space.dimensions[name])
+    return config
+
+
+def _suggest(trial: optuna.Trial, name: str, dimension: Dimension) -> Any:
     if isinstance(dimension, Choice):
-        return CategoricalDistribution(dimension.values)
-    if spec_of(name).type is int:
-        return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
-    return FloatDistribution(float(dimension.low), float(dimension.high), log=dimension.log)
+        return trial.suggest_categorical(name, dimension.values)
+    number = spec_of(name).type
+    if dimension.off and not trial.suggest_categorical(_switch(name), (True, False)):
+        return number(0)
+    low, high = number(dimension.low), number(dimension.high)
+    suggest = trial.suggest_int if number is int else trial.suggest_float
+    return suggest(name, low, high, log=dimension.log)
+
+
+def as_params(space: Space, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `propose` asks a study for to get `config`."""
+    params = {}
+    for name, value in config.items():
+        if not has_effect(name, space.full(config)):
+            continue
+        if getattr(space.dimensions[name], "off", False):
+            params[_switch(name)] = value != 0
+            if value == 0:
+                continue
+        params[name] = value
+    return params
+
+
+def config_of(space: Space, params: Mapping[str, Any]) -> Config:
+    """What `propose` made of these parameters of a study."""
+    off = {name: 0 for name in space.dimensions if params.get(_switch(name)) is False}
+    return off | {name: value for name, value in params.items() if name in space.dimensions}
+
+
+def _switch(name: str) -> str:
+    return f"{name} > 0"
+
+
+def _each_arch(space: Space, first: Sequence[Config]) -> list[Config]:
+    """Trial 0 with each of the other architectures, in the order of the space, which goes from cheap to costly."""
+    archs = getattr(space.dimensions.get("arch"), "values", ())
+    configs = [first[0] | {"arch": arch} for arch in archs]
+    return [config for config in configs if config not in first]
+
+
+# --- Samplers ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TooSlow:
+    """Optuna's constraint: what is above 0 is not wanted."""
+
+    target_seconds: float
+
+    def __call__(self, trial: FrozenTrial) -> tuple[float]:
+        return (trial.user_attrs.get(_SECONDS, 0.0) - self.target_seconds,)
+
+
+def _sampler(method: Method, seed: int) -> BaseSampler:
+    constraint = TooSlow(method.target_seconds) if method.target_seconds else None
+    common = {"seed": seed, "n_startup_trials": STARTUP_TRIALS}
+    if method.searcher == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    if method.searcher == "gp":
+        return optuna.samplers.GPSampler(**common, constraints_func=constraint, warn_independent_sampling=False)
+    if method.searcher == "cmaes":
+        return optuna.samplers.CmaEsSampler(**common, warn_independent_sampling=False)
+    with warnings.catch_warnings():  # some of these are experimental in Optuna
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(**common, multivariate=True, group=True, constraints_func=constraint)

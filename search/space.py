@@ -3,26 +3,30 @@
 import importlib
 import itertools
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trainables.recipe import Recipe, checked_value, parse_value, spec_of
+from trainables.recipe import Recipe, checked_value, needed_by, parse_value, spec_of
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from low to high, both included; whole ones for a whole-number setting, in the logarithm if `log`."""
+    """Numbers from low to high, both included; whole ones for a whole-number setting, in the logarithm if `log`.
+
+    With `off`, half of the proposals made at random are 0 instead, which turns the setting off.
+    """
 
     low: float
     high: float
     log: bool = False
+    off: bool = False
 
     def __str__(self) -> str:
-        return f"{self.low:g}..{self.high:g}{' (log)' if self.log else ''}"
+        return f"{'0 or ' if self.off else ''}{self.low:g}..{self.high:g}{' (log)' if self.log else ''}"
 
     def clip(self, value: float) -> float:
-        return min(max(value, self.low), self.high)
+        return value if self.off and value == 0 else min(max(value, self.low), self.high)
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,17 @@ class Space:
                 configs.append(config)
         return configs
 
+    def full(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Every setting of a trial with this config."""
+        return Recipe.from_dict(self.settings).to_dict() | dict(config)
+
+    def in_order(self) -> list[str]:
+        """The dimensions, each after the one that decides whether it has an effect."""
+        names = itertools.chain.from_iterable((needed_by(name), name) for name in self.dimensions)
+        return [name for name in dict.fromkeys(names) if name in self.dimensions]
+
     def with_settings(self, texts: Iterable[str]) -> "Space":
-        """This space with each `NAME=VALUE` pinned and each `NAME=LOW..HIGH` or `NAME=A,B` searched.
+        """This space with each `NAME=VALUE` pinned and each `=LOW..HIGH`, `=0,LOW..HIGH` or `=A,B` searched.
 
         Raises one `ValueError` with the problems of all. What settings must be to each other is checked when all are
         in, so their order does not matter.
@@ -142,14 +155,18 @@ class Space:
         """The name in a `--set`, and its value or `Dimension`."""
         name, _, value = text.partition("=")
         if not all(value.split(",")):
-            raise ValueError(f"--set {text}: expected NAME=VALUE, NAME=LOW..HIGH or NAME=A,B")
+            raise ValueError(f"--set {text}: expected NAME=VALUE, NAME=LOW..HIGH, NAME=0,LOW..HIGH or NAME=A,B")
         spec = spec_of(name)
         if ".." in value and spec.type in (int, float):
-            low, high = (parse_value(name, end) for end in value.split("..", 1))
+            off = value.startswith("0,")
+            low, high = (parse_value(name, end) for end in value.removeprefix("0,").split("..", 1))
             if low >= high:
                 raise ValueError(f"--set {text}: the first number must be the smaller one")
+            if off and low <= 0:
+                raise ValueError(f"--set {text}: the numbers beside 0, which is off, must be above it")
             searched = self.dimensions.get(name)
-            return name, Range(low, high, searched.log if isinstance(searched, Range) else spec.metadata["log"])
+            log = searched.log if isinstance(searched, Range) else spec.metadata["log"]
+            return name, Range(low, high, log and low > 0, off)
         values = tuple(dict.fromkeys(parse_value(name, part) for part in value.split(",")))
         return name, Choice(values) if len(values) > 1 else values[0]
 
@@ -162,7 +179,9 @@ def check_dimension(name: str, dimension: Dimension) -> None:
 
 def ends(dimension: Dimension) -> tuple:
     """The values between which a dimension lies; all of a choice."""
-    return (dimension.low, dimension.high) if isinstance(dimension, Range) else dimension.values
+    if isinstance(dimension, Choice):
+        return dimension.values
+    return (*[0] * dimension.off, dimension.low, dimension.high)
 
 
 def space_names() -> list[str]:

@@ -6,11 +6,13 @@ from typing import Any
 
 from ray import tune
 
+from search.annealed import AnnealedSearcher
 from search.capacity import Capacity, CapacityNews
 from search.leaderboard import Leaderboard
 from search.live_report import LiveReport
+from search.method import Method
 from search.results import ResultsTable, RunFolder, TooManyFailures
-from search.scheduler import ProgressHalvingScheduler
+from search.scheduler import new_scheduler
 from search.searcher import METRIC, OptunaSearcher
 from search.space import NamedRecipe, Space
 from search.storage import Mirroring
@@ -38,7 +40,7 @@ class RunOptions:
     num_workers: dict[str, int] = field(default_factory=dict)  # of architectures by pattern, see `GroupSize`
     num_trials: int
     time_budget: float | None  # seconds
-    method: str
+    method: Method
     max_concurrent: int | None  # None: as many as fit, also when the cluster grows or shrinks
     address: str | None = None  # of a Ray cluster that was there before
     recipes: tuple[NamedRecipe, ...] = ()  # the trials are these and no others
@@ -48,26 +50,34 @@ class RunOptions:
 
 def new_tuner(options: RunOptions) -> tune.Tuner:
     settings = full_settings(options.space)
-    sampler, _, early = options.method.partition("-")
     table = ResultsTable(
         options.folder,
         settings=settings,
         dimensions=list(options.space.dimensions),
         pinned=list(options.space.pinned),
         labels=options.labels,
+        confirm=options.method.confirm,
+        front=options.method.num_objectives > 1,
     )
     import_tensorboardx()
     capacity = capacity_of(options)
     live_report = [] if options.report == "off" else [LiveReport(options.folder)]
-    leaderboard = Leaderboard(table, num_trials=options.num_trials, time_budget=options.time_budget)
+    num_samples = options.num_trials + options.method.num_retrainings
+    leaderboard = Leaderboard(table, num_trials=num_samples, time_budget=options.time_budget)
+    searcher = AnnealedSearcher if options.method.scheduler == "annealed" else OptunaSearcher
     return tune.Tuner(
         trainable(options, settings),
         tune_config=tune.TuneConfig(
-            search_alg=OptunaSearcher(
-                options.space, options.folder.journal, sampler=sampler, seed=options.space.seed, capacity=capacity
+            search_alg=searcher(
+                options.space,
+                options.folder.journal,
+                seed=options.space.seed,
+                method=options.method,
+                capacity=capacity,
+                num_trials=options.num_trials,
             ),
-            scheduler=ProgressHalvingScheduler(METRIC, options.folder.rungs) if early else None,
-            num_samples=options.num_trials,
+            scheduler=new_scheduler(options.method.scheduler, METRIC, options.folder.rungs),
+            num_samples=num_samples,
             time_budget_s=options.time_budget,
             reuse_actors=True,
             trial_name_creator=table_id,

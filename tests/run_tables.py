@@ -78,7 +78,8 @@ def write_run(
 def _write_frame(folder: Path, name: str) -> None:
     command = {
         "argv": ["--space", name, "--set", "arch=resnet18,resnet34"],
-        "arguments": {"method": "tpe-asha"},
+        "arguments": {"recipes": None},
+        "method": {"searcher": "tpe", "scheduler": "rungs", "objective": "error", "target_seconds": None, "confirm": 0},
         "data": str(folder / "images"),
         "split_seed": 0,
         "group_size": {"num_workers": 1, "cpus_per_worker": 2, "gpus_per_worker": 0},

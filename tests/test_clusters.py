@@ -51,7 +51,7 @@ def start(class_folders, tmp_path):
 
     def begin(cluster: Cluster, *arguments: object) -> Search:
         where = ("--data", class_folders, "--address", cluster.address, "--cpus-per-worker", 1, "--report", "off")
-        common = ("--space", "quickstart", "--method", "random", *settings(SETTINGS))
+        common = ("--space", "quickstart", "--searcher", "random", "--scheduler", "none", *settings(SETTINGS))
         started.append(Search(tmp_path / f"search{len(started)}", *where, *common, *arguments))
         return started[-1]
 

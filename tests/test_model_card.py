@@ -17,8 +17,9 @@ from tiny_run import make_run
 
 from search import export
 from search.model_card import MOST_LABELS, model_card, text
+from search.noise import wilson_interval
 from search.predict import Predictor
-from search.run_record import load, wilson_interval
+from search.run_record import load
 from trainables import augment, warp_cpu
 from trainables.checkpoint import Preprocessing
 from trainables.model_folder import ModelFolder

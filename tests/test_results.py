@@ -14,6 +14,7 @@ from search.results import (
     COMPLETED,
     EPOCH_COLUMNS,
     FAILED,
+    RETRAINED,
     RUNNING,
     STOPPED,
     ResultsTable,
@@ -43,8 +44,8 @@ def table(folder) -> ResultsTable:
     return made(folder)
 
 
-def made(folder) -> ResultsTable:
-    table = ResultsTable(folder, settings=SETTINGS, dimensions=DIMENSIONS, labels=["cat", "dog"])
+def made(folder, **more) -> ResultsTable:
+    table = ResultsTable(folder, settings=SETTINGS, dimensions=DIMENSIONS, labels=["cat", "dog"], **more)
     table.setup()
     return table
 
@@ -65,7 +66,8 @@ class FakeTrial(SimpleNamespace):
 def result(epoch: int, error_rate: float, *, valid_loss: float = 0.5, overhead: float = 0.25) -> dict:
     metrics = {"error_rate": error_rate, "valid_loss": valid_loss, "accuracy": 1 - error_rate, "train_loss": 0.7}
     metrics |= {"stage": "frozen" if epoch == 1 else "unfrozen", "progress": 50 * (epoch - 1)}
-    times = {"train_seconds": 2.0, "valid_seconds": 0.5, "images_per_second": 100.0, "overhead_seconds": overhead}
+    times = {"train_seconds": 2.0, "valid_seconds": 0.5, "seconds": 2.5 * epoch}
+    times |= {"images_per_second": 100.0, "overhead_seconds": overhead}
     return {"epoch": epoch, "epochs_total": 3, "failure": "", **metrics, **times}
 
 
@@ -401,3 +403,80 @@ def test_a_trial_that_tune_forgot_in_a_kill_leaves_no_row(table, folder):
     later.on_step_begin(0, [kept])
     assert [row["trial_id"] for row in read_trials(folder.trials)] == ["ta", "tb"]
     assert {row["trial_id"] for row in read_rows(folder.epochs)} == {"ta", "tb"}
+
+
+# --- The best once more, and the front --------------------------------------------------------------------------------
+
+
+def retrain(table, number: int, original: FakeTrial, error_rate: float, trials: list) -> None:
+    trial = FakeTrial(f"again{number}", seed=number, retrains=table_id(original), **original.config)
+    run_epochs(table, trial, 0.9, 0.8, error_rate)
+    table.on_trial_complete(0, trials, trial)
+
+
+def test_the_mean_of_the_retrainings_decides_who_has_won(folder):
+    table = made(folder, confirm=2)
+    lucky, steady, _ = trials = [complete(table, name, e) for name, e in (("a", 0.1), ("b", 0.2), ("c", 0.5))]
+    assert [row["number"] for row in leaders(read_trials(folder.trials))] == [0, 1, 2]
+    assert best(folder)[0] == b"a"
+    for number, error in enumerate((0.3, 0.4, 0.2)):
+        retrain(table, number, lucky, error, trials)
+    assert best(folder)[0] == b"a"
+    for number, error in enumerate((0.2, 0.2, 0.2), start=3):
+        retrain(table, number, steady, error, trials)
+    rows = read_trials(folder.trials)
+    assert [row["confirmed_error_rate"] for row in rows[:2]] == pytest.approx([0.3, 0.2])
+    assert [(row["retrains"], row["seed"]) for row in rows[3:]] == list(
+        zip([0, 0, 0, 1, 1, 1], [str(number) for number in range(6)], strict=True)
+    )
+    assert {row["status"] for row in rows[3:]} == {RETRAINED}
+    assert [row["number"] for row in leaders(rows)] == [1, 0, 2]
+    weights, _, metrics, _ = best(folder)
+    assert (weights, metrics["trial_id"], metrics["error_rate"]) == (b"b", "tb", 0.2)
+
+
+def test_only_the_best_keep_their_weights_until_they_are_confirmed(folder):
+    table = made(folder, confirm=2)
+    for name, error in (("a", 0.3), ("b", 0.4), ("c", 0.1), ("d", 0.5), ("e", 0.2)):
+        complete(table, name, error)
+    kept = {path.parent.parent.name for path in folder.checkpoints.glob(f"*/*/{WEIGHTS_FILE}")}
+    assert kept == {"tc", "te"}
+
+
+def test_a_search_that_goes_on_knows_the_retrainings_of_before(folder):
+    table = made(folder, confirm=1)
+    trial = complete(table, "a", 0.1)
+    for number in range(2):
+        retrain(table, number, trial, 0.2, [trial])
+    later = made(folder, confirm=1)
+    later.on_step_begin(0, [trial])
+    retrain(later, 2, trial, 0.5, [trial])
+    assert read_trials(folder.trials)[0]["confirmed_error_rate"] == pytest.approx(0.3)
+
+
+def test_a_retraining_that_failed_leaves_its_trial_unconfirmed(folder):
+    table = made(folder, confirm=1)
+    trial = complete(table, "a", 0.1)
+    for number in range(2):
+        retrain(table, number, trial, 0.2, [trial])
+    diverged = FakeTrial("again2", retrains=table_id(trial))
+    table.on_trial_result(0, [trial], diverged, {"failure": "diverged", "error_rate": math.nan, "done": True})
+    table.on_trial_complete(0, [trial], diverged)
+    rows = read_trials(folder.trials)
+    assert math.isnan(rows[0]["confirmed_error_rate"]) and rows[-1]["status"] == FAILED
+
+
+def test_the_front_holds_what_no_other_trial_beats_in_error_and_seconds(folder):
+    table = made(folder, front=True)
+
+    def marked() -> list[int]:
+        return [row["number"] for row in read_trials(folder.trials) if row["front"] == "yes"]
+
+    for name, error, seconds in (("a", 0.3, 20.0), ("b", 0.2, 40.0), ("c", 0.25, 50.0), ("d", 0.1, 90.0)):
+        trial = FakeTrial(name)
+        run_epochs(table, trial, 0.9, 0.8)
+        table.on_trial_result(0, [], trial, result(3, error) | {"seconds": seconds})
+        table.on_trial_complete(0, [], trial)
+    assert marked() == [0, 1, 3]
+    complete(table, "e", 0.15)  # 7.5 s
+    assert marked() == [3, 4]

@@ -119,7 +119,7 @@ def test_no_space_at_all_is_refused(command):
         ("--cpus-per-worker", "nan"),
         ("--gpus-per-worker", "-1"),
         ("--gpus-per-worker", "0.5"),
-        ("--method", "grid"),
+        ("--searcher", "grid"),
         ("--seed", "x"),
     ],
 )

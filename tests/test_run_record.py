@@ -9,7 +9,6 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 import search
-from search.run_record import wilson_interval
 
 TRIALS = """number,trial_id,status,error_rate,tta_error_rate,valid_loss,epochs_done,epochs_total,arch,head,reason
 0,t1e5,completed,0.3,,1.1,3,3,none,crop,
@@ -56,13 +55,6 @@ def test_an_error_comes_with_its_interval(folder):
     assert (run.num_train, run.num_valid) == (80, 20)
     assert run.interval(run.best) == pytest.approx((0.0807, 0.4160), abs=1e-4)  # 4 of 20, by R's prop.test
     assert run.interval(run.trials.loc[4]) is None
-
-
-def test_wilson_intervals_stay_between_0_and_1():
-    assert wilson_interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert wilson_interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    with pytest.raises(ValueError, match="expected 0 to 1 of 1 or more images"):
-        wilson_interval(0.5, 0)
 
 
 def test_before_a_trial_has_completed_there_is_no_winner(folder):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from search.scheduler import ProgressHalvingScheduler, cut_off, rung_at, stop_reasons
+from search.scheduler import ProgressHalvingScheduler, cut_off, new_scheduler, rung_at, stop_reasons
 
 STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE
 
@@ -30,7 +30,7 @@ def made(state_file, **options) -> ProgressHalvingScheduler:
 
 def report(scheduler, trial_id: str, progress: int, error_rate: float) -> str:
     result = {"progress": progress, "error_rate": error_rate}
-    return scheduler.on_trial_result(None, SimpleNamespace(trial_id=trial_id), result)
+    return scheduler.on_trial_result(None, SimpleNamespace(trial_id=trial_id, config={}), result)
 
 
 def test_the_cut_off_keeps_the_best_share():
@@ -132,3 +132,28 @@ def test_the_record_is_whole_after_every_result(scheduler, state_file):
     for i in range(20):
         report(scheduler, f"t{i}", 50, i / 20)
         assert json.loads(state_file.read_text())["recorded"]["50"][f"t{i}"] == i / 20
+
+
+def test_a_retraining_neither_stops_nor_counts(scheduler, state_file):
+    for name in "abcd":
+        report(scheduler, name, 50, 0.1)
+    again = SimpleNamespace(trial_id="e", config={"retrains": "ta", "seed": 1})
+    assert scheduler.on_trial_result(None, again, {"progress": 50, "error_rate": 0.9}) == CONTINUE
+    assert set(json.loads(state_file.read_text())["recorded"]["50"]) == set("abcd")
+
+
+def test_median_stopping_ends_what_is_worse_than_half_at_any_time(state_file):
+    scheduler = new_scheduler("median", "error_rate", state_file)
+    for name, error in zip("abc", (0.1, 0.2, 0.3), strict=True):
+        for progress in (20, 90):
+            report(scheduler, name, progress, error - progress / 1000)
+    assert report(scheduler, "d", 25, 0.19) == STOP
+    assert report(scheduler, "e", 25, 0.12) == CONTINUE
+    assert report(scheduler, "e", 95, 0.3) == STOP
+    assert stop_reasons(state_file)["d"] == "error_rate 0.1900 above the cut-off 0.1800 of rung 20 %"
+
+
+@pytest.mark.parametrize("name", ["none", "annealed"])
+def test_without_rungs_nothing_is_stopped(name, state_file):
+    scheduler = new_scheduler(name, "error_rate", state_file)
+    assert [report(scheduler, str(i), 75, i / 10) for i in range(10)] == [CONTINUE] * 10

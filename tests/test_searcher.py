@@ -3,14 +3,17 @@
 import math
 import pickle
 import warnings
+from dataclasses import replace
 
 import optuna
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from ray.tune.search import Searcher
 
-from search.searcher import OptunaSearcher
+from search.method import SEARCHERS, Method
+from search.searcher import OptunaSearcher, as_params, config_of
 from search.space import Choice, Range, Space
 
 SPACE = Space(
@@ -40,14 +43,15 @@ def searcher(journal):
     return made(journal)
 
 
-def made(journal, *, sampler: str = "tpe", seed: int = 0) -> OptunaSearcher:
-    return OptunaSearcher(SPACE, journal, sampler=sampler, seed=seed)
+def made(journal, *, seed: int = 0, space: Space = SPACE, num_trials: int | None = None, **method) -> OptunaSearcher:
+    return OptunaSearcher(space, journal, method=Method(**method), seed=seed, num_trials=num_trials)
 
 
 def result(epoch: int, total: int, error_rate: float, **more) -> dict:
     """As `FineTuneTrial` reports it, its first epoch being the frozen one."""
     progress = 100 * (epoch - 1) // (total - 1)
-    return {"epoch": epoch, "epochs_total": total, "progress": progress, "error_rate": error_rate, "failure": ""} | more
+    cost = {"seconds": 10.0 * epoch, "valid_loss": 2 * error_rate, "failure": ""}
+    return {"epoch": epoch, "epochs_total": total, "progress": progress, "error_rate": error_rate} | cost | more
 
 
 def on_record(journal) -> list[optuna.trial.FrozenTrial]:
@@ -147,29 +151,29 @@ def test_an_epoch_that_is_repeated_after_a_crash_does_no_harm(searcher, journal)
     assert on_record(journal)[0].intermediate_values == {50: 0.5, 100: 0.4}
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_the_seed_decides_the_proposals(tmp_path, sampler):
+@pytest.mark.parametrize("searcher", SEARCHERS)
+def test_the_seed_decides_the_proposals(tmp_path, searcher):
     def proposals(name: str, seed: int) -> list[dict]:
-        searcher = made(tmp_path / name, sampler=sampler, seed=seed)
-        return [run_trial(searcher, f"t{i}") for i in range(10)]
+        some = made(tmp_path / name, searcher=searcher, seed=seed)
+        return [run_trial(some, f"t{i}") for i in range(10)]
 
     assert proposals("a", 1) == proposals("b", 1)
     assert proposals("c", 2)[2:] != proposals("d", 1)[2:]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_a_restored_searcher_goes_on_where_the_other_was(tmp_path, sampler):
-    straight = made(tmp_path / "straight", sampler=sampler)
+@pytest.mark.parametrize("searcher", SEARCHERS)
+def test_a_restored_searcher_goes_on_where_the_other_was(tmp_path, searcher):
+    straight = made(tmp_path / "straight", searcher=searcher)
     expected = [run_trial(straight, f"t{i}") for i in range(14)]
 
-    first = made(tmp_path / "cut", sampler=sampler)
+    first = made(tmp_path / "cut", searcher=searcher)
     configs = [run_trial(first, f"t{i}") for i in range(8)]
     configs.append(first.suggest("t8"))
     first.on_trial_result("t8", result(1, 3, 0.9))
     first.save(str(tmp_path / "saved"))
     del first
 
-    second = made(tmp_path / "cut", sampler=sampler, seed=99)
+    second = made(tmp_path / "cut", searcher=searcher, seed=99)
     second.restore(str(tmp_path / "saved"))
     second.on_trial_result("t8", result(2, 3, 0.5))
     second.on_trial_complete("t8", result=result(3, 3, abs(math.log10(configs[8]["lr_max"]) + 3) / 2))
@@ -202,3 +206,157 @@ def test_a_trial_that_tune_forgot_in_a_kill_does_not_stay_running(tmp_path, jour
     later.restore(str(tmp_path / "state"))
     assert [trial.state.name for trial in later.study.trials] == ["RUNNING", "FAIL"]
     assert later.study.trials[1].user_attrs["failure"] == "forgotten when the search was killed"
+
+
+# --- Dimensions that have no effect at some values of others ----------------------------------------------------------
+
+CONDITIONAL = Space(
+    name="small",
+    doc="for tests",
+    dataset="quickstart",
+    settings={"arch": "resnet18", "mixup_alpha": 0.2},
+    dimensions={
+        "hidden": Range(64, 1024, log=True),
+        "head": Choice(("linear", "mlp")),
+        "mixup_alpha": Range(0.1, 0.4, off=True),
+        "start_size": Choice((0, 64)),
+        "start_share": Range(0.1, 0.6),
+    },
+    first=({"head": "mlp", "hidden": 100, "mixup_alpha": 0.0},),
+)
+
+
+def test_settings_without_effect_are_neither_proposed_nor_learned_from(journal):
+    searcher = made(journal, space=CONDITIONAL)
+    configs = [searcher.suggest(f"t{i}") for i in range(30)][2:]
+    for config in configs:
+        assert ("hidden" in config) == (config["head"] == "mlp")
+        assert ("start_share" in config) == (config["start_size"] > 0)
+        assert config["mixup_alpha"] == 0 or 0.1 <= config["mixup_alpha"] <= 0.4
+    for name, value in (("head", "mlp"), ("head", "linear"), ("start_size", 64), ("mixup_alpha", 0.0)):
+        assert any(config[name] == value for config in configs)
+    linear = next(trial for trial in on_record(journal) if trial.params["head"] == "linear")
+    assert "hidden" not in linear.params
+
+
+def test_recipes_tried_first_are_proposed_as_they_are_where_dimensions_depend_on_each_other(journal):
+    searcher = made(journal, space=CONDITIONAL)
+    first, second = (searcher.suggest(name) for name in "ab")
+    assert first == CONDITIONAL.first_configs()[0] and first["mixup_alpha"] == 0.2
+    assert second == CONDITIONAL.first_configs()[1] and (second["hidden"], second["mixup_alpha"]) == (100, 0.0)
+    known = on_record(journal)[1].params
+    assert known == {"head": "mlp", "hidden": 100, "mixup_alpha > 0": False, "start_size": 0}
+
+
+def test_a_config_is_found_again_in_its_study(journal):
+    searcher = made(journal, space=CONDITIONAL)
+    for i in range(20):
+        config = searcher.suggest(f"t{i}")
+        again = config_of(CONDITIONAL, on_record(journal)[i].params)
+        assert again == config or i < 2
+        assert as_params(CONDITIONAL, again) == on_record(journal)[i].params
+
+
+# --- Two objectives, and trials that are to be quick ------------------------------------------------------------------
+
+
+def test_with_two_objectives_the_study_has_errors_and_seconds(journal):
+    searcher = made(journal, objective="error,seconds", scheduler="none")
+    run_trial(searcher, "a")
+    searcher.suggest("b")
+    searcher.on_trial_complete("b", result=result(2, 3, 0.7))
+    searcher.suggest("c")
+    searcher.on_trial_complete("c", result={"failure": "diverged"})
+    done, stopped, failed = on_record(journal)
+    assert done.values == [pytest.approx(0.0), 30.0]
+    assert (stopped.state, failed.state) == (TrialState.PRUNED, TrialState.FAIL)
+
+
+def test_with_two_objectives_cheap_trials_are_found_too(journal):
+    """The error falls with the epochs and the seconds rise with them: short trainings are as good as long ones."""
+    searcher = made(journal, objective="error,seconds", scheduler="none")
+    lengths = []
+    for i in range(25):
+        epochs = searcher.suggest(f"t{i}")["epochs"]
+        lengths.append(epochs)
+        searcher.on_trial_complete(f"t{i}", result=result(3, 3, 1 / epochs, seconds=10.0 * epochs))
+    assert min(lengths[10:]) <= 2 and max(lengths[10:]) >= 5
+
+
+THREE = replace(SPACE, dimensions=SPACE.dimensions | {"arch": Choice(("resnet18", "resnet34", "resnet50"))}, first=())
+
+
+def archs_of(searcher, seconds: dict[str, float], count: int) -> list[str]:
+    found = []
+    for i in range(count):
+        found.append(searcher.suggest(f"t{i}")["arch"])
+        searcher.on_trial_complete(f"t{i}", result=result(3, 3, 0.5, seconds=seconds[found[-1]]))
+    return found
+
+
+def test_with_a_target_each_architecture_is_tried_up_to_the_first_slow_one(tmp_path):
+    quick, slow = (
+        dict.fromkeys(THREE.dimensions["arch"].values, 20.0),
+        {"resnet18": 20, "resnet34": 90, "resnet50": 300},
+    )
+    all_of_them = archs_of(made(tmp_path / "quick", space=THREE, target_seconds=60), quick, 3)
+    assert all_of_them == ["resnet18", "resnet34", "resnet50"]
+    searcher = made(tmp_path / "slow", space=THREE, target_seconds=60)
+    archs_of(searcher, slow, 2)
+    assert len(searcher.first_configs) == 3
+    searcher.suggest("next")
+    assert len(searcher.first_configs) == 2
+
+
+@pytest.mark.parametrize("searcher", ["tpe", "gp"])
+def test_slow_trials_are_proposed_less_where_a_target_is_given(tmp_path, searcher):
+    seconds = {"resnet18": 20, "resnet34": 90, "resnet50": 300}
+    late = archs_of(made(tmp_path / "journal", space=THREE, target_seconds=60, searcher=searcher), seconds, 24)[12:]
+    assert late.count("resnet18") > 8
+
+
+def test_the_seconds_of_a_trial_that_was_stopped_are_those_of_its_whole_training(searcher, journal):
+    searcher.suggest("a")
+    searcher.on_trial_complete("a", result=result(2, 4, 0.7, seconds=20.0))
+    assert on_record(journal)[0].user_attrs["seconds"] == 40
+
+
+# --- The best once more -----------------------------------------------------------------------------------------------
+
+
+def confirming(journal) -> OptunaSearcher:
+    """A search of four trials, of which the second and the fourth were the best."""
+    searcher = made(journal, num_trials=4, confirm=2)
+    for i, error in enumerate((0.4, 0.1, 0.3, 0.2)):
+        searcher.suggest(f"t{i}")
+        if i < 3:
+            searcher.on_trial_complete(f"t{i}", result=result(3, 3, error))
+    return searcher
+
+
+def test_the_best_are_trained_again_with_new_seeds_when_all_have_ended(journal):
+    searcher = confirming(journal)
+    assert searcher.suggest("early") is None  # the fourth trial goes on
+    searcher.on_trial_complete("t3", result=result(3, 3, 0.2))
+    again = [searcher.suggest(f"again{i}") for i in range(6)]
+    assert [config["retrains"] for config in again] == ["tt1"] * 3 + ["tt3"] * 3
+    assert [config["seed"] for config in again] == [1, 2, 3] * 2
+    assert searcher.suggest("no more") == Searcher.FINISHED
+    originals = [trial.params for trial in on_record(journal)]
+    assert len(originals) == 4  # Optuna learns nothing of them
+    assert all({**originals[1], "seed": seed, "retrains": "tt1"} in again for seed in (1, 2, 3))
+    searcher.on_trial_result("again0", result(2, 3, 0.5))
+    searcher.on_trial_complete("again0", result=result(3, 3, 0.5))
+    assert [trial.state for trial in on_record(journal)] == [TrialState.COMPLETE] * 4
+
+
+def test_a_restored_searcher_goes_on_with_the_retrainings(tmp_path, journal):
+    searcher = confirming(journal)
+    searcher.on_trial_complete("t3", result=result(3, 3, 0.2))
+    expected = [searcher.suggest(f"again{i}") for i in range(2)]
+    searcher.save(str(tmp_path / "saved"))
+    later = made(journal, num_trials=4, confirm=2)
+    later.restore(str(tmp_path / "saved"))
+    assert set(later.live) == {"again0", "again1"}
+    expected += [searcher.suggest(f"again{i}") for i in range(2, 6)]
+    assert expected[2:] == [later.suggest(f"again{i}") for i in range(2, 6)]

@@ -5,6 +5,7 @@ head, the layer groups and the training of norms that its `vision_learner` has a
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,10 +13,16 @@ MIN_SIZE = 16
 """px; no image is smaller."""
 
 
-def setting(default: Any, doc: str, *, low=None, high=None, choices: tuple = (), log: bool = False) -> Any:
-    """A dataclass field that carries its own documentation and range: `low` and `high` are inclusive."""
+def setting(
+    default: Any, doc: str, *, low=None, high=None, choices: tuple = (), log: bool = False, needs: str = ""
+) -> Any:
+    """A dataclass field that carries its own documentation and range: `low` and `high` are inclusive.
+
+    It is without effect unless the setting `needs` is neither 0 nor off, or, written NAME=VALUE, has that value.
+    """
     return dataclasses.field(
-        default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices, "log": log}
+        default=default,
+        metadata={"doc": doc, "low": low, "high": high, "choices": choices, "log": log, "needs": needs},
     )
 
 
@@ -29,9 +36,13 @@ class Recipe:
         "linear", "linear = timm's own classifier, mlp = fastai's two layers", choices=("linear", "mlp")
     )
     concat_pool: bool = setting(False, "pool by average and maximum, concatenated, instead of timm's default")
-    hidden: int = setting(512, "width of the mlp head's hidden layer", low=8, high=8192)
+    hidden: int = setting(512, "width of the mlp head's hidden layer", low=8, high=8192, needs="head=mlp")
     dropout: float = setting(
-        0.5, "dropout before the mlp head's last layer; half of it before the first", low=0, high=0.95
+        0.5,
+        "dropout before the mlp head's last layer; half of it before the first",
+        low=0,
+        high=0.95,
+        needs="head=mlp",
     )
     normalize: str = setting(
         "auto",
@@ -47,22 +58,35 @@ class Recipe:
         "what shares a rate: blocks = each of timm's blocks, fastai = three parts of a ResNet, body and head of others",
         choices=("blocks", "fastai"),
     )
-    lr_max_frozen: float = setting(2e-3, "peak learning rate of the frozen stage", low=1e-7, high=10, log=True)
+    lr_max_frozen: float = setting(
+        2e-3, "peak learning rate of the frozen stage", low=1e-7, high=10, log=True, needs="freeze_epochs"
+    )
     lr_ratio_frozen: float = setting(
         10.0,
         "lr_max_frozen / rate of the frozen backbone's norms (train_bn=always)",
         low=1,
         high=1e6,
         log=True,
+        needs="train_bn=always",
     )
-    lr_max: float = setting(1e-3, "peak learning rate of the head once unfrozen", low=1e-7, high=10, log=True)
+    lr_max: float = setting(
+        1e-3, "peak learning rate of the head once unfrozen", low=1e-7, high=10, log=True, needs="epochs"
+    )
     lr_ratio: float = setting(
-        100.0, "lr_max / rate of the earliest layers, geometric between", low=1, high=1e6, log=True
+        100.0, "lr_max / rate of the earliest layers, geometric between", low=1, high=1e6, log=True, needs="epochs"
     )
-    pct_start_frozen: float = setting(0.99, "share of the frozen stage in which the rate rises", low=0.01, high=0.99)
-    pct_start: float = setting(0.3, "share of the unfrozen stage in which the rate rises", low=0.01, high=0.99)
-    div_frozen: float = setting(25.0, "peak / first learning rate of the frozen stage", low=1, high=1e6, log=True)
-    div: float = setting(5.0, "peak / first learning rate of the unfrozen stage", low=1, high=1e6, log=True)
+    pct_start_frozen: float = setting(
+        0.99, "share of the frozen stage in which the rate rises", low=0.01, high=0.99, needs="freeze_epochs"
+    )
+    pct_start: float = setting(
+        0.3, "share of the unfrozen stage in which the rate rises", low=0.01, high=0.99, needs="epochs"
+    )
+    div_frozen: float = setting(
+        25.0, "peak / first learning rate of the frozen stage", low=1, high=1e6, log=True, needs="freeze_epochs"
+    )
+    div: float = setting(
+        5.0, "peak / first learning rate of the unfrozen stage", low=1, high=1e6, log=True, needs="epochs"
+    )
     div_final: float = setting(1e5, "peak / last learning rate of either stage", low=1, high=1e12, log=True)
     mom_high: float = setting(0.95, "momentum (Adam's first beta) where the rate is lowest", low=0, high=0.999)
     mom_low: float = setting(0.85, "momentum where the rate is highest", low=0, high=0.999)
@@ -90,26 +114,30 @@ class Recipe:
     )
     image_size: int = setting(224, "px; side of the square that the network sees", low=MIN_SIZE, high=4096)
     start_size: int = setting(0, "px; image_size of the first epochs (progressive resizing); 0 = off", low=0, high=4096)
-    start_share: float = setting(0.4, "share of all epochs at start_size, rounded down", low=0, high=0.95)
+    start_share: float = setting(
+        0.4, "share of all epochs at start_size, rounded down", low=0, high=0.95, needs="start_size"
+    )
     start_batch_size: int = setting(
-        0, "batch_size at start_size; 0 = batch_size * image_size / start_size", low=0, high=65536
+        0, "batch_size at start_size; 0 = batch_size * image_size / start_size", low=0, high=65536, needs="start_size"
     )
 
     min_scale: float = setting(0.75, "smallest share of the area that a random crop keeps", low=0.01, high=1)
     max_aspect: float = setting(1.0, "largest ratio of a random crop's sides; 1 = square", low=1, high=4, log=True)
     flip: bool = setting(True, "flip half of the training images left to right")
     affine_p: float = setting(0.75, "probability of each of rotation, zoom and warp", low=0, high=1)
-    max_rotate: float = setting(10.0, "degrees; largest rotation either way", low=0, high=180)
-    max_zoom: float = setting(1.1, "largest zoom in", low=1, high=4)
+    max_rotate: float = setting(10.0, "degrees; largest rotation either way", low=0, high=180, needs="affine_p")
+    max_zoom: float = setting(1.1, "largest zoom in", low=1, high=4, needs="affine_p")
     # From about 0.36 on, the horizon of a warp can lie inside the image.
-    max_warp: float = setting(0.2, "largest perspective warp", low=0, high=0.3)
+    max_warp: float = setting(0.2, "largest perspective warp", low=0, high=0.3, needs="affine_p")
     lighting_p: float = setting(0.75, "probability of each of brightness and contrast", low=0, high=1)
-    max_lighting: float = setting(0.2, "largest change of brightness and contrast", low=0, high=0.9)
+    max_lighting: float = setting(0.2, "largest change of brightness and contrast", low=0, high=0.9, needs="lighting_p")
 
     tta_views: int = setting(
         4, "augmented views per image that test-time augmentation adds after the last epoch; 0 = off", low=0, high=100
     )
-    tta_beta: float = setting(0.25, "weight of the centre view beside the augmented ones", low=0, high=1)
+    tta_beta: float = setting(
+        0.25, "weight of the centre view beside the augmented ones", low=0, high=1, needs="tta_views"
+    )
 
     precision: str = setting(
         "auto",
@@ -185,6 +213,17 @@ def spec_of(name: str) -> dataclasses.Field:
     if name not in known:
         raise ValueError(f"unknown setting {name!r}, expected one of: {', '.join(known)}")
     return known[name]
+
+
+def has_effect(name: str, values: Mapping[str, Any]) -> bool:
+    """Whether setting `name` can change a training whose other settings are `values`: a linear head has no `hidden`."""
+    needed, value = needed_by(name), spec_of(name).metadata["needs"].partition("=")[2]
+    return not needed or (str(values[needed]) == value if value else bool(values[needed]))
+
+
+def needed_by(name: str) -> str:
+    """The setting that decides whether `name` has an effect; empty where it always has one."""
+    return spec_of(name).metadata["needs"].partition("=")[0]
 
 
 def checked_value(name: str, value: Any) -> Any:

@@ -30,6 +30,8 @@ MAX_HOSTS = 3
 """A trial that has lost so many worker groups in one epoch gives up. A node that went away does not count."""
 CLOSE_SECONDS = 10.0
 """So long workers may take to leave."""
+RETRAINS = "retrains"
+"""In a config: the table's id of the trial whose recipe is trained once more. No setting of the recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +51,16 @@ class TrialOptions:
 
 def table_id(trial) -> str:
     """Tune's trial id, such as 00876659 or 976e1612, made unmistakable for a number."""
-    return f"t{trial.trial_id}"
+    return unmistakable(trial.trial_id)
+
+
+def unmistakable(trial_id: str) -> str:
+    return f"t{trial_id}"
 
 
 class FineTuneTrial(tune.Trainable):
-    """Reports one result per epoch: the metrics of `FineTune.run_epoch`, `epochs_total` and `overhead_seconds`.
+    """Reports one result per epoch: the metrics of `FineTune.run_epoch`, `epochs_total`, `seconds` of training and
+    validation so far, and `overhead_seconds`.
 
     A trial that cannot go on (diverged, no weights, workers lost again and again) reports `failure`, the reason, and is
     done: trying again would give the same.
@@ -77,7 +84,7 @@ class FineTuneTrial(tune.Trainable):
         return True
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self.recipe = {**self.options.settings, **config}
+        self.recipe = {**self.options.settings, **{name: v for name, v in config.items() if name != RETRAINS}}
         self.size = self.options.group_size.for_arch(self.recipe["arch"], self.options.num_workers)
         self.folder = Path(self.options.checkpoints) / table_id(self)
         self.handed_over = False
@@ -87,6 +94,7 @@ class FineTuneTrial(tune.Trainable):
         self.repeat = saved is not None
         self.epochs_done = self.last_result.get("epoch", 0)
         self.overhead_seconds = self.last_result.get("overhead_seconds", 0.0)
+        self.seconds = self.last_result.get("seconds", 0.0)
 
     def step(self) -> dict[str, Any]:
         if self.repeat:
@@ -111,8 +119,10 @@ class FineTuneTrial(tune.Trainable):
         self.files = checkpoint.model_only(outcome.state) if finished else outcome.state
         if self.epochs_done == 1:
             self.overhead_seconds = outcome.metrics["overhead_seconds"]
-        overhead = {"overhead_seconds": self.overhead_seconds, "training_iteration": self.epochs_done}
-        return {**outcome.metrics, **overhead, "epochs_total": total, "failure": "", "done": finished}
+        self.seconds += outcome.metrics["train_seconds"] + outcome.metrics["valid_seconds"]
+        of_trial = {"seconds": self.seconds, "overhead_seconds": self.overhead_seconds}
+        of_trial |= {"epochs_total": total, "training_iteration": self.epochs_done}
+        return {**outcome.metrics, **of_trial, "failure": "", "done": finished}
 
     def _failed(self, reason: str) -> dict[str, Any]:
         self.files = None

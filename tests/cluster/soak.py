@@ -40,7 +40,7 @@ def main() -> int:
         search = Search(
             Path(root) / "soak", "--space", "quickstart", "--data", draw_images(Path(root) / "data"), "--report", "off",
             "--address", cluster.address, "--cpus-per-worker", 1, "--workers-per-trial", f"{LARGE}=2", "--trials",
-            args.trials, "--method", "random-asha", *settings(SETTINGS),
+            args.trials, "--searcher", "random", *settings(SETTINGS),
         )  # fmt: skip
         try:
             code, problems = search.wait(60 * args.minutes), []

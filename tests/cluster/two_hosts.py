@@ -112,7 +112,7 @@ class Run:
         # What the head's processes see as home lies here for this one.
         self.folder = head.home.parent / "hosts" / head.name / "home" / "results" / name
         options = f"--data {uri} --trials {TRIALS} --workers-per-trial {workers} --cpus-per-worker 1 --report off"
-        options += " --max-concurrent 1 --method random --seed 1 --address auto"
+        options += " --max-concurrent 1 --searcher random --scheduler none --seed 1 --address auto"
         where = ["--results", str(head.home / "results"), "--name", name]
         self.process = head.start(
             sys.executable, "-m", "search.run", "--space", "quickstart", *options.split(), *where,

@@ -1,0 +1,13 @@
+"""`--confirm K`: the best K configs of a search are trained again with new seeds, and ranked by the mean of these."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from search.method import CONFIRM_SEEDS
+from trainables.trial import RETRAINS
+
+
+def retrainings(best: Iterable[tuple[str, dict[str, Any]]], seed: int) -> list[dict[str, Any]]:
+    """Configs of all retrainings, the best trial's first; `seed` is the one that the search trained with."""
+    seeds = range(seed + 1, seed + 1 + CONFIRM_SEEDS)
+    return [config | {"seed": new, RETRAINS: trial_id} for trial_id, config in best for new in seeds]

@@ -1,0 +1,47 @@
+"""What a search found, in the lines that it prints at its end."""
+
+import math
+
+import pandas as pd
+
+from search.figures import importances
+from search.method import CONFIRM_SEEDS
+from search.results import CONFIRMED, pareto_front
+from search.run_record import RunRecord
+from search.wording import percent
+
+SHOWN = 4
+"""So many settings at most are named."""
+
+
+def summary(run: RunRecord) -> list[str]:
+    """The winner, whether its lead is more than noise, the Pareto front, and which settings mattered."""
+    recipes = run.command["arguments"]["recipes"]
+    lines = [f"best: {_winner(run.best)}{'' if recipes else _beside(run)}"]
+    if run.lead and not recipes:
+        lines.append(f"noise: {run.lead}")
+    if "front" in run.trials:
+        lines.append(f"best for their cost: {_front(run)}")
+    if shares := importances(run):
+        named = [f"{name} {percent(share, 0)}" for name, share in list(shares.items())[:SHOWN]]
+        lines.append(f"what mattered (PED-ANOVA of {len(run.completed)} trials): {', '.join(named)}")
+    return lines
+
+
+def _winner(best: pd.Series) -> str:
+    tta, confirmed = best["tta_error_rate"], best.get(CONFIRMED, math.nan)
+    said = f"trial {best.name} with {percent(best['error_rate'])} validation error"
+    more = [] if math.isnan(tta) else [f"{percent(tta)} with test-time augmentation"]
+    if not math.isnan(confirmed):
+        more.append(f"{percent(confirmed)} in the mean of {CONFIRM_SEEDS} more seeds")
+    return said + (f" ({', '.join(more)})" if more else "")
+
+
+def _beside(run: RunRecord) -> str:
+    first = run.first
+    return "" if first is None else f"; trial 0, the space's own recipe: {percent(first['error_rate'])}"
+
+
+def _front(run: RunRecord) -> str:
+    rows = pareto_front(run.trials.to_dict("records"))
+    return ", ".join(f"{percent(row['error_rate'])} in {row['seconds']:.0f} s (trial {row['number']})" for row in rows)
