@@ -3,7 +3,6 @@
 import pickle
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from trainables.trial import unmistakable
 METRIC = "error_rate"
 STARTUP_TRIALS = 5
 """Few random configs first: most searches here are short, and trial 0 is a good one already."""
+FORGOTTEN = "forgotten when the search was killed"
 
 _TUNE_ID, _SECONDS, _LOSS = "trial_id", "seconds", "valid_loss"
 
@@ -170,6 +170,8 @@ class OptunaSearcher(Searcher):
         seconds = result[_SECONDS] * result["epochs_total"] / result["epoch"]
         trial.set_user_attr(_SECONDS, seconds)  # of the whole training, also where it was stopped
         trial.set_user_attr(_LOSS, result[_LOSS])
+        if self.method.target_seconds:
+            trial.set_constraint(_SECONDS, seconds - self.method.target_seconds)
         if finished:
             self.study.tell(trial, [result[METRIC], seconds][: len(self.study.directions)])
         else:
@@ -195,7 +197,7 @@ class OptunaSearcher(Searcher):
         for frozen in self._all_running():
             if frozen.number not in self.numbers.values():
                 trial = self._trial(frozen)
-                trial.set_user_attr("failure", "forgotten when the search was killed")
+                trial.set_user_attr("failure", FORGOTTEN)
                 self.study.tell(trial, state=TrialState.FAIL)
 
     def _all_running(self) -> list[FrozenTrial]:
@@ -269,25 +271,14 @@ def _each_arch(space: Space, first: Sequence[Config]) -> list[Config]:
 # --- Samplers ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TooSlow:
-    """Optuna's constraint: what is above 0 is not wanted."""
-
-    target_seconds: float
-
-    def __call__(self, trial: FrozenTrial) -> tuple[float]:
-        return (trial.user_attrs.get(_SECONDS, 0.0) - self.target_seconds,)
-
-
 def _sampler(method: Method, seed: int) -> BaseSampler:
-    constraint = TooSlow(method.target_seconds) if method.target_seconds else None
     common = {"seed": seed, "n_startup_trials": STARTUP_TRIALS}
     if method.searcher == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     if method.searcher == "gp":
-        return optuna.samplers.GPSampler(**common, constraints_func=constraint, warn_independent_sampling=False)
+        return optuna.samplers.GPSampler(**common, warn_independent_sampling=False)
     if method.searcher == "cmaes":
         return optuna.samplers.CmaEsSampler(**common, warn_independent_sampling=False)
     with warnings.catch_warnings():  # some of these are experimental in Optuna
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(**common, multivariate=True, group=True, constraints_func=constraint)
+        return optuna.samplers.TPESampler(**common, multivariate=True, group=True)

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import pytest
 from object_store import s3_server
+from optuna.trial import TrialState
 from processes import descendants, left_after
 from searches import EPOCH_TIMES, PINNED, TIMES, Search, completed, settings, tables, without
 from tiny_run import draw_images
 
+from search.run_record import load
+from search.searcher import FORGOTTEN
 from search.space import load_space
 from search.storage import RemoteRun
 
@@ -187,6 +190,25 @@ def test_a_lost_worker_ctrl_c_and_a_kill_leave_no_trace_in_the_end(undisturbed, 
     assert trials[: len(ended)] == ended
     assert without(trials, TIMES) == without(expected_trials, TIMES)
     assert sorted(without(epochs, EPOCH_TIMES), key=str) == sorted(without(expected_epochs, EPOCH_TIMES), key=str)
+    assert_study_knows_each_once(search.folder, trials)
+
+
+def assert_study_knows_each_once(folder: Path, trials: list[dict[str, str]]) -> None:
+    """As it ended, with its values by progress; what a kill made Tune forget has failed."""
+    states = {"completed": TrialState.COMPLETE, "stopped early": TrialState.PRUNED, "failed": TrialState.FAIL}
+    known = load(folder).study.trials
+    assert not [trial for trial in known if trial.state == TrialState.RUNNING]
+    told = {
+        "t" + trial.user_attrs["trial_id"]: trial for trial in known if trial.user_attrs.get("failure") != FORGOTTEN
+    }
+    assert set(told) == {row["trial_id"] for row in trials}
+    for row in trials:
+        trial = told[row["trial_id"]]
+        assert trial.state == states[row["status"]]
+        if row["status"] == "failed":
+            assert trial.user_attrs["failure"] == row["reason"]
+        else:
+            assert trial.intermediate_values[max(trial.intermediate_values)] == pytest.approx(float(row["error_rate"]))
 
 
 @pytest.fixture
@@ -250,6 +272,35 @@ def test_two_workers_learn_what_one_learns_and_survive_the_loss_of_one(undisturb
         assert (epoch["number"], epoch["epoch"], epoch["stage"]) == (other["number"], other["epoch"], other["stage"])
         for loss in ("train_loss", "valid_loss"):
             assert float(epoch[loss]) == pytest.approx(float(other[loss]), rel=1e-3)
+
+
+def test_the_best_are_trained_again_and_the_front_is_marked(class_folders, search_cache, tmp_path):
+    """A kill while they are trained again takes nothing with it."""
+    pinned = ("--set", "epochs=1..4", "--set", "lr_max=0.001..0.01")
+    method = ("--objective", "error,seconds", "--confirm", 2)
+    search = start(tmp_path / "confirmed", class_folders, "--trials", 3, *method, *pinned)
+    search.wait_for(r"trial 4 .*epoch 1/")
+    search.process.kill()
+    search.wait()
+    resumed = Search(search.folder, "--resume")
+    assert resumed.wait() == 0, resumed.text
+    trials, _ = tables(search.folder)
+    first, again = trials[:3], trials[3:]
+    assert [row["status"] for row in trials] == ["completed"] * 3 + ["retrained"] * 6
+    best = [row for row in first if row["confirmed_error_rate"]]
+    assert len(best) == 2
+    for row in best:
+        mine = [other for other in again if other["retrains"] == row["number"]]
+        assert {other["seed"] for other in mine} == {str(SEED + n) for n in (1, 2, 3)}
+        assert {other["epochs_total"] for other in mine} == {row["epochs_total"]}
+        mean = sum(float(other["error_rate"]) for other in mine) / 3
+        assert float(row["confirmed_error_rate"]) == pytest.approx(mean, abs=1e-5)
+    winner = min(best, key=lambda row: (float(row["confirmed_error_rate"]), float(row["error_rate"])))
+    assert json.loads((search.folder / "best/metrics.json").read_text())["trial_id"] == winner["trial_id"]
+    assert re.search(rf"best: trial {winner['number']} with .* in the mean of 3 more seeds\)", resumed.text)
+    quickest = min(first, key=lambda row: float(row["seconds"]))
+    assert quickest["front"] == "yes" and "best for their cost: " in resumed.text
+    assert all(len(trial.values) == 2 for trial in load(search.folder).study.trials)
 
 
 def test_five_failures_in_a_row_end_the_search(class_folders, search_cache, tmp_path):
