@@ -51,6 +51,8 @@ class RunFolder:
         self.space = self.path / "space.json"
         self.command = self.path / "command.json"
         self.best = self.path / "best"
+        self.first = self.path / "first"
+        self.test = self.path / "test.json"
         self.checkpoints = self.path / "checkpoints"
         self.journal = self.path / "study.journal"
         self.rungs = self.path / "rungs.json"
@@ -91,12 +93,14 @@ class ResultsTable(tune.Callback):
         dimensions: list[str],
         labels: list[str],
         pinned: Sequence[str] = (),
+        keep_first: bool = False,
     ) -> None:
         self.folder = folder
         self.settings = settings
         self.dimensions = dimensions
         self.pinned = list(pinned)  # settings that the user gave one value: the same in all rows
         self.labels = labels
+        self.keep_first = keep_first  # trial 0's weights, too, in `first/`
         self.rows: dict[str, Row] = {}
         self.lines: dict[str, str] = {}  # of trials.csv, by trial: a thousand rows are not formatted for each event
         self.epoch_rows: dict[tuple[str, int], Row] = {}  # by trial and epoch
@@ -108,7 +112,7 @@ class ResultsTable(tune.Callback):
     def __reduce__(self) -> tuple:
         """Tune saves its callbacks and its stopper apart from each other, the latter once a second. The rows are on
         disk anyway, and those who shared this table share the one that is read back."""
-        given = {name: getattr(self, name) for name in ("settings", "dimensions", "labels", "pinned")}
+        given = {name: getattr(self, name) for name in ("settings", "dimensions", "labels", "pinned", "keep_first")}
         return _table_of, (self.folder, given)
 
     @property
@@ -158,7 +162,7 @@ class ResultsTable(tune.Callback):
         epochs = [self.epoch_rows[key] for key in keys if key in self.epoch_rows]
         row["seconds"] = sum(float(epoch["train_seconds"]) + float(epoch["valid_seconds"]) for epoch in epochs)
         if row["epochs_done"] == row["epochs_total"]:
-            self._keep_if_best(trial, row)  # a trial counts as complete when its weights are where they are looked for
+            self._keep_weights(trial, row)  # a trial counts as complete when its weights are where they are looked for
         self._write_trials(row)
 
     def on_trial_complete(self, iteration: int, trials: list, trial, **info: Any) -> None:
@@ -209,12 +213,18 @@ class ResultsTable(tune.Callback):
             )
         return self.rows[trial_id]
 
-    def _keep_if_best(self, trial, row: Row) -> None:
+    def _keep_weights(self, trial, row: Row) -> None:
         found = checkpoint.newest(self.folder.checkpoints / row["trial_id"])
-        best = leaders(self.rows.values())
         # Without weights it has ended and was looked at before: a kill made Tune forget that.
-        if not found or not (found / WEIGHTS_FILE).is_file() or (best and rank(best[0]) <= rank(row)):
+        if not found or not (found / WEIGHTS_FILE).is_file():
             return
+        if self.keep_first and row["number"] == 0:
+            self._write_model(self.folder.first, found, trial, row)
+        best = leaders(self.rows.values())
+        if not best or rank(row) < rank(best[0]):
+            self._write_model(self.folder.best, found, trial, row)
+
+    def _write_model(self, place: Path, found: Path, trial, row: Row) -> None:
         recipe = Recipe.from_dict(self.settings | trial.config)
 
         def fill(folder: Path) -> None:
@@ -225,7 +235,7 @@ class ResultsTable(tune.Callback):
             for name, content in contents.items():
                 (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
-        replace_folder(self.folder.best, fill)
+        replace_folder(place, fill)
 
     def _add_epoch(self, row: Row, result: dict[str, Any]) -> None:
         finished_at = datetime.now().astimezone().isoformat(timespec="seconds")

@@ -53,12 +53,13 @@ def search(args: argparse.Namespace, folder) -> int:
     prepare_environment()
     show_progress()
     space = space_of(args)
+    from search.held_out import hold_out, source_of
     from search.tuner import RunOptions, full_settings
     from trainables.source import images_digest
 
     full_settings(space)
     mirror = mirror_of(args, folder)
-    images = find_data(space, args)
+    images = hold_out(find_data(space, args), args.test_split, space.split_seed)
     check_weights(space, args)
     pin(args)
     presize_here(space, images, args)
@@ -66,7 +67,7 @@ def search(args: argparse.Namespace, folder) -> int:
     from search.resources import hardware
 
     size, num_workers = sizes(args, nodes, setting_values(space, "arch"))
-    source, digest = str(args.data or space.dataset), images_digest(images)
+    source, digest = source_of(args, space), images_digest(images)
     weights = str(args.weights) if args.weights else None
     if args.lr_range == "auto":
         from search.lr_find import narrowed_rates
@@ -91,6 +92,7 @@ def search(args: argparse.Namespace, folder) -> int:
         address=args.address,
         recipes=space.recipes[args.recipes] if args.recipes else (),
         report=args.report,
+        keep_first=args.test_split is not None,
     )
     write_command(args, options, data=str(images.root), ray_dashboard=ray_dashboard, hardware=hardware(nodes))
     announce(options, nodes)
@@ -193,6 +195,7 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     """The leaderboard, where things are, and what to do next. The exit code: 0 if there is a winner."""
     from rich.console import Console
 
+    from search.held_out import lines, read_once
     from search.leaderboard import counts, leaderboard, recipes_table
     from search.results import COMPLETED, FAILED, RUNNING, leaders, read_trials
     from trainables import checkpoint
@@ -209,6 +212,8 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     else:
         console.print(leaderboard(rows, list(options.space.dimensions)))
     say(f"{len(rows)} trials in {duration(seconds)}: {counts(rows)}")
+    if leaders(rows) and not interrupted:
+        read_once(options.folder, options.data_digest)  # before the report, which shows it
     write_last_report(options, analysis=options.report == "full" and not interrupted)
     if interrupted:
         say(f"interrupted. Go on with: {resume_command(options.folder, options.address)}")
@@ -227,6 +232,8 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     if first and not options.recipes:
         beside = f"; trial 0, the space's own recipe: {100 * first['error_rate']:.1f} %"
     say(f"best: trial {best[0]['number']} with {100 * best[0]['error_rate']:.1f} % validation error{averaged}{beside}")
+    for line in lines(options.folder):
+        say(line)
     say(f"table: {options.folder}/trials.csv    best checkpoint: {options.folder}/best/")
     if options.folder.report.is_file():
         say(f"report: {options.folder}/report.html    dashboard: python -m search.dashboard {options.folder}")
@@ -260,7 +267,7 @@ def write_command(args: argparse.Namespace, options, **found: Any) -> None:
     command = {
         "argv": words_to_show(sys.argv[1:]),
         "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
-        "source": options.data,
+        "source": str(options.data),
         "weights": options.weights,
         "split_seed": options.space.split_seed,
         "group_size": asdict(options.group_size),

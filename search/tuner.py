@@ -14,6 +14,7 @@ from search.scheduler import ProgressHalvingScheduler
 from search.searcher import METRIC, OptunaSearcher
 from search.space import NamedRecipe, Space
 from search.storage import Mirroring
+from trainables.held_out import Remaining
 from trainables.recipe import Recipe
 from trainables.trial import FineTuneTrial, TrialOptions, table_id
 from trainables.worker_group import GroupSize
@@ -30,7 +31,7 @@ class RunOptions:
 
     space: Space
     folder: RunFolder
-    data: str  # source of the images, see `trainables.source`
+    data: str | Remaining  # source of the images, see `trainables.source`
     weights: str | None  # source of pretrained weights
     cache: str  # how presized images are stored, see `presize`
     labels: list[str]
@@ -44,6 +45,7 @@ class RunOptions:
     recipes: tuple[NamedRecipe, ...] = ()  # the trials are these and no others
     data_digest: str | None = None  # of the images that every node must have
     report: str = "full"  # or tables, or off
+    keep_first: bool = False  # the weights of trial 0, which are tested at the end
 
 
 def new_tuner(options: RunOptions) -> tune.Tuner:
@@ -55,6 +57,7 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
         dimensions=list(options.space.dimensions),
         pinned=list(options.space.pinned),
         labels=options.labels,
+        keep_first=options.keep_first,
     )
     import_tensorboardx()
     capacity = capacity_of(options)
