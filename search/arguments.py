@@ -52,6 +52,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument(
         "--weights", type=source, metavar="DIR|URI", help="<arch>.safetensors files, looked into first; likewise"
     )
+    what.add_argument("--test-split", type=_test_split, metavar="SHARE|DIR", help=(
+        "hold out this share of every class (0.2), or take a folder of other images of the same classes; they are "
+        "opened once, at the end, to test the winner and trial 0"
+    ))  # fmt: skip
     what.add_argument("--recipes", metavar="NAME", help=(
         "run just the space's recipes of that name, such as book, each once and to its end; --searcher and "
         "--scheduler have no say"
@@ -179,6 +183,16 @@ def absolute(text: str) -> Path:
 def source(text: str) -> Path | str:
     """A folder, or a URI as it is."""
     return text if is_uri(text) else absolute(text)
+
+
+def _test_split(text: str) -> float | Path:
+    try:
+        share = float(text)
+    except ValueError:
+        return absolute(text)
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a share between 0 and 1, such as 0.2, nor a folder")
+    return share
 
 
 def _storage(text: str) -> str:

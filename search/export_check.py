@@ -14,6 +14,7 @@ from search import export_formats
 from search.predict import Predictor
 from search.wording import percent
 from trainables.data import DataError
+from trainables.held_out import share_of
 from trainables.model_folder import read_json
 
 MAX_DIFFERENCE = 0.01
@@ -59,7 +60,8 @@ def check_against_table(
     print(f"checking on the validation images of {data}", flush=True)
     try:
         storage = command.get("arguments", {}).get("cache", "auto")
-        found = in_new_process(check_export, folder, run / "best", data, command["split_seed"], storage, formats)
+        split = command["split_seed"], share_of(command)
+        found = in_new_process(check_export, folder, run / "best", data, *split, storage, formats)
     except DataError as error:
         print(
             f"warning: not checked against the table, as the run's images are no longer there. {error}", file=sys.stderr
@@ -135,22 +137,25 @@ def check_export(
     checkpoint: Path,
     data: Path,
     split_seed: int,
+    test_share: float | None = None,
     storage: str = "auto",
     formats: tuple[str, ...] = ("safetensors",),
 ) -> Check:
-    """Label the validation split of `data` with every format in `folder`, read as training reads it, and compare the
-    logits with those of the `checkpoint`'s folder.
+    """Label the validation split of `data`, of which the run held out `test_share`, with every format in `folder`, read
+    as training reads it, and compare the logits with those of the `checkpoint`'s folder.
 
     Raises `DataError` where these are not the images of the run, `Differs` where a format cannot be run.
     """
     import numpy as np
 
     from trainables.data import find_images
+    from trainables.held_out import remaining
     from trainables.presize import presize
 
     predictor, trained = Predictor(folder), Predictor(checkpoint)
     preprocessing = predictor.preprocessing
-    images = presize(find_images(data), preprocessing.presize, preprocessing.resize_method, storage=storage)
+    known = remaining(find_images(data), test_share, split_seed)
+    images = presize(known, preprocessing.presize, preprocessing.resize_method, storage=storage)
     if images.classes != predictor.labels:
         raise DataError(f"{data} holds other classes now: {len(images.classes)}, and {len(predictor.labels)} then.")
     valid = images.split(seed=split_seed)[1]

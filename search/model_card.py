@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from search.export_formats import INPUT, ONNX_FILE, OPSET, OUTPUT, PROGRAM_FILE
+from search.held_out import read_test, said
 from search.noise import wilson_interval
 from search.predict import printable
 from search.run_record import RunRecord
@@ -179,8 +180,17 @@ def _errors(metrics: dict[str, Any], run: RunRecord | None) -> str:
     return (
         f"## Error\n\n{_table(('', ''), rows)}\n\nThese same validation images chose this model among{trials} a "
         "search, so the figures are optimistic: expect a somewhat larger error on new images of the same kind. The "
-        "interval is that of the number of images, and does not allow for the choice."
+        f"interval is that of the number of images, and does not allow for the choice.{_test(metrics, run)}"
     )
+
+
+def _test(metrics: dict[str, Any], run: RunRecord | None) -> str:
+    """The error on images that the search did not know, where some were held out for that."""
+    tested = None if run is None else read_test(run.folder)
+    if tested is None or tested["winner"]["trial"] != metrics.get("number"):
+        return ""
+    of_winner = said(tested["winner"])
+    return f"\n\nOn test images, which the search did not know and which were read once, at its end, {of_winner}."
 
 
 def _preprocessing(model: ModelFolder) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from search import figures, page
+from search import figures, held_out, page
 from search.cli import run_cli, say
 from search.error_analysis import ErrorAnalysis, analyse, read_analysis
 from search.files import write_atomically
@@ -92,6 +92,7 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
         running=bool((run.trials["status"] == RUNNING).any()),
         cards=cards,
         verdict=verdict(run),
+        test=held_out.lines(run.folder),
         facts=facts(run),
         search_charts=[chart.name for chart in search_charts],
         winner_charts=[chart.name for chart in winner_charts],

@@ -56,6 +56,8 @@ class RunFolder:
         self.space = self.path / "space.json"
         self.command = self.path / "command.json"
         self.best = self.path / "best"
+        self.first = self.path / "first"
+        self.test = self.path / "test.json"
         self.checkpoints = self.path / "checkpoints"
         self.journal = self.path / "study.journal"
         self.rungs = self.path / "rungs.json"
@@ -109,6 +111,7 @@ class ResultsTable(tune.Callback):
         pinned: Sequence[str] = (),
         confirm: int = 0,
         front: bool = False,
+        keep_first: bool = False,
     ) -> None:
         self.folder = folder
         self.settings = settings
@@ -117,6 +120,7 @@ class ResultsTable(tune.Callback):
         self.labels = labels
         self.confirm = confirm  # so many of the best are trained again, and keep their weights until then
         self.front = front  # whether to mark the Pareto front of error rate and seconds
+        self.keep_first = keep_first  # trial 0's weights, too, in `first/`
         self.rows: dict[str, Row] = {}
         self.lines: dict[str, str] = {}  # of trials.csv, by trial: a thousand rows are not formatted for each event
         self.epoch_rows: dict[tuple[str, int], Row] = {}  # by trial and epoch
@@ -129,7 +133,7 @@ class ResultsTable(tune.Callback):
     def __reduce__(self) -> tuple:
         """Tune saves its callbacks and its stopper apart from each other, the latter once a second. The rows are on
         disk anyway, and those who shared this table share the one that is read back."""
-        names = ("settings", "dimensions", "labels", "pinned", "confirm", "front")
+        names = ("settings", "dimensions", "labels", "pinned", "confirm", "front", "keep_first")
         given = {name: getattr(self, name) for name in names}
         return _table_of, (self.folder, given)
 
@@ -179,7 +183,7 @@ class ResultsTable(tune.Callback):
         row |= {name: result[name] for name in ("seconds", "overhead_seconds")}
         self._add_epoch(row, result)
         if row["epochs_done"] == row["epochs_total"] and row[RETRAINS] == "":
-            self._keep_if_best(trial, row)  # a trial counts as complete when its weights are where they are looked for
+            self._keep_weights(trial, row)  # a trial counts as complete when its weights are where they are looked for
         self._write_trials(row)
 
     def on_trial_complete(self, iteration: int, trials: list, trial, **info: Any) -> None:
@@ -234,9 +238,7 @@ class ResultsTable(tune.Callback):
         row = next(row for row in self.rows.values() if row["number"] == number)
         row[CONFIRMED] = sum(r["error_rate"] for r in again) / len(again)
         self._write_trials(row)
-        leader = leaders(self.rows.values())[0]
-        if leader is row:
-            self._put_best(next(trial for trial in trials if table_id(trial) == row["trial_id"]), row)
+        self._keep_weights(next(trial for trial in trials if table_id(trial) == row["trial_id"]), row)
 
     def _row(self, trial) -> Row:
         trial_id = table_id(trial)
@@ -259,16 +261,17 @@ class ResultsTable(tune.Callback):
             )
         return self.rows[trial_id]
 
-    def _keep_if_best(self, trial, row: Row) -> None:
-        best = leaders(self.rows.values())
-        if not best or rank(row) < rank(best[0]):
-            self._put_best(trial, row)
-
-    def _put_best(self, trial, row: Row) -> None:
+    def _keep_weights(self, trial, row: Row) -> None:
         found = checkpoint.newest(self.folder.checkpoints / row["trial_id"])
         # Without weights it has ended and was looked at before: a kill made Tune forget that.
         if not found or not (found / WEIGHTS_FILE).is_file():
             return
+        if self.keep_first and row["number"] == 0:
+            self._write_model(self.folder.first, found, trial, row)
+        if all(other is row or rank(row) < rank(other) for other in leaders(self.rows.values())):
+            self._write_model(self.folder.best, found, trial, row)
+
+    def _write_model(self, place: Path, found: Path, trial, row: Row) -> None:
         recipe = Recipe.from_dict(self.settings | trial.config)
 
         def fill(folder: Path) -> None:
@@ -280,7 +283,7 @@ class ResultsTable(tune.Callback):
             for name, content in contents.items():
                 (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
-        replace_folder(self.folder.best, fill)
+        replace_folder(place, fill)
 
     def _add_epoch(self, row: Row, result: dict[str, Any]) -> None:
         finished_at = datetime.now().astimezone().isoformat(timespec="seconds")

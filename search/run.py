@@ -52,12 +52,13 @@ def search(args: argparse.Namespace, folder) -> int:
     prepare_environment()
     show_progress()
     space, method = space_of(args), method_of(args)
+    from search.held_out import hold_out, source_of
     from search.tuner import RunOptions, full_settings
     from trainables.source import images_digest
 
     full_settings(space)
     mirror = mirror_of(args, folder)
-    images = find_data(space, args)
+    images = hold_out(find_data(space, args), args.test_split, space.split_seed)
     check_weights(space, args)
     pin(args)
     presize_here(space, images, args)
@@ -65,7 +66,7 @@ def search(args: argparse.Namespace, folder) -> int:
     from search.resources import hardware
 
     size, num_workers = sizes(args, nodes, setting_values(space, "arch"))
-    source, digest = str(args.data or space.dataset), images_digest(images)
+    source, digest = source_of(args, space), images_digest(images)
     weights = str(args.weights) if args.weights else None
     if args.lr_range == "auto":
         from search.lr_find import narrowed_rates
@@ -90,6 +91,7 @@ def search(args: argparse.Namespace, folder) -> int:
         address=args.address,
         recipes=space.recipes[args.recipes] if args.recipes else (),
         report=args.report,
+        keep_first=args.test_split is not None,
     )
     write_command(args, options, data=str(images.root), ray_dashboard=ray_dashboard, hardware=hardware(nodes))
     announce(options, nodes)
@@ -192,6 +194,7 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     """The leaderboard, where things are, and what to do next. The exit code: 0 if there is a winner."""
     from rich.console import Console
 
+    from search.held_out import lines, read_once
     from search.leaderboard import counts, leaderboard, recipes_table
     from search.results import FAILED, RUNNING, leaders, read_trials
     from search.run_record import load
@@ -210,6 +213,8 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     else:
         console.print(leaderboard(rows, list(options.space.dimensions)))
     say(f"{len(rows)} trials in {duration(seconds)}: {counts(rows)}")
+    if leaders(rows) and not interrupted:
+        read_once(options.folder, options.data_digest)  # before the report, which shows it
     write_last_report(options, analysis=options.report == "full" and not interrupted)
     if interrupted:
         say(f"interrupted. Go on with: {resume_command(options.folder, options.address)}")
@@ -220,7 +225,7 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     if not leaders(rows):
         say("no trial completed, so there is no best checkpoint")
         return 1
-    for line in summary(load(options.folder.path)):
+    for line in (*summary(load(options.folder.path)), *lines(options.folder)):
         say(line)
     say(f"table: {options.folder}/trials.csv    best checkpoint: {options.folder}/best/")
     if options.folder.report.is_file():
@@ -255,7 +260,7 @@ def write_command(args: argparse.Namespace, options, **found: Any) -> None:
     command = {
         "argv": words_to_show(sys.argv[1:]),
         "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
-        "source": options.data,
+        "source": str(options.data),
         "weights": options.weights,
         "split_seed": options.space.split_seed,
         "group_size": asdict(options.group_size),

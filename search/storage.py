@@ -42,7 +42,7 @@ LOOKS = 5
 FILES_AT_ONCE = 8
 CHUNK = 1 << 20
 INDEX = "resume/index.json"
-CHECKPOINTS, BEST, TUNE = "checkpoints/", "best/", "tune/"
+CHECKPOINTS, BEST, FIRST, TUNE = "checkpoints/", "best/", "first/", "tune/"
 STORE_ERRORS = (OSError, ArrowException)
 
 Signature = tuple[int, int, int]
@@ -175,7 +175,7 @@ def _hold(name: str, path: Path, known: Signature | None) -> Found:
         return Found(known, None)
     file = path.open("rb")
     signature = _signature(os.fstat(file.fileno()))
-    if name.startswith((CHECKPOINTS, BEST)) and signature[1] > CHUNK:
+    if name.startswith((CHECKPOINTS, BEST, FIRST)) and signature[1] > CHUNK:
         return Found(signature, file)  # written once, and too large for the memory
     with file:
         return Found(signature, BytesIO(file.read()))

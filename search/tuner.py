@@ -16,6 +16,7 @@ from search.scheduler import new_scheduler
 from search.searcher import METRIC, OptunaSearcher
 from search.space import NamedRecipe, Space
 from search.storage import Mirroring
+from trainables.held_out import Remaining
 from trainables.recipe import Recipe
 from trainables.trial import FineTuneTrial, TrialOptions, table_id
 from trainables.worker_group import GroupSize
@@ -32,7 +33,7 @@ class RunOptions:
 
     space: Space
     folder: RunFolder
-    data: str  # source of the images, see `trainables.source`
+    data: str | Remaining  # source of the images, see `trainables.source`
     weights: str | None  # source of pretrained weights
     cache: str  # how presized images are stored, see `presize`
     labels: list[str]
@@ -46,6 +47,7 @@ class RunOptions:
     recipes: tuple[NamedRecipe, ...] = ()  # the trials are these and no others
     data_digest: str | None = None  # of the images that every node must have
     report: str = "full"  # or tables, or off
+    keep_first: bool = False  # the weights of trial 0, which are tested at the end
 
 
 def new_tuner(options: RunOptions) -> tune.Tuner:
@@ -58,6 +60,7 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
         labels=options.labels,
         confirm=options.method.confirm,
         front=options.method.num_objectives > 1,
+        keep_first=options.keep_first,
     )
     import_tensorboardx()
     capacity = capacity_of(options)

@@ -262,6 +262,10 @@ def test_options_choose_the_images_and_the_seed(tmp_path, run, data, images, cap
     assert "(valid, split seed 0)" in first_line("--model", str(tmp_path / "exported"))
     assert "48 images" in (line := first_line("--model", str(run / "best"), "--split", "train", "--split-seed", "5"))
     assert "(train, split seed 5)" in line
+    held_out = ("--model", str(run), "--test-split", "0.25")  # of 60
+    assert "15 images" in (line := first_line(*held_out, "--split", "test"))
+    assert "(test, split seed 3)" in line
+    assert "36 images" in first_line(*held_out, "--split", "train")
     assert "60 images" in (line := first_line("--model", str(run / "best"), "--split", "all", "--tta", "1"))
     assert "(all)" in line
     assert pixels(tmp_path / "out/top_losses.png").shape[1] < 3 * 224  # two images
@@ -298,6 +302,8 @@ def test_what_cannot_be_done_is_said_before_anything_is_labelled(tmp_path, run, 
         ("--top", "0", "--top is 0; expected 1 to 200"),
         ("--tta", "-1", "--tta is -1; expected 0 to"),
         ("--split-seed", "-1", "--split-seed is -1; expected 0 to"),
+        ("--test-split", "20", "--test-split is 20; expected a share between 0 and 1"),
+        ("--split", "test", "no share was held out"),
         ("--out", str(run / "command.json"), "cannot be written"),
         ("--data", str(tmp_path), "no images"),
         ("--model", str(data), "is incomplete: model.safetensors is missing"),

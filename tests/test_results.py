@@ -324,6 +324,26 @@ def test_the_best_of_before_is_known_when_the_search_goes_on(table, folder):
     assert best(folder)[0] == b"c"
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_trial_0_is_kept_beside_the_winner_only_for_a_test(folder, asked):
+    table = made(folder, keep_first=asked)
+    complete(table, "a", 0.5)
+    complete(table, "b", 0.1)
+    kept = {model: (table.folder.path / model / "model.safetensors") for model in ("first", "best")}
+    assert kept["best"].read_bytes() == b"b"
+    assert kept["first"].is_file() == asked
+    if asked:
+        assert kept["first"].read_bytes() == b"a"
+        assert json.loads((table.folder.first / "metrics.json").read_text())["number"] == 0
+
+
+def test_a_trial_0_that_failed_leaves_no_weights(folder):
+    table = made(folder, keep_first=True)
+    fail(table, "a")
+    complete(table, "b", 0.1)
+    assert not table.folder.first.exists() and table.folder.best.is_dir()
+
+
 def test_best_keeps_numbers_as_numbers_after_a_restart(table, folder):
     trial = FakeTrial("a", lr_max=0.004)
     run_epochs(table, trial, 0.9)

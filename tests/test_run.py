@@ -63,7 +63,7 @@ def test_help_answers_at_once(command):
 def test_help_shows_every_option_and_how_to_begin(command):
     text = command("--help").stdout
     options = "space set data weights trials time-budget method seed address workers-per-trial cpus-per-worker"
-    for option in (options + " gpus-per-worker max-concurrent results name resume describe").split():
+    for option in (options + " gpus-per-worker max-concurrent results name resume describe test-split").split():
         assert f"--{option}" in text
     assert "python -m search.run --space quickstart" in text
     assert "tpe-asha" in text

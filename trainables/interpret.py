@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from trainables import augment, data, warp_cpu
 from trainables.checkpoint import Preprocessing
+from trainables.held_out import remaining, set_aside, share_of
 from trainables.model_folder import ModelFolder, read_json, read_model
 from trainables.predictor import Predictor
 from trainables.presize import PresizedImages, presize
@@ -254,9 +256,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="an exported model, or best/ of a run")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of labelled images")
-    parser.add_argument("--split", choices=("valid", "train", "all"), default="valid", help="images to label (valid)")
+    splits = "images to label (valid); test are those that the search held out"
+    parser.add_argument("--split", choices=("valid", "train", "test", "all"), default="valid", help=splits)
     seed = "of the split, where the data has none of its own (default: that of the model's run, else 0)"
     parser.add_argument("--split-seed", type=int, metavar="N", help=seed)
+    share = "share of every class that the search held out (default: that of the model's run, else none)"
+    parser.add_argument("--test-split", type=float, metavar="SHARE", help=share)
     tta = "average over N augmented views and the centre view of each image (0)"
     parser.add_argument("--tta", type=int, default=0, metavar="N", help=tta)
     parser.add_argument("--top", type=int, default=12, metavar="K", help="images in top_losses.png (12)")
@@ -271,12 +276,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {least} to {most}.")
     model, folder = read_model(_model_path(args.model)), data.find_images(args.data)
     match_classes(folder.classes, model)  # before the images are presized, which takes its time
-    seed = _split_seed(model.path) if args.split_seed is None else args.split_seed
+    command = _command(model.path)
+    seed = int(command.get("split_seed", 0)) if args.split_seed is None else args.split_seed
+    folder = _part(folder, args.split, share_of(command) if args.test_split is None else args.test_split, seed)
     with _writing_to(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
     images = presize(folder, model.preprocessing.presize, model.preprocessing.resize_method)
     train, valid = images.split(seed=seed)
-    indices = {"train": train, "valid": valid, "all": np.arange(len(images))}[args.split]
+    indices = {"train": train, "valid": valid}.get(args.split, np.arange(len(images)))
     found = interpret(model, images, indices, tta=args.tta)
     with _writing_to(args.out):
         save_confusion_csv(args.out / "confusion_matrix.csv", found)
@@ -329,10 +336,21 @@ def _model_path(path: Path) -> Path:
     return path / "best" if (path / "command.json").is_file() else path
 
 
-def _split_seed(model: Path) -> int:
-    """That of the run whose best model it is; else the spaces' default."""
+def _command(model: Path) -> dict[str, Any]:
+    """What is on record of the run whose best model it is; empty where that is not known."""
     command = model.resolve().parent / "command.json"
-    return int(read_json(command).get("split_seed", 0)) if command.is_file() else 0
+    return read_json(command) if command.is_file() else {}
+
+
+def _part(folder: data.ImageFolder, split: str, share: float | None, seed: int) -> data.ImageFolder:
+    """The images that may be opened for a split: nobody reads the test images by the way."""
+    if share is not None and not 0 < share < 1:
+        raise ValueError(f"--test-split is {share:g}; expected a share between 0 and 1, such as 0.2.")
+    if split == "test":
+        if share is None:
+            raise ValueError("--split test: no share was held out. Give it with --test-split, or label --split all.")
+        return set_aside(folder, share, seed)[1]
+    return folder if split == "all" else remaining(folder, share, seed)
 
 
 def _percent(share: float, digits: int = 1) -> str:

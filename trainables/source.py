@@ -10,14 +10,18 @@ from pathlib import Path
 from trainables.data import DataError, ImageFolder, find_images
 from trainables.datasets import DATASETS, prepare
 from trainables.fetch import fetch, is_uri
+from trainables.held_out import Remaining, remaining
 
 
-def images_of(source: str, digest: str | None = None) -> ImageFolder:
+def images_of(source: str | Remaining, digest: str | None = None) -> ImageFolder:
     """The labelled images of a source, on this node; fetched, drawn or downloaded first where they are not here.
 
     Raises `DataError` where they are not those of `digest`, which another node got of `images_digest`.
     """
-    images = find_images(prepare(source) if source in DATASETS else folder_of(source))
+    if isinstance(source, Remaining):
+        images = remaining(images_of(source.source), source.share, source.seed)
+    else:
+        images = find_images(prepare(source) if source in DATASETS else folder_of(source))
     if digest is not None and images_digest(images) != digest:
         raise DataError(
             f"The images in {images.root} on this node ({images.describe()}) are not those that the search was started "

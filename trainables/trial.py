@@ -15,6 +15,7 @@ import ray
 from ray import tune
 
 from trainables import checkpoint
+from trainables.held_out import Remaining
 from trainables.recipe import Recipe
 from trainables.worker_group import (
     GroupEnded,
@@ -39,7 +40,7 @@ class TrialOptions:
     """What all trials of a search share."""
 
     settings: dict[str, Any]  # the recipe, but for what is searched
-    data: str  # source of the images, see `source`
+    data: str | Remaining  # source of the images, see `source`
     data_digest: str | None = None  # of the images that every node must have
     weights: str | None  # source of pretrained weights
     checkpoints: str  # the folder with one of its own for each trial

@@ -23,6 +23,7 @@ from typing import Any
 import ray
 
 from trainables.checkpoint import Files
+from trainables.held_out import Remaining
 from trainables.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class TrialSpec:
 
     trial_id: str
     recipe: dict[str, Any]
-    data: str  # source of the images, see `source`
+    data: str | Remaining  # source of the images, see `source`
     data_digest: str | None = None  # of the images that it must have
     weights: str | None = None  # source of pretrained weights
     cache: str = "auto"  # how presized images are stored, see `presize`
@@ -371,7 +372,7 @@ def _is_of_lost_worker(error: Exception) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _presized_images(data: str, digest: str | None, size: int, method: str, storage: str):
+def _presized_images(data: str | Remaining, digest: str | None, size: int, method: str, storage: str):
     from trainables.presize import presize
     from trainables.source import images_of
 
