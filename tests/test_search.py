@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from object_store import s3_server
-from processes import descendants, left_after
+from processes import descendants, left_after, stopped
 from searches import EPOCH_TIMES, PINNED, TIMES, Search, completed, settings, tables, without
 from tiny_run import draw_images
 
@@ -202,14 +202,15 @@ def test_a_search_whose_head_is_lost_goes_on_from_its_storage(undisturbed, class
     """On another disk, in another folder, it ends with the tables of the undisturbed one."""
     lost = start(tmp_path / "lost" / "run", class_folders, "--trials", 3, "--storage", s3)
     lost.wait_for(r"trial 0 .*completed")
-    [ended] = completed(lost.folder)
-    deadline, there = time.monotonic() + 60, RemoteRun(s3, "run")
-    while "best/model.safetensors" not in (there.index() or {"files": {}})["files"]:
-        assert time.monotonic() < deadline, lost.text
-        time.sleep(0.2)
-    for process in (lost.process.pid, *descendants(lost.process.pid)):
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+    with stopped(lost.processes("ray::RayTrainWorker")):  # so that the search cannot end before it is copied
+        [ended] = completed(lost.folder)
+        deadline, there = time.monotonic() + 60, RemoteRun(s3, "run")
+        while "best/model.safetensors" not in (there.index() or {"files": {}})["files"]:
+            assert time.monotonic() < deadline, lost.text
+            time.sleep(0.2)
+        for process in (lost.process.pid, *descendants(lost.process.pid)):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
     lost.wait()
     shutil.rmtree(lost.folder)
 
