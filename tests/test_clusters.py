@@ -74,7 +74,7 @@ def test_a_node_that_goes_away_takes_no_finished_epoch_with_it(cluster, start, c
     search.wait_for("cluster: waiting for nodes. Trials need 2 workers, there is room for 1")
     node = cluster.add_node(num_cpus=1)
     assert search.wait() == 0, search.text
-    cluster.remove_node(node)
+    cluster.remove_node(node, allow_graceful=False)
     assert "room for 2 workers now, the search goes on" in search.text
     assert [row["status"] for row in tables(search.folder)[0]] == ["completed"] * 2
     reported = re.findall(r"trial +\d+ +epoch \d+/", search.text)
