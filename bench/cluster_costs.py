@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster_trials import taken_by
-from empty_trials import end_search_when, epoch_metrics, pretend_room, run_search, search_options, start_ray
+from empty_trials import end_search_when, epoch_metrics, pretend_room, run_search, search_options, start_bare_ray
 
 MOST_SECONDS = 60.0
 CALLS = 200
@@ -250,7 +250,7 @@ def measure_driver(args: argparse.Namespace, running: int, known: int) -> dict[s
     import_tensorboardx()
     tune_controller.RayActorManager = ImmediateActors
     with tempfile.TemporaryDirectory() as root:
-        start_ray(Path(root) / "cache")
+        start_bare_ray(Path(root) / "cache")
         settings = (f"epochs={args.epochs - 1}", "freeze_epochs=1")
         options = search_options(Path(root), settings, trials=10**6, concurrent=running, seed=args.seed)
         options = replace(options, report="off")
@@ -297,7 +297,7 @@ def measure_calls(numbers: list[int]) -> list[dict[str, float]]:
             return {f"metric_{n}": n / 7 for n in range(30)}
 
     with tempfile.TemporaryDirectory() as root:
-        start_ray(Path(root) / "cache")
+        start_bare_ray(Path(root) / "cache")
         trial = ray.remote(num_cpus=0, max_concurrency=2 * max(numbers))(Trial).remote()
         manager, rows = RayActorManager(FixedResourceManager()), []
         events = manager._actor_task_events

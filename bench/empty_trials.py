@@ -82,18 +82,27 @@ def serve_nothing(config: dict) -> None:
 
 def start_ray(cache: Path, *, hook: Callable[[], None] | None = train_nothing) -> None:
     """A Ray of our own on this machine, with the environment of a search. Its processes call `hook` as they start."""
+    environment = None
+    if hook:
+        before = os.environ.get("PYTHONPATH")
+        paths = {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))}
+        environment = {"env_vars": paths, "worker_process_setup_hook": hook}
+    _init_ray(cache, num_cpus=CPUS_TOLD, runtime_env=environment)
+
+
+def start_bare_ray(cache: Path) -> None:
+    """The same for a driver that is measured alone: with one process started ahead and no dashboard."""
+    _init_ray(cache, num_cpus=1, include_dashboard=False)
+
+
+def _init_ray(cache: Path, **options) -> None:
     from search.cluster import prepare_environment
 
     os.environ["FINETUNE_SEARCH_CACHE"] = str(cache)
     prepare_environment()
     import ray
 
-    environment = {"env_vars": {n: os.environ[n] for n in os.environ if n.startswith(("RAY_TRAIN_", "OMP_WAIT"))}}
-    if hook:
-        before = os.environ.get("PYTHONPATH")
-        environment["env_vars"]["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
-        environment["worker_process_setup_hook"] = hook
-    ray.init(address="local", num_cpus=CPUS_TOLD, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
+    ray.init(address="local", log_to_driver=False, logging_level="ERROR", **options)
 
 
 def draw_images(folder: Path) -> Path:

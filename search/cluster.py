@@ -16,6 +16,8 @@ def prepare_environment() -> None:
     # For how long workers wait for room: a new machine takes minutes, and a lost one may never come back.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "86400")
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "600")
+    # One process less for each trial: its state is safe after each epoch, whether it hears of a node's end or not.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Threads that spin while they wait made an epoch 4 times as long where another process wanted the CPU, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -33,17 +35,22 @@ def start_ray(address: str | None) -> tuple[list, str]:
         logging.getLogger(name).setLevel(logging.ERROR)
     say("starting Ray on this machine" if address is None else f"connecting to Ray at {address}")
     check_address(address)
-    environment = {name: value for name, value in os.environ.items() if name.startswith(("RAY_TRAIN_", "OMP_WAIT"))}
     context = ray.init(
         address=address or "local",
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": environment},
+        runtime_env={"env_vars": environment_of_workers()} if address else None,
     )
     if context.dashboard_url:
         say(f"Ray's dashboard: http://{context.dashboard_url}")
     check_place()
     return reachable_nodes(present_nodes(), launched=address is not None), context.dashboard_url or ""
+
+
+def environment_of_workers() -> dict[str, str]:
+    """What workers of a cluster must be told. Those of a Ray that starts here have this process's environment; with one
+    of their own they could not take the processes that Ray starts ahead."""
+    return {name: value for name, value in os.environ.items() if name.startswith(("RAY_TRAIN_", "OMP_WAIT"))}
 
 
 def check_place() -> None:

@@ -236,12 +236,12 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
 
 def write_last_report(options, *, analysis: bool) -> None:
     """The report of a search that has ended. Whatever goes wrong with it, the search has its results."""
+    if options.report == "off":
+        return
     from search.live_report import end_live_report
     from search.report import write_report
     from search.run_record import load
 
-    if options.report == "off":
-        return
     end_live_report(options.folder)
     try:
         write_report(load(options.folder.path), options.folder.report, analysis=analysis)

@@ -9,6 +9,10 @@ from PIL import Image
 
 # Before torch is imported: threads that spin while they wait would take the cores from the other processes of a test.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Ray lets all else on the machine go before its workers. What a test waits for must not wait for that.
+os.environ.setdefault("RAY_worker_niceness", "0")
+# How often Ray Train looks whether workers are lost or have ended; 2 s without it.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 COLOURS = {"amber": (220, 40, 40), "fern": (40, 220, 40), "lake": (40, 40, 220)}
 """Class name -> colour of nearly all of its pixels; label i is the class whose channel i is the largest."""

@@ -1,6 +1,11 @@
 """Other processes, as /proc tells of them."""
 
+import os
+import re
+import signal
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -27,6 +32,25 @@ def command_line(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return ""
+
+
+def named(title: str, pid: int) -> list[int]:
+    """Processes below `pid`, by what Ray calls them (a pattern)."""
+    return [below for below in descendants(pid) if re.match(title, command_line(below))]
+
+
+@contextmanager
+def stopped(pids: Iterable[int]) -> Iterator[None]:
+    """Within it, these do nothing: a test can take its time, however fast the machine is."""
+    pids = list(pids)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def left_after(seconds: float, pids: set[int]) -> list[str]:

@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from processes import command_line, descendants
+from processes import descendants, named
 
 ROOT = Path(__file__).parents[1]
 PINNED = "pretrained=false presize=40 image_size=32 batch_size=4 freeze_epochs=1 bn_momentum=0.3 div=1 weight_decay=10"
@@ -60,7 +60,7 @@ class Search:
 
     def processes(self, title: str) -> list[int]:
         """Of this search, by what Ray calls them (a pattern)."""
-        return [pid for pid in descendants(self.process.pid) if re.match(title, command_line(pid))]
+        return named(title, self.process.pid)
 
 
 def settings(*texts: str) -> list[str]:

@@ -1,7 +1,6 @@
 """The model of a head with many trials: it names what gives way first, and its costs are measured here in small."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
+import cluster_model  # noqa: E402
 from cluster_head import (  # noqa: E402
     Costs,
     Head,
@@ -96,10 +96,10 @@ def test_trials_that_end_while_others_start_hold_up_the_search():
 
 
 @pytest.mark.ray
-def test_costs_are_measured_and_the_table_names_the_bottleneck(tmp_path):
+def test_costs_are_measured_and_the_table_names_the_bottleneck(tmp_path, monkeypatch):
     sizes = ("--sizes", "2", "6", "--results", "20", "--trials", "2", "20", "--search", "6", "--epochs", "4")
-    run = ("--calibration-trials", "2", "--check-trials", "3", "--scale", "0.1", "--out", str(tmp_path))
-    result, table = bench(tmp_path, *sizes, *run)
+    run = ("--calibration-trials", "2", "--check-trials", "3", "--scale", "0.1")
+    result, table = bench(tmp_path, monkeypatch, *sizes, *run)
     named = result["first_bottleneck"]
     assert result["largest"][named] == min(result["largest"].values()) > 0
     assert f"First bottleneck: {named}, above {result['largest'][named]} trials" in table
@@ -110,20 +110,16 @@ def test_costs_are_measured_and_the_table_names_the_bottleneck(tmp_path):
     for phase in result["check"]:
         predicted, measured = phase["pairs"]["results per second"]
         assert 0.3 < predicted / measured < 3
-    again, table = bench(tmp_path, "--costs", str(tmp_path / "cluster_model.json"), "--out", str(tmp_path / "again"),
-                         "--memory-gb", "1.5", "--arch", "resnet18")  # fmt: skip
+    saved = ("--costs", str(tmp_path / "cluster_model.json"), "--memory-gb", "1.5", "--arch", "resnet18")
+    again, table = bench(tmp_path / "again", monkeypatch, *saved)
     assert again["measured"] == result["measured"] and again["first_bottleneck"] == "memory"
     assert "**First bottleneck: memory" in table
 
 
-def bench(folder: Path, *options: str) -> tuple[dict, str]:
-    """What the benchmark found, and its table; neither names a folder of this machine."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bench/cluster_model.py"), *options],
-        capture_output=True, text=True, cwd=folder, timeout=580,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    out = Path(options[options.index("--out") + 1])
+def bench(out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[dict, str]:
+    """What the benchmark found, and its table; neither names a folder of this machine. Its arms are processes."""
+    monkeypatch.setattr("sys.argv", [str(ROOT / "bench/cluster_model.py"), *options, "--out", str(out)])
+    cluster_model.main()
     texts = [(out / f"cluster_model.{suffix}").read_text() for suffix in ("json", "md")]
-    assert not any(str(place) in text for text in texts for place in (folder, ROOT))
+    assert not any(str(place) in text for text in texts for place in (out, ROOT))
     return json.loads(texts[0]), texts[1]

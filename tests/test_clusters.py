@@ -12,7 +12,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from processes import descendants, left_after
+from processes import descendants, left_after, named, stopped
 from ray.cluster_utils import Cluster
 from ray.util import get_node_ip_address
 from searches import PINNED, Search, completed, settings, tables
@@ -30,9 +30,9 @@ def class_folders(search_cache, tmp_path_factory) -> Path:
     return draw_images(tmp_path_factory.mktemp("clusters") / "data", each=20)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster():
-    """A head with one CPU; the test adds nodes of one CPU each."""
+    """A head with one CPU; a test adds nodes of one CPU each, and takes them away."""
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     yield found
     processes = {pid for node in found.list_all_nodes() for info in node.all_processes.values() for pid in pids(info)}
@@ -60,19 +60,25 @@ def start(class_folders, tmp_path):
         search.process.kill()
 
 
+def workers() -> list[int]:
+    """Those that train, on all nodes."""
+    return named("ray::RayTrainWorker", os.getpid())
+
+
 def test_a_node_that_goes_away_takes_no_finished_epoch_with_it(cluster, start, class_folders):
     node = cluster.add_node(num_cpus=1)
-    longer = ("--trials", 2, "--workers-per-trial", 2, *settings("epochs=5"))
-    search = start(cluster, *longer)
-    search.wait_for(r"trial 0 .*epoch 3/")
-    cluster.remove_node(node, allow_graceful=False)
+    search = start(cluster, "--trials", 2, "--workers-per-trial", 2, *settings("epochs=3"))
+    search.wait_for(r"trial 0 .*epoch 2/")
+    with stopped(workers()):  # so that the search cannot end before
+        cluster.remove_node(node, allow_graceful=False)
     search.wait_for("cluster: waiting for nodes. Trials need 2 workers, there is room for 1")
-    cluster.add_node(num_cpus=1)
+    node = cluster.add_node(num_cpus=1)
     assert search.wait() == 0, search.text
+    cluster.remove_node(node, allow_graceful=False)
     assert "room for 2 workers now, the search goes on" in search.text
     assert [row["status"] for row in tables(search.folder)[0]] == ["completed"] * 2
     reported = re.findall(r"trial +\d+ +epoch \d+/", search.text)
-    assert len(reported) == len(set(reported)) == 12
+    assert len(reported) == len(set(reported)) == 8
     assert_learns_like_one_worker(search.folder, class_folders)
 
 
@@ -96,19 +102,21 @@ def assert_learns_like_one_worker(folder: Path, data: Path) -> None:
 
 
 def test_a_search_grows_and_shrinks_with_its_cluster(cluster, start):
-    search = start(cluster, "--trials", 4, *settings("epochs=8"))
+    search = start(cluster, "--trials", 2, *settings("epochs=3"))
     search.wait_for(r"trial 0 .*epoch 1/")
-    assert "4 trials, 1 at once" in search.text
-    node = cluster.add_node(num_cpus=1)
-    search.wait_for("cluster: more nodes, room for 2 workers now")
-    search.wait_for("trial 2 +starts:")
-    assert most_at_once(search.lines) == 2
-    cluster.remove_node(node, allow_graceful=False)  # before trial 2 can end: its workers have yet to start
-    search.wait_for("cluster: (waiting for nodes. Trials need 2 workers, there is room for 1|fewer nodes)")
+    assert "2 trials, 1 at once" in search.text
+    with stopped(workers()):  # so that trial 0 cannot end while nodes come and go
+        node = cluster.add_node(num_cpus=1)
+        search.wait_for("cluster: more nodes, room for 2 workers now")
+        search.wait_for(r"trial 1 .*epoch 1/")
+        assert most_at_once(search.lines) == 2
+        with stopped(workers()):
+            cluster.remove_node(node, allow_graceful=False)
+            search.wait_for("cluster: waiting for nodes. Trials need 2 workers, there is room for 1")
     assert search.wait() == 0, search.text
-    assert [row["status"] for row in tables(search.folder)[0]] == ["completed"] * 4
+    assert [row["status"] for row in tables(search.folder)[0]] == ["completed"] * 2
     epochs = tables(search.folder)[1]
-    assert len(epochs) == len({(row["number"], row["epoch"]) for row in epochs}) == 4 * 9
+    assert len(epochs) == len({(row["number"], row["epoch"]) for row in epochs}) == 2 * 4
 
 
 def most_at_once(lines: list[str]) -> int:

@@ -46,7 +46,7 @@ class Server:
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def uri(self, path: str) -> str:
         return f"http://127.0.0.1:{self.server.server_port}{path}"
@@ -213,7 +213,8 @@ def test_nothing_there_is_said_at_once_without_the_signature(web):
     assert "verysecret" not in str(raised.value)
 
 
-def test_nobody_listens():
+def test_nobody_listens(monkeypatch):
+    monkeypatch.setattr(fetching, "time", QuickTime)
     with pytest.raises(FetchError, match="refused"):
         fetching._with_retries(lambda: fetching._download("http://127.0.0.1:9/x.tar", Path("unused")))
 

@@ -214,12 +214,12 @@ def test_a_worker_that_was_lost_is_waited_for_again(play):
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_workers_without_work_leave_their_cpus_to_others(play, monkeypatch, trained):
-    monkeypatch.setattr(worker_group, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(worker_group, "IDLE_SECONDS", 0.25)
 
     async def scene(host):
         if trained:
             epoch = await started(host)
-            await asyncio.sleep(0.1)  # no matter how long
+            await asyncio.sleep(0.5)  # no matter how long
             await host.deliver((await take(host)).number, GOOD)
             await epoch
         assert await take(host, after=1) is None

@@ -2,6 +2,9 @@
 
 gloo listens on the address of the host name, which is 127.0.1.1 on many Linux systems (Debian's /etc/hosts): workers on
 other machines wait for it in vain. NCCL looks at the network interfaces itself.
+
+Ray Train's own `TorchTrainer` does the same but for that, and more slowly: the process that starts a group and the one
+that watches it import torch before the workers can, and one more process waits for data sets that nobody has.
 """
 
 import os
@@ -10,25 +13,78 @@ import struct
 from dataclasses import dataclass
 
 import ray
-from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
+LEAVE_SECONDS = 30.0
+"""So long workers may take to leave their process group."""
+
+
+class GroupTrainer(DataParallelTrainer):
+    """Ray Train's, without Ray Data."""
+
+    def _create_default_callbacks(self) -> list:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
 
 
 @dataclass
-class NodeTorchConfig(TorchConfig):
-    """Ray Train's, with gloo on the node's own address."""
+class ProcessGroup(BackendConfig):
+    """The backend of torch's process group: gloo or nccl."""
+
+    backend: str
 
     @property
     def backend_cls(self):
-        return _NodeTorchBackend
+        return _ProcessGroupBackend
+
+    @property
+    def train_func_context(self):
+        return on_own_device
 
 
-class _NodeTorchBackend(_TorchBackend):
-    def on_start(self, worker_group, backend_config: TorchConfig) -> None:
-        worker_group.execute(use_node_interface)
-        super().on_start(worker_group, backend_config)
+class _ProcessGroupBackend(Backend):
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group, backend_config: ProcessGroup) -> None:
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        place = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        size = len(worker_group)
+        ray.get([worker_group.execute_single_async(rank, enter, backend_config.backend, rank, size, place)
+                 for rank in range(size)])  # fmt: skip
+
+    def on_shutdown(self, worker_group, backend_config: ProcessGroup) -> None:
+        ray.wait(
+            left := worker_group.execute_async(leave, len(worker_group) > 1),
+            num_returns=len(left),
+            timeout=LEAVE_SECONDS,
+        )
+
+
+def on_own_device():
+    """A context in which this worker's GPU is torch's default one."""
+    from ray.train.torch.config import TorchConfigContextManager
+
+    return TorchConfigContextManager()
+
+
+def enter(backend: str, rank: int, size: int, place: dict[str, str]) -> None:
+    """Join the process group that meets at `place`."""
+    from ray.train.torch import config
+
+    use_node_interface()
+    os.environ.update(place)
+    config._set_torch_distributed_env_vars()
+    config._setup_torch_process_group(backend, rank, size, "env://")
+
+
+def leave(several: bool) -> None:
+    from ray.train.torch import config
+
+    config._shutdown_torch(destroy_process_group=several)
 
 
 def use_node_interface() -> None:

@@ -182,7 +182,7 @@ class FineTuneTrial(tune.Trainable):
 
 
 def _node_with_room(size: GroupSize) -> str | None:
-    """A node on which a worker could run: a host holds 0.7 GB for Ray Train, and the head has the trials already."""
+    """A node on which a worker could run: a host and Ray Train hold 0.4 GB, and the head has the trials already."""
     asked = {"CPU": size.cpus_per_worker, "GPU": size.gpus_per_worker}
     nodes = living_nodes()
     fitting = [node for node, has in nodes.items() if all(has.get(name, 0) >= least for name, least in asked.items())]

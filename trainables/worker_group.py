@@ -1,8 +1,8 @@
 """Warm worker groups: one Ray Train run whose workers serve one trial after another.
 
-A trial talks to a `GroupHost`, an actor that runs one `TorchTrainer` for as long as the search lasts. The trainer's
-train function (`serve`) is a loop that asks the host for commands: "train the next epoch of this trial". Starting a
-worker (process, imports, process group) is paid once per slot of the search instead of once per trial.
+A trial talks to a `GroupHost`, an actor that runs one trainer of Ray Train for as long as the search lasts. Its train
+function (`serve`) is a loop that asks the host for commands: "train the next epoch of this trial". Starting a worker
+(process, imports, process group) is paid once per slot of the search instead of once per trial.
 
 The host keeps the trial's last state, so when Ray Train restarts a group whose worker was lost, the new workers rebuild
 the trial and repeat the command.
@@ -97,7 +97,7 @@ def living_nodes() -> dict[str, dict[str, float]]:
 
 
 class GroupHost:
-    """Async actor between a trial slot and its workers. Imports torch (through Ray Train), so that trials need not."""
+    """Async actor between a trial slot and its workers."""
 
     def __init__(self, size: GroupSize) -> None:
         self._trial: TrialSpec | None = None
@@ -227,19 +227,18 @@ class GroupHost:
 
     def _run_trainer(self, size: GroupSize, myself) -> None:
         from ray import train
-        from ray.train.torch import TorchTrainer
 
-        from trainables.process_group import NodeTorchConfig
+        from trainables.process_group import GroupTrainer, ProcessGroup
 
         # Ray Train wants a folder for checkpoints, but a trial's state travels through the object store.
         storage = tempfile.mkdtemp(prefix="worker_group_")
         resources = {"CPU": size.cpus_per_worker}
         if size.gpus_per_worker:
             resources["GPU"] = size.gpus_per_worker
-        trainer = TorchTrainer(
+        trainer = GroupTrainer(
             serve,
             train_loop_config={"host": myself, "num_threads": max(1, int(size.cpus_per_worker))},
-            torch_config=NodeTorchConfig(backend="nccl" if size.gpus_per_worker else "gloo"),
+            backend_config=ProcessGroup(backend="nccl" if size.gpus_per_worker else "gloo"),
             scaling_config=train.ScalingConfig(
                 num_workers=size.num_workers,
                 use_gpu=bool(size.gpus_per_worker),
