@@ -3,8 +3,9 @@
     python bench/learning_curves.py
 
 Each point of the other dimensions is trained with every number of epochs, so that what a short recipe says of a long
-one is in the table as well. Without Ray, one thread a training, about a minute of one core each. Ctrl-C keeps the
-trainings that have ended: the same command goes on.
+one is in the table as well, and all of it with two seeds, so that the table knows how much of a difference is chance.
+Without Ray; a training takes about a minute of one core, or a few seconds on a GPU that several share. Ctrl-C keeps
+the trainings that have ended: the same command goes on.
 """
 
 import argparse
@@ -22,15 +23,17 @@ from common import CPUS, RESULTS
 
 FILE = "learning_curves.csv.gz"
 METRICS = ("epoch", "stage", "progress", "train_loss", "valid_loss", "error_rate")
+SEEDS = 2
+"""Trainings of each configuration."""
 Config = dict[str, Any]
 
 
 def space():
-    """The quickstart's, with its own seed of the trainings, as `search.run` has it."""
+    """The quickstart's. In fp32 everywhere, which is what it has on a CPU."""
     from search.space import load_space
 
     found = load_space("quickstart")
-    return replace(found, settings=found.settings | {"seed": found.seed, "tta_views": 0})
+    return replace(found, settings=found.settings | {"seed": found.seed, "tta_views": 0, "precision": "fp32"})
 
 
 def configurations(points: int, seed: int) -> list[Config]:
@@ -38,22 +41,28 @@ def configurations(points: int, seed: int) -> list[Config]:
     every number of epochs."""
     import optuna
 
-    from search.searcher import _distribution
+    from search.searcher import as_params, propose
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     quickstart = space()
-    distributions = {name: _distribution(name, d) for name, d in quickstart.dimensions.items()}
     study = optuna.create_study(sampler=optuna.samplers.QMCSampler(seed=seed, scramble=True))
-    study.enqueue_trial(quickstart.first_configs()[0])
+    study.enqueue_trial(as_params(quickstart, quickstart.first_configs()[0]))
     lengths, found = quickstart.dimensions["epochs"], []
     for _ in range(points):
-        trial = study.ask(distributions)
+        trial = study.ask()
+        config = propose(trial, quickstart)
         study.tell(trial, 0.0)
-        found += [trial.params | {"epochs": epochs} for epochs in range(lengths.low, lengths.high + 1)]
+        found += [config | {"epochs": epochs} for epochs in range(lengths.low, lengths.high + 1)]
     return found
 
 
-def train(job: tuple[int, Config]) -> tuple[int, Config, list[Config], str]:
+def seeded(configs: Sequence[Config]) -> list[Config]:
+    """All of them with the space's seed, as `search.run` trains them, then all with the next one, and so on."""
+    first = space().seed
+    return [config | {"seed": seed} for seed in range(first, first + SEEDS) for config in configs]
+
+
+def train(job: tuple[int, Config, str]) -> tuple[int, Config, list[Config], str]:
     """Number, configuration, an entry an epoch, and the reason where it diverged."""
     import torch
 
@@ -64,15 +73,16 @@ def train(job: tuple[int, Config]) -> tuple[int, Config, list[Config], str]:
     from trainables.recipe import Recipe
 
     torch.set_num_threads(1)
-    number, config = job
+    number, config, device = job
     recipe = Recipe.from_dict(space().settings | config)
     images = presize(find_images(prepare("quickstart")), recipe.presize, recipe.resize_method)
-    training, epochs, failure = FineTune(recipe, images, num_threads=1, split_seed=space().split_seed), [], ""
+    training = FineTune(recipe, images, device=device, num_threads=1, split_seed=space().split_seed)
+    epochs, failure = [], ""
     try:
         for _ in range(recipe.total_epochs):
-            started = time.process_time()
+            started = time.perf_counter()
             metrics = training.run_epoch()
-            epochs.append({name: metrics[name] for name in METRICS} | {"cpu_seconds": time.process_time() - started})
+            epochs.append({name: metrics[name] for name in METRICS} | {"seconds": time.perf_counter() - started})
     except Diverged as error:
         failure = str(error)
     finally:
@@ -80,7 +90,7 @@ def train(job: tuple[int, Config]) -> tuple[int, Config, list[Config], str]:
     return number, config, epochs, failure
 
 
-def train_all(jobs: Sequence[tuple[int, Config]], processes: int, partial: Path) -> Iterator[tuple]:
+def train_all(jobs: Sequence[tuple[int, Config, str]], processes: int, partial: Path) -> Iterator[tuple]:
     with multiprocessing.get_context("spawn").Pool(processes) as pool, partial.open("a") as file:
         for ended in pool.imap_unordered(train, jobs):
             file.write(json.dumps(ended) + "\n")
@@ -99,7 +109,7 @@ def table(ended: Sequence[Sequence[Any]]) -> list[Config]:
 
 
 def write_table(file: Path, rows: list[Config]) -> None:
-    columns = ["number", *space().dimensions, *METRICS, "cpu_seconds", "failure"]
+    columns = ["number", "seed", *space().dimensions, *METRICS, "seconds", "failure"]
     with gzip.GzipFile(file, "wb", mtime=0) as out, gzip.io.TextIOWrapper(out, newline="") as text:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
@@ -109,16 +119,18 @@ def write_table(file: Path, rows: list[Config]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=int, default=64, help="of the dimensions but epochs (64 without it)")
+    parser.add_argument("--points", type=int, default=128, help="of the dimensions but epochs (128 without it)")
     parser.add_argument("--seed", type=int, default=0, help="of the configurations (0 without it)")
     parser.add_argument("--jobs", type=int, default=CPUS, help="trainings at once (one a core without it)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(cpu without it)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     partial = args.out / "learning_curves.partial"
     ended = [json.loads(line) for line in partial.read_text().splitlines()] if partial.is_file() else []
     have = {one[0] for one in ended}
-    jobs = list(enumerate(configurations(args.points, args.seed)))
+    jobs = enumerate(seeded(configurations(args.points, args.seed)))
+    jobs = [(number, config, args.device) for number, config in jobs]
     todo = [job for job in jobs if job[0] not in have]
     started = time.monotonic()
     for count, one in enumerate(train_all(todo, args.jobs, partial), start=1):
