@@ -141,7 +141,7 @@ def test_nothing_is_tried_first_twice():
     [
         ("epochs", "--set epochs: expected NAME=VALUE, NAME=LOW..HIGH, NAME=0,LOW..HIGH or NAME=A,B"),
         ("mixup_alpha=0,0..0.4", "--set mixup_alpha=0,0..0.4: the numbers beside 0, which is off, must be above it"),
-        ("lr_max=0,1e-3..1e-2", "lr_max=0 is out of range"),
+        ("lr_max=0,1e-3..1e-2", "lr_max=0.0 is out of range"),
         ("epochs=", "--set epochs=: expected NAME=VALUE"),
         ("arch=resnet18,", "--set arch=resnet18,: expected NAME=VALUE"),
         ("epoch=3", "unknown setting 'epoch', expected one of: arch, pretrained"),

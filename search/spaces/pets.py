@@ -21,13 +21,14 @@ SPACE = Space(
     dimensions={
         "arch": Choice(("resnet18.tv_in1k", "resnet34.tv_in1k", "resnet50.tv_in1k", "resnet101.tv_in1k")),
         "head": Choice(("linear", "mlp")),
+        "hidden": Choice((256, 512, 1024)),
         "epochs": Range(3, 15),
         "freeze_epochs": Range(1, 3),
         "lr_max_frozen": Range(5e-4, 2e-2, log=True),
         "lr_max": Range(1e-4, 1e-2, log=True),
         "lr_ratio": Range(3, 1000, log=True),
         "train_bn": Choice(("unfrozen", "always", "never")),
-        "mixup_alpha": Range(0.0, 0.4),
+        "mixup_alpha": Range(0.05, 0.4, off=True),
         "smoothing": Range(0.0, 0.2),
     },
     # Where there are few images, batch statistics are what spoils the unfrozen stage.

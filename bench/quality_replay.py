@@ -1,0 +1,290 @@
+"""A search replayed in virtual time: its own searchers and schedulers, and trainings that were made before."""
+
+import contextlib
+import heapq
+import itertools
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from ray.tune.schedulers import TrialScheduler
+
+from search.annealed import AnnealedSearcher, lengths
+from search.method import Method
+from search.scheduler import new_scheduler, rung_at
+from search.searcher import METRIC, OptunaSearcher
+from search.space import Choice, Space
+
+WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0)
+"""What a dimension may weigh in the distance of two configurations."""
+MEMORY = Path("/dev/shm")
+"""Where there is one, journals are written to memory: nothing here has to outlast a crash."""
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training's results, an entry an epoch."""
+
+    progress: tuple[int, ...]
+    error_rate: tuple[float, ...]
+    valid_loss: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def result(self, epoch: int) -> dict[str, Any]:
+        """After `epoch`, which counts from 1: the part of a trial's result that searchers and schedulers read."""
+        return {
+            "progress": self.progress[epoch - 1],
+            METRIC: self.error_rate[epoch - 1],
+            "valid_loss": self.valid_loss[epoch - 1],
+            "epoch": epoch,
+            "epochs_total": len(self),
+            "seconds": sum(self.seconds[:epoch]),
+        }
+
+    def __len__(self) -> int:
+        return len(self.progress)
+
+
+class CurveTable:
+    """All trainings of a table. One that is not in it is answered by the nearest one that has as many epochs."""
+
+    def __init__(self, rows: pd.DataFrame, space: Space) -> None:
+        self.others = [name for name in space.dimensions if name != "epochs"]
+        self.space = space
+        costs = rows.groupby(["arch", "image_size", "stage"])["seconds"].transform("median")
+        trainings = rows.assign(seconds=costs).groupby([*space.dimensions, "seed"], sort=False)
+        self.trainings: dict[int, list[list[Training]]] = {}  # by epochs; by configuration, then by seed
+        self.points: dict[int, np.ndarray] = {}  # by epochs: the configurations' coordinates
+        found: dict[tuple, list[Training]] = {}
+        for (*config, _), curve in trainings:
+            curve = curve.sort_values("epoch")
+            training = Training(*(tuple(curve[name].tolist()) for name in Training.__dataclass_fields__))
+            found.setdefault(tuple(config), []).append(training)
+        for values, same in found.items():
+            config = dict(zip(space.dimensions, values, strict=True))
+            epochs = config["epochs"]
+            self.trainings.setdefault(epochs, []).append(same)
+            self.points.setdefault(epochs, []).append(self._coordinates(config))
+        self.points = {epochs: np.array(points) for epochs, points in self.points.items()}
+        self.weights = np.ones(len(self.others))
+        self._fit()
+
+    def answers(self, config: Config) -> list[Training]:
+        """The trainings of the nearest configuration, one for each seed."""
+        away = self._distances(self._coordinates(config), config["epochs"])
+        return self.trainings[config["epochs"]][int(away.argmin())]
+
+    def error(self, config: Config) -> float:
+        """What a configuration reaches, averaged over the trainings that answer for it."""
+        return float(np.mean([training.error_rate[-1] for training in self.answers(config)]))
+
+    def all(self) -> list[Training]:
+        return [one for same in self.trainings.values() for seeds in same for one in seeds]
+
+    def repeats(self, *epochs: int) -> list[tuple[Training, Training]]:
+        """Two trainings of each configuration that has so many epochs, with different seeds."""
+        return [(seeds[0], seeds[1]) for length in epochs for seeds in self.trainings[length]]
+
+    def pairs(self, shorter: int, longer: int) -> list[tuple[Training, Training]]:
+        """Trainings of as many epochs, of the same configuration otherwise, and of the same seed."""
+        short, long = (
+            {tuple(point): same for point, same in zip(self.points[epochs], self.trainings[epochs], strict=True)}
+            for epochs in (shorter, longer)
+        )
+        return [pair for point in short for pair in zip(short[point], long[point], strict=True)]
+
+    def leave_one_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """Final errors of all configurations, of one seed, and of the nearest other one, of another seed."""
+        own, nearest = [], []
+        for epochs, same in self.trainings.items():
+            errors = np.array([[training.error_rate[-1] for training in seeds] for seeds in same])
+            for row, point in enumerate(self.points[epochs]):
+                away = self._distances(point, epochs)
+                away[row] = np.inf
+                own.append(errors[row, 0])
+                nearest.append(errors[away.argmin(), -1])
+        return np.array(own), np.array(nearest)
+
+    def _fit(self) -> None:
+        """The weights with which the nearest other configuration says most: from 1, one dimension after another."""
+
+        def loss(weights: np.ndarray) -> float:
+            self.weights = weights
+            own, nearest = self.leave_one_out()
+            return float(np.square(own - nearest).mean())
+
+        best = self.weights
+        for _, dimension in itertools.product(range(2), range(len(self.others))):
+            tried = [np.where(np.arange(len(best)) == dimension, weight, best) for weight in WEIGHTS]
+            best = min(tried, key=loss)
+        self.weights = best
+
+    def _distances(self, point: np.ndarray, epochs: int) -> np.ndarray:
+        return np.square((self.points[epochs] - point) * self.weights).sum(axis=1)
+
+    def _coordinates(self, config: Mapping[str, Any]) -> np.ndarray:
+        return np.array([_coordinate(self.space.dimensions[name], config[name]) for name in self.others])
+
+
+def _coordinate(dimension: Any, value: Any) -> float:
+    """0 to 1, as the dimension is searched: in the logarithm, or one step a choice."""
+    if isinstance(dimension, Choice):
+        return dimension.values.index(value) / max(1, len(dimension.values) - 1)
+    scale = math.log if dimension.log else float
+    return (scale(value) - scale(dimension.low)) / (scale(dimension.high) - scale(dimension.low))
+
+
+@dataclass
+class Trial:
+    """A proposal, the training that answers it, and how far it came."""
+
+    config: Config
+    training: Training
+    epochs_done: int = 0
+    stopped: bool = False
+
+    @property
+    def completed(self) -> bool:
+        return self.epochs_done == len(self.training)
+
+    @property
+    def final_error(self) -> float:
+        """What it reaches, or would have reached."""
+        return self.training.error_rate[-1]
+
+
+@dataclass
+class Replay:
+    """What a search did: its trials, and at each end of one the epochs spent and the incumbent."""
+
+    trials: list[Trial] = field(default_factory=list)
+    epochs: int = 0
+    incumbents: list[tuple[int, Trial]] = field(default_factory=list)
+
+    def run_epoch(self, trial: Trial) -> None:
+        self.epochs += 1
+        trial.epochs_done += 1
+        if trial.completed:
+            done = [one for one in self.trials if one.completed]
+            best = min(done, key=lambda one: (one.final_error, one.training.valid_loss[-1]))
+            self.incumbents.append((self.epochs, best))
+
+    def incumbent_at(self, epochs: int) -> Trial | None:
+        return next((trial for spent, trial in reversed(self.incumbents) if spent <= epochs), None)
+
+    def best_was_stopped(self) -> bool:
+        """Whether the trial with the lowest final error, had all been trained to their ends, was stopped."""
+        ended = [trial for trial in self.trials if trial.completed or trial.stopped]
+        return min(ended, key=lambda trial: (trial.final_error, trial.stopped)).stopped
+
+
+def replay(method: Method, table: CurveTable, *, seed: int, slots: int, budget: int) -> Replay:
+    """A search by `method`, of `slots` trials at once, until `budget` epochs are spent."""
+    with _journal() as journal:
+        kind = AnnealedSearcher if method.scheduler == "annealed" else OptunaSearcher
+        searcher = kind(table.space, journal, seed=seed, method=method)
+        scheduler = new_scheduler(method.scheduler, METRIC, journal.with_name("rungs.json"))
+        done = _run(searcher, scheduler, table, np.random.default_rng(seed), slots, budget)
+    if method.scheduler == "annealed":
+        _mark_left_short(done, table)
+    return done
+
+
+def replay_top_k(table: CurveTable, *, seed: int, budget: int) -> Replay:
+    """Two thirds of the budget for the first epochs of random configs, the rest for those best after it."""
+    rng, done = np.random.default_rng(seed), Replay()
+    with _journal() as journal:
+        searcher = OptunaSearcher(table.space, journal, seed=seed, method=Method(searcher="random", scheduler="none"))
+        for number in range(2 * budget // 3):
+            done.trials.append(_answered(searcher.suggest(str(number)), table, rng))
+            done.run_epoch(done.trials[-1])
+    for trial in sorted(done.trials, key=lambda trial: trial.training.error_rate[0]):
+        while not trial.completed and done.epochs < budget:
+            done.run_epoch(trial)
+        trial.stopped = trial.epochs_done == 1
+    return done
+
+
+@contextlib.contextmanager
+def _journal() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+        yield Path(folder, "journal.log")
+
+
+def _answered(config: Config, table: CurveTable, rng: np.random.Generator) -> Trial:
+    answers = table.answers(config)
+    return Trial(config, answers[rng.integers(len(answers))])
+
+
+def _run(
+    searcher: OptunaSearcher,
+    scheduler: TrialScheduler,
+    table: CurveTable,
+    rng: np.random.Generator,
+    slots: int,
+    budget: int,
+) -> Replay:
+    """Tune's loop: it tells its searcher and its scheduler of results in this order."""
+    done, queue = Replay(), [(0.0, slot, -1) for slot in range(slots)]  # when a slot's epoch ends, and whose it is
+    while True:
+        now, slot, number = heapq.heappop(queue)
+        if number >= 0 and _ends(number, done, searcher, scheduler):
+            number = -1
+        if done.epochs >= budget:
+            return done
+        if number < 0:
+            number = len(done.trials)
+            done.trials.append(_answered(searcher.suggest(str(number)), table, rng))
+        trial = done.trials[number]
+        heapq.heappush(queue, (now + trial.training.seconds[trial.epochs_done], slot, number))
+
+
+def _ends(number: int, done: Replay, searcher: OptunaSearcher, scheduler: TrialScheduler) -> bool:
+    """One epoch of a trial; whether it was the last."""
+    trial, name = done.trials[number], str(number)
+    done.run_epoch(trial)
+    result = trial.training.result(trial.epochs_done)
+    if not trial.completed:
+        asked = SimpleNamespace(trial_id=name, config=trial.config)
+        trial.stopped = scheduler.on_trial_result(None, asked, result) == TrialScheduler.STOP
+    if trial.completed or trial.stopped:
+        searcher.on_trial_complete(name, result)
+        return True
+    searcher.on_trial_result(name, result)
+    return False
+
+
+def _mark_left_short(done: Replay, table: CurveTable) -> None:
+    """With annealed rungs, to be stopped is to be trained for the shortest length only."""
+    shortest, *_, longest = lengths(table.space.dimensions["epochs"])
+    full = [trial.config for trial in done.trials if trial.config["epochs"] == longest]
+    for trial in done.trials:
+        if trial.config["epochs"] == shortest and (config := trial.config | {"epochs": longest}) not in full:
+            seed = table.answers(trial.config).index(trial.training)
+            trial.stopped, trial.training = True, table.answers(config)[seed]
+
+
+# --- What a rung says of the end --------------------------------------------------------------------------------------
+
+
+def rung_and_final(method: Method, table: CurveTable) -> list[tuple[float, float]]:
+    """The metric at each rung and at the end, of all trainings that reach it; for annealed rungs, that of a short
+    training and that of the longest one of the same configuration."""
+    if method.scheduler == "annealed":
+        shortest, *_, longest = lengths(table.space.dimensions["epochs"])
+        return [(short.error_rate[-1], full.error_rate[-1]) for short, full in table.pairs(shortest, longest)]
+    with _journal() as journal:
+        rungs = list(getattr(new_scheduler(method.scheduler, METRIC, journal), "recorded", {}))
+    found = []
+    for training in table.all():
+        reached = [rung_at(progress, rungs) for progress in training.progress]
+        first = {rung: reached.index(rung) for rung in set(reached) - {None}}
+        found += [(training.error_rate[epoch], training.error_rate[-1]) for epoch in first.values()]
+    return found
