@@ -9,6 +9,7 @@ the search's own searchers and schedulers, real trainings, virtual time. Writes 
 import argparse
 import itertools
 import multiprocessing
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes, of which there is one a core
     load(args.table)
     found = run_all(args)
     target = float(np.median(errors_at(found[BASELINE, 1], args.budget))) + NEAR

@@ -62,11 +62,13 @@ def test_help_answers_at_once(command):
 
 def test_help_shows_every_option_and_how_to_begin(command):
     text = command("--help").stdout
-    options = "space set data weights trials time-budget method seed address workers-per-trial cpus-per-worker"
-    for option in (options + " gpus-per-worker max-concurrent results name resume describe test-split").split():
+    options = "space set data weights test-split describe trials time-budget searcher scheduler objective confirm seed "
+    options += "target-seconds address workers-per-trial cpus-per-worker gpus-per-worker max-concurrent results name "
+    options += "resume storage report cache lr-range recipes"
+    for option in options.split():
         assert f"--{option}" in text
     assert "python -m search.run --space quickstart" in text
-    assert "tpe-asha" in text
+    assert "annealed" in text
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("--space", "pets", "--describe"), ("--trials", "0")])
