@@ -85,7 +85,7 @@ class ImmediateActors:
         recipe = Recipe.from_dict(_window.settings | settings)
         done = recipe.total_epochs if _window.filling else done + 1
         self.trials[actor] = config, done
-        own = {"overhead_seconds": 0.1, "epochs_total": recipe.total_epochs, "failure": ""}
+        own = {"seconds": 0.002 * done, "overhead_seconds": 0.1, "epochs_total": recipe.total_epochs, "failure": ""}
         tunes = {"training_iteration": done, "date": "2000-01-01_00-00-00", "timestamp": 946684800, "config": settings,
                  "time_this_iter_s": 0.1, "time_total_s": 0.1 * done, "pid": 1, "hostname": "head",
                  "node_ip": "127.0.0.1", "time_since_restore": 0.1, "iterations_since_restore": done}  # fmt: skip

@@ -50,6 +50,7 @@ def start(class_folders, tmp_path):
     started: list[Search] = []
 
     def begin(cluster: Cluster, *arguments: object) -> Search:
+        cluster.wait_for_nodes()  # one that a test took away may still be there
         where = ("--data", class_folders, "--address", cluster.address, "--cpus-per-worker", 1, "--report", "off")
         common = ("--space", "quickstart", "--searcher", "random", "--scheduler", "none", *settings(SETTINGS))
         started.append(Search(tmp_path / f"search{len(started)}", *where, *common, *arguments))

@@ -70,7 +70,7 @@ def test_the_winner_stands_beside_trial_0_with_both_intervals(run):
     low, high = run.interval(run.best)
     assert f"95 % interval {100 * low:.1f} % to {100 * high:.1f} %" in html
     assert 'id="best-card"' in html and 'id="first-card"' in html
-    assert "this may be chance" in html
+    assert "this may be noise" in html
     assert "best of 7 trials on the same 20 images" in html
 
 
