@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trainables.recipe import Recipe, checked_value, needed_by, parse_value, spec_of
+from trainables.recipe import Recipe, checked_value, has_effect, needed_by, parse_value, spec_of
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Space:
         in, so their order does not matter.
         """
         settings, dimensions, problems = Recipe.from_dict(self.settings).to_dict(), dict(self.dimensions), []
-        pinned = dict.fromkeys(self.pinned)
+        pinned, texts = dict.fromkeys(self.pinned), list(texts)
         for text in texts:
             try:
                 name, value = self._parse(text)
@@ -125,6 +125,12 @@ class Space:
                 dimensions.pop(name, None)
                 pinned[name] = None
             settings[name] = value
+        given = {text.partition("=")[0] for text in texts}
+        for name in [name for name in dimensions if _is_idle(name, dimensions, settings)]:
+            if name in given:
+                needed = needed_by(name)
+                problems.append(f"--set {name}: has no effect with {needed}={settings[needed]}")
+            del dimensions[name]
         if problems:
             raise ValueError("; ".join(problems))
         return replace(self, settings=settings, dimensions=dimensions, pinned=tuple(pinned))
@@ -169,6 +175,11 @@ class Space:
             return name, Range(low, high, log and low > 0, off)
         values = tuple(dict.fromkeys(parse_value(name, part) for part in value.split(",")))
         return name, Choice(values) if len(values) > 1 else values[0]
+
+
+def _is_idle(name: str, dimensions: Mapping[str, Dimension], settings: Mapping[str, Any]) -> bool:
+    """Whether a dimension has no effect in any trial, because of what another setting is pinned to."""
+    return needed_by(name) not in dimensions and not has_effect(name, settings)
 
 
 def check_dimension(name: str, dimension: Dimension) -> None:

@@ -56,6 +56,14 @@ def test_a_pinned_dimension_is_searched_no_more():
     assert "epochs" not in space.first_configs()[0]
 
 
+def test_what_a_pinned_setting_leaves_without_effect_is_not_searched():
+    space = load_space("pets")
+    assert "hidden" in space.dimensions and "hidden" in space.with_settings(["head=mlp"]).dimensions
+    assert "hidden" not in space.with_settings(["head=linear"]).dimensions
+    with pytest.raises(ValueError, match="--set hidden: has no effect with head=linear"):
+        space.with_settings(["head=linear", "hidden=256,512"])
+
+
 def test_a_pinned_setting_keeps_the_dimensions():
     space = SPACE.with_settings(["batch_size=8", "pretrained=false", "smoothing=0.1"])
     assert space.dimensions == SPACE.dimensions
