@@ -128,9 +128,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     partial = args.out / "learning_curves.partial"
     ended = [json.loads(line) for line in partial.read_text().splitlines()] if partial.is_file() else []
-    have = {one[0] for one in ended}
     jobs = enumerate(seeded(configurations(args.points, args.seed)))
     jobs = [(number, config, args.device) for number, config in jobs]
+    if any(config != jobs[number][1] for number, config, *_ in ended if number < len(jobs)):
+        parser.error(f"{partial} is of another --points or --seed: remove it, or go on with that")
+    have = {one[0] for one in ended}
     todo = [job for job in jobs if job[0] not in have]
     started = time.monotonic()
     for count, one in enumerate(train_all(todo, args.jobs, partial), start=1):

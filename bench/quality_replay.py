@@ -6,7 +6,7 @@ import itertools
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from ray.tune.schedulers import TrialScheduler
 
-from search.annealed import AnnealedSearcher, lengths
+from search.annealed import lengths, new_searcher
 from search.method import Method
 from search.scheduler import new_scheduler, rung_at
 from search.searcher import METRIC, OptunaSearcher
@@ -56,6 +56,7 @@ class CurveTable:
     """All trainings of a table. One that is not in it is answered by the nearest one that has as many epochs."""
 
     def __init__(self, rows: pd.DataFrame, space: Space) -> None:
+        assert rows["failure"].isna().all(), "a training that diverged has no final error"
         self.others = [name for name in space.dimensions if name != "epochs"]
         self.space = space
         costs = rows.groupby(["arch", "image_size", "stage"])["seconds"].transform("median")
@@ -174,7 +175,7 @@ class Replay:
         if trial.completed:
             done = [one for one in self.trials if one.completed]
             best = min(done, key=lambda one: (one.final_error, one.training.valid_loss[-1]))
-            self.incumbents.append((self.epochs, best))
+            self.incumbents.append((self.epochs, replace(best)))  # as it is now, see `_mark_left_short`
 
     def incumbent_at(self, epochs: int) -> Trial | None:
         return next((trial for spent, trial in reversed(self.incumbents) if spent <= epochs), None)
@@ -188,8 +189,7 @@ class Replay:
 def replay(method: Method, table: CurveTable, *, seed: int, slots: int, budget: int) -> Replay:
     """A search by `method`, of `slots` trials at once, until `budget` epochs are spent."""
     with _journal() as journal:
-        kind = AnnealedSearcher if method.scheduler == "annealed" else OptunaSearcher
-        searcher = kind(table.space, journal, seed=seed, method=method)
+        searcher = new_searcher(table.space, journal, seed=seed, method=method)
         scheduler = new_scheduler(method.scheduler, METRIC, journal.with_name("rungs.json"))
         done = _run(searcher, scheduler, table, np.random.default_rng(seed), slots, budget)
     if method.scheduler == "annealed":

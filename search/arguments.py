@@ -65,7 +65,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--trials", type=positive, metavar="N", help="how many trials (default: the space's)")
     how.add_argument("--time-budget", type=_seconds, metavar="30m", help="stop after this time (90s, 30m, 8h)")
     how.add_argument("--searcher", choices=SEARCHERS, default="tpe", help=(
-        "who proposes, of Optuna's samplers; default tpe"
+        "who proposes, of Optuna's samplers: tpe (default), random, gp = Gaussian process, cmaes; gp and cmaes draw at "
+        "random what not every trial has, such as mixup_alpha=0,0.1..0.4, and cmaes also choices, such as arch"
     ))  # fmt: skip
     how.add_argument("--scheduler", choices=SCHEDULERS, help=(
         "which trials end early: rungs = those that are bad late in their schedule; median = those that are worse than "
@@ -120,6 +121,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--trials has no say: --recipes runs each of the recipes once")
     if args.recipes and args.lr_range == "auto":
         parser.error("--lr-range auto has nothing to narrow: --recipes gives every trial its rates")
+    if args.recipes and (args.target_seconds or args.objective != "error"):
+        parser.error("--objective and --target-seconds have no say: --recipes runs each of the recipes once")
     if args.resume and args.name is None:
         parser.error("--resume needs --name, the folder of the run to go on with")
     return args

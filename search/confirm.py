@@ -8,6 +8,6 @@ from trainables.trial import RETRAINS
 
 
 def retrainings(best: Iterable[tuple[str, dict[str, Any]]], seed: int) -> list[dict[str, Any]]:
-    """Configs of all retrainings, the best trial's first; `seed` is the one that the search trained with."""
+    """Configs of all retrainings, the best trial's first; no trial of the search had a seed above `seed`."""
     seeds = range(seed + 1, seed + 1 + CONFIRM_SEEDS)
     return [config | {"seed": new, RETRAINS: trial_id} for trial_id, config in best for new in seeds]

@@ -31,6 +31,11 @@ class Method:
                 f"--objective {self.objective}: --scheduler {self.scheduler} ends trials by their error, and a quick "
                 "one of a higher error may be what is wanted. Leave --scheduler out."
             )
+        if self.target_seconds and self.scheduler == "annealed":
+            raise ValueError(
+                "--target-seconds: --scheduler annealed trains what was good at first for longer, whatever it takes. "
+                "Take rungs, median or none."
+            )
         if self.target_seconds and self.searcher not in ("tpe", "gp"):
             raise ValueError(
                 f"--target-seconds: --searcher {self.searcher} cannot prefer quick trials. Take tpe or gp."

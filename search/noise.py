@@ -47,4 +47,5 @@ def lead(winner: float, first: float, num_images: int, num_trials: int) -> str:
     chosen = f", corrected for the choice among {many(others, 'trial')}" if others > 1 else ""
     interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}{chosen}"
     verdict = "more than noise" if low > 0 else "this may be noise"
-    return f"{100 * (first - winner):.1f} points better than trial 0 ({interval}): {verdict}"
+    points, side = 100 * abs(first - winner), "better" if winner <= first else "worse"
+    return f"{points:.1f} points {side} than trial 0 ({interval}): {verdict}"

@@ -52,11 +52,14 @@ def search(args: argparse.Namespace, folder) -> int:
     prepare_environment()
     show_progress()
     space, method = space_of(args), method_of(args)
+    from search.annealed import check_lengths
     from search.held_out import hold_out, source_of
     from search.tuner import RunOptions, full_settings
     from trainables.source import images_digest
 
     full_settings(space)
+    if method.scheduler == "annealed":
+        check_lengths(space)
     mirror = mirror_of(args, folder)
     images = hold_out(find_data(space, args), args.test_split, space.split_seed)
     check_weights(space, args)
@@ -196,14 +199,15 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
 
     from search.held_out import lines, read_once
     from search.leaderboard import counts, leaderboard, recipes_table
-    from search.results import FAILED, RUNNING, leaders, read_trials
+    from search.results import COMPLETED, FAILED, RUNNING, leaders, read_trials
     from search.run_record import load
     from search.summary import summary
     from trainables import checkpoint
 
     rows = read_trials(options.folder.trials)
     for row in rows:
-        if row["status"] != RUNNING:  # an epoch under way when the search ended has left its state after all
+        waits = interrupted and options.method.confirm and row["status"] == COMPLETED  # to be trained again
+        if row["status"] != RUNNING and not waits:  # an epoch under way when the search ended has left its state
             checkpoint.drop(options.folder.checkpoints / row["trial_id"])
     console = Console() if sys.stdout.isatty() else Console(width=200)
     if options.recipes:

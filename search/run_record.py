@@ -93,14 +93,16 @@ class RunRecord:
 
     @property
     def lead(self) -> str:
-        """What the winner's lead on trial 0 is worth, in words; empty without both. Where it was trained again, that
-        mean counts instead of the one training that was chosen."""
+        """What the winner's lead on trial 0 is worth, in words; empty without both. Where one was trained again, that
+        mean counts instead of the one training."""
         best, first = self.best, self.first
         if first is None or best.name == first.name or not self.num_valid:
             return ""
-        confirmed = best.get(CONFIRMED, math.nan)
-        error = best["error_rate"] if math.isnan(confirmed) else confirmed
-        return lead(error, first["error_rate"], self.num_valid, len(self.completed))
+        error, firsts = (
+            row["error_rate"] if math.isnan(confirmed := row.get(CONFIRMED, math.nan)) else confirmed
+            for row in (best, first)
+        )
+        return lead(error, firsts, self.num_valid, len(self.completed))
 
     @cached_property
     def study(self) -> optuna.Study:

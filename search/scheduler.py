@@ -13,8 +13,8 @@ from trainables.trial import RETRAINS
 
 RUNGS = (50, 75)
 KEEP = 0.8
+"""Gently: what ends best is often not yet among the best at a rung, see results/bench/search_quality.md."""
 MIN_RECORDED = 3
-"""With these, bench/search_quality.py stops none that would have been the best; with 0.6 and 2, in every fifth search."""
 MEDIAN_RUNGS = tuple(range(10, 100, 10))
 
 

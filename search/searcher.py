@@ -16,7 +16,7 @@ from ray.tune.search import Searcher
 from search.capacity import Capacity
 from search.confirm import retrainings
 from search.method import Method
-from search.space import Choice, Dimension, Space
+from search.space import Choice, Dimension, Space, ends
 from trainables.recipe import has_effect, spec_of
 from trainables.trial import unmistakable
 
@@ -118,7 +118,7 @@ class OptunaSearcher(Searcher):
         """One of the best once more. The choice among all trials waits for the last of them."""
         if set(self.live) & set(self.numbers):
             return None
-        todo = retrainings(self._ranked()[: self.method.confirm], self.space.seed)
+        todo = retrainings(self._ranked()[: self.method.confirm], self._last_seed())
         if len(self.retrained) >= len(todo):
             return Searcher.FINISHED
         config = todo[len(self.retrained)]
@@ -128,6 +128,15 @@ class OptunaSearcher(Searcher):
         self.retrained.append(trial_id)
         self.live[trial_id] = num_workers
         return config
+
+    def _last_seed(self) -> int:
+        """The highest that a trial may have had: `--set` can pin or search it."""
+        searched = self.space.dimensions.get("seed")
+        return (
+            int(max(ends(searched)))
+            if searched
+            else self.space.full({"seed": self.space.seed} | self.space.settings)["seed"]
+        )
 
     def _ranked(self) -> list[tuple[str, Config]]:
         """The table's id and config of the completed trials, best first: lowest error, ties by validation loss."""

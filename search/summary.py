@@ -20,6 +20,8 @@ def summary(run: RunRecord) -> list[str]:
     lines = [f"best: {_winner(run.best)}{'' if recipes else _beside(run)}"]
     if run.lead and not recipes:
         lines.append(f"noise: {run.lead}")
+    if missing := _unconfirmed(run):
+        lines.append(missing)
     if "front" in run.trials:
         lines.append(f"best for their cost: {_front(run)}")
     if shares := importances(run):
@@ -40,6 +42,13 @@ def _winner(best: pd.Series) -> str:
 def _beside(run: RunRecord) -> str:
     first = run.first
     return "" if first is None else f"; trial 0, the space's own recipe: {percent(first['error_rate'])}"
+
+
+def _unconfirmed(run: RunRecord) -> str:
+    """Where `--confirm` was not done to its end, that it was not."""
+    wanted = min(run.command["arguments"].get("confirm", 0), len(run.completed))
+    done = int(run.completed[CONFIRMED].notna().sum()) if wanted else 0
+    return "" if done == wanted else f"confirmed: {done} of the best {wanted}; the search ended before the others were"
 
 
 def _front(run: RunRecord) -> str:

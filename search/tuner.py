@@ -6,14 +6,14 @@ from typing import Any
 
 from ray import tune
 
-from search.annealed import AnnealedSearcher
+from search.annealed import new_searcher
 from search.capacity import Capacity, CapacityNews
 from search.leaderboard import Leaderboard
 from search.live_report import LiveReport
 from search.method import Method
 from search.results import ResultsTable, RunFolder, TooManyFailures
 from search.scheduler import new_scheduler
-from search.searcher import METRIC, OptunaSearcher
+from search.searcher import METRIC
 from search.space import NamedRecipe, Space
 from search.storage import Mirroring
 from trainables.held_out import Remaining
@@ -67,11 +67,10 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
     live_report = [] if options.report == "off" else [LiveReport(options.folder)]
     num_samples = options.num_trials + options.method.num_retrainings
     leaderboard = Leaderboard(table, num_trials=num_samples, time_budget=options.time_budget)
-    searcher = AnnealedSearcher if options.method.scheduler == "annealed" else OptunaSearcher
     return tune.Tuner(
         trainable(options, settings),
         tune_config=tune.TuneConfig(
-            search_alg=searcher(
+            search_alg=new_searcher(
                 options.space,
                 options.folder.journal,
                 seed=options.space.seed,

@@ -5,14 +5,21 @@ from dataclasses import replace
 import pytest
 from test_searcher import SPACE, on_record, result
 
-from search.annealed import AnnealedSearcher, lengths, promotion
+from search.annealed import AnnealedSearcher, check_lengths, lengths, promotion
 from search.method import Method
 from search.space import Choice, Range
 
 
 @pytest.mark.parametrize(
     ("epochs", "expected"),
-    [(Range(1, 3), [1, 3]), (Range(3, 15), [5, 15]), (Range(1, 27), [1, 3, 9, 27]), (Choice((4, 6)), [6])],
+    [
+        (Range(1, 3), [1, 3]),
+        (Range(3, 15), [5, 15]),
+        (Range(1, 27), [1, 3, 9, 27]),
+        (Range(0, 9), [1, 3, 9]),
+        (Range(3, 8), [8]),
+        (Choice((4, 8, 16)), [4, 16]),
+    ],
 )
 def test_each_length_is_a_third_of_the_next(epochs, expected):
     assert lengths(epochs) == expected
@@ -47,3 +54,25 @@ def test_a_config_that_was_good_short_is_trained_long_from_the_start(tmp_path):
     assert searcher.suggest("t4") == configs[2] | {"epochs": 6}
     assert searcher.suggest("t5")["epochs"] == 2
     assert len(on_record(tmp_path / "journal")) == 6
+
+
+@pytest.mark.parametrize("text", ["epochs=2", "epochs=4,6", "epochs=3..8"])
+def test_where_trials_cannot_begin_short_the_search_does_not_begin(text):
+    with pytest.raises(ValueError, match=r"--scheduler annealed: epochs (is|are) .*at least 3 times the fewest"):
+        check_lengths(SPACE.with_settings([text]))
+    check_lengths(SPACE)
+
+
+def test_a_promotion_that_a_kill_made_forget_is_made_again(tmp_path):
+    made = {"seed": 0, "method": Method(scheduler="annealed")}
+    searcher = AnnealedSearcher(replace(SPACE, first=()), tmp_path / "journal", **made)
+    searcher.suggest("t0")
+    searcher.on_trial_complete("t0", result=result(3, 3, 0.3))
+    for i, error in enumerate((0.5, 0.2, 0.4), start=1):
+        searcher.suggest(f"t{i}")
+        searcher.on_trial_complete(f"t{i}", result=result(3, 3, error))
+    searcher.save(str(tmp_path / "state"))
+    promoted = searcher.suggest("t4")
+    restored = AnnealedSearcher(replace(SPACE, first=()), tmp_path / "journal", **made)
+    restored.restore(str(tmp_path / "state"))
+    assert restored.suggest("t4") == promoted

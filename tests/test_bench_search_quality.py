@@ -57,6 +57,7 @@ def rows() -> pd.DataFrame:
                             "error_rate": error(lr_max, epochs, seed) + 0.1 * (epochs + 1 - epoch),
                             "valid_loss": 1.0,
                             "seconds": 1.0 + unfrozen,
+                            "failure": None,
                         }
                     )
     return pd.DataFrame(found)

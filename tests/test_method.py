@@ -29,6 +29,7 @@ def test_named_recipes_all_run_to_their_end():
         (("--objective", "error,seconds", "--searcher", "cmaes"), "--searcher cmaes knows one objective"),
         (("--target-seconds", "60", "--searcher", "random"), "--searcher random cannot prefer quick trials"),
         (("--target-seconds", "60", "--searcher", "cmaes"), "Take tpe or gp"),
+        (("--target-seconds", "60", "--scheduler", "annealed"), "Take rungs, median or none"),
     ],
 )
 def test_what_does_not_go_together_is_refused(words, problem):

@@ -25,6 +25,7 @@ def test_a_lead_says_whether_it_is_more_than_noise():
     assert lead(0.05, 0.08, 120, 8).endswith("this may be noise")
     assert lead(0.05, 0.30, 120, 2).startswith("25.0 points better than trial 0 (95 % interval 15.")
     assert "corrected" not in lead(0.05, 0.30, 120, 2)
+    assert lead(0.08, 0.05, 120, 8).startswith("3.0 points worse than trial 0 (95 % interval -")
 
 
 def test_more_than_noise_is_rarely_said_where_there_is_nothing_but_noise():

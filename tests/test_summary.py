@@ -50,6 +50,24 @@ def test_a_confirmed_winner_is_named_with_the_mean_of_its_retrainings(folder):
     assert "(30.0 % in the mean of 3 more seeds" in summary(run)[0].replace("with test-time augmentation, ", "(")
 
 
+def test_a_search_that_ended_before_all_were_confirmed_says_so(folder):
+    command = json.loads((folder / "command.json").read_text())
+    command["arguments"]["confirm"] = 2
+    (folder / "command.json").write_text(json.dumps(command))
+    numbers = list(load(folder).completed.index[:2])
+    [line] = [line for line in summary(changed(folder, confirmed_error_rate={numbers[0]: 0.3})) if "confirmed" in line]
+    assert line == "confirmed: 1 of the best 2; the search ended before the others were"
+    done = summary(changed(folder, confirmed_error_rate=dict.fromkeys(numbers, 0.3)))
+    assert not any(line.startswith("confirmed") for line in done)
+
+
+def test_two_confirmed_errors_are_compared_with_each_other(folder):
+    run = load(folder)
+    winner = next(number for number in run.completed.index if number)
+    again = changed(folder, confirmed_error_rate={winner: 0.2, 0: 0.5})
+    assert again.lead.startswith("30.0 points better than trial 0")
+
+
 def test_the_front_is_named_where_seconds_are_an_objective(folder):
     run = changed(folder, front={0: "yes"}, seconds={0: 1.0})
     [front] = [line for line in summary(run) if line.startswith("best for their cost: ")]
