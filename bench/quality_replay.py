@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from optuna.samplers import BaseSampler
 from ray.tune.schedulers import TrialScheduler
 
 from search.annealed import lengths, new_searcher
@@ -186,10 +187,13 @@ class Replay:
         return min(ended, key=lambda trial: (trial.final_error, trial.stopped)).stopped
 
 
-def replay(method: Method, table: CurveTable, *, seed: int, slots: int, budget: int) -> Replay:
-    """A search by `method`, of `slots` trials at once, until `budget` epochs are spent."""
+def replay(
+    method: Method, table: CurveTable, *, seed: int, slots: int, budget: int, sampler: BaseSampler | None = None
+) -> Replay:
+    """A search by `method`, or with another `sampler`, of `slots` trials at once, until `budget` epochs are spent."""
     with _journal() as journal:
         searcher = new_searcher(table.space, journal, seed=seed, method=method)
+        searcher.sampler = sampler or searcher.sampler
         scheduler = new_scheduler(method.scheduler, METRIC, journal.with_name("rungs.json"))
         done = _run(searcher, scheduler, table, np.random.default_rng(seed), slots, budget)
     if method.scheduler == "annealed":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pandas as pd
 from common import CPUS, RESULTS, command_line, footer, hardware, versions, write
 from learning_curves import FILE, space
@@ -25,6 +26,7 @@ from search.method import Method
 from search.wording import many
 
 BASELINE, TOP_K = "random", "random, top K after one epoch"
+MULTIVARIATE = "tpe as Optuna has it (multivariate), rungs"
 METHODS: dict[str, Method | None] = {
     BASELINE: Method(searcher="random", scheduler="none"),
     TOP_K: None,
@@ -32,6 +34,7 @@ METHODS: dict[str, Method | None] = {
     "tpe, rungs": Method(scheduler="rungs"),
     "tpe, annealed": Method(scheduler="annealed"),
     "tpe, median": Method(scheduler="median"),
+    MULTIVARIATE: Method(scheduler="rungs"),
     "gp": Method(searcher="gp", scheduler="none"),
     "cmaes": Method(searcher="cmaes", scheduler="none"),
 }
@@ -63,7 +66,8 @@ def run(job: tuple[str, int, int, int]) -> tuple[str, int, Replay]:
     method = METHODS[name]
     if method is None:
         return name, slots, replay_top_k(_table, seed=seed, budget=budget)
-    return name, slots, replay(method, _table, seed=seed, slots=slots, budget=budget)
+    sampler = optuna.samplers.TPESampler(seed=seed) if name == MULTIVARIATE else None
+    return name, slots, replay(method, _table, seed=seed, slots=slots, budget=budget, sampler=sampler)
 
 
 def run_all(args: argparse.Namespace) -> dict[tuple[str, int], list[Replay]]:
@@ -139,14 +143,16 @@ def draw(found: Mapping[tuple[str, int], Sequence[Replay]], budget: int, target:
 
     figure, panes = plt.subplots(1, len(SLOTS), figsize=(11, 4.2), sharey=True, layout="constrained")
     epochs = np.arange(1, budget + 1)
+    colours = {name: f"C{row}" for row, name in enumerate(METHODS)}
     for pane, slots in zip(panes, SLOTS, strict=True):
         for (name, at_once), replays in found.items():
             if at_once != slots:
                 continue
             errors = np.array([errors_at(replays, spent) for spent in epochs])
             low, middle, high = 100 * np.quantile(errors, (0.25, 0.5, 0.75), axis=1)
-            [line] = pane.step(epochs, middle, where="post", label=name, linewidth=2.5 if name == DEFAULT else 1.3)
-            pane.fill_between(epochs, low, high, step="post", color=line.get_color(), alpha=0.08)
+            width = 2.5 if name == DEFAULT else 1.3
+            pane.step(epochs, middle, where="post", color=colours[name], label=name, linewidth=width)
+            pane.fill_between(epochs, low, high, step="post", color=colours[name], alpha=0.08)
         pane.axhline(100 * target, color="grey", linestyle=":", linewidth=1)
         pane.set(title=f"{many(slots, 'trial')} at once", xlabel="epochs spent", ylim=(0, 25))
     panes[0].set_ylabel("error of the incumbent, %: median and quartiles")
