@@ -31,5 +31,5 @@ SPACE = Space(
     },
     recipes={"book": tuple(book.scaled_down(recipe, ARCHS, **SIZES) for recipe in book.PETS)},
     num_trials=10,
-    seed=6,  # one whose ten trials show what a search does: some are good, and some are stopped early
+    seed=6,
 )
