@@ -102,14 +102,6 @@ def assert_learns_like_one_worker(folder: Path, data: Path) -> None:
     training.close()
 
 
-def most_at_once(lines: list[str]) -> int:
-    live, most = 0, 0
-    for line in lines:
-        live += (": " in line and "starts:" in line) - ("completed: error" in line)
-        most = max(most, live)
-    return most
-
-
 @pytest.fixture
 def autoscaling(tmp_path, monkeypatch):
     """A head without CPUs whose autoscaler can start two nodes of one CPU each, as processes of this machine."""
