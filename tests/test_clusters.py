@@ -102,6 +102,30 @@ def assert_learns_like_one_worker(folder: Path, data: Path) -> None:
     training.close()
 
 
+def test_a_search_grows_with_its_cluster(cluster, start):
+    search = start(cluster, "--trials", 2, *settings("epochs=3"))
+    search.wait_for(r"trial 0 .*epoch 1/")
+    assert "2 trials, 1 at once" in search.text
+    with stopped(workers()):  # so that trial 0 cannot end while nodes come and go
+        node = cluster.add_node(num_cpus=1)
+        search.wait_for("cluster: more nodes, room for 2 workers now")
+        search.wait_for(r"trial 1 .*epoch 1/")
+        assert most_at_once(search.lines) == 2
+    assert search.wait() == 0, search.text
+    cluster.remove_node(node, allow_graceful=False)
+    assert [row["status"] for row in tables(search.folder)[0]] == ["completed"] * 2
+    epochs = tables(search.folder)[1]
+    assert len(epochs) == len({(row["number"], row["epoch"]) for row in epochs}) == 2 * 4
+
+
+def most_at_once(lines: list[str]) -> int:
+    live, most = 0, 0
+    for line in lines:
+        live += (": " in line and "starts:" in line) - ("completed: error" in line)
+        most = max(most, live)
+    return most
+
+
 @pytest.fixture
 def autoscaling(tmp_path, monkeypatch):
     """A head without CPUs whose autoscaler can start two nodes of one CPU each, as processes of this machine."""
