@@ -102,7 +102,7 @@ def assert_learns_like_one_worker(folder: Path, data: Path) -> None:
     training.close()
 
 
-def test_a_search_grows_with_its_cluster(cluster, start):
+def test_a_search_grows_and_shrinks_with_its_cluster(cluster, start):
     search = start(cluster, "--trials", 2, *settings("epochs=3"))
     search.wait_for(r"trial 0 .*epoch 1/")
     assert "2 trials, 1 at once" in search.text
@@ -111,8 +111,10 @@ def test_a_search_grows_with_its_cluster(cluster, start):
         search.wait_for("cluster: more nodes, room for 2 workers now")
         search.wait_for(r"trial 1 .*epoch 1/")
         assert most_at_once(search.lines) == 2
+        with stopped(workers()):
+            cluster.remove_node(node, allow_graceful=False)
+            search.wait_for("cluster: waiting for nodes. Trials need 2 workers, there is room for 1")
     assert search.wait() == 0, search.text
-    cluster.remove_node(node, allow_graceful=False)
     assert [row["status"] for row in tables(search.folder)[0]] == ["completed"] * 2
     epochs = tables(search.folder)[1]
     assert len(epochs) == len({(row["number"], row["epoch"]) for row in epochs}) == 2 * 4
