@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from trainables import worker_group
+from trainables import worker
 from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE
 from trainables.worker_group import GroupSize
 
 CPUS_TOLD = 4
 """What Ray is told that this machine has: two workers and, in Ray's own pattern, the function that starts them."""
-product_serve = worker_group.serve
+product_serve = worker.serve
 
 
 class EmptyTraining:
@@ -70,7 +70,7 @@ def error_rate(recipe, progress: float) -> float:
 
 def train_nothing() -> None:
     """Ray calls this in every process that it starts; torch comes in with the workers' `serve` only."""
-    worker_group.serve = serve_nothing
+    worker.serve = serve_nothing
 
 
 def serve_nothing(config: dict) -> None:
@@ -121,7 +121,7 @@ def search_options(
 ):
     """A search of the quickstart's dimensions as the command line would make it, in a folder of its own."""
     from search.method import Method
-    from search.results import RunFolder
+    from search.run_folder import RunFolder
     from search.space import load_space
     from search.tuner import RunOptions
 

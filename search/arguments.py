@@ -1,7 +1,6 @@
-"""The arguments of `python -m search.run`: what they are, and those that an interrupted run was started with."""
+"""The arguments of `python -m search.run`."""
 
 import argparse
-import json
 import re
 import shlex
 from pathlib import Path
@@ -101,6 +100,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     where.add_argument("--max-concurrent", type=_auto_or_positive, default="auto", metavar="N", help=(
         "trials at once, or auto (default): what fits, more and fewer as nodes come and go"
     ))  # fmt: skip
+    where.add_argument("--stall-timeout", type=_seconds, default=600.0, metavar="10m", help=(
+        "workers that train no batch for so long are taken for hung and started anew; their trial goes on from its "
+        "last epoch; default 10m"
+    ))  # fmt: skip
     add_cache(where)
     out = parser.add_argument_group("results")
     out.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results/")
@@ -109,12 +112,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "an s3://, gs:// or file:// address; <URI>/<name>/ gets a copy of everything as the search goes, from which "
         "--resume --storage goes on with it on another head node"
     ))  # fmt: skip
+    out.add_argument("--keep", type=positive, default=3, metavar="N", help=(
+        "how many of the best trials keep their weights, for search.export --trial; default 3"
+    ))  # fmt: skip
     out.add_argument("--report", choices=("full", "tables", "off"), default="full", help=(
         "write report.html as the search goes and at its end: full labels the validation images with the winner, for "
         "its confusion matrix and top losses, tables leaves that out; default full"
     ))  # fmt: skip
-    out.add_argument("--resume", action="store_true", help="go on with the run called --name, options as they were")
+    out.add_argument("--resume", action="store_true", help=(
+        "go on with the run called --name, options as they were; the command that began it does so, too"
+    ))  # fmt: skip
+    out.add_argument("--trust", action="store_true", help=(
+        "resume a run that somebody else began, or you on another machine: what its files say is executed"
+    ))  # fmt: skip
     args = parser.parse_args(argv)
+    args.given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     if args.space is None and not args.resume:
         parser.error(f"--space is needed: one of {', '.join(space_names())}")
     if args.recipes and args.trials:
@@ -143,24 +155,6 @@ def add_cache(parser) -> None:
         "how each node keeps the presized images: as pixels that all trials share, as smaller JPEGs, or not at all; "
         "default auto: pixels while they fit half of the memory and the disk, then JPEGs"
     ))  # fmt: skip
-
-
-def saved_arguments(folder, args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments that a run was started with; where it goes on is this command's."""
-    if not folder.command.is_file():
-        raise ValueError(
-            f"{folder} holds no run to resume (no command.json in it). Runs are listed by: ls {args.results}"
-        )
-    saved = json.loads(folder.command.read_text())["arguments"]
-    if missing := [name for name in vars(args) if name not in saved]:
-        raise ValueError(
-            f"{folder} was started by an older version, which knew no --{missing[0].replace('_', '-')}. Start it anew."
-        )
-    for name in ("data", "weights"):
-        saved[name] = source(saved[name]) if saved[name] else None
-    saved["results"] = Path(saved["results"])
-    here = {"resume": True, "address": args.address, "name": args.name, "results": args.results}
-    return argparse.Namespace(**saved | here | {"storage": args.storage or saved["storage"]})
 
 
 def resume_command(folder, address: str | None) -> str:

@@ -22,7 +22,7 @@ from optuna.storages.journal import JournalFileBackend
 from search.arguments import positive
 from search.cli import run_cli, say
 from search.model_folder import is_run
-from search.results import RunFolder
+from search.run_folder import RunFolder
 from trainables.model_folder import read_json
 
 LOCALHOST = "127.0.0.1"

@@ -23,7 +23,7 @@ from search.files import replace_folder
 from search.model_folder import open_run
 from search.wording import percent
 from trainables.checkpoint import PREPROCESSING_FILE, WEIGHTS_FILE
-from trainables.model_folder import ModelFolder, read_json
+from trainables.model_folder import ModelFolder, read_json, read_model
 from trainables.predictor import load_model
 
 if TYPE_CHECKING:  # Ray comes with it, which --help and the new process can do without
@@ -45,7 +45,7 @@ examples:
       model.onnx and model.pt2 (torch.export) as well, for any batch size: pixels in 0..1 in, logits out; they run
       without this project, onnx in ONNX Runtime (to write it: pip install onnx onnxruntime onnxscript), pt2 in torch
   python -m search.export results/quickstart-20250101-120000 --out exported --trial 6
-      only if trial 6 is the best; of another one it says how to train it again, as its weights are not kept
+      another one of the best trials; of one whose weights are not kept it says how to train it again
 
 Before it says done, a new process opens every format and labels all validation images of the run; the errors must be
 those of the run's table, but for one image. onnx and pt2 compute in fp32: where training validated in bf16 or fp16,
@@ -65,7 +65,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run, such as results/<name>")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--trial", metavar="ID", help=(
-        "a trial's number or id; a run keeps the weights of its best one, which is the default"
+        "a trial's number or id; a run keeps the weights of its best ones (--keep); default: the very best"
     ))  # fmt: skip
     parser.add_argument("--format", default="safetensors", metavar="LIST", help=(
         "of safetensors, onnx and pt2, separated by commas; the first is always written (safetensors)"
@@ -105,15 +105,14 @@ def export(
     Raises `ValueError` where there is nothing to export or `out` is taken, `Differs` where the check fails.
     """
     run, out = run.expanduser(), out.expanduser().absolute()
-    best = open_run(run)
+    best = model_of(run, trial)
     metrics = read_json(best.path / "metrics.json")
-    require_best(run, metrics, trial)
     export_formats.require_packages(formats)
     require_free(out, force=force)
     print(f"exporting trial {metrics['trial_id']}: {best.recipe.arch}, {percent(metrics['error_rate'], 2)} wrong")
 
     def require_same_best() -> None:
-        if read_json(best.path / "metrics.json") != metrics:
+        if not best.path.is_dir() or read_json(best.path / "metrics.json") != metrics:
             raise ValueError(f"A better trial of {run} completed while it was exported. Export again.")
 
     def fill(folder: Path) -> None:
@@ -151,10 +150,13 @@ def record_of(run: Path) -> RunRecord | None:
         return None
 
 
-def require_best(run: Path, metrics: dict[str, Any], trial: str | None) -> None:
-    """Raises `ValueError` where `trial` (its number or id) is not the one whose weights the run keeps."""
+def model_of(run: Path, trial: str | None) -> ModelFolder:
+    """The best model of `run`, or that of a `trial` (its number or id). Raises `ValueError` where its weights are gone
+    or were never there."""
+    best = open_run(run)
+    metrics = read_json(best.path / "metrics.json")
     if trial is None or trial in (metrics["trial_id"], str(metrics.get("number"))):
-        return
+        return best
     record = record_of(run)
     if record is None or record.trials.empty:
         raise ValueError(f"--trial {trial}: there is no such trial in {run}. Its trials: {metrics['trial_id']}.")
@@ -164,11 +166,15 @@ def require_best(run: Path, metrics: dict[str, Any], trial: str | None) -> None:
         known = f"{rows['number'].min()} to {rows['number'].max()} (or by id, such as {metrics['trial_id']})"
         raise ValueError(f"--trial {trial}: there is no such trial in {run}. Its trials: {known}.")
     row = found.iloc[0]
+    model = record.folder.models / str(row["number"])
+    if model.is_dir():
+        return read_model(model)
     score = "" if math.isnan(row["error_rate"]) else f", {percent(row['error_rate'], 2)} wrong"
+    kept = [str(number) for number in rows["number"] if (record.folder.models / str(number)).is_dir()]
     raise ValueError(
         f"--trial {trial}: trial {row['number']} ({row['status']}{score}) has no weights any more: a run keeps those "
-        f"of its best trial only, which is {metrics.get('number', metrics['trial_id'])} "
-        f"({percent(metrics['error_rate'], 2)} wrong). Train this one again with: {training_command(record, row)}"
+        f"of its best trials only (--keep), which are {', '.join(kept) or metrics.get('number', metrics['trial_id'])}. "
+        f"Train this one again with: {training_command(record, row)}"
     )
 
 

@@ -1,5 +1,6 @@
 """Writing files so that a kill at any moment leaves either the old content or the new."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,3 +27,11 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def link_or_copy(file: Path, place: Path) -> None:
+    """`place` becomes another name of `file` where the file system has such. Neither is ever written to again."""
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copyfile(file, place)

@@ -18,7 +18,7 @@ from trainables.held_out import Remaining, remaining, set_aside
 from trainables.model_folder import read_json, read_model
 
 if TYPE_CHECKING:
-    from search.results import RunFolder
+    from search.run_folder import RunFolder
 
 CHANCE = 0.05
 """A difference that chance makes as often as this, or more often, counts as noise."""

@@ -47,7 +47,11 @@ class Leaderboard(tune.Callback):
         if not result["failure"]:
             epoch = f"epoch {row['epochs_done']}/{row['epochs_total']} ({result['stage']})"
             losses = f"train loss {result['train_loss']:.3f}, valid loss {row['valid_loss']:.3f}"
-            self._say(row, f"{epoch}: error {_percent(row)}, {losses}, {result['images_per_second']:.0f} images/s")
+            parts = result.get("batch_parts", 1)  # more than one where the memory did not suffice
+            split = f", each batch in {parts} parts for want of memory" if parts > 1 else ""
+            self._say(
+                row, f"{epoch}: error {_percent(row)}, {losses}, {result['images_per_second']:.0f} images/s{split}"
+            )
 
     def on_trial_complete(self, iteration: int, trials: list, trial, **info: Any) -> None:
         row = self.table.rows[table_id(trial)]

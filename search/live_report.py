@@ -9,7 +9,7 @@ from typing import Any
 
 from ray import tune
 
-from search.results import RunFolder
+from search.run_folder import RunFolder
 
 PAUSE = 60.0
 """Seconds from one report to the next; one takes some seconds of one core."""

@@ -1,8 +1,7 @@
-"""The results table: `trials.csv` with one row a trial, `epochs.csv` with one row an epoch, `best/` with the winner."""
+"""The results table: `trials.csv` with one row a trial, `epochs.csv` with one row an epoch."""
 
 import csv
 import io
-import json
 import math
 import os
 import shutil
@@ -13,11 +12,13 @@ from typing import Any
 
 from ray import tune
 
-from search.files import replace_folder, write_atomically
+from search.files import write_atomically
+from search.kept_models import KeptModels
 from search.method import CONFIRM_SEEDS
+from search.run_folder import RunFolder
 from search.scheduler import stop_reasons
 from trainables import checkpoint
-from trainables.checkpoint import PREPROCESSING_FILE, WEIGHTS_FILE
+from trainables.checkpoint import WEIGHTS_FILE
 from trainables.recipe import Recipe
 from trainables.trial import RETRAINS, table_id
 
@@ -41,34 +42,10 @@ EPOCH_COLUMNS = [
     "error_rate",
     "accuracy",
 ]
-EPOCH_COLUMNS += ["train_seconds", "valid_seconds", "images_per_second", "train_images", "valid_images", "finished_at"]
+EPOCH_COLUMNS += ["train_seconds", "valid_seconds", "images_per_second", "train_images", "valid_images", "batch_parts"]
+EPOCH_COLUMNS += ["finished_at"]
 
 Row = dict[str, Any]
-
-
-class RunFolder:
-    """Where things are in the folder of one run."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path).resolve()  # Tune pickles it, and a search may go on from another folder
-        self.trials = self.path / "trials.csv"
-        self.epochs = self.path / "epochs.csv"
-        self.space = self.path / "space.json"
-        self.command = self.path / "command.json"
-        self.best = self.path / "best"
-        self.first = self.path / "first"
-        self.test = self.path / "test.json"
-        self.checkpoints = self.path / "checkpoints"
-        self.journal = self.path / "study.journal"
-        self.rungs = self.path / "rungs.json"
-        self.lr_find = self.path / "lr_find"
-        self.interpretation = self.path / "interpretation"
-        self.report = self.path / "report.html"
-        self.tune = self.path / "tune"
-
-    def __str__(self) -> str:
-        """The path as a person would type it here."""
-        return os.path.relpath(self.path) if self.path.is_relative_to(Path.cwd()) else str(self.path)
 
 
 def rank(row: Row) -> tuple[float, ...]:
@@ -111,6 +88,7 @@ class ResultsTable(tune.Callback):
         pinned: Sequence[str] = (),
         confirm: int = 0,
         front: bool = False,
+        keep: int = 1,
         keep_first: bool = False,
     ) -> None:
         self.folder = folder
@@ -118,14 +96,15 @@ class ResultsTable(tune.Callback):
         self.dimensions = dimensions
         self.pinned = list(pinned)  # settings that the user gave one value: the same in all rows
         self.labels = labels
-        self.confirm = confirm  # so many of the best are trained again, and keep their weights until then
+        self.confirm = confirm  # so many of the best are trained again
         self.front = front  # whether to mark the Pareto front of error rate and seconds
+        self.keep = keep  # so many of the best keep their weights
         self.keep_first = keep_first  # trial 0's weights, too, in `first/`
+        self.models = KeptModels(folder, most=max(keep, confirm), first=keep_first)
         self.rows: dict[str, Row] = {}
         self.lines: dict[str, str] = {}  # of trials.csv, by trial: a thousand rows are not formatted for each event
         self.epoch_rows: dict[tuple[str, int], Row] = {}  # by trial and epoch
         self.running: dict[str, Any] = {}  # Tune's trials, by trial
-        self.kept: set[str] = set()  # trials that have ended and keep their weights
         self.failures_in_a_row = 0
         """How many trials have failed without another end between them, since this start of the search."""
         _tables[folder.path.name] = self
@@ -133,7 +112,7 @@ class ResultsTable(tune.Callback):
     def __reduce__(self) -> tuple:
         """Tune saves its callbacks and its stopper apart from each other, the latter once a second. The rows are on
         disk anyway, and those who shared this table share the one that is read back."""
-        names = ("settings", "dimensions", "labels", "pinned", "confirm", "front", "keep_first")
+        names = ("settings", "dimensions", "labels", "pinned", "confirm", "front", "keep", "keep_first")
         given = {name: getattr(self, name) for name in names}
         return _table_of, (self.folder, given)
 
@@ -197,7 +176,7 @@ class ResultsTable(tune.Callback):
             row["reason"] = stop_reasons(self.folder.rungs).get(trial.trial_id, "the search ended")
         self._end(row)
         if row["status"] == RETRAINED:
-            self._confirm(row[RETRAINS], trials)
+            self._confirm(row[RETRAINS])
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         """A search that ends (time budget, too many failures) terminates its trials without telling callbacks."""
@@ -215,10 +194,8 @@ class ResultsTable(tune.Callback):
         self.failures_in_a_row = self.failures_in_a_row + 1 if row["status"] == FAILED else 0
         self.running.pop(row["trial_id"], None)
         self._write_trials(row, *self._mark_front())
-        kept = {best["trial_id"] for best in leaders(self.rows.values())[: self.confirm]}
-        for trial_id in {row["trial_id"], *self.kept} - kept:
-            checkpoint.drop(self.folder.checkpoints / trial_id)  # the best one's weights are in best/
-        self.kept = kept
+        checkpoint.drop(self.folder.checkpoints / row["trial_id"])
+        self.models.retain([best["number"] for best in leaders(self.rows.values())])
 
     def _mark_front(self) -> list[Row]:
         """The rows of which this is news."""
@@ -230,7 +207,7 @@ class ResultsTable(tune.Callback):
             row["front"] = "yes" if row["trial_id"] in front else ""
         return changed
 
-    def _confirm(self, number: int, trials: list) -> None:
+    def _confirm(self, number: int) -> None:
         """Rank a trial by its retrainings when the last of them has ended."""
         again = [r for r in self.rows.values() if r[RETRAINS] == number and r["status"] == RETRAINED]
         if len(again) < CONFIRM_SEEDS:
@@ -238,7 +215,7 @@ class ResultsTable(tune.Callback):
         row = next(row for row in self.rows.values() if row["number"] == number)
         row[CONFIRMED] = sum(r["error_rate"] for r in again) / len(again)
         self._write_trials(row)
-        self._keep_weights(next(trial for trial in trials if table_id(trial) == row["trial_id"]), row)
+        self.models.retain([best["number"] for best in leaders(self.rows.values())])
 
     def _row(self, trial) -> Row:
         trial_id = table_id(trial)
@@ -266,24 +243,11 @@ class ResultsTable(tune.Callback):
         # Without weights it has ended and was looked at before: a kill made Tune forget that.
         if not found or not (found / WEIGHTS_FILE).is_file():
             return
-        if self.keep_first and row["number"] == 0:
-            self._write_model(self.folder.first, found, trial, row)
-        if all(other is row or rank(row) < rank(other) for other in leaders(self.rows.values())):
-            self._write_model(self.folder.best, found, trial, row)
-
-    def _write_model(self, place: Path, found: Path, trial, row: Row) -> None:
-        recipe = Recipe.from_dict(self.settings | trial.config)
-
-        def fill(folder: Path) -> None:
-            for name in (WEIGHTS_FILE, PREPROCESSING_FILE):
-                shutil.copyfile(found / name, folder / name)
-            known = {name: row[name] for name in row if name not in ("front", CONFIRMED, RETRAINS)}
-            metrics = known | trial.config | {"status": COMPLETED}  # a row read back has its dimensions as text
-            contents = {"recipe": recipe.to_dict(), "labels": self.labels, "metrics": metrics}
-            for name, content in contents.items():
-                (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-
-        replace_folder(place, fill)
+        known = {name: row[name] for name in row if name not in ("front", CONFIRMED, RETRAINS)}
+        metrics = known | trial.config | {"status": COMPLETED}  # a row read back has its dimensions as text
+        recipe = Recipe.from_dict(self.settings | trial.config).to_dict()
+        better = [other for other in leaders(self.rows.values()) if other is not row and rank(other) <= rank(row)]
+        self.models.add(found, place=len(better), recipe=recipe, labels=self.labels, metrics=metrics)
 
     def _add_epoch(self, row: Row, result: dict[str, Any]) -> None:
         finished_at = datetime.now().astimezone().isoformat(timespec="seconds")

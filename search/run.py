@@ -12,10 +12,9 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from search.arguments import method_of, parse_arguments, resume_command, saved_arguments, workers_per_trial
+from search.arguments import method_of, parse_arguments, resume_command, workers_per_trial
 from search.cli import INTERRUPTED, Interruptible, run_cli, say
 from search.cluster import prepare_environment, start_ray
 from search.prepare import check_weights, find_data, pin, presize_here, setting_values, space_of
@@ -30,30 +29,48 @@ def main() -> int:
     if args.describe:
         print(description(space_of(args)))
         return 0
-    from search.results import RunFolder
+    from search.resume import alone_in
+    from search.run_folder import RunFolder
 
-    if args.resume:
-        folder = RunFolder(args.results / args.name)
-        if args.storage and not folder.path.exists():
-            from search.storage import bring_back
-
-            bring_back(args.storage, folder)
-        return search(saved_arguments(folder, args), folder)
     name = args.name or f"{args.space}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = RunFolder(args.results / name)
+    if args.resume and args.storage and not folder.path.exists():
+        from search.storage import bring_back
+
+        bring_back(args.storage, folder)
+        args.trust = True  # it is this command that names the place
     # The finder's curves alone are what a search that was ended before its first trial leaves.
-    if folder.path.exists() and list(folder.path.iterdir()) != [folder.lr_find]:
+    begun = folder.path.exists() and list(folder.path.iterdir()) not in ([], [folder.lr_find])
+    if not (args.resume or begun):
+        with alone_in(folder):
+            return search(args, folder)
+    return resume(args, folder)
+
+
+def resume(args: argparse.Namespace, folder) -> int:
+    """Go on with the run in `folder`, for `--resume` or for the command that began it."""
+    from search.resume import alone_in, is_same_command, require_own, saved_arguments
+
+    if not args.resume and not is_same_command(folder, args):
         raise ValueError(f"{folder} exists. Add --resume to go on with it, or give another --name.")
-    return search(args, folder)
+    args = saved_arguments(folder, args)
+    require_own(folder, trust=args.trust)
+    with alone_in(folder):
+        say(f"going on with {folder}/")
+        return search(args, folder)
 
 
 def search(args: argparse.Namespace, folder) -> int:
     """Check everything that can be checked before Ray starts, then run the search to its end."""
+    from search.resume import arguments_record
+
     prepare_environment()
+    as_asked = arguments_record(args)  # before the learning-rate finder narrows it
     show_progress()
     space, method = space_of(args), method_of(args)
     from search.annealed import check_lengths
     from search.held_out import hold_out, source_of
+    from search.resume import images_record, require_same
     from search.tuner import RunOptions, full_settings
     from trainables.source import images_digest
 
@@ -70,12 +87,15 @@ def search(args: argparse.Namespace, folder) -> int:
 
     size, num_workers = sizes(args, nodes, setting_values(space, "arch"))
     source, digest = source_of(args, space), images_digest(images)
+    found = images_record(images, digest)
+    if args.resume:
+        require_same(folder, space_record(space), found)
     weights = str(args.weights) if args.weights else None
     if args.lr_range == "auto":
         from search.lr_find import narrowed_rates
 
-        found = narrowed_rates(space, source, digest, weights, size, folder.lr_find, args.cache)
-        args.set, args.lr_range = [*args.set, *found], "space"  # a resumed search keeps these bounds
+        rates = narrowed_rates(space, source, digest, weights, size, folder.lr_find, args.cache)
+        args.set, args.lr_range = [*args.set, *rates], "space"  # a resumed search keeps these bounds
         space = space_of(args)
     options = RunOptions(
         space=space,
@@ -94,9 +114,12 @@ def search(args: argparse.Namespace, folder) -> int:
         address=args.address,
         recipes=space.recipes[args.recipes] if args.recipes else (),
         report=args.report,
+        keep=args.keep,
         keep_first=args.test_split is not None,
+        stall_timeout=args.stall_timeout,
     )
-    write_command(args, options, data=str(images.root), ray_dashboard=ray_dashboard, hardware=hardware(nodes))
+    of_machine = {"data": str(images.root), "ray_dashboard": ray_dashboard, "hardware": hardware(nodes)}
+    write_command(args, options, asked=as_asked, images=found, **of_machine)
     announce(options, nodes)
     with mirror:
         return run(options, resume=args.resume)
@@ -199,15 +222,14 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
 
     from search.held_out import lines, read_once
     from search.leaderboard import counts, leaderboard, recipes_table
-    from search.results import COMPLETED, FAILED, RUNNING, leaders, read_trials
+    from search.results import FAILED, RUNNING, leaders, read_trials
     from search.run_record import load
     from search.summary import summary
     from trainables import checkpoint
 
     rows = read_trials(options.folder.trials)
     for row in rows:
-        waits = interrupted and options.method.confirm and row["status"] == COMPLETED  # to be trained again
-        if row["status"] != RUNNING and not waits:  # an epoch under way when the search ended has left its state
+        if row["status"] != RUNNING:  # an epoch under way when the search ended has left its state
             checkpoint.drop(options.folder.checkpoints / row["trial_id"])
     console = Console() if sys.stdout.isatty() else Console(width=200)
     if options.recipes:
@@ -257,13 +279,20 @@ def write_last_report(options, *, analysis: bool) -> None:
 
 def write_command(args: argparse.Namespace, options, **found: Any) -> None:
     """What ran, on what: for the report, and for `--resume`."""
-    from search.files import write_atomically
+    from uuid import uuid4
 
-    options.folder.path.mkdir(parents=True, exist_ok=True)
+    from search.files import write_atomically
+    from search.resume import arguments_record, signature
+    from trainables.model_folder import read_json
+
+    before = read_json(options.folder.command) if args.resume else {}
+    run_id = before.get("run_id", uuid4().hex)
     packages = ("finetune-search", "ray", "torch", "torchvision", "timm", "optuna")
     command = {
+        "run_id": run_id,
+        "signature": signature(run_id),
         "argv": words_to_show(sys.argv[1:]),
-        "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+        "arguments": arguments_record(args),
         "source": str(options.data),
         "weights": options.weights,
         "split_seed": options.space.split_seed,
@@ -273,12 +302,17 @@ def write_command(args: argparse.Namespace, options, **found: Any) -> None:
         "method": asdict(options.method),
         "started_at": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        **found,
+        **found | {name: before[name] for name in ("asked", "images") if name in before},
     }
     write_atomically(options.folder.command, json.dumps(command, indent=2) + "\n")
-    space = asdict(options.space) | {"dimensions": {n: str(d) for n, d in options.space.dimensions.items()}}
-    del space["recipes"]  # what could have run
-    write_atomically(options.folder.space, json.dumps(space, indent=2) + "\n")
+    write_atomically(options.folder.space, json.dumps(space_record(options.space), indent=2) + "\n")
+
+
+def space_record(space: Space) -> dict[str, Any]:
+    """The space as it is kept with a run."""
+    record = asdict(space) | {"dimensions": {name: str(of) for name, of in space.dimensions.items()}}
+    del record["recipes"]  # what could have run
+    return record
 
 
 def description(space: Space) -> str:

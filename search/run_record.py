@@ -12,7 +12,8 @@ from optuna.storages.journal import JournalFileBackend
 
 from search.model_folder import is_run
 from search.noise import lead, wilson_interval
-from search.results import COMPLETED, CONFIRMED, SCORES, RunFolder
+from search.results import COMPLETED, CONFIRMED, SCORES
+from search.run_folder import RunFolder
 from search.scheduler import stop_reasons
 from trainables.model_folder import read_json, read_model
 from trainables.recipe import Recipe

@@ -27,7 +27,7 @@ from ray import tune
 
 from search.cli import say
 from search.files import replace_folder
-from search.results import RunFolder
+from search.run_folder import RunFolder
 from trainables import checkpoint
 from trainables.remote import filesystem, inside, shown, without_secrets
 
@@ -42,7 +42,8 @@ LOOKS = 5
 FILES_AT_ONCE = 8
 CHUNK = 1 << 20
 INDEX = "resume/index.json"
-CHECKPOINTS, BEST, FIRST, TUNE = "checkpoints/", "best/", "first/", "tune/"
+CHECKPOINTS, TUNE = "checkpoints/", "tune/"
+LARGE = (CHECKPOINTS, "models/", "best/", "first/")
 STORE_ERRORS = (OSError, ArrowException)
 
 Signature = tuple[int, int, int]
@@ -175,7 +176,7 @@ def _hold(name: str, path: Path, known: Signature | None) -> Found:
         return Found(known, None)
     file = path.open("rb")
     signature = _signature(os.fstat(file.fileno()))
-    if name.startswith((CHECKPOINTS, BEST, FIRST)) and signature[1] > CHUNK:
+    if name.startswith(LARGE) and signature[1] > CHUNK:
         return Found(signature, file)  # written once, and too large for the memory
     with file:
         return Found(signature, BytesIO(file.read()))

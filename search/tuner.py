@@ -1,5 +1,6 @@
 """One space and the options of a run -> `ray.tune.Tuner`."""
 
+import math
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,8 @@ from search.capacity import Capacity, CapacityNews
 from search.leaderboard import Leaderboard
 from search.live_report import LiveReport
 from search.method import Method
-from search.results import ResultsTable, RunFolder, TooManyFailures
+from search.results import ResultsTable, TooManyFailures
+from search.run_folder import RunFolder
 from search.scheduler import new_scheduler
 from search.searcher import METRIC
 from search.space import NamedRecipe, Space
@@ -47,7 +49,9 @@ class RunOptions:
     recipes: tuple[NamedRecipe, ...] = ()  # the trials are these and no others
     data_digest: str | None = None  # of the images that every node must have
     report: str = "full"  # or tables, or off
+    keep: int = 1  # so many of the best trials keep their weights
     keep_first: bool = False  # the weights of trial 0, which are tested at the end
+    stall_timeout: float = math.inf  # seconds without progress after which a trial's workers are killed
 
 
 def new_tuner(options: RunOptions) -> tune.Tuner:
@@ -60,6 +64,7 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
         labels=options.labels,
         confirm=options.method.confirm,
         front=options.method.num_objectives > 1,
+        keep=options.keep,
         keep_first=options.keep_first,
     )
     import_tensorboardx()
@@ -140,6 +145,7 @@ def trainable(options: RunOptions, settings: dict[str, Any]):
         group_size=options.group_size,
         num_workers=options.num_workers,
         split_seed=options.space.split_seed,
+        stall_timeout=options.stall_timeout,
     )
     on_head = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
     return tune.with_resources(tune.with_parameters(FineTuneTrial, options=shared), on_head)

@@ -21,6 +21,7 @@ from trainables import finetune
 from trainables.data import find_images
 from trainables.distributed import share_batch_norm
 from trainables.finetune import Diverged, FineTune
+from trainables.model import BatchDropout
 from trainables.presize import PresizedImages, presize
 from trainables.recipe import Recipe
 from trainables.schedule import stage_cycle
@@ -33,8 +34,8 @@ HARD = {"head": "mlp", "dropout": 0.5, "mixup_alpha": 0.4, "smoothing": 0.1}
 LOSSES = ("train_loss", "valid_loss", "error_rate")
 
 
-def fine_tune(images, **settings) -> FineTune:
-    return FineTune(Recipe(**(SMALL | settings)), images)
+def fine_tune(images, *, batch_parts: int = 1, **settings) -> FineTune:
+    return FineTune(Recipe(**(SMALL | settings)), images, batch_parts=batch_parts)
 
 
 def losses(training: FineTune) -> tuple[float, ...]:
@@ -147,8 +148,59 @@ def test_a_diverged_training_names_the_epoch_and_the_rate(colour_images):
     training.run_epoch()
     for group in training.optimizer.param_groups:
         group["lr_max"] = 1e30
-    with pytest.raises(Diverged, match=r"training loss is (nan|inf) at epoch 2, step [123] of 3 .*rate .* \d\.\de\+29"):
+    with pytest.raises(
+        Diverged, match=r"training loss is (nan|inf) at epoch 2, step [123] of 3 .*rate \d(\.\d)?e\+\d\d\)"
+    ):
         training.run_epoch()
+
+
+def test_a_diverged_training_ends_at_once(colour_images, monkeypatch):
+    monkeypatch.setattr(finetune, "STEPS_PER_CHECK", 4)
+    training = fine_tune(colour_images, arch="test_vit", batch_size=2, freeze_epochs=0, epochs=1, head="linear")
+    assert training.steps_per_epoch > 8
+    for group in training.optimizer.param_groups:
+        group["lr_max"] = 1e30
+    with RecordedSteps() as steps, pytest.raises(Diverged, match=r"epoch 1, step \d+ of \d+ \(head's learning rate"):
+        training.run_epoch()
+    assert len(steps.rates) == 4
+
+
+# --- Batches in parts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", ["layer norms", "frozen norms, linear head"])
+def test_a_batch_in_parts_trains_like_the_whole_one(colour_images, settings):
+    """Where no batch norm looks at the batch. Odd parts, mixup and dropout included."""
+    settings = IN_PARTS[settings]
+    whole, parts = (run_recipe(colour_images, settings, batch_parts=count) for count in (1, 3))
+    assert np.array(parts["losses"]) == pytest.approx(np.array(whole["losses"]), rel=1e-3)
+    for found, expected in zip(parts["gradients"], whole["gradients"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-2, abs=1e-5)
+
+
+def test_a_batch_in_parts_keeps_its_dropout_rows(colour_images):
+    """Every image gets a mask row of its own place in the batch, whichever part it is in."""
+    training = fine_tune(colour_images, head="mlp", dropout=0.5, batch_parts=3)
+    seen = []
+    dropout = next(module for module in training.network.classifier.modules() if isinstance(module, BatchDropout))
+    dropout.register_forward_pre_hook(lambda module, inputs: seen.append(module.rows) if module.training else None)
+    training.run_epoch()
+    assert [row for part in seen[:3] for row in range(part.start, part.stop)] == list(range(training.batch_size))
+
+
+def test_parts_are_no_smaller_than_an_image_and_say_when_they_cannot_be_smaller(colour_images):
+    training = fine_tune(colour_images, arch="test_vit", head="linear", batch_size=4, batch_parts=2)
+    assert training.can_split_further
+    training = fine_tune(colour_images, arch="test_vit", head="linear", batch_size=4, batch_parts=8)
+    assert not training.can_split_further
+    training.run_epoch()
+
+
+def test_every_batch_is_a_sign_of_progress(colour_images):
+    signs = []
+    training = FineTune(Recipe(**SMALL), colour_images, on_progress=lambda: signs.append(training.epochs_done))
+    training.run_epoch()
+    assert len(signs) == training.steps_per_epoch + -(-len(training.valid_indices) // training.batch_size)
 
 
 class ColourOracle(nn.Module):
@@ -410,9 +462,16 @@ SHARED = {
 }
 
 
-def run_recipe(images, settings: dict) -> dict:
+IN_PARTS = {
+    "layer norms": {"arch": "test_vit", "batch_size": 7, "head": "linear", "mixup_alpha": 0.2},
+    "frozen norms, linear head": {"train_bn": "never", "freeze_epochs": 1, "epochs": 0, "head": "linear"},
+}
+"""Without a batch norm that trains."""
+
+
+def run_recipe(images, settings: dict, batch_parts: int = 1) -> dict:
     """All epochs of a recipe: losses, gradients of each step, and how many wrappers outlive their stage."""
-    training = fine_tune(images, **settings)
+    training = fine_tune(images, batch_parts=batch_parts, **settings)
     found = {"losses": [], "wrappers_left": 0}
     with RecordedSteps() as steps:
         for _ in range(training.recipe.total_epochs):
@@ -466,6 +525,7 @@ def work(rank: int, rendezvous: str, cache: str, state: dict[str, bytes]) -> dic
     )
     images = PresizedImages(cache)
     found = {name: run_recipe(images, settings) for name, settings in SHARED.items()}
+    found["in parts"] = run_recipe(images, IN_PARTS["layer norms"], batch_parts=3)
     resumed = fine_tune(images, **SHARED["mixup"])
     resumed.load_state(state)
     found["resumed"] = losses(resumed)
@@ -501,6 +561,12 @@ def one_worker(colour_images) -> dict:
 def test_two_workers_train_like_one(one_worker, two_workers, name):
     for worker in two_workers:
         np.testing.assert_allclose(worker[name]["losses"], one_worker[name]["losses"], rtol=1e-4)
+
+
+def test_two_workers_that_split_their_batches_train_like_one(colour_images, two_workers):
+    expected = run_recipe(colour_images, IN_PARTS["layer norms"])
+    for worker in two_workers:
+        np.testing.assert_allclose(worker["in parts"]["losses"], expected["losses"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", SHARED)

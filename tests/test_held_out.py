@@ -17,7 +17,7 @@ from tiny_run import draw_images, make_run, write_json
 from search import export
 from search.arguments import parse_arguments
 from search.held_out import compare, hold_out, lines, mcnemar, read_once, score
-from search.results import RunFolder
+from search.run_folder import RunFolder
 from search.run_record import wilson_interval
 from trainables.data import DataError, ImageFolder, find_images
 from trainables.held_out import Remaining, remaining, set_aside, share_of

@@ -18,12 +18,12 @@ from search.results import (
     RUNNING,
     STOPPED,
     ResultsTable,
-    RunFolder,
     TooManyFailures,
     leaders,
     read_rows,
     read_trials,
 )
+from search.run_folder import RunFolder
 from trainables import checkpoint
 from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE
 from trainables.recipe import Recipe
@@ -455,12 +455,38 @@ def test_the_mean_of_the_retrainings_decides_who_has_won(folder):
     assert (weights, metrics["trial_id"], metrics["error_rate"]) == (b"b", "tb", 0.2)
 
 
-def test_only_the_best_keep_their_weights_until_they_are_confirmed(folder):
-    table = made(folder, confirm=2)
+def kept(folder) -> dict[str, bytes]:
+    return {model.name: (model / WEIGHTS_FILE).read_bytes() for model in folder.models.iterdir()}
+
+
+@pytest.mark.parametrize("options", [{"keep": 2}, {"confirm": 2}, {"keep": 1, "confirm": 2}])
+def test_the_best_trials_keep_their_models_and_others_none(folder, options):
+    table = made(folder, **options)
     for name, error in (("a", 0.3), ("b", 0.4), ("c", 0.1), ("d", 0.5), ("e", 0.2)):
         complete(table, name, error)
-    kept = {path.parent.parent.name for path in folder.checkpoints.glob(f"*/*/{WEIGHTS_FILE}")}
-    assert kept == {"tc", "te"}
+    assert kept(folder) == {"2": b"c", "4": b"e"}
+    assert not list(folder.checkpoints.glob(f"*/*/{WEIGHTS_FILE}"))
+    metrics = json.loads((folder.models / "4" / "metrics.json").read_text())
+    assert (metrics["trial_id"], metrics["error_rate"]) == ("te", 0.2)
+    later = made(folder, **options)
+    complete(later, "f", 0.15)
+    assert kept(folder) == {"2": b"c", "5": b"f"}
+
+
+def test_a_models_bytes_are_on_the_disk_once(folder):
+    table = made(folder, keep=2, keep_first=True)
+    complete(table, "a", 0.2)
+    places = [place / WEIGHTS_FILE for place in (folder.best, folder.first, folder.models / "0")]
+    assert len({place.stat().st_ino for place in places}) == 1
+
+
+def test_where_files_cannot_have_two_names_they_are_copied(folder, monkeypatch):
+    def refuse(*args, **kwargs) -> None:
+        raise OSError("Operation not permitted")
+
+    monkeypatch.setattr("search.files.os.link", refuse)
+    complete(made(folder, keep=1), "a", 0.2)
+    assert kept(folder) == {"0": b"a"} and best(folder)[0] == b"a"
 
 
 def test_a_search_that_goes_on_knows_the_retrainings_of_before(folder):

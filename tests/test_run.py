@@ -12,8 +12,8 @@ from tiny_run import draw_images
 
 from search.arguments import parse_arguments, resume_command
 from search.resources import Node
-from search.results import RunFolder
 from search.run import sizes, words_to_show
+from search.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 SEARCH = ("-m", "search.run")

@@ -12,8 +12,8 @@ from object_store import s3_server
 
 from search import storage
 from search.files import replace_folder, write_atomically
-from search.results import RunFolder
 from search.run import run_cli
+from search.run_folder import RunFolder
 from search.storage import Mirror, Mirroring, RemoteRun, bring_back, moment
 from trainables import checkpoint
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainables import worker_group
+from trainables import worker, worker_group
 from trainables.worker_group import (
     MAX_LOST_NODES,
     MAX_TRIES,
@@ -47,6 +47,12 @@ def play(monkeypatch):
 
 def trial(name: str) -> TrialSpec:
     return TrialSpec(trial_id=name, recipe={}, data="")
+
+
+class Worker:
+    """An actor, as far as a host knows it."""
+
+    killed = False
 
 
 async def take(host: Host, *, rank: int = 0, after: int = 0):
@@ -286,7 +292,83 @@ def test_a_broken_collective_is_the_loss_of_a_worker_and_other_errors_are_not():
     gloo = RuntimeError(
         "[.../third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:46"
     )
-    assert worker_group._is_of_lost_worker(gloo)
-    assert worker_group._is_of_lost_worker(torch.distributed.DistBackendError("NCCL communicator was aborted"))
-    assert not worker_group._is_of_lost_worker(RuntimeError("CUDA out of memory"))
-    assert not worker_group._is_of_lost_worker(ValueError("no weights"))
+    assert worker.is_of_lost_worker(gloo)
+    assert worker.is_of_lost_worker(torch.distributed.DistBackendError("NCCL communicator was aborted"))
+    assert not worker.is_of_lost_worker(RuntimeError("CUDA out of memory"))
+    assert not worker.is_of_lost_worker(ValueError("no weights"))
+
+
+def test_where_memory_runs_out_the_same_epoch_is_tried_in_more_parts(play):
+    async def scene(host):
+        epoch = await started(host)
+        command = await take(host)
+        for parts in (2, 4):
+            await host.deliver(command.number, Outcome(split_batches=True))
+            await host.deliver(command.number, Outcome(split_batches=True))  # another worker had the same
+            again = await take(host, after=command.number)
+            assert (again.trial, again.epochs_done, again.batch_parts) == (command.trial, 0, parts)
+            command = again
+        await host.deliver(command.number, GOOD)
+        assert await epoch == GOOD
+        second = await started(host)
+        command = await take(host, after=command.number)
+        assert (command.epochs_done, command.batch_parts) == (1, 4)  # it is not found out anew
+        await host.deliver(command.number, GOOD)
+        await second
+        await host.begin(trial("second"), 0, None)
+        third = await started(host)
+        command = await take(host, after=command.number)
+        assert command.batch_parts == 1
+        third.cancel()
+
+    play(scene)
+
+
+def test_workers_that_restart_for_want_of_memory_are_not_lost_ones(play):
+    async def scene(host):
+        await host.join(0, "node")
+        epoch = await started(host)
+        for _ in range(MAX_TRIES + 1):
+            command = await take(host)
+            await host.deliver(command.number, Outcome(split_batches=True))
+            await host.join(0, "node")
+        await host.deliver((await take(host)).number, GOOD)
+        assert await epoch == GOOD
+
+    play(scene)
+
+
+def test_workers_without_progress_are_killed_and_their_trial_fails_in_the_end(play, monkeypatch):
+    monkeypatch.setattr(worker_group.ray, "kill", lambda worker: setattr(worker, "killed", True))
+
+    async def scene(host):
+        host._stall_timeout = 0.3
+        epoch = await started(host)
+        for _ in range(MAX_TRIES):
+            workers = [Worker(), Worker()]
+            for rank, actor in enumerate(workers):
+                await host.join(rank, "node", actor)
+            command = await take(host)
+            await asyncio.sleep(0.5)  # images may take any time
+            assert not any(actor.killed for actor in workers)
+            for _ in range(5):
+                await host.progress(command.number)
+                await asyncio.sleep(0.1)
+            assert not any(actor.killed for actor in workers)
+            await asyncio.sleep(0.6)
+            assert all(actor.killed for actor in workers)
+        await host.join(0, "node", Worker())
+        failure = (await asyncio.wait_for(epoch, SOON)).failure
+        assert failure == f"lost its workers {MAX_TRIES} times in epoch 1 (the last time: no progress for 0.3 s)"
+
+    play(scene)
+
+
+def test_memory_that_runs_out_is_told_from_other_errors():
+    import torch
+
+    assert worker.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert worker.is_out_of_memory(raised.value)
+    assert not worker.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ class World:
 
     def share(self, count: int) -> slice:
         """This worker's contiguous part of `count` things; parts differ by one at most."""
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+        return share(count, self.rank, self.size)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of `values` over all workers; in place."""
@@ -45,6 +46,15 @@ class World:
         known = inspect.signature(DistributedDataParallel).parameters
         option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         return DistributedDataParallel(model, device_ids=device_ids, **{option: False})
+
+    def gradients_later(self, wrapped: nn.Module, later: bool) -> AbstractContextManager:
+        """Within it, a backward pass of the `wrapped` model leaves averaging to a later one, if `later`."""
+        return wrapped.no_sync() if later and self.size > 1 else nullcontext()
+
+
+def share(count: int, rank: int, size: int) -> slice:
+    """The contiguous part number `rank` of `count` things in `size` parts, which differ by one at most."""
+    return slice(count * rank // size, count * (rank + 1) // size)
 
 
 def init_from_environment() -> torch.device:

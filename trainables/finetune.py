@@ -12,7 +12,7 @@ import io
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from trainables import augment, loss, lr_finder, model, normalize, optim, schedule, tta
 from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE, Files, Preprocessing
 from trainables.data import find_images
-from trainables.distributed import World, init_from_environment, share_batch_norm
+from trainables.distributed import World, init_from_environment, share, share_batch_norm
 from trainables.loader import loader_for, normalized
 from trainables.plan import Step, plan_epoch
 from trainables.presize import STORAGES, PresizedImages, presize
@@ -35,6 +35,8 @@ from trainables.weights import WeightsError
 
 MIN_CPU_BF16_SIZE = 160
 """px; an EfficientNet-Lite trains no faster in bf16 on smaller images."""
+STEPS_PER_CHECK = 20
+"""So often losses are looked at: a GPU and the other workers are waited for then."""
 
 
 class Diverged(RuntimeError):
@@ -45,7 +47,9 @@ class FineTune:
     """One training in progress. `run_epoch` goes on by one epoch; `state` and `load_state` carry it elsewhere.
 
     `weights` is a folder of pretrained weights (see `weights.find_weights`); `load_pretrained=False` skips loading
-    them where `load_state` follows. Raises `ValueError` where the recipe does not fit the model or the workers.
+    them where `load_state` follows. Where memory is scarce, `batch_parts` splits each worker's share of a batch: the
+    gradients of the parts add up to those of the batch, while batch norms see one part at a time. `on_progress` is
+    called after each batch. Raises `ValueError` where the recipe does not fit the model or the workers.
     """
 
     def __init__(
@@ -58,8 +62,12 @@ class FineTune:
         num_threads: int = 2,
         split_seed: int = 0,
         load_pretrained: bool = True,
+        batch_parts: int = 1,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.recipe = recipe
+        self.batch_parts = batch_parts
+        self.on_progress = on_progress
         self.device = torch.device(device)
         self.world = World.current()
         self.epochs_done = 0
@@ -103,6 +111,15 @@ class FineTune:
     def batch_size(self) -> int:
         """Of the next epoch, over all workers."""
         return min(self.recipe.batch_size_at(self.epochs_done), len(self.train_indices))
+
+    @property
+    def can_split_further(self) -> bool:
+        """Whether the next epoch's batches can go in more parts than now."""
+        return self.batch_parts < self._most_parts
+
+    @property
+    def _most_parts(self) -> int:
+        return self.batch_size // self.world.size  # each part has an image of each worker
 
     @property
     def steps_per_epoch(self) -> int:
@@ -230,29 +247,48 @@ class FineTune:
         self.network.train(frozen=self.frozen, train_bn=self.recipe.train_bn)
         torch.manual_seed(self.recipe.seed * 10_007 + self.epochs_done)  # dropout
         steps = list(self._steps(self.epochs_done))
+        losses, unchecked = [], []
+        for number, (step, batch) in enumerate(zip(steps, self._batches(steps), strict=True)):
+            optim.set_position(self.optimizer, self.cycle, self._position(number / len(steps)))
+            unchecked.append(self._step(batch, step))
+            if len(unchecked) == STEPS_PER_CHECK or number + 1 == len(steps):
+                losses += self._checked(unchecked, len(losses), len(steps))
+                unchecked = []
+        return float(np.mean(losses))
+
+    def _position(self, epoch_share: float) -> float:
+        """Where in the stage's cycle the current epoch is when `epoch_share` of its steps are done."""
         stage_epochs_done = self.epochs_done - (0 if self.frozen else self.recipe.freeze_epochs)
-        losses = []
-        for step, batch in zip(steps, self._batches(steps), strict=True):
-            epochs_done = stage_epochs_done + len(losses) / len(steps)
-            optim.set_position(self.optimizer, self.cycle, epochs_done / self.stage_epochs)
-            losses.append(self._step(batch, step))
-        return self._checked_mean(torch.stack(losses))
+        return (stage_epochs_done + epoch_share) / self.stage_epochs
 
     def _step(self, batch: torch.Tensor, step: Step) -> torch.Tensor:
         """One optimizer step; this worker's part of the batch's mean loss."""
         inputs, targets = self._mixed(batch, step)
-        with self._autocast():
-            logits = self.parallel_model(inputs).float()
-        value = loss.cross_entropy(logits, targets, self.recipe.smoothing) / self.batch_size
-        # The workers' gradients are averaged, but their losses add up.
-        self.scaler.scale(value * self.world.size).backward()
+        num_parts = min(self.batch_parts, self._most_parts)
+        losses = []
+        for part in range(num_parts):
+            rows = share(len(inputs), part, num_parts)
+            self._share_dropout(rows)
+            # Workers average their gradients once, with the last part.
+            with self.world.gradients_later(self.parallel_model, part + 1 < num_parts):
+                with self._autocast():
+                    logits = self.parallel_model(inputs[rows]).float()
+                value = loss.cross_entropy(logits, targets[rows], self.recipe.smoothing) / self.batch_size
+                # The workers' gradients are averaged, but their losses add up.
+                self.scaler.scale(value * self.world.size).backward()
+            losses.append(value.detach())
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return value.detach()
+        self.on_progress()
+        return sum(losses)
+
+    def _share_dropout(self, rows: slice) -> None:
+        """`rows` of this worker's share of the batch are what the next forward pass sees."""
+        first = self.world.share(self.batch_size).start
+        self.network.share_dropout(slice(first + rows.start, first + rows.stop), self.batch_size)
 
     def _steps(self, epoch: int) -> Iterator[Step]:
-        self.network.share_dropout(self.world.share(self.batch_size), self.batch_size)
         return plan_epoch(self.recipe, self.train_indices, epoch=epoch, batch_size=self.batch_size, world=self.world)
 
     def _batches(self, steps: list[Step]) -> Iterator[torch.Tensor]:
@@ -266,9 +302,9 @@ class FineTune:
         if step.second is None:
             return inputs, targets
         rows = [self._sent(torch.as_tensor(part)) for part in (step.first, step.second)]
-        share = self._sent(torch.as_tensor(step.share, dtype=torch.float32))
-        mixed = loss.mix(inputs, *rows, share).contiguous(memory_format=torch.channels_last)
-        return mixed, loss.mix(targets, *rows, share)
+        weight = self._sent(torch.as_tensor(step.share, dtype=torch.float32))
+        mixed = loss.mix(inputs, *rows, weight).contiguous(memory_format=torch.channels_last)
+        return mixed, loss.mix(targets, *rows, weight)
 
     def _my_validation_rows(self) -> tuple[slice, torch.Tensor]:
         """Which rows of the validation split this worker labels, and their labels."""
@@ -280,12 +316,14 @@ class FineTune:
         """Logits (rows, classes) of this worker's validation images, augmented so."""
         self.network.model.eval()
         indices = self.valid_indices[self._my_validation_rows()[0]]
-        chunks = [slice(i, i + self.batch_size) for i in range(0, len(indices), self.batch_size)]
+        rows = max(1, self.batch_size // self.batch_parts)
+        chunks = [slice(i, i + rows) for i in range(0, len(indices), rows)]
         plans = [(indices[chunk], augmentations[chunk]) for chunk in chunks]
         logits = [torch.empty(0, self.num_classes, device=self.device)]  # a worker may have no rows
         for batch in self.loader.batches(plans, self.image_size, self.device):
             with self._autocast():
                 logits.append(self.network.model(self._normalized(batch)).float())
+            self.on_progress()
         return torch.cat(logits)
 
     def _normalized(self, batch: torch.Tensor) -> torch.Tensor:
@@ -299,16 +337,18 @@ class FineTune:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
-    def _checked_mean(self, losses: torch.Tensor) -> float:
-        losses = self.world.sum(losses.double()).cpu().numpy()
-        bad = np.flatnonzero(~np.isfinite(losses))
-        if len(bad):
-            rate = max(group["lr"] for group in self.optimizer.param_groups)
-            raise Diverged(
-                f"training loss is {losses[bad[0]]} at epoch {self.epochs_done + 1}, step {bad[0] + 1} of "
-                f"{len(losses)} (head's learning rate at the epoch's end {rate:.2g})"
-            )
-        return float(losses.mean())
+    def _checked(self, losses: list[torch.Tensor], before: int, num_steps: int) -> list[float]:
+        """The losses of some steps over all workers, `before` steps of the epoch having gone before them."""
+        losses = self.world.sum(torch.stack(losses).double()).cpu().numpy()
+        for number, value in enumerate(losses, start=before):
+            if not np.isfinite(value):
+                peak = max(group["lr_max"] for group in self.optimizer.param_groups)
+                rate = peak * self.cycle.lr_factor(self._position(number / num_steps))
+                raise Diverged(
+                    f"training loss is {value} at epoch {self.epochs_done + 1}, step {number + 1} of {num_steps} "
+                    f"(head's learning rate {rate:.2g})"
+                )
+        return losses.tolist()
 
 
 def autocast_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:

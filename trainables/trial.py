@@ -48,6 +48,7 @@ class TrialOptions:
     num_workers: Mapping[str, int] = field(default_factory=dict)  # of architectures by pattern, see `GroupSize`
     cache: str = "auto"  # how presized images are stored, see `presize`
     split_seed: int = 0
+    stall_timeout: float = math.inf  # seconds without progress after which workers are killed
 
 
 def table_id(trial) -> str:
@@ -177,7 +178,8 @@ class FineTuneTrial(tune.Trainable):
         if node is not None:
             strategy = strategies.NodeAffinitySchedulingStrategy(node, soft=True)
         host = ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=strategy)(GroupHost)
-        self.host, self.host_size, self.host_node = host.remote(self.size), self.size, None
+        self.host = host.remote(self.size, self.options.stall_timeout)
+        self.host_size, self.host_node = self.size, None
         self.handed_over = False
 
 

@@ -1,32 +1,27 @@
 """Warm worker groups: one Ray Train run whose workers serve one trial after another.
 
 A trial talks to a `GroupHost`, an actor that runs one trainer of Ray Train for as long as the search lasts. Its train
-function (`serve`) is a loop that asks the host for commands: "train the next epoch of this trial". Starting a worker
-(process, imports, process group) is paid once per slot of the search instead of once per trial.
+function (`worker.serve`) is a loop that asks the host for commands: "train the next epoch of this trial". Starting a
+worker (process, imports, process group) is paid once per slot of the search instead of once per trial.
 
 The host keeps the trial's last state, so when Ray Train restarts a group whose worker was lost, the new workers rebuild
-the trial and repeat the command.
+the trial and repeat the command. Workers that make no progress any more are killed, and so are lost.
 """
 
 import asyncio
 import fnmatch
-import logging
+import math
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 import ray
 
 from trainables.checkpoint import Files
 from trainables.held_out import Remaining
-from trainables.recipe import Recipe
-
-logger = logging.getLogger(__name__)
 
 MAX_TRIES = 3
 """A command that lost its workers this often fails its trial."""
@@ -67,20 +62,23 @@ class TrialSpec:
 
 @dataclass(frozen=True)
 class Command:
-    """Train the epoch after `epochs_done` of `trial`. Safe to repeat."""
+    """Train the epoch after `epochs_done` of `trial`, a worker's batches in so many parts. Safe to repeat."""
 
     number: int
     trial: TrialSpec
     epochs_done: int
+    batch_parts: int = 1
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a command: an epoch's metrics and the state after it, or the reason why the trial failed."""
+    """What became of a command: an epoch's metrics and the state after it, or the reason why the trial failed, or that
+    the memory did not suffice and the batches should go in more parts."""
 
     metrics: dict[str, Any] = field(default_factory=dict)
     state: Files | None = None
     failure: str | None = None
+    split_batches: bool = False
 
 
 class GroupEnded(RuntimeError):
@@ -99,13 +97,18 @@ def living_nodes() -> dict[str, dict[str, float]]:
 class GroupHost:
     """Async actor between a trial slot and its workers."""
 
-    def __init__(self, size: GroupSize) -> None:
+    def __init__(self, size: GroupSize, stall_timeout: float = math.inf) -> None:
+        self._stall_timeout = stall_timeout  # seconds
         self._trial: TrialSpec | None = None
         self._epochs_done = 0
         self._state: Files | None = None
         self._command: Command | None = None
         self._num_workers = size.num_workers
         self._tries = self._lost_nodes = 0
+        self._why_lost = ""
+        self._batch_parts = 1
+        self._workers: dict[int, Any] = {}  # actors by rank
+        self._last_sign: float | None = None  # of progress in the command; none yet while images are presized
         self._taken = 0
         self._numbers = 0
         self._closing = False
@@ -131,24 +134,41 @@ class GroupHost:
         if self._closing:
             raise GroupReleased("the worker group was idle and has left")
         self._trial, self._epochs_done, self._state = trial, epochs_done, state
+        self._batch_parts = 1
 
     async def run_epoch(self) -> Outcome:
         """Train the current trial's next epoch. Raises `GroupEnded` where there are no workers any more."""
         if self._closing:
             raise GroupReleased("the worker group was idle and has left")
         self._idle.cancel()
-        self._numbers += 1
         self._tries = self._lost_nodes = 0
-        self._met.clear()
+        self._why_lost = ""
         self._outcome = self._outcome_of_ended_group() or self._loop.create_future()
-        self._command = Command(self._numbers, self._trial, self._epochs_done)
-        await self._notify()
-        outcome = await self._outcome
+        await self._give_command()
+        outcome = await self._watched(self._outcome)
         self._rest()
         if outcome.failure is None:
             self._epochs_done += 1
             self._state = outcome.state
         return outcome
+
+    async def _give_command(self) -> None:
+        self._numbers += 1
+        self._met.clear()
+        self._last_sign = None
+        self._command = Command(self._numbers, self._trial, self._epochs_done, self._batch_parts)
+        await self._notify()
+
+    async def _watched(self, outcome: asyncio.Future) -> Outcome:
+        """The outcome, once it is there. Workers that make no progress are killed: Ray Train starts others."""
+        looks = None if math.isinf(self._stall_timeout) else max(0.1, self._stall_timeout / 10)
+        while not (await asyncio.wait({outcome}, timeout=looks))[0]:
+            if self._last_sign is not None and self._loop.time() - self._last_sign > self._stall_timeout:
+                self._last_sign = None
+                self._why_lost = f"no progress for {self._stall_timeout:g} s"
+                for worker in self._workers.values():
+                    ray.kill(worker)
+        return outcome.result()
 
     def _rest(self) -> None:
         self._idle = self._loop.call_later(IDLE_SECONDS, lambda: self._loop.create_task(self._release()))
@@ -168,8 +188,11 @@ class GroupHost:
 
     # Called by the workers.
 
-    async def join(self, rank: int, node: str) -> None:
-        """A worker (re)entered its loop on `node`. If the first one had taken a command, that lost its workers."""
+    async def join(self, rank: int, node: str, worker: Any = None) -> None:
+        """A worker (an actor) (re)entered its loop on `node`. If the first one had taken a command, that lost its
+        workers."""
+        self._workers[rank] = worker
+        self._last_sign = None
         before = set(self._nodes)
         self._nodes.add(node)
         self._met.discard(rank)
@@ -181,7 +204,10 @@ class GroupHost:
         self._lost_nodes += bool(gone)
         if self._tries >= MAX_TRIES or self._lost_nodes >= MAX_LOST_NODES:
             times, epoch = self._tries + self._lost_nodes, self._command.epochs_done + 1
-            self._resolve(self._command.number, Outcome(failure=f"lost its workers {times} times in epoch {epoch}"))
+            why = f" (the last time: {self._why_lost})" if self._why_lost else ""
+            failure = f"lost its workers {times} times in epoch {epoch}{why}"
+            self._resolve(self._command.number, Outcome(failure=failure))
+        self._why_lost = ""
 
     async def next_command(self, rank: int, after: int) -> Command | None:
         """Wait for a command numbered above `after`; None tells the worker to leave."""
@@ -209,8 +235,17 @@ class GroupHost:
         """The current trial's last state, for a worker that has to build the trial."""
         return self._state
 
+    async def progress(self, number: int) -> None:
+        """A sign that the workers of a command are busy with its epoch."""
+        if number == self._numbers:
+            self._last_sign = self._loop.time()
+
     async def deliver(self, number: int, outcome: Outcome) -> None:
-        self._resolve(number, outcome)
+        if not outcome.split_batches:
+            self._resolve(number, outcome)
+        elif self._command is not None and self._command.number == number:  # other workers may have said so before
+            self._batch_parts *= 2
+            await self._give_command()
 
     def _resolve(self, number: int, outcome: Outcome) -> None:
         if self._command is not None and self._command.number == number and not self._outcome.done():
@@ -229,6 +264,7 @@ class GroupHost:
         from ray import train
 
         from trainables.process_group import GroupTrainer, ProcessGroup
+        from trainables.worker import serve
 
         # Ray Train wants a folder for checkpoints, but a trial's state travels through the object store.
         storage = tempfile.mkdtemp(prefix="worker_group_")
@@ -273,106 +309,3 @@ class GroupHost:
         future = self._loop.create_future()
         future.set_exception(GroupEnded(self._ended))
         return future
-
-
-def serve(config: dict[str, Any]) -> None:
-    """The train function: run the host's commands until it says that there are no more."""
-    import ray.train
-    import torch
-
-    torch.set_num_threads(config["num_threads"])
-    host, context = config["host"], ray.train.get_context()
-    rank, several = context.get_world_rank(), context.get_world_size() > 1
-    slot = _Slot(host, config["num_threads"])
-    ray.get(host.join.remote(rank, ray.get_runtime_context().get_node_id()))
-    number = 0
-    while (command := ray.get(host.next_command.remote(rank, number))) is not None:
-        number = command.number
-        outcome, reusable = slot.run(command)
-        if rank == 0 or outcome.failure:
-            ray.get(host.deliver.remote(number, outcome))
-        if several and not reusable:
-            # The other workers may be waiting for this one inside a collective; only a restart frees them.
-            raise RuntimeError(outcome.failure)
-
-
-class _Slot:
-    """One worker's side of a trial slot: the training in progress."""
-
-    def __init__(self, host, num_threads: int) -> None:
-        self.host = host
-        self.num_threads = num_threads
-        self.training = None
-        self.trial_id = None
-        self.idle_since = time.perf_counter()
-
-    def run(self, command: Command) -> tuple[Outcome, bool]:
-        """The outcome, and whether this worker's group can take the next command as it is."""
-        from trainables.finetune import Diverged
-
-        try:
-            self._prepare(command)
-            overhead = time.perf_counter() - self.idle_since
-            metrics = self.training.run_epoch()
-            self.idle_since = time.perf_counter()
-            # Every worker has the state; only the first one's is wanted.
-            state = self.training.state() if self.training.world.rank == 0 else None
-            return Outcome(metrics | {"overhead_seconds": overhead}, state), True
-        except Diverged as error:  # the losses are summed over the workers, so all of them are here
-            self._drop()
-            return Outcome(failure=f"diverged: {error}"), True
-        except Exception as error:  # anything else fails the trial and is shown; the search goes on
-            if _is_of_lost_worker(error):
-                raise  # not the trial's fault: Ray Train restarts the group, and the command is repeated
-            logger.exception("trial %s failed", command.trial.trial_id)
-            self._drop()
-            return Outcome(failure=f"{type(error).__name__}: {error}"), False
-
-    def _prepare(self, command: Command) -> None:
-        """Have the trial of `command` in memory, at the epoch that it starts from."""
-        import ray.train
-        import ray.train.torch
-
-        from trainables.finetune import FineTune
-        from trainables.source import folder_of
-
-        trial = command.trial
-        ready = self.training is not None and self.trial_id == trial.trial_id
-        if ready and self.training.epochs_done == command.epochs_done:
-            return
-        self._drop()
-        recipe = Recipe.from_dict(trial.recipe)
-        images = _presized_images(trial.data, trial.data_digest, recipe.presize, recipe.resize_method, trial.cache)
-        ray.get(self.host.meet.remote(ray.train.get_context().get_world_rank(), command.number))
-        self.training = FineTune(
-            recipe,
-            images,
-            weights=folder_of(trial.weights) if trial.weights else None,
-            device=ray.train.torch.get_device(),
-            num_threads=self.num_threads,
-            split_seed=trial.split_seed,
-            load_pretrained=command.epochs_done == 0,
-        )
-        if command.epochs_done:
-            self.training.load_state(ray.get(self.host.state.remote()))
-        self.trial_id = trial.trial_id
-
-    def _drop(self) -> None:
-        if self.training is not None:
-            self.training.close()
-        self.training = None
-
-
-def _is_of_lost_worker(error: Exception) -> bool:
-    """Whether a collective failed, as it does where another worker of the group is gone."""
-    import torch.distributed
-
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)  # gloo raises plain RuntimeErrors
-
-
-@lru_cache(maxsize=4)
-def _presized_images(data: str | Remaining, digest: str | None, size: int, method: str, storage: str):
-    from trainables.presize import presize
-    from trainables.source import images_of
-
-    return presize(images_of(data, digest), size, method, storage=storage)

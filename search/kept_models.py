@@ -1,0 +1,62 @@
+"""The models that a run keeps: of its best trials in `models/<number>/`, the very best one also in `best/`."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from search.files import link_or_copy, replace_folder
+from search.run_folder import RunFolder
+from trainables.checkpoint import PREPROCESSING_FILE, WEIGHTS_FILE
+
+
+class KeptModels:
+    """Folders with a model's weights, preprocessing, recipe, labels and metrics. A file's content is on the disk once,
+    in however many of them it is."""
+
+    def __init__(self, folder: RunFolder, *, most: int, first: bool) -> None:
+        self.folder = folder
+        self.most = most  # so many of the best
+        self.first = first  # trial 0, too, in `first/`
+
+    def add(self, checkpoint: Path, *, place: int, **parts: Any) -> None:
+        """A trial has completed, and `place` trials are better. `parts` are contents of JSON files by name; `metrics`
+        has its number."""
+        number = parts["metrics"]["number"]
+
+        def fill(folder: Path) -> None:
+            for name in (WEIGHTS_FILE, PREPROCESSING_FILE):
+                link_or_copy(checkpoint / name, folder / name)
+            for name, content in parts.items():
+                (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+        if self.first and number == 0:
+            replace_folder(self.folder.first, fill)
+        if place < self.most:
+            replace_folder(self.folder.models / str(number), fill)
+        if place == 0:
+            replace_folder(self.folder.best, fill)
+
+    def retain(self, leaders: list[int]) -> None:
+        """Of these trials, best first, the first ones keep their models, and no others do."""
+        kept = {str(number) for number in leaders[: self.most]}
+        if self.folder.models.is_dir():
+            for folder in self.folder.models.iterdir():
+                if folder.name not in kept:
+                    shutil.rmtree(folder)
+        if leaders and self._best() != leaders[0]:
+            self._make_best(self.folder.models / str(leaders[0]))
+
+    def _best(self) -> int | None:
+        metrics = self.folder.best / "metrics.json"
+        return json.loads(metrics.read_text())["number"] if metrics.is_file() else None
+
+    def _make_best(self, model: Path) -> None:
+        if not model.is_dir():  # of a run that another version began
+            return
+
+        def fill(folder: Path) -> None:
+            for file in model.iterdir():
+                link_or_copy(file, folder / file.name)
+
+        replace_folder(self.folder.best, fill)

@@ -1,0 +1,186 @@
+"""Going on with a run: whose it is, what it was asked for, and whether it still is the same search."""
+
+import argparse
+import fcntl
+import hmac
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from search.arguments import source
+from search.run_folder import RunFolder
+from trainables.model_folder import read_json
+
+HERE = ("resume", "trust", "address", "name", "results", "storage")
+"""Arguments that may differ where a run goes on."""
+SHOWN = 3
+"""So many names of a difference."""
+
+
+# --- One search at a time ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def alone_in(folder: RunFolder) -> Iterator[None]:
+    """Within it, no other search writes to the run. Raises `ValueError` where one does.
+
+    The kernel ends the lock with the process that holds it, however that ends.
+    """
+    made = [path for path in (folder.path, folder.path.parent) if not path.exists()]
+    folder.path.mkdir(parents=True, exist_ok=True)
+    opened = os.open(folder.path, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(opened)
+        raise ValueError(
+            f"{folder}/ is being written by another search that is still running. Wait for its end, or give another "
+            "--name."
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(opened)
+        with suppress(OSError):  # it holds something
+            for path in made:
+                path.rmdir()
+
+
+# --- Whose run it is --------------------------------------------------------------------------------------------------
+
+
+def signature(run_id: str) -> str:
+    """What only this user on this machine can say of a run; empty where the user's key can neither be read nor made."""
+    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    file = Path(base).expanduser() / "finetune-search" / "key"
+    with suppress(OSError):
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with (
+                suppress(FileExistsError),
+                os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as new,
+            ):
+                new.write(secrets.token_bytes(32))
+        return hmac.digest(file.read_bytes(), run_id.encode(), "sha256").hex()
+    return ""
+
+
+def require_own(folder: RunFolder, *, trust: bool) -> None:
+    """Raises `ValueError` for a run that this user did not begin here: Ray keeps its state in pickles, and these
+    execute what they say."""
+    command = read_json(folder.command)
+    mine = signature(str(command.get("run_id")))
+    if trust or (mine and hmac.compare_digest(mine, str(command.get("signature")))):
+        return
+    raise ValueError(
+        f"{folder}/ was not begun by you on this machine, and going on with it executes what its files say. If you "
+        "trust whoever made it, add --trust. Reports and exports execute nothing and need no trust."
+    )
+
+
+# --- What it was asked for --------------------------------------------------------------------------------------------
+
+
+def arguments_record(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as they are kept with a run."""
+    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name != "given"}
+
+
+def is_same_command(folder: RunFolder, args: argparse.Namespace) -> bool:
+    """Whether `args` are those that the run was begun with, so that it goes on."""
+    if not folder.command.is_file():
+        return False
+    before, now = ({k: v for k, v in each.items() if k not in ("resume", "trust", "address")}
+                   for each in (read_json(folder.command).get("asked", {}), arguments_record(args)))  # fmt: skip
+    return before == now
+
+
+def saved_arguments(folder: RunFolder, args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments that a run was started with; where it goes on is this command's. Raises `ValueError` where this
+    command asks for something else."""
+    if not folder.command.is_file():
+        raise ValueError(
+            f"{folder} holds no run to resume (no command.json in it). Runs are listed by: ls {args.results}"
+        )
+    saved = read_json(folder.command)["arguments"]
+    now = arguments_record(args)
+    if missing := [name for name in now if name not in saved]:
+        raise ValueError(
+            f"{folder} was started by an older version, which knew no {_option(missing[0])}. Start it anew."
+        )
+    first = read_json(folder.command).get("asked", saved)
+    different = [name for name in args.given if name not in HERE and now[name] not in (saved[name], first[name])]
+    if different:
+        changes = "; ".join(
+            f"{_option(name)} is {_shown(first[name])} there and {_shown(now[name])} here" for name in different
+        )
+        raise ValueError(
+            f"--resume goes on with {folder}/ as it was begun, but {changes}. Leave that out, or begin a new run with "
+            "another --name."
+        )
+    for name in ("data", "weights"):
+        saved[name] = source(saved[name]) if saved[name] else None
+    saved["results"] = Path(saved["results"])
+    here = {"resume": True, "trust": args.trust, "address": args.address, "name": args.name, "results": args.results}
+    return argparse.Namespace(**saved | here | {"storage": args.storage or saved["storage"]})
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "not given"
+    return "not given" if value is None else str(value)
+
+
+# --- Whether it is the same search ------------------------------------------------------------------------------------
+
+
+def images_record(images, digest: str) -> dict[str, Any]:
+    """What tells a run's images from others."""
+    return {"digest": digest, "count": len(images.paths), "classes": list(images.classes)}
+
+
+def require_same(folder: RunFolder, space: Mapping[str, Any], images: Mapping[str, Any]) -> None:
+    """Raises `ValueError`, with the difference, where a run's space or images are others now than when it began."""
+    before = read_json(folder.command).get("images", images)
+    if before["digest"] != images["digest"]:
+        raise ValueError(
+            f"{folder}/ cannot go on, its images are others now: {_image_changes(before, images)}. Bring them back, or "
+            "begin a new run."
+        )
+    if folder.space.is_file() and (changes := _changes(read_json(folder.space), json.loads(json.dumps(space)))):
+        raise ValueError(
+            f"{folder}/ cannot go on, its search space has changed: {'; '.join(changes)}. Undo that, or begin a new "
+            "run."
+        )
+
+
+def _image_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    changes = [] if before["count"] == now["count"] else [f"{now['count']} instead of {before['count']}"]
+    for what, some, others in (("without", before, now), ("with", now, before)):
+        if names := sorted(set(some["classes"]) - set(others["classes"])):
+            changes.append(f"{what} the {'class' if len(names) == 1 else 'classes'} {_some(map(repr, names))}")
+    return ", ".join(changes) or f"as many as before ({now['count']}), but with other names or in other classes"
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:
+    found = []
+    for name in dict.fromkeys([*before, *now]):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _changes(old, new, f"{where}{name}.")
+        elif old != new:
+            found.append(f"{where}{name} was {old!r} and is {new!r}")
+    return found
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

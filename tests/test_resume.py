@@ -1,0 +1,213 @@
+"""Going on with a run: only where it is the same search, by the same user, and by one search at a time."""
+
+import argparse
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from search.arguments import parse_arguments
+from search.resume import (
+    alone_in,
+    arguments_record,
+    is_same_command,
+    require_own,
+    require_same,
+    saved_arguments,
+    signature,
+)
+from search.run_folder import RunFolder
+
+BEGUN = ["--space", "quickstart", "--name", "mine", "--trials", "9", "--set", "epochs=2"]
+IMAGES = {"digest": "a", "count": 90, "classes": ["robin", "wren"]}
+SPACE = {"name": "quickstart", "seed": 0, "settings": {"presize": 160}, "dimensions": {"epochs": "1..3"}}
+
+
+@pytest.fixture(autouse=True)
+def key(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return begun(tmp_path, BEGUN)
+
+
+def begun(tmp_path: Path, argv: list[str]) -> RunFolder:
+    folder = RunFolder(tmp_path / "results" / "mine")
+    folder.path.mkdir(parents=True)
+    arguments = arguments_record(parse_arguments([*argv, "--results", str(folder.path.parent)]))
+    command = {"run_id": "1", "signature": signature("1"), "arguments": arguments, "asked": arguments, "images": IMAGES}
+    folder.command.write_text(json.dumps(command))
+    folder.space.write_text(json.dumps(SPACE))
+    return folder
+
+
+def arguments(folder: RunFolder, *words: str) -> argparse.Namespace:
+    return parse_arguments([*words, "--results", str(folder.path.parent)])
+
+
+def resumed(folder: RunFolder, *words: str) -> argparse.Namespace:
+    return saved_arguments(folder, arguments(folder, "--resume", "--name", "mine", *words))
+
+
+# --- What it was asked for --------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_the_options_that_it_was_begun_with(folder):
+    args = resumed(folder, "--address", "auto")
+    assert (args.space, args.trials, args.set, args.resume, args.address) == (
+        "quickstart", 9, ["epochs=2"], True, "auto"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "difference"),
+    [
+        (["--space", "pets"], "--space is quickstart there and pets here"),
+        (["--trials", "10"], "--trials is 9 there and 10 here"),
+        (["--set", "epochs=3"], "--set is epochs=2 there and epochs=3 here"),
+        (["--data", "/else"], "--data is not given there and /else here"),
+        (["--confirm", "3"], "--confirm is 0 there and 3 here"),
+    ],
+)
+def test_an_option_that_differs_is_refused_with_the_difference(folder, words, difference):
+    with pytest.raises(ValueError, match="as it was begun, but") as refused:
+        resumed(folder, *words)
+    assert difference in str(refused.value)
+
+
+def test_options_that_are_the_same_may_be_said_again(folder):
+    assert resumed(folder, "--space", "quickstart", "--trials", "9", "--set", "epochs=2").trials == 9
+
+
+def test_the_command_that_began_a_run_goes_on_with_it_and_another_one_does_not(folder):
+    assert is_same_command(folder, arguments(folder, *BEGUN))
+    assert is_same_command(folder, arguments(folder, *BEGUN, "--address", "auto"))
+    assert not is_same_command(folder, arguments(folder, *BEGUN, "--seed", "4"))
+    folder.command.unlink()
+    assert not is_same_command(folder, arguments(folder, *BEGUN))
+
+
+# --- Whether it is the same search ------------------------------------------------------------------------------------
+
+
+def test_the_same_images_and_space_go_on(folder):
+    require_same(folder, SPACE, IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("images", "difference"),
+    [
+        ({"digest": "b", "count": 91}, "91 instead of 90"),
+        ({"digest": "b", "classes": ["robin"]}, "without the class 'wren'"),
+        ({"digest": "b", "classes": ["robin", "tit", "wren"]}, "with the class 'tit'"),
+        ({"digest": "b"}, "as many as before (90), but with other names or in other classes"),
+    ],
+)
+def test_other_images_are_refused_with_the_difference(folder, images, difference):
+    with pytest.raises(ValueError, match="its images are others now") as refused:
+        require_same(folder, SPACE, IMAGES | images)
+    assert difference in str(refused.value)
+
+
+def test_another_space_is_refused_with_the_difference(folder):
+    changed = SPACE | {"dimensions": {"epochs": "1..4"}, "seed": 3}
+    with pytest.raises(ValueError, match="search space has changed") as refused:
+        require_same(folder, changed, IMAGES)
+    assert "seed was 0 and is 3" in str(refused.value)
+    assert "dimensions.epochs was '1..3' and is '1..4'" in str(refused.value)
+
+
+# --- Whose run it is --------------------------------------------------------------------------------------------------
+
+
+def test_ones_own_run_needs_no_trust(folder):
+    require_own(folder, trust=False)
+
+
+def test_a_run_that_another_user_began_is_refused_unless_trusted(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of another user"))
+    with pytest.raises(ValueError, match=r"was not begun by you .* add --trust"):
+        require_own(folder, trust=False)
+    require_own(folder, trust=True)
+
+
+@pytest.mark.parametrize("change", [{"run_id": "2"}, {"signature": ""}, {"signature": None}])
+def test_a_forged_record_is_refused(folder, change):
+    command = json.loads(folder.command.read_text()) | change
+    folder.command.write_text(json.dumps(command))
+    with pytest.raises(ValueError, match="was not begun by you"):
+        require_own(folder, trust=False)
+
+
+def test_the_key_is_for_its_owner_alone_and_without_a_place_for_one_nothing_is_trusted(folder, tmp_path, monkeypatch):
+    key = tmp_path / "state" / "finetune-search" / "key"
+    assert key.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    assert signature("1") == ""
+    command = json.loads(folder.command.read_text()) | {"signature": ""}
+    folder.command.write_text(json.dumps(command))
+    with pytest.raises(ValueError, match="was not begun by you"):
+        require_own(folder, trust=False)
+
+
+class Bomb:
+    """Pickled, it makes a file where it is read."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.file,)
+
+
+def test_a_refused_run_executes_nothing_of_what_it_holds(folder, tmp_path, monkeypatch):
+    """The whole command, on a run whose pickles would leave a file."""
+    witness = tmp_path / "executed"
+    folder.tune.mkdir()
+    for name in ("tuner.pkl", "searcher-state-1.pkl"):
+        (folder.tune / name).write_bytes(pickle.dumps(Bomb(witness)))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of another user"))
+    words = ["-m", "search.run", "--resume", "--name", "mine", "--results", str(folder.path.parent)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert done.returncode == 2 and "add --trust" in done.stderr
+    assert not witness.exists()
+
+
+# --- One search at a time ---------------------------------------------------------------------------------------------
+
+
+def test_a_second_search_of_the_same_name_is_refused_while_the_first_one_lives(tmp_path):
+    folder = RunFolder(tmp_path / "results" / "mine")
+    holder = f"""
+import sys, time
+from pathlib import Path
+from search.resume import alone_in
+from search.run_folder import RunFolder
+with alone_in(RunFolder(Path({str(folder.path)!r}))):
+    print("alone", flush=True)
+    time.sleep(60)
+"""
+    first = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "alone\n"
+    with pytest.raises(ValueError, match="is being written by another search"), alone_in(folder):
+        pass
+    first.kill()  # it says good-bye to nobody
+    first.wait()
+    with alone_in(folder):
+        pass
+
+
+def test_a_search_that_ends_before_it_wrote_anything_leaves_no_folder(tmp_path):
+    folder = RunFolder(tmp_path / "results" / "mine")
+    with pytest.raises(ValueError, match="bad"), alone_in(folder):
+        raise ValueError("bad")
+    assert not folder.path.parent.exists()
+    with alone_in(folder):
+        folder.trials.touch()
+    assert folder.trials.exists()

@@ -1,0 +1,156 @@
+"""A worker of a group: what Ray Train runs in each of its processes, see `worker_group`."""
+
+import gc
+import logging
+import time
+from functools import lru_cache
+from typing import Any
+
+from trainables.held_out import Remaining
+from trainables.recipe import Recipe
+from trainables.worker_group import Command, Outcome
+
+logger = logging.getLogger(__name__)
+
+SIGN_SECONDS = 1.0
+"""So often, at most, a worker gives a sign of its progress."""
+
+
+def serve(config: dict[str, Any]) -> None:
+    """The train function: run the host's commands until it says that there are no more."""
+    import ray.train
+    import torch
+
+    torch.set_num_threads(config["num_threads"])
+    host, context = config["host"], ray.train.get_context()
+    rank, several = context.get_world_rank(), context.get_world_size() > 1
+    slot = _Slot(host, config["num_threads"])
+    myself = ray.get_runtime_context()
+    ray.get(host.join.remote(rank, myself.get_node_id(), myself.current_actor))
+    number = 0
+    while (command := ray.get(host.next_command.remote(rank, number))) is not None:
+        number = command.number
+        outcome, reusable = slot.run(command)
+        if rank == 0 or outcome.failure or outcome.split_batches:
+            ray.get(host.deliver.remote(number, outcome))
+        if several and not reusable:
+            # The other workers may be waiting for this one inside a collective; only a restart frees them.
+            raise RuntimeError(outcome.failure or "out of memory")
+
+
+class _Slot:
+    """One worker's side of a trial slot: the training in progress."""
+
+    def __init__(self, host, num_threads: int) -> None:
+        self.host = host
+        self.num_threads = num_threads
+        self.training = None
+        self.trial_id = None
+        self.number = 0  # of the command
+        self.last_sign = 0.0
+        self.idle_since = time.perf_counter()
+
+    def run(self, command: Command) -> tuple[Outcome, bool]:
+        """The outcome, and whether this worker's group can take the next command as it is."""
+        from trainables.finetune import Diverged
+
+        try:
+            self.number = command.number
+            self._prepare(command)
+            self._give_sign()
+            overhead = time.perf_counter() - self.idle_since
+            metrics = self.training.run_epoch()
+            self.idle_since = time.perf_counter()
+            # Every worker has the state; only the first one's is wanted.
+            state = self.training.state() if self.training.world.rank == 0 else None
+            metrics |= {"overhead_seconds": overhead, "batch_parts": command.batch_parts}
+            return Outcome(metrics, state), True
+        except Diverged as error:  # the losses are summed over the workers, so all of them are here
+            self._drop()
+            return Outcome(failure=f"diverged: {error}"), True
+        except Exception as error:  # anything else fails the trial and is shown; the search goes on
+            if is_of_lost_worker(error):
+                raise  # not the trial's fault: Ray Train restarts the group, and the command is repeated
+            if is_out_of_memory(error):
+                outcome = self._out_of_memory(error)
+                self._drop()
+                return outcome, False
+            logger.exception("trial %s failed", command.trial.trial_id)
+            self._drop()
+            return Outcome(failure=f"{type(error).__name__}: {error}"), False
+
+    def _out_of_memory(self, error: Exception) -> Outcome:
+        if self.training is None:
+            return Outcome(failure=f"out of memory before its first step: {error}")
+        if self.training.can_split_further:
+            logger.warning("trial %s: out of memory, its batches go in more parts", self.trial_id)
+            return Outcome(split_batches=True)
+        return Outcome(failure=f"out of memory even with one image at a time: {error}")
+
+    def _give_sign(self) -> None:
+        """Of progress, not more often than the host needs it."""
+        now = time.monotonic()
+        if now - self.last_sign >= SIGN_SECONDS:
+            self.last_sign = now
+            self.host.progress.remote(self.number)
+
+    def _prepare(self, command: Command) -> None:
+        """Have the trial of `command` in memory, at the epoch that it starts from."""
+        import ray.train
+        import ray.train.torch
+
+        from trainables.finetune import FineTune
+        from trainables.source import folder_of
+
+        trial = command.trial
+        ready = self.training is not None and self.trial_id == trial.trial_id
+        if ready and self.training.epochs_done == command.epochs_done:
+            return
+        self._drop()
+        if command.batch_parts > 1:
+            gc.collect()  # what ran out of memory may hang together in cycles
+        recipe = Recipe.from_dict(trial.recipe)
+        images = _presized_images(trial.data, trial.data_digest, recipe.presize, recipe.resize_method, trial.cache)
+        weights = folder_of(trial.weights) if trial.weights else None
+        ray.get(self.host.meet.remote(ray.train.get_context().get_world_rank(), command.number))
+        self.training = FineTune(
+            recipe,
+            images,
+            weights=weights,
+            device=ray.train.torch.get_device(),
+            num_threads=self.num_threads,
+            split_seed=trial.split_seed,
+            load_pretrained=command.epochs_done == 0,
+            batch_parts=command.batch_parts,
+            on_progress=self._give_sign,
+        )
+        if command.epochs_done:
+            self.training.load_state(ray.get(self.host.state.remote()))
+        self.trial_id = trial.trial_id
+
+    def _drop(self) -> None:
+        if self.training is not None:
+            self.training.close()
+        self.training = None
+
+
+def is_of_lost_worker(error: Exception) -> bool:
+    """Whether a collective failed, as it does where another worker of the group is gone."""
+    import torch.distributed
+
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)  # gloo raises plain RuntimeErrors
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of the GPU or the CPU; torch says the latter with a plain RuntimeError."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+@lru_cache(maxsize=4)
+def _presized_images(data: str | Remaining, digest: str | None, size: int, method: str, storage: str):
+    from trainables.presize import presize
+    from trainables.source import images_of
+
+    return presize(images_of(data, digest), size, method, storage=storage)
