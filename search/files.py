@@ -1,15 +1,42 @@
 """Writing files so that a kill at any moment leaves either the old content or the new."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from trainables.disk import when_there_is_room
+
 
 def write_atomically(path: Path, text: str) -> None:
+    """Waits while the disk is full."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+
+    def write() -> None:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+    when_there_is_room(write, path)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a whole line to a file that is there; waits while the disk is full."""
+    content, before = line.encode(), path.stat().st_size
+
+    def write() -> None:
+        # One write of one line: a kill leaves the file with or without it.
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        try:
+            if os.write(file, content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            os.truncate(file, before)
+            raise
+        finally:
+            os.close(file)
+
+    when_there_is_room(write, path)
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:

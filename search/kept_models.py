@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from search.files import link_or_copy, replace_folder
 from search.run_folder import RunFolder
 from trainables.checkpoint import PREPROCESSING_FILE, WEIGHTS_FILE
+from trainables.disk import when_there_is_room
 
 
 class KeptModels:
@@ -31,11 +33,11 @@ class KeptModels:
                 (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
         if self.first and number == 0:
-            replace_folder(self.folder.first, fill)
+            _replace(self.folder.first, fill)
         if place < self.most:
-            replace_folder(self.folder.models / str(number), fill)
+            _replace(self.folder.models / str(number), fill)
         if place == 0:
-            replace_folder(self.folder.best, fill)
+            _replace(self.folder.best, fill)
 
     def retain(self, leaders: list[int]) -> None:
         """Of these trials, best first, the first ones keep their models, and no others do."""
@@ -59,4 +61,8 @@ class KeptModels:
             for file in model.iterdir():
                 link_or_copy(file, folder / file.name)
 
-        replace_folder(self.folder.best, fill)
+        _replace(self.folder.best, fill)
+
+
+def _replace(folder: Path, fill: Callable[[Path], None]) -> None:
+    when_there_is_room(lambda: replace_folder(folder, fill), folder)

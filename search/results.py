@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -12,7 +11,7 @@ from typing import Any
 
 from ray import tune
 
-from search.files import write_atomically
+from search.files import append_line, write_atomically
 from search.kept_models import KeptModels
 from search.method import CONFIRM_SEEDS
 from search.run_folder import RunFolder
@@ -259,13 +258,7 @@ class ResultsTable(tune.Callback):
         if repeated:
             self._write_epochs()
             return
-        line = as_csv(EPOCH_COLUMNS, [epoch], header=False).encode()
-        # One write of one whole line: a kill leaves the file with or without it.
-        file = os.open(self.folder.epochs, os.O_WRONLY | os.O_APPEND)
-        try:
-            os.write(file, line)
-        finally:
-            os.close(file)
+        append_line(self.folder.epochs, as_csv(EPOCH_COLUMNS, [epoch], header=False))
 
     def _write_epochs(self) -> None:
         write_atomically(self.folder.epochs, as_csv(EPOCH_COLUMNS, self.epoch_rows.values()))

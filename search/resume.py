@@ -82,6 +82,17 @@ def require_own(folder: RunFolder, *, trust: bool) -> None:
     )
 
 
+def require_whole(folder: RunFolder) -> None:
+    """Raises `ValueError` where the tables or the journal are damaged, before anything is written."""
+    from search.journal import mend
+    from search.results import read_rows, read_trials
+
+    read_trials(folder.trials)
+    read_rows(folder.epochs)
+    if folder.journal.is_file():
+        mend(folder.journal)
+
+
 # --- What it was asked for --------------------------------------------------------------------------------------------
 
 

@@ -49,12 +49,13 @@ def main() -> int:
 
 def resume(args: argparse.Namespace, folder) -> int:
     """Go on with the run in `folder`, for `--resume` or for the command that began it."""
-    from search.resume import alone_in, is_same_command, require_own, saved_arguments
+    from search.resume import alone_in, is_same_command, require_own, require_whole, saved_arguments
 
     if not args.resume and not is_same_command(folder, args):
         raise ValueError(f"{folder} exists. Add --resume to go on with it, or give another --name.")
     args = saved_arguments(folder, args)
     require_own(folder, trust=args.trust)
+    require_whole(folder)
     with alone_in(folder):
         say(f"going on with {folder}/")
         return search(args, folder)
@@ -126,8 +127,8 @@ def search(args: argparse.Namespace, folder) -> int:
 
 
 def show_progress() -> None:
-    """Say what is logged of fetching and waiting, and what was noticed of the images. Presizing has a bar."""
-    for name in ("data", "fetch", "weights"):
+    """Say what is logged of fetching, of waiting, and what was noticed of the images. Presizing has a bar."""
+    for name in ("data", "disk", "fetch", "weights"):
         logger = logging.getLogger(f"trainables.{name}")
         logger.setLevel(logging.INFO)
         logger.addHandler(_Sayer())
@@ -199,6 +200,7 @@ def words_to_show(argv: list[str]) -> list[str]:
 
 
 def announce(options, nodes: list) -> None:
+    from search.disk import needs
     from search.resources import trials_at_once
 
     size, folder = options.group_size, options.folder
@@ -213,7 +215,21 @@ def announce(options, nodes: list) -> None:
         f"{size.cpus_per_worker:g} CPUs{gpus}{others}; the first one waits for its workers to start"
     )
     say(f"results: {folder}/")
+    kept = options.keep + options.keep_first
+    say(needs(folder, largest_weights(options), at_once=at_once, kept=kept))
     say(f"watch: python -m search.dashboard {folder}")
+
+
+def largest_weights(options) -> int | None:
+    """Bytes of the largest network's pretrained weights; None where some are not on this machine's disk."""
+    from trainables.source import folder_of
+    from trainables.weights import find_weights
+
+    if setting_values(options.space, "pretrained") == [False]:
+        return None
+    folder = folder_of(options.weights) if options.weights else None
+    files = [find_weights(arch, folder) for arch in setting_values(options.space, "arch")]
+    return max(file.path.stat().st_size for file in files) if all(files) else None
 
 
 def conclude(options, seconds: float, *, interrupted: bool) -> int:

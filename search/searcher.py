@@ -7,13 +7,12 @@ from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from search.capacity import Capacity
 from search.confirm import retrainings
+from search.journal import open_journal
 from search.method import Method
 from search.space import Choice, Dimension, Space, ends
 from trainables.recipe import has_effect, spec_of
@@ -72,9 +71,8 @@ class OptunaSearcher(Searcher):
     def study(self) -> optuna.Study:
         if self._study is None:
             optuna.logging.set_verbosity(optuna.logging.WARNING)
-            storage = JournalStorage(JournalFileBackend(str(self.journal)))
             self._study = optuna.create_study(
-                storage=storage,
+                storage=open_journal(self.journal),
                 study_name=self.space.name,
                 sampler=self.sampler,
                 directions=["minimize"] * self.method.num_objectives,

@@ -9,6 +9,7 @@ from ray import tune
 
 from search.annealed import new_searcher
 from search.capacity import Capacity, CapacityNews
+from search.disk import DiskWatch
 from search.leaderboard import Leaderboard
 from search.live_report import LiveReport
 from search.method import Method
@@ -18,6 +19,7 @@ from search.scheduler import new_scheduler
 from search.searcher import METRIC
 from search.space import NamedRecipe, Space
 from search.storage import Mirroring
+from search.whole_files import whole_files
 from trainables.held_out import Remaining
 from trainables.recipe import Recipe
 from trainables.trial import FineTuneTrial, TrialOptions, table_id
@@ -93,7 +95,9 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
         run_config=tune.RunConfig(
             name=options.folder.tune.name,
             storage_path=str(options.folder.path),
+            storage_filesystem=whole_files(),
             callbacks=[
+                DiskWatch(options.folder),
                 table,
                 leaderboard,
                 CapacityNews(capacity, settings),
@@ -111,12 +115,13 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
 
 def restored_tuner(options: RunOptions) -> tune.Tuner:
     """The search in `options.folder` where it was left: ended trials stay, the others go on from their last epoch."""
-    restorable = tune.Tuner.can_restore(str(options.folder.tune))
+    restorable = tune.Tuner.can_restore(str(options.folder.tune), storage_filesystem=whole_files())
     tuner = new_tuner(options)  # whose settings take the place of the saved ones: the folder may lie elsewhere now
     if not restorable:
         return tuner  # it ended before Tune saved anything
     return tune.Tuner.restore(
         str(options.folder.tune),
+        storage_filesystem=whole_files(),
         trainable=trainable(options, full_settings(options.space)),
         resume_unfinished=True,
         resume_errored=False,

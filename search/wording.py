@@ -15,3 +15,8 @@ def duration(seconds: float) -> str:
 def many(count: int, what: str) -> str:
     """Such as 1 trial, or 2 trials."""
     return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def megabytes(count: float) -> str:
+    """Bytes, such as 85 MB or 1.2 GB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

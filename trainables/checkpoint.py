@@ -4,15 +4,22 @@ A trial in training has a folder `epoch_<n>` with them for its last epoch; a kil
 """
 
 import json
+import logging
 import shutil
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from trainables.disk import when_there_is_room
 
 WEIGHTS_FILE = "model.safetensors"
 PREPROCESSING_FILE = "preprocessing.json"
 TRAINING_FILE = "training.pt"
 RESULT_FILE = "result.json"
+"""The epoch's result, and the CRC-32 of each other file."""
+
+logger = logging.getLogger(__name__)
 
 Files = dict[str, bytes]
 """File name -> content."""
@@ -35,14 +42,19 @@ class Preprocessing:
 
 
 def save(folder: Path, epoch: int, files: Files, result: dict[str, Any]) -> None:
-    """Make `epoch`'s files and its result the checkpoint in a trial's folder, in the place of the one before."""
+    """Make `epoch`'s files and its result the checkpoint in a trial's folder, in the place of the one before. Waits
+    while the disk is full."""
     before = newest(folder)
     partial, whole = folder / f".epoch_{epoch:04}.partial", folder / f"epoch_{epoch:04}"
-    for leftover in (partial, whole):
-        shutil.rmtree(leftover, ignore_errors=True)
-    write(partial, files)
-    (partial / RESULT_FILE).write_text(json.dumps(result))
-    partial.rename(whole)
+
+    def write_whole() -> None:
+        for leftover in (partial, whole):
+            shutil.rmtree(leftover, ignore_errors=True)
+        record = {"result": result, "crc32": {name: zlib.crc32(content) for name, content in files.items()}}
+        write(partial, {**files, RESULT_FILE: json.dumps(record).encode()})
+        partial.rename(whole)
+
+    when_there_is_room(write_whole, folder)
     if before not in (None, whole):
         shutil.rmtree(before)
 
@@ -52,8 +64,19 @@ def newest(folder: Path) -> Path | None:
     return max(folder.glob("epoch_*"), default=None)
 
 
-def result_of(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / RESULT_FILE).read_text())
+def last_whole(folder: Path) -> tuple[Files, dict[str, Any]] | None:
+    """The files and the result of the newest checkpoint that is as it was written, or None: a training begins anew
+    then."""
+    for checkpoint in sorted(folder.glob("epoch_*"), reverse=True):
+        try:
+            record, files = json.loads((checkpoint / RESULT_FILE).read_bytes()), read(checkpoint)
+            if damaged := [name for name in files if zlib.crc32(files[name]) != record["crc32"][name]]:
+                raise ValueError(f"{', '.join(damaged)} is not what was written")
+            return files, record["result"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("the checkpoint %s is damaged and left out: %s", checkpoint, error)
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    return None
 
 
 def drop(folder: Path) -> None:

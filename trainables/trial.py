@@ -90,9 +90,8 @@ class FineTuneTrial(tune.Trainable):
         self.size = self.options.group_size.for_arch(self.recipe["arch"], self.options.num_workers)
         self.folder = Path(self.options.checkpoints) / table_id(self)
         self.handed_over = False
-        saved = checkpoint.newest(self.folder)
-        self.files = checkpoint.read(saved) if saved else None
-        self.last_result = checkpoint.result_of(saved) if saved else {}
+        saved = checkpoint.last_whole(self.folder)
+        self.files, self.last_result = saved or (None, {})
         self.repeat = saved is not None
         self.epochs_done = self.last_result.get("epoch", 0)
         self.overhead_seconds = self.last_result.get("overhead_seconds", 0.0)
