@@ -5,6 +5,9 @@ import socket
 
 from search.cli import say
 
+HERE_ALONE = {"_node_ip_address": "127.0.0.1"}
+"""For a Ray that starts here: it listens on this address only, not on all of the machine's."""
+
 
 def prepare_environment() -> None:
     """The environment of Ray and its workers, before Ray is imported. Our own lines tell what happens, not Ray's."""
@@ -39,7 +42,7 @@ def start_ray(address: str | None) -> tuple[list, str]:
         address=address or "local",
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": environment_of_workers()} if address else None,
+        **({"runtime_env": {"env_vars": environment_of_workers()}} if address else HERE_ALONE),
     )
     if context.dashboard_url:
         say(f"Ray's dashboard: http://{context.dashboard_url}")

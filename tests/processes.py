@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -59,3 +60,21 @@ def left_after(seconds: float, pids: set[int]) -> list[str]:
     while (left := [line for pid in pids if (line := command_line(pid))]) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left
+
+
+def listening_addresses(pids: Iterable[int]) -> set[str]:
+    """The addresses on which these processes take TCP connections, such as 127.0.0.1, or 0.0.0.0 for all."""
+    links = []
+    for pid in pids:
+        with suppress(OSError):
+            links += [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]  # noqa: PTH115
+    inodes = {link[8:-1] for link in links if link.startswith("socket:[")}
+    found = set()
+    for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            local, state, inode = (line.split()[column] for column in (1, 3, 9))
+            if state == "0A" and inode in inodes:
+                words = bytes.fromhex(local.split(":")[0])
+                address = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                found.add(socket.inet_ntop(family, address))
+    return found

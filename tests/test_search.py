@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from object_store import s3_server
 from optuna.trial import TrialState
-from processes import descendants, left_after, stopped
+from processes import descendants, left_after, listening_addresses, stopped
 from searches import EPOCH_TIMES, PINNED, TIMES, Search, completed, settings, tables, without
 from tiny_run import draw_images
 
@@ -56,6 +56,7 @@ def undisturbed(class_folders, search_cache, tmp_path_factory) -> Search:
     titles = {"trial actor": "ray::(FineTuneTrial|ResourceTrainable)", "worker": "ray::RayTrainWorker"}
     search.has_torch = {name: [maps_torch(pid) for pid in search.processes(title)] for name, title in titles.items()}
     search.has_torch["driver"] = [maps_torch(search.process.pid)]
+    search.listens_on = listening_addresses([search.process.pid, *descendants(search.process.pid)])
     search.code = search.wait()
     return search
 
@@ -134,6 +135,11 @@ def test_the_state_of_ended_trials_does_not_fill_the_disk(undisturbed):
 def test_only_workers_load_torch(undisturbed):
     assert undisturbed.lines[-1] == "False"  # 'torch' in the driver's sys.modules at its end
     assert undisturbed.has_torch == {"driver": [False], "trial actor": [False], "worker": [True]}
+
+
+def test_nothing_listens_beyond_this_machine(undisturbed):
+    local = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert undisturbed.listens_on and undisturbed.listens_on <= local
 
 
 def test_further_trials_start_at_once(undisturbed):

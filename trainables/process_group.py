@@ -1,4 +1,4 @@
-"""How the workers of a group reach each other: on the address by which their node joined the cluster.
+"""How the workers of a group reach each other: on the address by which their node joined the cluster, and on no other.
 
 gloo listens on the address of the host name, which is 127.0.1.1 on many Linux systems (Debian's /etc/hosts): workers on
 other machines wait for it in vain. NCCL looks at the network interfaces itself.
@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 from dataclasses import dataclass
+from datetime import timedelta
 
 import ray
 from ray.train._internal.utils import get_address_and_port
@@ -19,6 +20,8 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
+COLLECTIVE_SECONDS = 1800.0
+"""So long a worker waits for the others in a collective."""
 LEAVE_SECONDS = 30.0
 """So long workers may take to leave their process group."""
 
@@ -73,12 +76,24 @@ def on_own_device():
 
 def enter(backend: str, rank: int, size: int, place: dict[str, str]) -> None:
     """Join the process group that meets at `place`."""
+    import torch.distributed as dist
     from ray.train.torch import config
 
     use_node_interface()
     os.environ.update(place)
     config._set_torch_distributed_env_vars()
-    config._setup_torch_process_group(backend, rank, size, "env://")
+    timeout = timedelta(seconds=COLLECTIVE_SECONDS)
+    store = meeting_place(place["MASTER_ADDR"], int(place["MASTER_PORT"]), rank, size, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def meeting_place(address: str, port: int, rank: int, size: int, timeout: timedelta):
+    """torch's store, whose server, by itself, would listen on all addresses of its machine."""
+    import torch.distributed as dist
+
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listens = socket.create_server((address, port), family=family).detach() if rank == 0 else None
+    return dist.TCPStore(address, port, size, rank == 0, timeout, master_listen_fd=listens)
 
 
 def leave(several: bool) -> None:
