@@ -10,7 +10,9 @@ from filelock import FileLock, Timeout
 from rich.table import Table
 from rich.text import Text
 
+from search.wording import megabytes
 from trainables.presized_images import DamagedCache, PresizedImages
+from trainables.wording import printable
 
 NAME = re.compile(r"\.?([0-9a-f]{32})(-memory-map|-jpeg|-off-[0-9a-f]{8})?(\.partial)?")
 """Folders that `presize` makes, those of earlier versions included; the first group names their lock."""
@@ -77,12 +79,8 @@ def _described(cache: Cache) -> tuple[str, ...]:
         unfinished = cache.path.name.startswith(".")
         return f"{'not finished' if unfinished else 'not readable'}: {cache.path.name}", "", "", "", ""
     root = str(images.root)
-    root = root if root.isprintable() else ascii(root)[1:-1]
+    root = printable(root)
     return root, str(images.size), images.method, images.storage, str(len(images))
-
-
-def megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _ago(moment: float) -> str:

@@ -28,6 +28,7 @@ from trainables.data import DataError, ImageFolder
 from trainables.inspect_data import Copies, Finding, Inspection, find_folder, findings, inspect
 from trainables.presize import PresizedImages, caches_folder, presize
 from trainables.recipe import Recipe
+from trainables.wording import printable
 
 TRAIN_PICTURE, VALID_PICTURE = "train_batch.png", "valid_batch.png"
 PICTURED = 24  # images in a picture, in rows of COLUMNS
@@ -102,7 +103,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def show_caches(*, clear_them: bool) -> int:
     """List, or remove, all presized images on this machine."""
-    from search.caches import caches_table, clear, find_caches, megabytes
+    from search.caches import caches_table, clear, find_caches
+    from search.wording import megabytes
 
     caches = find_caches(caches_folder())
     if not caches:
@@ -268,11 +270,6 @@ def _same(inspection: Inspection, copies: Copies) -> str:
 
 def more(number: int) -> list[str]:
     return [f"  ... and {number} more"] if number > 0 else []
-
-
-def printable(name: str) -> str:
-    """`name`, with what a terminal or a font cannot show as escapes."""
-    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 # --- The pictures -----------------------------------------------------------------------------------------------------

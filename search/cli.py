@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from trainables.wording import printable
+
 BAD_INPUT = 2
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -21,7 +23,7 @@ def run_cli(main: Callable[[], int]) -> NoReturn:
         code = main()
         sys.stdout.flush()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(_lines(f"error: {error}"), file=sys.stderr)
         code = BAD_INPUT
     except KeyboardInterrupt:
         code = INTERRUPTED
@@ -70,4 +72,9 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    print(_lines(text), flush=True)
+
+
+def _lines(text: str) -> str:
+    """A file may have any name, and a folder, which is a label: none of them commands the terminal."""
+    return "\n".join(map(printable, text.split("\n")))

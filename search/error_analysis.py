@@ -19,6 +19,7 @@ from PIL import Image
 from search.run_record import RunRecord
 from trainables.image_file import UnreadableImage, read_image
 from trainables.model_folder import read_json
+from trainables.wording import printable
 
 NUM_LOSSES = 12
 THUMBNAIL = 176  # px
@@ -69,7 +70,7 @@ def read_analysis(run: RunRecord) -> ErrorAnalysis | None:
         losses = tuple(_loss(row, Path(run.command["data"])) for row in worst)
     except (OSError, ValueError, KeyError):  # not there, or cut short by a kill
         return None
-    return ErrorAnalysis(tuple(map(_printable, classes)), counts, losses)
+    return ErrorAnalysis(tuple(map(printable, classes)), counts, losses)
 
 
 def analyse(run: RunRecord) -> str:
@@ -97,9 +98,9 @@ def analyse(run: RunRecord) -> str:
 
 def _loss(row: dict[str, str], data: Path) -> Loss:
     return Loss(
-        path=_printable(row["path"]),
-        actual=_printable(row["actual"]),
-        predicted=_printable(row["predicted"]),
+        path=printable(row["path"]),
+        actual=printable(row["actual"]),
+        predicted=printable(row["predicted"]),
         loss=float(row["loss"]),
         probability=float(row["probability"]),
         image=_thumbnail(data / row["path"]),
@@ -119,8 +120,3 @@ def _thumbnail(path: Path) -> str:
     file = io.BytesIO()
     square.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR, reducing_gap=2).save(file, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _printable(text: str) -> str:
-    """Names that are no valid UTF-8 would not be written to a page."""
-    return text.encode("utf-8", "backslashreplace").decode()

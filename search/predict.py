@@ -24,6 +24,7 @@ from search.model_folder import open_model
 from trainables import predictor
 from trainables.data import IMAGE_SUFFIXES
 from trainables.predictor import Prediction
+from trainables.wording import printable
 
 EXAMPLES = """
 examples:
@@ -165,11 +166,6 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("predicting", total=total)
         yield lambda: progress.advance(task)
-
-
-def printable(text: object) -> str:
-    """`text` for a terminal, with line breaks and control characters as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def _positive(text: str) -> int:

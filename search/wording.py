@@ -18,5 +18,7 @@ def many(count: int, what: str) -> str:
 
 
 def megabytes(count: float) -> str:
-    """Bytes, such as 85 MB or 1.2 GB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    """Bytes, such as 8.5 MB, 85 MB or 1.2 GB."""
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.{0 if count >= 1e7 else 1}f} MB"

@@ -22,6 +22,7 @@ from trainables.finetune import FineTune
 from trainables.predictor import PresizedFiles
 from trainables.presize import presize
 from trainables.recipe import Recipe
+from trainables.wording import printable
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -219,7 +220,7 @@ def test_json_and_csv_hold_the_same_for_programs(run, data, capsys):
 
 
 def test_control_characters_in_names_do_not_reach_the_terminal():
-    assert predict.printable("é\x1b[31m\n\udce9") == "é\\x1b[31m\\n\\udce9"
+    assert printable("é\x1b[31m\n\udce9") == "é\\x1b[31m\\n\\udce9"
 
 
 def test_the_command_labels_without_ray_and_help_needs_no_torch(run, data):

@@ -25,6 +25,7 @@ from trainables.held_out import remaining, set_aside, share_of
 from trainables.model_folder import ModelFolder, read_json, read_model
 from trainables.predictor import Predictor
 from trainables.presize import PresizedImages, presize
+from trainables.wording import printable
 
 LEAST = float(np.finfo(np.float32).smallest_subnormal)  # a probability of 0 counts as this: a loss of 103.3
 MOST_SHOWN = 200  # images in one picture
@@ -179,7 +180,7 @@ def save_losses_picture(path: Path, found: Interpretation, images: PresizedImage
 
     order, titles = found.top_losses(k), []
     for i in order:
-        predicted, actual = map(_printable, _names(found, i))
+        predicted, actual = map(printable, _names(found, i))
         numbers = f"loss {found.losses[i]:.2f}, probability {found.probabilities[i].max():.2f}"
         titles.append(f"predicted {predicted}\nactual {actual}\n{numbers}")
     views = centre_views(images, found.indices[order], model.preprocessing)
@@ -197,7 +198,7 @@ def save_confusion_picture(path: Path, found: Interpretation) -> None:
 
     counts = found.confusion_matrix()
     occur = np.flatnonzero(counts.sum(axis=0) + counts.sum(axis=1))
-    counts, names = counts[np.ix_(occur, occur)], [_printable(found.classes[i]) for i in occur]
+    counts, names = counts[np.ix_(occur, occur)], [printable(found.classes[i]) for i in occur]
     numbered = len(names) <= MOST_NUMBERED
     cell = 0.32 if numbered else min(0.13, 20 / len(names))  # inches
     shown = range(0, len(names), math.ceil(0.13 / cell))  # every so many classes are named, so that the names fit
@@ -291,9 +292,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         save_losses_csv(args.out / "top_losses.csv", found)
         save_losses_picture(args.out / "top_losses.png", found, images, model, args.top)
     drawn = "" if args.split == "all" or folder.valid is not None else f", split seed {seed}"
-    print(f"{len(indices)} images of {_printable(folder.root)} ({args.split}{drawn}), {len(found.classes)} classes")
+    print(f"{len(indices)} images of {printable(folder.root)} ({args.split}{drawn}), {len(found.classes)} classes")
     _report(found)
-    print(f"\nwritten to {_printable(args.out)}/: confusion_matrix.png, .csv, top_losses.png, .csv")
+    print(f"\nwritten to {printable(args.out)}/: confusion_matrix.png, .csv, top_losses.png, .csv")
     return 0
 
 
@@ -311,7 +312,7 @@ def _report(found: Interpretation) -> None:
 
 def _print_table(title: str, rows: Sequence[tuple[str, str, object]]) -> None:
     """The first LINES rows."""
-    texts = [tuple(map(_printable, row)) for row in rows[:LINES]]
+    texts = [tuple(map(printable, row)) for row in rows[:LINES]]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     for i, (left, middle, right) in enumerate(texts):
         start = "" if i else f"\n{title}:\n"
@@ -355,11 +356,6 @@ def _part(folder: data.ImageFolder, split: str, share: float | None, seed: int) 
 
 def _percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
-
-
-def _printable(text: object) -> str:
-    """`text` with line breaks, control characters and bytes that are no UTF-8 as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 if __name__ == "__main__":
