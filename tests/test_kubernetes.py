@@ -182,7 +182,7 @@ def test_the_jobs_search_runs_on_the_head_and_keeps_its_results_on_the_disk(spec
     assert job["submissionMode"] == "K8sJobMode" and not any(
         name.startswith("entrypoint") for name in job.keys() - {"entrypoint"}
     )
-    assert job["backoffLimit"] == 0 and job["shutdownAfterJobFinishes"] is True
+    assert job["backoffLimit"] == 3 and job["shutdownAfterJobFinishes"] is True
 
 
 @pytest.mark.parametrize("file", ["raycluster.yaml", "rayjob.yaml"])
