@@ -54,10 +54,13 @@ def search(args: argparse.Namespace, folder) -> int:
     space, method = space_of(args), method_of(args)
     from search.annealed import check_lengths
     from search.held_out import hold_out, source_of
+    from search.results import check_tables
     from search.tuner import RunOptions, full_settings
     from trainables.source import images_digest
 
     full_settings(space)
+    if args.resume:
+        check_tables(folder, space.dimensions)
     if method.scheduler == "annealed":
         check_lengths(space)
     mirror = mirror_of(args, folder)
