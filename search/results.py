@@ -1,7 +1,5 @@
 """The results table: `trials.csv` with one row a trial, `epochs.csv` with one row an epoch."""
 
-import csv
-import io
 import math
 import shutil
 from collections.abc import Iterable, Sequence
@@ -16,6 +14,7 @@ from search.kept_models import KeptModels
 from search.method import CONFIRM_SEEDS
 from search.run_folder import RunFolder
 from search.scheduler import stop_reasons
+from search.table_file import Row, as_csv, as_text, decimal, moment, one_of, read_table, whole, whole_or_none
 from trainables import checkpoint
 from trainables.checkpoint import WEIGHTS_FILE
 from trainables.recipe import Recipe
@@ -44,7 +43,22 @@ EPOCH_COLUMNS = [
 EPOCH_COLUMNS += ["train_seconds", "valid_seconds", "images_per_second", "train_images", "valid_images", "batch_parts"]
 EPOCH_COLUMNS += ["finished_at"]
 
-Row = dict[str, Any]
+TRIAL_KINDS = {
+    "number": whole,
+    "status": one_of(COMPLETED, STOPPED, FAILED, RUNNING, RETRAINED),
+    **dict.fromkeys((*SCORES, *COSTS, CONFIRMED), decimal),
+    **dict.fromkeys(("epochs_done", "epochs_total"), whole),
+    RETRAINS: whole_or_none,
+}
+"""What the fields of `trials.csv` are; those of settings are text."""
+TRIAL_NEEDED = ("number", "trial_id", "status", "error_rate", "epochs_done", "epochs_total")
+EPOCH_KINDS = dict.fromkeys(EPOCH_COLUMNS, decimal) | {
+    **dict.fromkeys(("number", "epoch"), whole),
+    **dict.fromkeys(("trial_id", "stage"), str),
+    **dict.fromkeys(("progress", "train_images", "valid_images"), whole_or_none),
+    "finished_at": moment,
+}
+EPOCH_NEEDED = ("number", "trial_id", "epoch", "error_rate")
 
 
 def rank(row: Row) -> tuple[float, ...]:
@@ -123,7 +137,7 @@ class ResultsTable(tune.Callback):
 
     def setup(self, **info: Any) -> None:
         self.rows = {row["trial_id"]: row for row in read_trials(self.folder.trials)}
-        self.epoch_rows = {(row["trial_id"], int(row["epoch"])): row for row in read_rows(self.folder.epochs)}
+        self.epoch_rows = {(row["trial_id"], row["epoch"]): row for row in read_epochs(self.folder.epochs)}
         self.restored = False
         self._write_all()
 
@@ -211,7 +225,9 @@ class ResultsTable(tune.Callback):
         again = [r for r in self.rows.values() if r[RETRAINS] == number and r["status"] == RETRAINED]
         if len(again) < CONFIRM_SEEDS:
             return
-        row = next(row for row in self.rows.values() if row["number"] == number)
+        row = next((row for row in self.rows.values() if row["number"] == number), None)
+        if row is None:  # somebody removed it
+            return
         row[CONFIRMED] = sum(r["error_rate"] for r in again) / len(again)
         self._write_trials(row)
         self.models.retain([best["number"] for best in leaders(self.rows.values())])
@@ -223,7 +239,7 @@ class ResultsTable(tune.Callback):
             recipe = self.settings | trial.config
             retrains = next((row["number"] for i, row in self.rows.items() if i == recipe.get(RETRAINS)), "")
             self.rows[trial_id] = dict(
-                number=1 + max((row["number"] for row in self.rows.values()), default=-1),
+                number=self._next_number(),
                 trial_id=trial_id,
                 status=RUNNING,
                 **nothing_yet,
@@ -236,6 +252,10 @@ class ResultsTable(tune.Callback):
                 **{name: recipe[name] for name in (*self.dimensions, *self.pinned, "seed")},
             )
         return self.rows[trial_id]
+
+    def _next_number(self) -> int:
+        """Epochs count, too: they are still there where a damaged row of `trials.csv` was removed by hand."""
+        return 1 + max((row["number"] for row in (*self.rows.values(), *self.epoch_rows.values())), default=-1)
 
     def _keep_weights(self, trial, row: Row) -> None:
         found = checkpoint.newest(self.folder.checkpoints / row["trial_id"])
@@ -283,7 +303,8 @@ def _table_of(folder: RunFolder, given: dict[str, Any]) -> ResultsTable:
 
 def fail(row: Row, reason: str) -> None:
     """A trial that failed scores nothing, however well its last epoch went."""
-    row |= dict.fromkeys(SCORES, math.nan) | {"reason": reason}
+    writable = reason.encode(errors="backslashreplace").decode()  # a file that it names may have no UTF-8 name
+    row |= dict.fromkeys(SCORES, math.nan) | {"reason": writable}
 
 
 class TooManyFailures(tune.Stopper):
@@ -300,45 +321,32 @@ class TooManyFailures(tune.Stopper):
         return self.table.failures_in_a_row >= self.limit
 
 
-def as_csv(columns: list[str], rows: Iterable[Row], *, header: bool = True) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    if header:
-        writer.writeheader()
-    for row in rows:
-        writer.writerow({name: _as_text(row.get(name, "")) for name in columns})
-    return text.getvalue()
+def read_trials(path: Path, needed: Iterable[str] = TRIAL_NEEDED) -> list[Row]:
+    """The rows of `trials.csv` with numbers as numbers; dimensions as in the file. None where there is no file yet.
 
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a table as text; none where there is no file yet."""
+    Raises `ValueError` where it is damaged or lacks one of the columns `needed`.
+    """
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values()]
-
-
-def read_trials(path: Path) -> list[Row]:
-    """The rows of `trials.csv` with numbers as numbers; dimensions as in the file."""
-    rows: list[Row] = []
-    for row in read_rows(path):
-        for name in (*SCORES, *COSTS, CONFIRMED):
-            row[name] = float(row[name]) if row.get(name) else math.nan
-        for name in ("number", "epochs_done", "epochs_total"):
-            row[name] = int(row[name])
-        row[RETRAINS] = int(row[RETRAINS]) if row.get(RETRAINS) else ""
-        row.setdefault("front", "")
-        rows.append(row)
+    rows = read_table(path, TRIAL_KINDS, needed, key="number")[1]
+    absent = dict.fromkeys((*SCORES, *COSTS, CONFIRMED), math.nan) | {RETRAINS: "", "front": "", "reason": ""}
+    for row in rows:
+        row |= {name: value for name, value in absent.items() if name not in row}
     return rows
+
+
+def read_epochs(path: Path) -> list[Row]:
+    """The rows of `epochs.csv`, likewise."""
+    return read_table(path, EPOCH_KINDS, EPOCH_NEEDED)[1] if path.is_file() else []
+
+
+def check_tables(folder: RunFolder, dimensions: Iterable[str]) -> None:
+    """Raises `ValueError` where a table is damaged: before a search goes on, not in the middle of it."""
+    read_trials(folder.trials, (*TRIAL_NEEDED, *dimensions))
+    read_epochs(folder.epochs)
 
 
 def row_of(rows: Iterable[Row], config: dict[str, Any]) -> Row | None:
     """The row of the trial with these values of the dimensions, among rows as they are read back."""
-    texts = {name: str(_as_text(value)) for name, value in config.items()}
+    texts = {name: str(as_text(value)) for name, value in config.items()}
     return next((row for row in rows if all(row[name] == text for name, text in texts.items())), None)
-
-
-def _as_text(value: Any) -> Any:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.6g}"
-    return value

@@ -82,15 +82,16 @@ def require_own(folder: RunFolder, *, trust: bool) -> None:
     )
 
 
-def require_whole(folder: RunFolder) -> None:
-    """Raises `ValueError` where the tables or the journal are damaged, before anything is written."""
+def require_whole(folder: RunFolder, dimensions: Iterable[str]) -> None:
+    """Raises `ValueError` where the tables, the journal or the rungs are damaged, before anything is written."""
     from search.journal import mend
-    from search.results import read_rows, read_trials
+    from search.results import check_tables
 
-    read_trials(folder.trials)
-    read_rows(folder.epochs)
+    check_tables(folder, dimensions)
     if folder.journal.is_file():
         mend(folder.journal)
+    if folder.rungs.is_file():
+        read_json(folder.rungs)
 
 
 # --- What it was asked for --------------------------------------------------------------------------------------------

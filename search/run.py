@@ -49,13 +49,12 @@ def main() -> int:
 
 def resume(args: argparse.Namespace, folder) -> int:
     """Go on with the run in `folder`, for `--resume` or for the command that began it."""
-    from search.resume import alone_in, is_same_command, require_own, require_whole, saved_arguments
+    from search.resume import alone_in, is_same_command, require_own, saved_arguments
 
     if not args.resume and not is_same_command(folder, args):
         raise ValueError(f"{folder} exists. Add --resume to go on with it, or give another --name.")
     args = saved_arguments(folder, args)
     require_own(folder, trust=args.trust)
-    require_whole(folder)
     with alone_in(folder):
         say(f"going on with {folder}/")
         return search(args, folder)
@@ -71,11 +70,13 @@ def search(args: argparse.Namespace, folder) -> int:
     space, method = space_of(args), method_of(args)
     from search.annealed import check_lengths
     from search.held_out import hold_out, source_of
-    from search.resume import images_record, require_same
+    from search.resume import images_record, require_same, require_whole
     from search.tuner import RunOptions, full_settings
     from trainables.source import images_digest
 
     full_settings(space)
+    if args.resume:
+        require_whole(folder, space.dimensions)
     if method.scheduler == "annealed":
         check_lengths(space)
     mirror = mirror_of(args, folder)

@@ -1,6 +1,8 @@
 """What a run left, for a notebook, the report and the comparison: tables as pandas frames, study, best recipe."""
 
+import io
 import math
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from optuna.storages.journal import JournalFileBackend
 
 from search.model_folder import is_run
 from search.noise import lead, wilson_interval
-from search.results import COMPLETED, CONFIRMED, SCORES
+from search.results import COMPLETED, CONFIRMED, EPOCH_KINDS, EPOCH_NEEDED, SCORES, TRIAL_KINDS, TRIAL_NEEDED
 from search.run_folder import RunFolder
 from search.scheduler import stop_reasons
+from search.table_file import Kind, as_csv, read_table
 from trainables.model_folder import read_json, read_model
 from trainables.recipe import Recipe
 
@@ -40,9 +43,10 @@ class RunRecord:
         self.command: dict[str, Any] = read_json(self.folder.command)
         self.space: dict[str, Any] = read_json(self.folder.space)
         self.dimensions = list(self.space["dimensions"])
-        self.trials = _read_table(self.folder.trials).set_index("number", drop=False).rename_axis(None)
+        trials = _read_table(self.folder.trials, TRIAL_KINDS, TRIAL_NEEDED, key="number")
+        self.trials = trials.set_index("number", drop=False).rename_axis(None)
         """A row a trial, by its number."""
-        self.epochs = _read_table(self.folder.epochs)
+        self.epochs = _read_table(self.folder.epochs, EPOCH_KINDS, EPOCH_NEEDED)
         """A row an epoch; `number` is its trial's."""
         self.stops = stop_reasons(self.folder.rungs)
         """Why trials were stopped early, by Tune's trial id."""
@@ -114,16 +118,12 @@ class RunRecord:
         return optuna.load_study(study_name=self.space["name"], storage=storage)
 
 
-def _read_table(path: Path) -> pd.DataFrame:
+def _read_table(path: Path, kinds: dict[str, Kind], needed: Iterable[str], key: str | None = None) -> pd.DataFrame:
     """Only an empty field is missing; `none` is the name of a setting's value. Raises `ValueError`."""
     if not path.is_file():
         raise ValueError(f"{path.parent} has no {path.name} yet: its first trial has not started.")
-    try:
-        table = pd.read_csv(path, keep_default_na=False, na_values=[""])
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if missing := [name for name in ("number", "trial_id", "error_rate") if name not in table]:
-        raise ValueError(f"{path} is damaged: it has no column {missing[0]}.")
+    columns, rows = read_table(path, kinds, needed, key)
+    table = pd.read_csv(io.StringIO(as_csv(columns, rows)), keep_default_na=False, na_values=[""])
     # A column without a value has no type of its own.
     table = table.astype({name: float for name in SCORES if name in table})
     return table.assign(reason=table["reason"].astype(object).fillna("")) if "reason" in table else table

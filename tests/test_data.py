@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +114,22 @@ def test_link_loops_end_and_links_to_images_are_followed(tmp_path):
     assert find_images(root).paths == ("cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/there/3.jpg")
 
 
+def test_a_thousand_classes_of_two_images_are_a_data_set(tmp_path):
+    found = find_images(fill(tmp_path, *(f"{label:03}/{n}.jpg" for label in range(1000) for n in (1, 2))))
+    assert (found.num_classes, len(found.paths)) == (1000, 2000)
+    train, valid = split(found.labels)
+    assert (len(train), len(valid)) == (1600, 400)
+    assert found.classes[found.labels[train[-1]]] == "999"
+
+
+def test_a_link_to_itself_with_the_name_of_an_image_is_left_to_be_reported_as_unreadable(tmp_path):
+    fill(tmp_path, "cat/1.jpg", "dog/1.jpg", "dog/2.jpg")
+    (tmp_path / "cat/loop.jpg").symlink_to("loop.jpg")
+    found = find_images(tmp_path)
+    assert "cat/loop.jpg" in found.paths
+    assert fingerprint(found) == fingerprint(find_images(tmp_path))
+
+
 def test_classes_that_differ_only_in_case_stay_apart_and_are_pointed_out(tmp_path, caplog):
     found = find_images(fill(tmp_path, "Cat/1.jpg", "Cat/2.jpg", "cat/1.jpg", "cat/2.jpg"))
     assert found.classes == ("Cat", "cat")
@@ -166,12 +184,39 @@ def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
 
     def refuse(path):
         if Path(path).name == "dog":
-            raise PermissionError(13, "Permission denied")
+            raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)  # the tests may run as root, who may read everything
     with pytest.raises(DataError, match=r"/dog cannot be read \(Permission denied\)"):
         find_images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("closed", "given"), [("data", "."), ("data", "data"), ("data", "data/cat"), ("data/cat", "data")]
+)
+def test_a_folder_that_may_be_listed_but_not_entered_is_an_error_that_says_so(closed, given):
+    with someone_else(), tempfile.TemporaryDirectory() as base:
+        fill(Path(base), "data/cat/deeper/1.jpg", "data/dog/1.jpg")
+        (Path(base) / closed).chmod(0o600)
+        try:
+            with pytest.raises(DataError, match=rf"{base}/data.* cannot be read \(Permission denied\)"):
+                find_images(Path(base) / given)
+        finally:
+            (Path(base) / closed).chmod(0o700)
+
+
+@contextmanager
+def someone_else():
+    """Root may read everything, so the files are made and read by the user `nobody`."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 # --- Splitting --------------------------------------------------------------------------------------------------------

@@ -1,8 +1,12 @@
 """Reading images of every kind, turned upright, in three channels, resized."""
 
 import io
+import struct
+import subprocess
+import sys
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -55,6 +59,18 @@ def test_damaged_exif_data_does_not_cost_the_image(tmp_path):
     assert corners(read_image(tmp_path / "a.jpg")) == [RED, GREEN, WHITE, BLUE]
 
 
+def test_a_photo_is_turned_though_the_rest_of_its_exif_data_is_damaged(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0  # orientation, resolution
+    content = exif.tobytes()
+    fraction, text = (b"\x01\x1a" + kind for kind in (b"\x00\x05", b"\x00\x02"))
+    assert fraction in content
+    stored = Image.fromarray(quarters(80, 120)).transpose(Image.Transpose.ROTATE_90)
+    stored.save(tmp_path / "photo.jpg", exif=content.replace(fraction, text), quality=95, subsampling=0)
+    image = read_image(tmp_path / "photo.jpg")
+    assert image.shape == (80, 120, 3) and corners(image) == [RED, GREEN, WHITE, BLUE]
+
+
 @pytest.mark.parametrize(
     ("mode", "suffix"),
     [("RGB", "jpg"), ("RGB", "png"), ("RGB", "webp"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png"), ("RGBA", "webp")],
@@ -75,10 +91,18 @@ def test_gray_images_get_three_equal_channels(tmp_path, mode, suffix):
     assert corners(image) == [(0, 0, 0), WHITE, WHITE, (0, 0, 0)]
 
 
-def test_sixteen_bit_images_keep_their_shades(tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bit_images_keep_their_shades(tmp_path, suffix):
     ramp = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (8, 1))
-    Image.fromarray(ramp).save(tmp_path / "xray.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "xray.png")[0, :, 1], np.arange(256))
+    Image.fromarray(ramp).save(tmp_path / f"xray.{suffix}")
+    np.testing.assert_array_equal(read_image(tmp_path / f"xray.{suffix}")[0, :, 1], np.arange(256))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bit_images_keep_their_colours(tmp_path, suffix):
+    deep = quarters()[..., ::-1].astype(np.uint16) * 257  # OpenCV's order, BGR
+    cv2.imwrite(str(tmp_path / f"deep.{suffix}"), deep)
+    assert corners(read_image(tmp_path / f"deep.{suffix}")) == [RED, GREEN, WHITE, BLUE]
 
 
 def test_transparent_images_are_laid_on_white(tmp_path):
@@ -90,46 +114,114 @@ def test_transparent_images_are_laid_on_white(tmp_path):
     assert corners(read_image(tmp_path / "palette.png")) == [WHITE, GREEN, WHITE, BLUE]
 
 
-def test_of_animated_images_the_first_frame_is_read(tmp_path):
+def test_of_animations_and_of_several_pages_the_first_is_read(tmp_path):
     frames = [Image.fromarray(quarters()), Image.new("RGB", (60, 40), "black")]
-    for suffix in ("gif", "webp", "png"):
+    for suffix in ("gif", "webp", "png", "tif"):
         frames[0].save(tmp_path / f"moving.{suffix}", save_all=True, append_images=frames[1:])
         (tmp_path / f"moving.{suffix}").rename(tmp_path / "moving.jpg")  # and the suffix may lie
         assert corners(read_image(tmp_path / "moving.jpg")) == [RED, GREEN, WHITE, BLUE]
 
 
-def jpeg_bytes(image: np.ndarray) -> bytes:
+def encoded(format: str, image: np.ndarray | None = None, **options) -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "JPEG", quality=95)
+    Image.fromarray(quarters() if image is None else image).save(stream, format, **options)
     return stream.getvalue()
 
 
-def png_header(width: int, height: int) -> bytes:
-    stream = io.BytesIO()
-    Image.new("L", (1, 1)).save(stream, "PNG")
-    content = bytearray(stream.getvalue())
-    content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
-    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
-    return bytes(content)
+def png(width: int, height: int, *, before: tuple[bytes, bytes] = (b"", b""), after: tuple[bytes, bytes] = (b"", b"")):
+    """A black one-bit PNG, in a few KB however large it is, with more chunks (name, content) beside its pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    compressor = zlib.compressobj()
+    row = bytes(1 + (width + 7) // 8)
+    pixels = b"".join([*(compressor.compress(row) for _ in range(height)), compressor.flush()])
+    chunks = [(b"IHDR", header), before, (b"IDAT", pixels), after, (b"IEND", b"")]
+    written = (
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks
+        if name
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
 
 
+def without_width(format: str, *where: bytes) -> bytes:
+    """A file of 60 x 40 pixels whose header says 0 x 40; the bytes of the width follow those of `where`."""
+    content = encoded(format)
+    for before in where:
+        at = content.index(before) + len(before)
+        content = content[:at] + b"\0\0" + content[at + 2 :]
+    return content
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
 UNREADABLE = {
-    "truncated": jpeg_bytes(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8))[:-4000],
     "text": b"this is not a photo\n" * 50,
     "empty": b"",
     "html": b"<!DOCTYPE html><html><body>404</body></html>",
     "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n",
     "a format not asked for": b"P6 2 2 255\n" + bytes(12),
-    "bomb": png_header(20000, 20000),
-    "no pixels": png_header(0, 10),
+    **{f"truncated {name}": encoded(name, NOISE)[:-4000] for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")},
+    "truncated JPEG, by little": encoded("JPEG", NOISE)[:-40],
+    "header alone": encoded("JPEG", NOISE)[:20],
+    "a PNG without width": png(0, 10),
+    "a GIF without width": without_width("GIF", b"GIF87a", b",\0\0\0\0"),
+    "a BMP without width": without_width("BMP", b"\x28\0\0\0"),
+    "a TIFF without width": without_width("TIFF", b"\0\1\4\0\1\0\0\0"),
+    "a JPEG without width": without_width("JPEG", b"\xff\xc0\0\x11\x08\0\x28"),
+    "a WebP without width": without_width("WEBP", b"\x9d\x01\x2a"),
 }
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_what_cannot_be_decoded_is_one_kind_of_error(tmp_path, kind):
+@pytest.mark.parametrize("size", [None, 20])
+def test_what_cannot_be_decoded_is_one_kind_of_error(tmp_path, kind, size):
     (tmp_path / "bad.jpg").write_bytes(UNREADABLE[kind])
     with pytest.raises(UnreadableImage, match=r"\w"):
-        read_image(tmp_path / "bad.jpg")
+        read_image(tmp_path / "bad.jpg", size)
+
+
+def test_a_sound_image_with_a_little_text_is_read(tmp_path):
+    (tmp_path / "good.png").write_bytes(png(60, 40, before=(b"tEXt", b"Comment\0hello"), after=(b"zTXt", b"A\0\0")))
+    assert read_image(tmp_path / "good.png").shape == (40, 60, 3)
+
+
+def test_bombs_are_refused_without_the_memory_that_they_ask_for(tmp_path):
+    text = zlib.compress(bytes(100_000_000))
+    bombs = {
+        "20000 px": (png(20_000, 20_000), "pixels"),
+        "15000 px": (png(15_000, 15_000), "pixels"),
+        "text": (png(8, 8, before=(b"zTXt", b"Comment\0\0" + text)), "too large"),
+        "text at the end": (png(8, 8, after=(b"iTXt", b"Comment\0\1\0\0\0" + text)), "too large"),
+        "profile": (png(8, 8, before=(b"iCCP", b"profile\0\0" + text)), "too large"),
+    }
+    for name, (content, _) in bombs.items():
+        assert len(content) < 200_000
+        (tmp_path / f"{name}.jpg").write_bytes(content)
+    lines = subprocess.run(
+        [sys.executable, "-c", READ_IN_LITTLE_MEMORY, *(str(tmp_path / f"{name}.jpg") for name in bombs)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    for line, (_, expected) in zip(lines, bombs.values(), strict=True):
+        growth, reason = line.split(maxsplit=1)
+        assert expected in reason
+        assert int(growth) < 30_000, "KiB"
+
+
+READ_IN_LITTLE_MEMORY = """
+import sys
+from resource import RUSAGE_SELF, getrusage
+from trainables.image_file import UnreadableImage, read_image
+
+for path in sys.argv[1:]:
+    before = getrusage(RUSAGE_SELF).ru_maxrss
+    try:
+        read_image(path, 460)
+        reason = "no error"
+    except UnreadableImage as error:
+        reason = error
+    print(getrusage(RUSAGE_SELF).ru_maxrss - before, reason)
+"""
 
 
 def test_a_missing_file_is_unreadable_too(tmp_path):

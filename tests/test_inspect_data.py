@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainables.data import DataError, find_images
-from trainables.inspect_data import find_folder, findings, inspect
+from trainables.data import DataError, ImageFolder, find_images
+from trainables.inspect_data import ImageFile, Inspection, find_folder, findings, inspect, split_readable
 from trainables.presize import presize
 
 ORIENTATION = 0x0112
@@ -210,6 +210,18 @@ def test_small_and_unequal_classes_are_warnings(tmp_path):
 def test_ten_training_images_and_ten_times_as_many_need_no_warning(tmp_path):
     root = split_folders(tmp_path, {"cat": 100, "dog": 10}, {"cat": 3, "dog": 3})
     assert findings(look(root)) == []
+
+
+def test_a_thousand_tiny_classes_are_told_in_a_line_that_names_five():
+    labels = tuple(np.repeat(np.arange(1000), 2).tolist())
+    paths = tuple(f"{label:03}/{n}.jpg" for n, label in enumerate(labels))
+    folder = ImageFolder(Path("data"), "class folders", paths, labels, tuple(f"{label:03}" for label in range(1000)))
+    files = tuple(ImageFile(path, path.encode()) for path in paths)
+    found = findings(Inspection(folder, files, *split_readable(folder, files, seed=0)))
+    few = "1000 classes ('000', '001', '002', '003', '004', ...) have fewer than 10 training images"
+    assert few in [finding.text for finding in found]
+    assert not any(finding.spoils for finding in found)
+    assert max(len(finding.text) for finding in found) < 200
 
 
 def test_find_folder_raises_where_there_is_nothing_to_look_at(tmp_path):

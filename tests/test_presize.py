@@ -5,10 +5,12 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -211,6 +213,30 @@ def test_up_to_one_percent_of_unreadable_images_are_left_out_and_named(tmp_path,
     assert presize.presize(find_images(root), 8).unreadable == images.unreadable
 
 
+def test_bad_files_are_left_out_each_with_its_reason_and_odd_ones_are_kept(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(presize, "MAX_UNREADABLE", 0.9)
+    root = tiny_class_folders(tmp_path / "data", 4)
+    cat = root / "cat"
+    whole = (cat / "0000.png").read_bytes()
+    header = b"IHDR" + 2 * (20_000).to_bytes(4, "big") + whole[24:29]
+    (cat / "bomb.jpg").write_bytes(whole[:12] + header + zlib.crc32(header).to_bytes(4, "big") + whole[33:])
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(cat / "cut.jpg")
+    os.truncate(cat / "cut.jpg", (cat / "cut.jpg").stat().st_size - 200)
+    (cat / "empty.jpg").touch()
+    (cat / "loop.jpg").symlink_to("loop.jpg")
+    (cat / "text.jpg").write_text("no image")
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(cat / "moving.webp", save_all=True, append_images=frames[1:], lossless=True)
+    Image.fromarray(np.full((8, 8), 32896, np.uint16)).save(cat / "sixteen bit.png")
+    images = presize.presize(find_images(root), 8)
+    assert images.unreadable == tuple(f"cat/{name}.jpg" for name in ("bomb", "cut", "empty", "loop", "text"))
+    assert images[images.paths.index("cat/moving.webp")][0, 0].tolist() == [255, 0, 0]
+    assert images[images.paths.index("cat/sixteen bit.png")][0, 0].tolist() == [128, 128, 128]
+    reasons = {"bomb": "pixels", "cut": "truncated", "empty": "cannot identify", "loop": "symbolic links"}
+    for name, reason in reasons.items():
+        assert re.search(f"'cat/{name}.jpg': [^;]*{reason}", caplog.text)
+
+
 def test_more_than_one_percent_of_unreadable_images_is_an_error_that_names_five(tmp_path, cache):
     root = tiny_class_folders(tmp_path / "data", 200)
     for n in range(0, 6, 2):
@@ -261,6 +287,21 @@ def test_a_damaged_cache_is_noticed_and_built_again(pets, damage, caplog):
     again = presize.presize(find_images(pets), 32)
     np.testing.assert_array_equal(again[5], expected)
     assert "damaged and is built again" in caplog.text
+
+
+@pytest.mark.parametrize("instead", ["zeros", "another image"])
+def test_a_stored_jpeg_that_is_damaged_is_named_with_what_to_do(pets, instead):
+    images = presize.presize(find_images(pets), 32, storage="jpeg")
+    file = images.path / "images.jpeg"
+    content = file.read_bytes()
+    sixth, ninth = (slice(*images.offsets[i : i + 2]) for i in (5, 8))
+    other = b"" if instead == "zeros" else content[ninth]
+    length = sixth.stop - sixth.start
+    file.write_bytes(content[: sixth.start] + other.ljust(length, b"\0")[:length] + content[sixth.stop :])
+    damaged = PresizedImages(images.path)
+    with pytest.raises(presize.DamagedCache, match=f"{damaged.path}: .*'{damaged.paths[5]}' .* Remove this folder"):
+        damaged[5]
+    assert damaged[6].shape == images.shapes[6]
 
 
 def test_an_index_that_lies_about_sizes_is_refused(pets):

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import threading
 from types import SimpleNamespace
 
@@ -19,11 +20,12 @@ from search.results import (
     STOPPED,
     ResultsTable,
     TooManyFailures,
+    check_tables,
     leaders,
-    read_rows,
     read_trials,
 )
 from search.run_folder import RunFolder
+from search.table_file import read_rows
 from trainables import checkpoint
 from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE
 from trainables.recipe import Recipe
@@ -184,13 +186,20 @@ def test_a_trial_whose_actor_breaks_has_failed_with_the_last_line_of_its_error(t
     ]
 
 
-@pytest.mark.parametrize("reason", ['a, b, "c"', "two\nlines", "two\r\nlines", "ä ° 一", "'=1+1", " spaces "])
+@pytest.mark.parametrize(
+    "reason", ['a, b, "c"', "two\nlines", "two\r\nlines", "ä ° 一", "'=1+1", " spaces ", "50 %\r100 %"]
+)
 def test_any_reason_comes_back_as_it_was(table, folder, reason):
     fail(table, "abc", reason)
     complete(table, "def", 0.1)
     assert [row["reason"] for row in read_trials(folder.trials)] == [reason, ""]
     made(folder)  # reads and writes it again
     assert [row["reason"] for row in read_trials(folder.trials)] == [reason, ""]
+
+
+def test_a_reason_that_names_a_file_without_a_utf_8_name_can_be_written(table, folder):
+    fail(table, "abc", f"cannot read {os.fsdecode(b'c%st' % bytes([0xE4]))}.jpg")
+    assert [row["reason"] for row in read_trials(folder.trials)] == ["cannot read c\\udce4t.jpg"]
 
 
 def test_pandas_reads_the_tables_with_ids_as_text(table, folder):
@@ -243,6 +252,41 @@ def test_a_torn_last_line_is_gone_when_the_search_goes_on(table, folder):
     assert [row["epoch"] for row in read_rows(folder.epochs)] == ["1", "2"]
     run_epochs(later, FakeTrial("abc"), 0.1, first=3)
     assert [row["epoch"] for row in read_rows(folder.epochs)] == ["1", "2", "3"]
+
+
+DAMAGES = {
+    "text for a number": ("trials", "0.3,", "0.3?,", r"line 2 has '0\.3\?' for error_rate"),
+    "a lost field": ("trials", "completed,", "", "line 2 has 14 fields, expected 15"),
+    "another status": ("trials", "completed", "complete", "line 2 has 'complete' for status"),
+    "a setting renamed": ("trials", ",lr_max,", ",lr_mix,", "line 1 has no column lr_max"),
+    "a metric renamed": ("trials", ",epochs_done,", ",epochs-done,", "line 1 has no column epochs_done"),
+    "text for an epoch": ("epochs", ",1,frozen", ",one,frozen", "line 2 has 'one' for epoch"),
+    "no trial": ("epochs", "trial_id", "trial", "line 1 has no column trial_id"),
+    "half a time": ("epochs", "T", "", "for finished_at, expected a time"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_table_is_told_with_its_line_before_a_search_goes_on(table, folder, damage):
+    name, old, new, message = DAMAGES[damage]
+    complete(table, "a", 0.3)
+    check_tables(folder, DIMENSIONS)
+    path = getattr(folder, name)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError, match=f"{name}.csv is damaged: .*{message}.*Mend that line") as caught:
+        check_tables(folder, DIMENSIONS)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_damaged_row_the_search_goes_on_and_gives_its_number_to_no_other_trial(table, folder):
+    for trial_id, error in (("a", 0.3), ("b", 0.2)):
+        complete(table, trial_id, error)
+    lines = folder.trials.read_text().splitlines(keepends=True)
+    folder.trials.write_text("".join(lines[:2]))
+    complete(made(folder), "c", 0.1)
+    assert [(row["number"], row["trial_id"]) for row in read_trials(folder.trials)] == [(0, "ta"), (2, "tc")]
 
 
 def test_an_epoch_that_is_trained_again_has_one_row_the_last(table, folder):

@@ -1,5 +1,6 @@
 """The command line before any search: quick help, and one paragraph on whatever a user got wrong."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -211,6 +212,16 @@ def test_a_run_of_an_older_version_is_not_resumed_with_options_that_it_did_not_k
     (run / "command.json").write_text('{"arguments": {"space": "quickstart", "data": null}}')
     ended = command("--resume", "--name", "old", "--results", tmp_path / "results")
     assert_refused(ended, "was started by an older version", "Start it anew")
+
+
+def test_a_search_with_a_damaged_table_is_not_resumed_but_told_what_to_do(command, tmp_path):
+    words = ["--space", "quickstart", "--name", "mine", "--results", str(tmp_path), "--data", str(tmp_path / "none")]
+    (tmp_path / "mine").mkdir()
+    arguments = {name: str(v) if isinstance(v, Path) else v for name, v in vars(parse_arguments(words)).items()}
+    (tmp_path / "mine" / "command.json").write_text(json.dumps({"arguments": arguments}))
+    (tmp_path / "mine" / "trials.csv").write_text("number,trial_id\n0,t1\n")
+    ended = command("--resume", "--name", "mine", "--results", tmp_path)
+    assert_refused(ended, f"{tmp_path}/mine/trials.csv is damaged: line 1 has no column status", "put back a copy")
 
 
 def test_curves_of_an_interrupted_finder_do_not_take_the_name_of_a_run(command, tmp_path):

@@ -50,6 +50,11 @@ def test_the_winner_has_the_lowest_error_and_among_equals_the_lowest_loss(folder
     assert run.first.name == 0
 
 
+def test_a_row_that_is_being_written_is_not_there_yet(folder):
+    change(folder / "epochs.csv", ",0.3,80,20\n", ",0.")
+    assert search.load(folder).epochs["error_rate"].tolist() == [0.4]
+
+
 def test_an_error_comes_with_its_interval(folder):
     run = search.load(folder)
     assert (run.num_train, run.num_valid) == (80, 20)
@@ -75,6 +80,12 @@ def test_the_study_is_the_one_in_the_journal(folder):
     assert [trial.value for trial in search.load(folder).study.trials] == [0.25]
 
 
+def change(path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
 @pytest.mark.parametrize(
     ("break_it", "expected"),
     [
@@ -82,6 +93,12 @@ def test_the_study_is_the_one_in_the_journal(folder):
         (lambda folder: (folder / "trials.csv").unlink(), "first trial has not started"),
         (lambda folder: (folder / "trials.csv").write_bytes(b"\xff\xfe\x00"), "is damaged"),
         (lambda folder: (folder / "trials.csv").write_text("a,b\n1,2\n"), "no column number"),
+        (lambda folder: (folder / "trials.csv").write_bytes(b""), "trials.csv is damaged: line 1 is empty"),
+        (lambda folder: change(folder / "trials.csv", "0.3", "0.3.1"), r"line 2 has '0\.3\.1' for error_rate"),
+        (lambda folder: change(folder / "trials.csv", "2,tffff", "0,tffff"), "line 4 has number 0, as a line above"),
+        (lambda folder: change(folder / "trials.csv", ",none,", ",no,ne,"), "line 2 has 12 fields, expected 11"),
+        (lambda folder: change(folder / "trials.csv", "status", "state"), "no column status"),
+        (lambda folder: change(folder / "epochs.csv", ",20\n", ",twenty\n"), "line 2 has 'twenty' for valid_images"),
         (lambda folder: (folder / "space.json").write_text("[]"), "is damaged"),
     ],
 )

@@ -83,14 +83,20 @@ def find_images(root: Path | str) -> ImageFolder:
 
 def find_unchecked(root: Path | str) -> ImageFolder:
     """The same, whatever the number of images in a class."""
-    root = _existing_folder(root)
-    # A known data set as its archive unpacks lies one folder deeper.
-    inner = [name for name in _folders(root) if name == "oxford-iiit-pet" or name.startswith("imagenette2")]
-    for base in [*(f"{name}/" for name in inner), ""]:
-        found = _oxford_pets(root, base) or _split_folders(root, base) or _class_folders(root, base)
-        if found:
-            return found
-    raise _nothing_found(root)
+    try:
+        root = _existing_folder(root)
+        # A known data set as its archive unpacks lies one folder deeper.
+        inner = [name for name in _folders(root) if name == "oxford-iiit-pet" or name.startswith("imagenette2")]
+        for base in [*(f"{name}/" for name in inner), ""]:
+            found = _oxford_pets(root, base) or _split_folders(root, base) or _class_folders(root, base)
+            if found:
+                return found
+        raise _nothing_found(root)
+    except OSError as error:
+        raise DataError(
+            f"The folder {error.filename or root} cannot be read ({error.strerror or error}). Every folder of a data "
+            "set must be readable: change its permissions, or move it out of the data set."
+        ) from error
 
 
 def count_images(root: Path) -> int:
@@ -229,14 +235,8 @@ def _images_below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[str]:
 
 def _entries(folder: Path) -> list[os.DirEntry]:
     """What lies in `folder`, sorted, without hidden files and the __MACOSX folders of zip archives."""
-    try:
-        with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
-    except OSError as error:
-        raise DataError(
-            f"The folder {folder} cannot be read ({error.strerror or error}). Every folder of a data set must be "
-            "readable: change its permissions, or move it out of the data set."
-        ) from error
+    with os.scandir(folder) as entries:
+        visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
     return sorted(visible, key=lambda entry: entry.name)
 
 

@@ -1,6 +1,7 @@
 """One image file -> RGB pixels: decoding, turning upright, resizing. Imports no torch."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -29,18 +30,13 @@ def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
             if size is not None:
                 image.draft(None, (size, size))
             image.load()
-            return np.ascontiguousarray(_to_rgb(_upright(image)))
+            with suppress(Exception):  # damaged EXIF data beside sound pixels
+                ImageOps.exif_transpose(image, in_place=True)  # turns it before anything else there can fail
+            return np.ascontiguousarray(_to_rgb(image))
     except UnreadableImage:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF data beside sound pixels
-        return image
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

@@ -38,7 +38,7 @@ from trainables.presized_images import (
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 3  # raise it when the same settings would give other pixels or another index
+FORMAT_VERSION = 4  # raise it when the same settings would give other pixels or another index
 MAX_UNREADABLE = 0.01
 STORAGES = ("auto", MEMORY_MAP, JPEG, OFF)
 JPEG_QUALITY = 95

@@ -68,9 +68,7 @@ class PresizedImages:
         if self.storage == OFF:
             return self._decoded(index)
         stored = self.bytes[self.offsets[index] : self.offsets[index + 1]]
-        if self.storage == JPEG:
-            return np.asarray(Image.open(io.BytesIO(stored), formats=("JPEG",)))
-        return stored.reshape(shape)
+        return self._decompressed(index, stored) if self.storage == JPEG else stored.reshape(shape)
 
     def __reduce__(self):
         return PresizedImages, (self.path,)
@@ -88,6 +86,18 @@ class PresizedImages:
         shapes_fit = self.storage != MEMORY_MAP or np.diff(self.offsets).tolist() == list(map(math.prod, self.shapes))
         if len(self.offsets) != len(self) + 1 or not shapes_fit:
             raise DamagedCache(f"{self.path}: the index gives other sizes than there are bytes")
+
+    def _decompressed(self, index: int, stored: np.ndarray) -> np.ndarray:
+        try:
+            image = np.asarray(Image.open(io.BytesIO(stored), formats=("JPEG",)))
+            if image.shape != self.shapes[index]:
+                raise ValueError(f"its shape is {image.shape}, expected {self.shapes[index]}")
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
+            raise DamagedCache(
+                f"{self.path}: the stored {self.paths[index]!r} cannot be decoded ({error}). Remove this folder: it is "
+                "built again when it is next needed."
+            ) from error
+        return image
 
     def _decoded(self, index: int) -> np.ndarray:
         file = self.root / self.paths[index]
