@@ -160,10 +160,12 @@ def test_a_missing_weights_folder_is_refused(command, tmp_path, images):
 
 
 def test_a_name_that_is_taken_is_refused_and_left_alone(command, tmp_path, images):
-    (tmp_path / "results" / "mine").mkdir(parents=True)
+    note = tmp_path / "results" / "mine" / "note.txt"
+    note.parent.mkdir(parents=True)
+    note.touch()
     ended = command("--space", "quickstart", "--data", images, "--results", tmp_path / "results", "--name", "mine")
     assert_refused(ended, f"{tmp_path}/results/mine exists", "--resume", "--name")
-    assert not [*(tmp_path / "results" / "mine").iterdir()]
+    assert [*note.parent.iterdir()] == [note]
 
 
 def test_resuming_nothing_is_refused(command, tmp_path):
@@ -220,7 +222,7 @@ def test_a_search_with_a_damaged_table_is_not_resumed_but_told_what_to_do(comman
     arguments = {name: str(v) if isinstance(v, Path) else v for name, v in vars(parse_arguments(words)).items()}
     (tmp_path / "mine" / "command.json").write_text(json.dumps({"arguments": arguments}))
     (tmp_path / "mine" / "trials.csv").write_text("number,trial_id\n0,t1\n")
-    ended = command("--resume", "--name", "mine", "--results", tmp_path)
+    ended = command("--resume", "--trust", "--name", "mine", "--results", tmp_path)
     assert_refused(ended, f"{tmp_path}/mine/trials.csv is damaged: line 1 has no column status", "put back a copy")
 
 

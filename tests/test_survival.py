@@ -65,13 +65,13 @@ def test_a_second_search_of_the_same_name_is_refused_and_so_are_other_images(cla
     search = Search(tmp_path / "one", *arguments, "--data", data)
     search.wait_for("trial 0 .*starts")
     second = Search(search.folder, "--resume")
-    assert second.wait() == 2
+    assert second.wait() != 0
     assert "is being written by another search" in second.text
     search.process.send_signal(signal.SIGINT)
     assert search.wait() == 130
     next(data.glob("*/*.jpg")).unlink()
     changed = Search(search.folder, "--resume")
-    assert changed.wait() == 2
+    assert changed.wait() != 0
     assert "its images are others now: 59 instead of 60" in changed.text
 
 
@@ -137,8 +137,9 @@ def test_a_trial_that_kills_its_workers_and_one_that_diverges_fail_alone(class_f
 
 def test_forty_trials_never_take_more_than_three_training_states_beside_the_cache(tmp_path):
     """A network of real size, so that its state is what counts; hard links count once."""
-    recipe = f"{PINNED} weight_decay=0.01 arch=tf_efficientnet_lite0 epochs=1 tta_views=0 lr_max=0.0001..0.001"
+    recipe = f"{PINNED} weight_decay=0.01 arch=tf_efficientnet_lite0 epochs=2 tta_views=0 lr_max=0.0001..0.001 "
     data = draw_images(tmp_path / "data", each=4)
+    recipe += "freeze_epochs=0"
     arguments = ("--data", data, "--trials", 40, "--keep", 2, "--searcher", "random", "--scheduler", "none")
     search = Search(tmp_path / "runs" / "kept", *COMMON, *arguments, *settings(recipe))
     largest_state, largest = 0, 0

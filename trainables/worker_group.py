@@ -262,12 +262,14 @@ class GroupHost:
 
     def _run_trainer(self, size: GroupSize, myself) -> None:
         from ray import train
+        from ray._private import worker
 
         from trainables.process_group import GroupTrainer, ProcessGroup
         from trainables.worker import serve
 
-        # Ray Train wants a folder for checkpoints, but a trial's state travels through the object store.
-        storage = tempfile.mkdtemp(prefix="worker_group_")
+        # Ray Train wants a folder for checkpoints, but a trial's state travels through the object store. This process
+        # may be killed, so the folder lies in that of Ray's session.
+        storage = tempfile.mkdtemp(prefix="worker_group_", dir=worker._global_node.get_session_dir_path())
         resources = {"CPU": size.cpus_per_worker}
         if size.gpus_per_worker:
             resources["GPU"] = size.gpus_per_worker
