@@ -99,7 +99,7 @@ def _init_ray(cache: Path, **options) -> None:
     from search.cluster import prepare_environment
 
     os.environ["FINETUNE_SEARCH_CACHE"] = str(cache)
-    prepare_environment()
+    prepare_environment(None)
     import ray
 
     ray.init(address="local", log_to_driver=False, logging_level="ERROR", **options)

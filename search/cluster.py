@@ -5,12 +5,11 @@ import socket
 
 from search.cli import say
 
-HERE_ALONE = {"_node_ip_address": "127.0.0.1"}
-"""For a Ray that starts here: it listens on this address only, not on all of the machine's."""
-
-
-def prepare_environment() -> None:
+def prepare_environment(address: str | None) -> None:
     """The environment of Ray and its workers, before Ray is imported. Our own lines tell what happens, not Ray's."""
+    if address is None:
+        # A Ray that starts here listens on 127.0.0.1 alone, whatever the system is.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # see Interruptible
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # failed trials have no metric
@@ -42,7 +41,7 @@ def start_ray(address: str | None) -> tuple[list, str]:
         address=address or "local",
         log_to_driver=False,
         logging_level=logging.ERROR,
-        **({"runtime_env": {"env_vars": environment_of_workers()}} if address else HERE_ALONE),
+        runtime_env={"env_vars": environment_of_workers()} if address else None,
     )
     if context.dashboard_url:
         say(f"Ray's dashboard: http://{context.dashboard_url}")

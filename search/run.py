@@ -62,18 +62,16 @@ def resume(args: argparse.Namespace, folder) -> int:
 
 def search(args: argparse.Namespace, folder) -> int:
     """Check everything that can be checked before Ray starts, then run the search to its end."""
-    from search.resume import arguments_record
-
-    prepare_environment()
-    as_asked = arguments_record(args)  # before the learning-rate finder narrows it
+    prepare_environment(args.address)
     show_progress()
     space, method = space_of(args), method_of(args)
     from search.annealed import check_lengths
     from search.held_out import hold_out, source_of
-    from search.resume import images_record, require_same, require_whole
+    from search.resume import arguments_record, images_record, require_same, require_whole
     from search.tuner import RunOptions, full_settings
     from trainables.source import images_digest
 
+    as_asked = arguments_record(args)  # before the learning-rate finder narrows it
     full_settings(space)
     if args.resume:
         require_whole(folder, space.dimensions)
@@ -81,6 +79,10 @@ def search(args: argparse.Namespace, folder) -> int:
         check_lengths(space)
     mirror = mirror_of(args, folder)
     images = hold_out(find_data(space, args), args.test_split, space.split_seed)
+    digest = images_digest(images)
+    known = images_record(images, digest)
+    if args.resume:
+        require_same(folder, space_record(space), known)
     check_weights(space, args)
     pin(args)
     presize_here(space, images, args)
@@ -88,10 +90,7 @@ def search(args: argparse.Namespace, folder) -> int:
     from search.resources import hardware
 
     size, num_workers = sizes(args, nodes, setting_values(space, "arch"))
-    source, digest = source_of(args, space), images_digest(images)
-    found = images_record(images, digest)
-    if args.resume:
-        require_same(folder, space_record(space), found)
+    source = source_of(args, space)
     weights = str(args.weights) if args.weights else None
     if args.lr_range == "auto":
         from search.lr_find import narrowed_rates
@@ -121,7 +120,7 @@ def search(args: argparse.Namespace, folder) -> int:
         stall_timeout=args.stall_timeout,
     )
     of_machine = {"data": str(images.root), "ray_dashboard": ray_dashboard, "hardware": hardware(nodes)}
-    write_command(args, options, asked=as_asked, images=found, **of_machine)
+    write_command(args, options, asked=as_asked, images=known, **of_machine)
     announce(options, nodes)
     with mirror:
         return run(options, resume=args.resume)
