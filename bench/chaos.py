@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-from chaos_faults import OF_A_CLUSTER, OF_THIS_MACHINE, Fault, Victim, disk_full
+from chaos_faults import LEAVE_SECONDS, OF_A_CLUSTER, OF_THIS_MACHINE, Fault, Victim, disk_full
 from chaos_promises import Verdict, Witness, content, judge, processes_with
 from searches import PINNED, Search, settings
 from tiny_run import draw_images
@@ -207,10 +207,10 @@ def hurt(
             victim.search.process.kill()
             code = -1
         witness.end()
-        report.left_behind += victim.left_behind + groups_of(cluster)
+        report.left_behind += victim.left_behind() + groups_of(cluster)
     if code:
         print(victim.search.text)
-    report.left_behind += left(30)
+    report.left_behind += left(LEAVE_SECONDS)
     report.verdicts.append(judge(folder, witness, code, num_trials))
     return None if code else content(folder)
 

@@ -16,6 +16,7 @@ from searches import Search
 
 FULL_SECONDS = 6
 NODE_SECONDS = 3
+LEAVE_SECONDS = 90
 PATIENCE = 400
 """Seconds in which a search must show that it goes on after a fault."""
 
@@ -29,7 +30,7 @@ class Victim:
         self.cluster = cluster
         self.search = Search(folder, *arguments)
         self.output: list[str] = []  # of the drivers before this one
-        self.left_behind: list[str] = []
+        self.before: set[int] = set()  # processes below the drivers before this one
 
     @property
     def alive(self) -> bool:
@@ -53,17 +54,21 @@ class Victim:
         return True
 
     def wait_for_driver(self) -> None:
-        """Of one that was killed or asked to end; whatever of it runs on is left behind."""
-        below = set() if self.cluster else descendants(self.search.process.pid)
+        """Of one that was killed or asked to end. Ray's agents take a minute to find out that nobody hears them."""
+        if not self.cluster:
+            self.before |= descendants(self.search.process.pid)
         self.search.wait(PATIENCE)
         self.output += self.search.lines
-        self.left_behind += left_after(30, below)
 
     def begin_again(self, rng: random.Random) -> None:
         self.search = Search(self.folder, *(["--resume", *self._place()] if rng.random() < 0.5 else self.arguments))
 
     def _place(self) -> list[object]:
         return ["--address", self.cluster.address] if self.cluster else []
+
+    def left_behind(self) -> list[str]:
+        """Command lines of what runs on after the search's end."""
+        return left_after(LEAVE_SECONDS, self.before)
 
     def wait_for_progress(self) -> None:
         """Until the search trains its next epoch, or has ended."""

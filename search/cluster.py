@@ -5,6 +5,7 @@ import socket
 
 from search.cli import say
 
+
 def prepare_environment(address: str | None) -> None:
     """The environment of Ray and its workers, before Ray is imported. Our own lines tell what happens, not Ray's."""
     if address is None:
