@@ -169,6 +169,8 @@ def undisturbed(folder: Path, common_arguments: list[object]) -> dict[str, Any]:
 def fault_order(kind: Kind, rng: random.Random, can_fill: bool) -> Iterator[Fault]:
     """All of a kind's faults in a random order, and again."""
     faults = [fault for fault in kind.faults if can_fill or fault is not disk_full]
+    if not can_fill:
+        print("no disk can be mounted in memory: the fault of a full one is left out")
     while True:
         yield from rng.sample(faults, len(faults))
 
@@ -187,7 +189,7 @@ def hurt(
     with cluster_of(kind) as cluster:
         where = ["--address", cluster.address] if cluster else []
         victim = Victim(folder, [*common_arguments, *kind.arguments, *where], cluster)
-        witness = Witness(folder)
+        witness, fault = Witness(folder), None
         try:
             for _ in range(many):
                 victim.wait_for_progress()
@@ -202,7 +204,7 @@ def hurt(
                     print(f"search {report.searches} ({kind.name}): {fault.__name__} ({took:.0f} s)", flush=True)
             code = victim.search.wait(1200)
         except (TimeoutError, subprocess.TimeoutExpired) as error:
-            report.problems.append(f"a search hangs after {fault.__name__}")
+            report.problems.append(f"a search hangs after {fault.__name__ if fault else 'its start'}")
             print(error)
             victim.search.process.kill()
             code = -1
@@ -262,7 +264,8 @@ def markdown(result: dict[str, Any]) -> str:
             result["searches_equal_to_undisturbed"],
         "rows of ended trials lost or changed": result["rows_lost"],
         "finished trials run twice": result["trials_run_twice"],
-        "epochs repeated per fault and trial, at most": result["max_epochs_repeated"],
+        "epochs repeated per fault and trial, at most (the one under way, none of a table)":
+            result["max_epochs_repeated"],
         "processes, placement groups and folders left behind": result["left_behind"],
         "other broken promises": len(result["problems"]),
     }  # fmt: skip

@@ -23,7 +23,7 @@ from quality_replay import CurveTable, Replay, Training, replay, replay_top_k, r
 from scipy.stats import kendalltau
 
 from search.method import Method
-from search.wording import many
+from trainables.wording import many
 
 BASELINE, TOP_K = "random", "random, top K after one epoch"
 MULTIVARIATE = "tpe as Optuna has it (multivariate), rungs"

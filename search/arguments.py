@@ -126,7 +126,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "resume a run that somebody else began, or you on another machine: what its files say is executed"
     ))  # fmt: skip
     args = parser.parse_args(argv)
-    args.given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    args.given = given(parser, argv)
     if args.space is None and not args.resume:
         parser.error(f"--space is needed: one of {', '.join(space_names())}")
     if args.recipes and args.trials:
@@ -138,6 +138,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume and args.name is None:
         parser.error("--resume needs --name, the folder of the run to go on with")
     return args
+
+
+def given(parser: argparse.ArgumentParser, argv: list[str] | None) -> list[str]:
+    """The arguments that the command line names, be it with their default."""
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return list(vars(parser.parse_args(argv)))
 
 
 def method_of(args: argparse.Namespace) -> Method:

@@ -10,7 +10,8 @@ from ray import tune
 
 from search.cli import say
 from search.resources import present_nodes, reachable_nodes, room
-from search.wording import duration, many
+from search.wording import duration
+from trainables.wording import many
 from trainables.worker_group import IDLE_SECONDS, GroupSize
 
 LOOK_SECONDS = 5.0

@@ -18,7 +18,8 @@ from search.figures import FAMILIES, Chart, end_times, importances, plain
 from search.files import write_atomically
 from search.results import COMPLETED, FAILED, STOPPED
 from search.run_record import RunRecord, load
-from search.wording import duration, many, percent
+from search.wording import duration, percent
+from trainables.wording import many
 
 EXAMPLES = """
 examples:

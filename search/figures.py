@@ -18,9 +18,10 @@ from plotly.subplots import make_subplots
 from search import results
 from search.results import COMPLETED, FAILED, RETRAINED, RUNNING, STOPPED
 from search.run_record import RunRecord
-from search.wording import many, percent
+from search.wording import percent
 from trainables.recipe import Recipe
 from trainables.schedule import stage_cycle
+from trainables.wording import many
 
 # Okabe and Ito (2008): told apart by colour-blind people, on white and on black. Marks differ in shape, too.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"

@@ -9,15 +9,18 @@ from pathlib import Path
 from trainables.disk import when_there_is_room
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Waits while the disk is full."""
+def write_atomically(path: Path, text: str, *, wait: bool = True) -> None:
+    """Waits while the disk is full, unless told not to."""
     partial = path.with_name(f".{path.name}.partial")
 
     def write() -> None:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
 
-    when_there_is_room(write, path)
+    if wait:
+        when_there_is_room(write, path)
+    else:
+        write()
 
 
 def append_line(path: Path, line: str) -> None:

@@ -12,10 +12,11 @@ from search.arguments import resume_command
 from search.cli import say
 from search.noise import wilson_interval
 from search.space import Space
-from search.wording import many, percent
+from search.wording import percent
 from trainables.data import DataError, ImageFolder, find_images, find_unchecked, some
 from trainables.held_out import Remaining, remaining, set_aside
 from trainables.model_folder import read_json, read_model
+from trainables.wording import many
 
 if TYPE_CHECKING:
     from search.run_folder import RunFolder

@@ -11,10 +11,10 @@ from search.export_formats import INPUT, ONNX_FILE, OPSET, OUTPUT, PROGRAM_FILE
 from search.held_out import read_test, said
 from search.noise import wilson_interval
 from search.run_record import RunRecord
-from search.wording import many, percent
+from search.wording import percent
 from trainables.model_folder import ModelFolder
 from trainables.recipe import spec_of
-from trainables.wording import printable
+from trainables.wording import many, printable
 
 OURS_SHELL = "python -m search.predict . photo.jpg --top 3"
 OURS = """

@@ -3,7 +3,7 @@
 import math
 from statistics import NormalDist
 
-from search.wording import many
+from trainables.wording import many
 
 Interval = tuple[float, float]
 

@@ -17,7 +17,8 @@ from search.error_analysis import ErrorAnalysis, analyse, read_analysis
 from search.files import write_atomically
 from search.results import COMPLETED, CONFIRMED, FAILED, RETRAINED, RUNNING, SCORES, STOPPED
 from search.run_record import RunRecord, load
-from search.wording import duration, many, percent
+from search.wording import duration, percent
+from trainables.wording import many
 
 STATUSES = (COMPLETED, RETRAINED, STOPPED, FAILED, RUNNING)
 
@@ -69,7 +70,7 @@ def write_report(run: RunRecord, out: Path, *, analysis: bool) -> None:
 
 def _write(out: Path, text: str) -> None:
     try:
-        write_atomically(out, text)
+        write_atomically(out, text, wait=False)
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error}. Make room, or give another --out.") from error
 

@@ -63,9 +63,9 @@ EPOCH_NEEDED = ("number", "trial_id", "epoch", "error_rate")
 
 def rank(row: Row) -> tuple[float, ...]:
     """Sorts completed trials best first: lowest mean error rate of the retrainings, those without them last; then
-    lowest error rate, ties by validation loss."""
+    lowest error rate, ties by validation loss, and then the earlier one."""
     confirmed = row.get(CONFIRMED, math.nan)
-    return (math.inf if math.isnan(confirmed) else confirmed), row["error_rate"], row["valid_loss"]
+    return (math.inf if math.isnan(confirmed) else confirmed), row["error_rate"], row["valid_loss"], row["number"]
 
 
 def leaders(rows: Iterable[Row]) -> list[Row]:
@@ -265,7 +265,7 @@ class ResultsTable(tune.Callback):
         known = {name: row[name] for name in row if name not in ("front", CONFIRMED, RETRAINS)}
         metrics = known | trial.config | {"status": COMPLETED}  # a row read back has its dimensions as text
         recipe = Recipe.from_dict(self.settings | trial.config).to_dict()
-        better = [other for other in leaders(self.rows.values()) if other is not row and rank(other) <= rank(row)]
+        better = [other for other in leaders(self.rows.values()) if rank(other) < rank(row)]
         self.models.add(found, place=len(better), recipe=recipe, labels=self.labels, metrics=metrics)
 
     def _add_epoch(self, row: Row, result: dict[str, Any]) -> None:
@@ -305,6 +305,12 @@ def fail(row: Row, reason: str) -> None:
     """A trial that failed scores nothing, however well its last epoch went."""
     writable = reason.encode(errors="backslashreplace").decode()  # a file that it names may have no UTF-8 name
     row |= dict.fromkeys(SCORES, math.nan) | {"reason": writable}
+
+
+def failures_in_a_row(folder: RunFolder) -> int:
+    """How many trials have failed, one after another, since the last one that did not, in this start of a search."""
+    table = _tables.get(folder.path.name)
+    return table.failures_in_a_row if table else 0
 
 
 class TooManyFailures(tune.Stopper):

@@ -6,6 +6,7 @@ import hmac
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,24 +27,29 @@ SHOWN = 3
 
 @contextmanager
 def alone_in(folder: RunFolder) -> Iterator[None]:
-    """Within it, no other search writes to the run. Raises `ValueError` where one does.
+    """Within it, no other search of this machine writes to the run. Raises `ValueError` where one does.
 
-    The kernel ends the lock with the process that holds it, however that ends.
+    The lock is a file beside the folder, which may be replaced as a whole. The kernel ends it with the process that
+    holds it, however that ends.
     """
     made = [path for path in (folder.path, folder.path.parent) if not path.exists()]
     folder.path.mkdir(parents=True, exist_ok=True)
-    opened = os.open(folder.path, os.O_RDONLY)
+    file = folder.path.with_name(f".{folder.path.name}.lock")
+    opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(opened)
         raise ValueError(
             f"{folder}/ is being written by another search that is still running. Wait for its end, or give another "
             "--name."
         ) from error
+    except OSError:  # a file system without locks
+        pass
     try:
         yield
     finally:
+        file.unlink(missing_ok=True)
         os.close(opened)
         with suppress(OSError):  # it holds something
             for path in made:
@@ -52,29 +58,42 @@ def alone_in(folder: RunFolder) -> Iterator[None]:
 
 # --- Whose run it is --------------------------------------------------------------------------------------------------
 
+KEY_BYTES = 32
 
-def signature(run_id: str) -> str:
-    """What only this user on this machine can say of a run; empty where the user's key can neither be read nor made."""
+
+def signature(folder: RunFolder, run_id: str) -> str:
+    """What only this user on this machine can say of the run in this very folder, wherever it is moved to; empty where
+    the user's key can neither be read nor made."""
     base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    file = Path(base).expanduser() / "finetune-search" / "key"
-    with suppress(OSError):
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with (
-                suppress(FileExistsError),
-                os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as new,
-            ):
-                new.write(secrets.token_bytes(32))
-        return hmac.digest(file.read_bytes(), run_id.encode(), "sha256").hex()
-    return ""
+    try:
+        key = _key(Path(base).expanduser() / "finetune-search" / "key")
+        place = folder.path.stat().st_ino  # a copy is another folder
+    except OSError:
+        return ""
+    return hmac.digest(key, f"{run_id} {place}".encode(), "sha256").hex() if len(key) == KEY_BYTES else ""
+
+
+def _key(file: Path) -> bytes:
+    """The user's, made where there is none: it is there as a whole or not at all."""
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(dir=file.parent)  # for its owner alone
+        with os.fdopen(descriptor, "wb") as new:
+            new.write(secrets.token_bytes(KEY_BYTES))
+        with suppress(FileExistsError):  # another search was quicker
+            os.link(partial, file)
+        Path(partial).unlink()
+    return file.read_bytes()
 
 
 def require_own(folder: RunFolder, *, trust: bool) -> None:
     """Raises `ValueError` for a run that this user did not begin here: Ray keeps its state in pickles, and these
     execute what they say."""
     command = read_json(folder.command)
-    mine = signature(str(command.get("run_id")))
-    if trust or (mine and hmac.compare_digest(mine, str(command.get("signature")))):
+    mine = signature(folder, str(command.get("run_id")))
+    if trust or (
+        mine and hmac.compare_digest(mine.encode(), str(command.get("signature")).encode()) and _all_mine(folder)
+    ):
         return
     raise ValueError(
         f"{folder}/ was not begun by you on this machine, and going on with it executes what its files say. If you "
@@ -82,16 +101,13 @@ def require_own(folder: RunFolder, *, trust: bool) -> None:
     )
 
 
-def require_whole(folder: RunFolder, dimensions: Iterable[str]) -> None:
-    """Raises `ValueError` where the tables, the journal or the rungs are damaged, before anything is written."""
-    from search.journal import mend
-    from search.results import check_tables
-
-    check_tables(folder, dimensions)
-    if folder.journal.is_file():
-        mend(folder.journal)
-    if folder.rungs.is_file():
-        read_json(folder.rungs)
+def _all_mine(folder: RunFolder) -> bool:
+    """Whether nobody else has put files among those that are executed."""
+    return all(
+        path.lstat().st_uid == os.geteuid()
+        for path in (folder.path, folder.tune, *folder.tune.glob("*"))
+        if path.exists()
+    )
 
 
 # --- What it was asked for --------------------------------------------------------------------------------------------
@@ -109,6 +125,21 @@ def is_same_command(folder: RunFolder, args: argparse.Namespace) -> bool:
     before, now = ({k: v for k, v in each.items() if k not in ("resume", "trust", "address")}
                    for each in (read_json(folder.command).get("asked", {}), arguments_record(args)))  # fmt: skip
     return before == now
+
+
+def is_begun(folder: RunFolder) -> bool:
+    """Whether there is more than what a search leaves that was ended before its first trial: the finder's curves."""
+    return folder.path.is_dir() and list(folder.path.iterdir()) not in ([], [folder.lr_find])
+
+
+def arguments_to_go_on(args: argparse.Namespace, folder: RunFolder) -> argparse.Namespace:
+    """The arguments with which `--resume`, or the command that began it, goes on with a run. Raises `ValueError` for
+    another command, for one that asks for something else, and for a run of somebody else's."""
+    if not args.resume and not is_same_command(folder, args):
+        raise ValueError(f"{folder} exists. Add --resume to go on with it, or give another --name.")
+    saved = saved_arguments(folder, args)
+    require_own(folder, trust=args.trust)
+    return saved
 
 
 def saved_arguments(folder: RunFolder, args: argparse.Namespace) -> argparse.Namespace:

@@ -19,7 +19,8 @@ from search.cli import INTERRUPTED, Interruptible, run_cli, say
 from search.cluster import prepare_environment, start_ray
 from search.prepare import check_weights, find_data, pin, presize_here, setting_values, space_of
 from search.space import Space
-from search.wording import duration, many
+from search.wording import duration
+from trainables.wording import many
 
 PUBLISHED = "published: on the book's data, split and hardware; other images or settings give other errors"
 
@@ -29,34 +30,20 @@ def main() -> int:
     if args.describe:
         print(description(space_of(args)))
         return 0
-    from search.resume import alone_in
+    from search.resume import alone_in, arguments_to_go_on, is_begun
     from search.run_folder import RunFolder
 
     name = args.name or f"{args.space}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = RunFolder(args.results / name)
-    if args.resume and args.storage and not folder.path.exists():
-        from search.storage import bring_back
-
-        bring_back(args.storage, folder)
-        args.trust = True  # it is this command that names the place
-    # The finder's curves alone are what a search that was ended before its first trial leaves.
-    begun = folder.path.exists() and list(folder.path.iterdir()) not in ([], [folder.lr_find])
-    if not (args.resume or begun):
-        with alone_in(folder):
-            return search(args, folder)
-    return resume(args, folder)
-
-
-def resume(args: argparse.Namespace, folder) -> int:
-    """Go on with the run in `folder`, for `--resume` or for the command that began it."""
-    from search.resume import alone_in, is_same_command, require_own, saved_arguments
-
-    if not args.resume and not is_same_command(folder, args):
-        raise ValueError(f"{folder} exists. Add --resume to go on with it, or give another --name.")
-    args = saved_arguments(folder, args)
-    require_own(folder, trust=args.trust)
     with alone_in(folder):
-        say(f"going on with {folder}/")
+        if args.resume and args.storage and not is_begun(folder):
+            from search.storage import bring_back
+
+            bring_back(args.storage, folder)
+            args.trust = True  # it is this command that names the place
+        if args.resume or is_begun(folder):
+            args = arguments_to_go_on(args, folder)
+            say(f"going on with {folder}/")
         return search(args, folder)
 
 
@@ -265,6 +252,7 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
         if row["status"] == FAILED:
             say(f"trial {row['number']} failed: {row['reason']}")
     if not leaders(rows):
+        ended_by_failures(options, rows)
         say("no trial completed, so there is no best checkpoint")
         return 1
     for line in (*summary(load(options.folder.path)), *lines(options.folder)):
@@ -273,7 +261,19 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     if options.folder.report.is_file():
         say(f"report: {options.folder}/report.html    dashboard: python -m search.dashboard {options.folder}")
     say(f"next: python -m search.export {options.folder} --out exported")
-    return 0
+    return 1 if ended_by_failures(options, rows) else 0
+
+
+def ended_by_failures(options, rows: list) -> bool:
+    """Says so where one trial after another failed and the search gave up."""
+    from search.results import FAILED, failures_in_a_row
+    from search.tuner import MOST_FAILURES
+
+    if failures_in_a_row(options.folder) < MOST_FAILURES:
+        return False
+    last = [row for row in rows if row["status"] == FAILED][-1]
+    say(f"ended early: {MOST_FAILURES} trials failed, one after another; the last one: {last['reason']}")
+    return True
 
 
 def write_last_report(options, *, analysis: bool) -> None:
@@ -287,7 +287,7 @@ def write_last_report(options, *, analysis: bool) -> None:
     end_live_report(options.folder)
     try:
         write_report(load(options.folder.path), options.folder.report, analysis=analysis)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # the latter of a full disk
         say(f"no report: {error}")
     except KeyboardInterrupt:
         say(f"left out. Once more: python -m search.report {options.folder}")
@@ -306,7 +306,7 @@ def write_command(args: argparse.Namespace, options, **found: Any) -> None:
     packages = ("finetune-search", "ray", "torch", "torchvision", "timm", "optuna")
     command = {
         "run_id": run_id,
-        "signature": signature(run_id),
+        "signature": signature(options.folder, run_id),
         "argv": words_to_show(sys.argv[1:]),
         "arguments": arguments_record(args),
         "source": str(options.data),

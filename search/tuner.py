@@ -97,8 +97,8 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
             storage_path=str(options.folder.path),
             storage_filesystem=whole_files(),
             callbacks=[
-                DiskWatch(options.folder),
                 table,
+                DiskWatch(options.folder),
                 leaderboard,
                 CapacityNews(capacity, settings),
                 tune.logger.TBXLoggerCallback(),

@@ -6,6 +6,7 @@ resumed from.
 
 import os
 from io import BufferedWriter, FileIO
+from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
@@ -13,17 +14,39 @@ from fsspec.implementations.local import LocalFileSystem
 
 
 class _WholeFile(BufferedWriter):
-    """Takes its name when it is closed."""
+    """Takes its name when it is closed, unless a part of it could not be written."""
 
     def __init__(self, path: str) -> None:
         folder, name = os.path.split(path)
         self.path, self.partial = path, os.path.join(folder, f".{name}.partial")  # noqa: PTH118
+        self.whole = True
         super().__init__(FileIO(self.partial, "w"))
 
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            self.whole = False
+            raise
+
     def close(self) -> None:
-        if not self.closed:
+        if self.closed:
+            return
+        try:
             super().close()
-            os.replace(self.partial, self.path)  # noqa: PTH105
+        except OSError:
+            self.whole = False
+            raise
+        finally:
+            if self.whole:
+                os.replace(self.partial, self.path)  # noqa: PTH105
+            else:
+                Path(self.partial).unlink(missing_ok=True)
+
+    def __del__(self) -> None:
+        if not self.closed:  # who wrote it has not come to its end
+            self.whole = False
+        super().__del__()
 
 
 class _WholeFileSystem(LocalFileSystem):

@@ -12,11 +12,6 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def many(count: int, what: str) -> str:
-    """Such as 1 trial, or 2 trials."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 def megabytes(count: float) -> str:
     """Bytes, such as 8.5 MB, 85 MB or 1.2 GB."""
     if count >= 1e9:

@@ -1,5 +1,8 @@
 """A trial's checkpoint on the disk: the newest one that is whole is gone on from."""
 
+import errno
+from pathlib import Path
+
 import pytest
 
 from trainables.checkpoint import RESULT_FILE, TRAINING_FILE, WEIGHTS_FILE, drop, last_whole, save
@@ -19,6 +22,25 @@ def test_of_an_ended_trial_the_result_is_left(tmp_path):
     save(tmp_path, 3, FILES, {"epoch": 3})
     drop(tmp_path)
     assert last_whole(tmp_path) == ({}, {"epoch": 3})
+
+
+def test_one_that_has_lost_a_file_is_not_taken_for_that_of_an_ended_trial(tmp_path):
+    save(tmp_path, 3, FILES, {"epoch": 3})
+    (tmp_path / "epoch_0003" / TRAINING_FILE).unlink()
+    assert last_whole(tmp_path) is None
+
+
+def test_a_disk_that_fails_costs_no_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 3, FILES, {"epoch": 3})
+
+    def fail(path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        last_whole(tmp_path)
+    monkeypatch.undo()
+    assert last_whole(tmp_path) == (FILES, {"epoch": 3})
 
 
 @pytest.mark.parametrize(

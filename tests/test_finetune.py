@@ -194,6 +194,9 @@ def test_parts_are_no_smaller_than_an_image_and_say_when_they_cannot_be_smaller(
     training = fine_tune(colour_images, arch="test_vit", head="linear", batch_size=4, batch_parts=8)
     assert not training.can_split_further
     training.run_epoch()
+    training = fine_tune(colour_images, head="mlp", batch_size=6, batch_parts=4)  # whose norms need two images
+    assert not training.can_split_further
+    training.run_epoch()
 
 
 def test_every_batch_is_a_sign_of_progress(colour_images):

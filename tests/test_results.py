@@ -399,7 +399,7 @@ def test_best_keeps_numbers_as_numbers_after_a_restart(table, folder):
 def test_an_ended_trials_state_leaves_the_disk(table, folder):
     trial = complete(table, "a", 0.2)
     left = checkpoint.newest(folder.checkpoints / table_id(trial))
-    assert names(left) == [PREPROCESSING_FILE, checkpoint.RESULT_FILE]
+    assert names(left) == [checkpoint.ENDED_FILE, PREPROCESSING_FILE, checkpoint.RESULT_FILE]
     assert best(folder)[0] == b"a"
 
 

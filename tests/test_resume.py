@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +42,13 @@ def begun(tmp_path: Path, argv: list[str]) -> RunFolder:
     folder = RunFolder(tmp_path / "results" / "mine")
     folder.path.mkdir(parents=True)
     arguments = arguments_record(parse_arguments([*argv, "--results", str(folder.path.parent)]))
-    command = {"run_id": "1", "signature": signature("1"), "arguments": arguments, "asked": arguments, "images": IMAGES}
+    command = {
+        "run_id": "1",
+        "signature": signature(folder, "1"),
+        "arguments": arguments,
+        "asked": arguments,
+        "images": IMAGES,
+    }
     folder.command.write_text(json.dumps(command))
     folder.space.write_text(json.dumps(SPACE))
     return folder
@@ -136,7 +144,7 @@ def test_a_run_that_another_user_began_is_refused_unless_trusted(folder, tmp_pat
     require_own(folder, trust=True)
 
 
-@pytest.mark.parametrize("change", [{"run_id": "2"}, {"signature": ""}, {"signature": None}])
+@pytest.mark.parametrize("change", [{"run_id": "2"}, {"signature": ""}, {"signature": None}, {"signature": "\xe9"}])
 def test_a_forged_record_is_refused(folder, change):
     command = json.loads(folder.command.read_text()) | change
     folder.command.write_text(json.dumps(command))
@@ -144,12 +152,35 @@ def test_a_forged_record_is_refused(folder, change):
         require_own(folder, trust=False)
 
 
+def test_a_record_copied_into_another_folder_is_refused_and_a_moved_run_is_not(folder, tmp_path):
+    shutil.copytree(folder.path, tmp_path / "copy")
+    with pytest.raises(ValueError, match="was not begun by you"):
+        require_own(RunFolder(tmp_path / "copy"), trust=False)
+    folder.path.rename(tmp_path / "moved")
+    require_own(RunFolder(tmp_path / "moved"), trust=False)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to give files away")
+def test_a_run_in_which_somebody_else_has_put_files_is_refused(folder):
+    folder.tune.mkdir()
+    (folder.tune / "tuner.pkl").touch()
+    require_own(folder, trust=False)
+    os.chown(folder.tune / "tuner.pkl", 12345, -1)
+    with pytest.raises(ValueError, match="was not begun by you"):
+        require_own(folder, trust=False)
+
+
+def test_an_empty_key_is_no_key(folder, tmp_path):
+    (tmp_path / "state" / "finetune-search" / "key").write_bytes(b"")
+    assert signature(folder, "1") == ""
+
+
 def test_the_key_is_for_its_owner_alone_and_without_a_place_for_one_nothing_is_trusted(folder, tmp_path, monkeypatch):
     key = tmp_path / "state" / "finetune-search" / "key"
     assert key.stat().st_mode & 0o777 == 0o600
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    assert signature("1") == ""
+    assert signature(folder, "1") == ""
     command = json.loads(folder.command.read_text()) | {"signature": ""}
     folder.command.write_text(json.dumps(command))
     with pytest.raises(ValueError, match="was not begun by you"):
@@ -210,4 +241,4 @@ def test_a_search_that_ends_before_it_wrote_anything_leaves_no_folder(tmp_path):
     assert not folder.path.parent.exists()
     with alone_in(folder):
         folder.trials.touch()
-    assert folder.trials.exists()
+    assert folder.trials.exists() and list(folder.path.parent.iterdir()) == [folder.path]

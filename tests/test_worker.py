@@ -54,6 +54,6 @@ def test_where_memory_runs_out_smaller_parts_are_asked_for_until_they_fit(slot):
 
 def test_a_trial_for_which_one_image_is_too_much_fails_with_the_reason_and_the_next_one_runs(slot):
     outcome, _ = slot(0, 8)
-    assert outcome.failure.startswith("out of memory even with one image at a time: ") and not outcome.split_batches
+    assert outcome.failure.startswith("out of memory even with 1 image at a time: ") and not outcome.split_batches
     outcome, _ = slot(8, 1)
     assert outcome.metrics["epoch"] == 1

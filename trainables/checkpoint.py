@@ -19,6 +19,9 @@ TRAINING_FILE = "training.pt"
 RESULT_FILE = "result.json"
 """The epoch's result, and the CRC-32 of each other file."""
 
+ENDED_FILE = "ended.json"
+"""There once a trial has ended and its weights and its training are no longer kept here."""
+
 logger = logging.getLogger(__name__)
 
 Files = dict[str, bytes]
@@ -70,10 +73,11 @@ def last_whole(folder: Path) -> tuple[Files, dict[str, Any]] | None:
     for checkpoint in sorted(folder.glob("epoch_*"), reverse=True):
         try:
             record, files = json.loads((checkpoint / RESULT_FILE).read_bytes()), read(checkpoint)
-            if damaged := [name for name in files if zlib.crc32(files[name]) != record["crc32"][name]]:
+            expected = files if (checkpoint / ENDED_FILE).exists() else record["crc32"]
+            if damaged := [name for name in expected if zlib.crc32(files[name]) != record["crc32"][name]]:
                 raise ValueError(f"{', '.join(damaged)} is not what was written")
             return files, record["result"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:  # not what a disk says that fails
             logger.warning("the checkpoint %s is damaged and left out: %s", checkpoint, error)
             shutil.rmtree(checkpoint, ignore_errors=True)
     return None
@@ -82,6 +86,7 @@ def last_whole(folder: Path) -> tuple[Files, dict[str, Any]] | None:
 def drop(folder: Path) -> None:
     """Of a trial that has ended keep no more than its last result."""
     for checkpoint in folder.glob("*epoch_*"):
+        when_there_is_room((checkpoint / ENDED_FILE).touch, checkpoint)
         for name in (WEIGHTS_FILE, TRAINING_FILE):
             (checkpoint / name).unlink(missing_ok=True)
 

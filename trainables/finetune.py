@@ -118,8 +118,13 @@ class FineTune:
         return self.batch_parts < self._most_parts
 
     @property
+    def fewest_images(self) -> int:
+        """That a part can have: batch norms of the mlp head, which see no pixels, take their statistics over two."""
+        return 2 if self.recipe.head == "mlp" else 1
+
+    @property
     def _most_parts(self) -> int:
-        return self.batch_size // self.world.size  # each part has an image of each worker
+        return max(1, self.batch_size // self.world.size // self.fewest_images)
 
     @property
     def steps_per_epoch(self) -> int:

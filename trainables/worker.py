@@ -8,6 +8,7 @@ from typing import Any
 
 from trainables.held_out import Remaining
 from trainables.recipe import Recipe
+from trainables.wording import many
 from trainables.worker_group import Command, Outcome
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class _Slot:
         from trainables.finetune import Diverged
 
         try:
-            self.number = command.number
+            self.number, self.last_sign = command.number, 0.0  # the host waits for the first one
             self._prepare(command)
             self._give_sign()
             overhead = time.perf_counter() - self.idle_since
@@ -85,7 +86,8 @@ class _Slot:
         if self.training.can_split_further:
             logger.warning("trial %s: out of memory, its batches go in more parts", self.trial_id)
             return Outcome(split_batches=True)
-        return Outcome(failure=f"out of memory even with one image at a time: {error}")
+        images = many(self.training.fewest_images, "image")
+        return Outcome(failure=f"out of memory even with {images} at a time: {error}")
 
     def _give_sign(self) -> None:
         """Of progress, not more often than the host needs it."""
@@ -145,7 +147,9 @@ def is_out_of_memory(error: Exception) -> bool:
     """Of the GPU or the CPU; torch says the latter with a plain RuntimeError."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(text in str(error) for text in ("DefaultCPUAllocator", "_STATUS_ALLOC_FAILED", "out of memory"))
 
 
 @lru_cache(maxsize=4)
