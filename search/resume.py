@@ -110,6 +110,18 @@ def _all_mine(folder: RunFolder) -> bool:
     )
 
 
+def require_whole(folder: RunFolder, dimensions: Iterable[str]) -> None:
+    """Raises `ValueError` where the tables, the journal or the rungs are damaged, before anything is written."""
+    from search.journal import mend
+    from search.results import check_tables
+
+    check_tables(folder, dimensions)
+    if folder.journal.is_file():
+        mend(folder.journal)
+    if folder.rungs.is_file():
+        read_json(folder.rungs)
+
+
 # --- What it was asked for --------------------------------------------------------------------------------------------
 
 
