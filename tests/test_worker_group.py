@@ -349,8 +349,6 @@ def test_workers_without_progress_are_killed_and_their_trial_fails_in_the_end(pl
             for rank, actor in enumerate(workers):
                 await host.join(rank, "node", actor)
             command = await take(host)
-            await asyncio.sleep(1.3)  # images may take any time
-            assert not any(actor.killed for actor in workers)
             for _ in range(6):
                 await host.progress(command.number)
                 await asyncio.sleep(0.2)
@@ -360,6 +358,25 @@ def test_workers_without_progress_are_killed_and_their_trial_fails_in_the_end(pl
         await host.join(0, "node", Worker())
         failure = (await asyncio.wait_for(epoch, SOON)).failure
         assert failure == f"lost its workers {MAX_TRIES} times in epoch 1 (the last time: no progress for 1 s)"
+
+    play(scene)
+
+
+def test_a_worker_that_hangs_before_its_first_sign_is_killed_and_one_that_is_awaited_is_not(play, monkeypatch):
+    monkeypatch.setattr(worker_group.ray, "kill", lambda worker: setattr(worker, "killed", True))
+
+    async def scene(host):
+        host._stall_timeout = 0.5
+        actor = Worker()
+        epoch = await started(host)
+        await asyncio.sleep(1.0)  # nodes may take any time to come
+        await host.join(0, "node", actor)
+        await asyncio.sleep(1.0)
+        assert not actor.killed
+        await take(host)
+        await asyncio.sleep(1.0)
+        assert actor.killed
+        epoch.cancel()
 
     play(scene)
 

@@ -2,7 +2,10 @@
 
 import gc
 import logging
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -56,9 +59,9 @@ class _Slot:
         from trainables.finetune import Diverged
 
         try:
-            self.number, self.last_sign = command.number, 0.0  # the host waits for the first one
-            self._prepare(command)
-            self._give_sign()
+            self.number = command.number
+            with self._signs_of_life():
+                self._prepare(command)
             overhead = time.perf_counter() - self.idle_since
             metrics = self.training.run_epoch()
             self.idle_since = time.perf_counter()
@@ -88,6 +91,23 @@ class _Slot:
             return Outcome(split_batches=True)
         images = many(self.training.fewest_images, "image")
         return Outcome(failure=f"out of memory even with {images} at a time: {error}")
+
+    @contextmanager
+    def _signs_of_life(self) -> Iterator[None]:
+        """Within it, signs come by themselves: fetching and presizing images may take hours."""
+        over = threading.Event()
+
+        def give() -> None:
+            while not over.wait(SIGN_SECONDS):
+                self._give_sign()
+
+        thread = threading.Thread(target=give, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def _give_sign(self) -> None:
         """Of progress, not more often than the host needs it."""

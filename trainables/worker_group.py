@@ -108,7 +108,7 @@ class GroupHost:
         self._why_lost = ""
         self._batch_parts = 1
         self._workers: dict[int, Any] = {}  # actors by rank
-        self._last_sign: float | None = None  # of progress in the command; none yet while images are presized
+        self._last_sign: float | None = None  # of progress in the command, or when it was taken; None before that
         self._taken = 0
         self._numbers = 0
         self._closing = False
@@ -217,6 +217,7 @@ class GroupHost:
             return None
         if rank == 0:
             self._taken = self._command.number
+            self._last_sign = self._loop.time()
         return self._command
 
     async def meet(self, rank: int, number: int) -> None:
@@ -236,7 +237,7 @@ class GroupHost:
         return self._state
 
     async def progress(self, number: int) -> None:
-        """A sign that the workers of a command are busy with its epoch."""
+        """A sign that the workers of a command are at work."""
         if number == self._numbers:
             self._last_sign = self._loop.time()
 
