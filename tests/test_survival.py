@@ -137,7 +137,7 @@ def test_a_trial_that_kills_its_workers_and_one_that_diverges_fail_alone(class_f
 
 def test_forty_trials_never_take_more_than_three_training_states_beside_the_cache(tmp_path):
     """A network of real size, so that its state is what counts; hard links count once."""
-    recipe = f"{PINNED} weight_decay=0.01 arch=tf_efficientnet_lite0 epochs=3 tta_views=0 lr_max=0.0001..0.001 "
+    recipe = f"{PINNED} weight_decay=0.01 arch=tf_efficientnet_lite0 epochs=2 tta_views=0 lr_max=0.0001..0.001 "
     data = draw_images(tmp_path / "data", each=4)
     recipe += "freeze_epochs=0"
     arguments = ("--data", data, "--trials", 40, "--keep", 2, "--searcher", "random", "--scheduler", "none")
