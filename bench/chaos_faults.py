@@ -29,7 +29,6 @@ class Victim:
         self.arguments = arguments
         self.cluster = cluster
         self.search = Search(folder, *arguments)
-        self.output: list[str] = []  # of the drivers before this one
         self.before: set[int] = set()  # processes below the drivers before this one
 
     @property
@@ -58,7 +57,6 @@ class Victim:
         if not self.cluster:
             self.before |= descendants(self.search.process.pid)
         self.search.wait(PATIENCE)
-        self.output += self.search.lines
 
     def begin_again(self, rng: random.Random) -> None:
         self.search = Search(self.folder, *(["--resume", *self._place()] if rng.random() < 0.5 else self.arguments))

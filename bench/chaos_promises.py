@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from processes import command_line
 from searches import EPOCH_TIMES, TIMES, without
 
 ENDED = ("completed", "stopped early", "failed")
@@ -31,8 +32,8 @@ class Witness:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.ended: dict[str, Row] = {}  # by trial, as its row was when it had first ended
-        self.trained: dict[tuple[str, int], set[tuple[str, str]]] = defaultdict(set)
-        """By trial and epoch: when it was trained, and for how long."""
+        self.trained: dict[tuple[str, int], set[str]] = defaultdict(set)
+        """By trial and epoch: how long it was trained; another training of it takes another time."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -122,14 +123,15 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 def processes_with(variable: str, value: str) -> list[str]:
-    """Command lines of living processes that were started with this in their environment, without this one."""
+    """Command lines of living processes that were started with this in their environment, without this one. Not those
+    of Ray's actors, which write their titles over it."""
     wanted, found = f"{variable}={value}".encode(), []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
             if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                line = command_line(int(entry.name))
                 found += [line] if line else []  # one without a line has ended, and its parent has not looked
         except OSError:
             continue

@@ -78,9 +78,7 @@ def _described(cache: Cache) -> tuple[str, ...]:
     if images is None:
         unfinished = cache.path.name.startswith(".")
         return f"{'not finished' if unfinished else 'not readable'}: {cache.path.name}", "", "", "", ""
-    root = str(images.root)
-    root = printable(root)
-    return root, str(images.size), images.method, images.storage, str(len(images))
+    return printable(images.root), str(images.size), images.method, images.storage, str(len(images))
 
 
 def _ago(moment: float) -> str:

@@ -55,7 +55,7 @@ TRIAL_NEEDED = ("number", "trial_id", "status", "error_rate", "epochs_done", "ep
 EPOCH_KINDS = dict.fromkeys(EPOCH_COLUMNS, decimal) | {
     **dict.fromkeys(("number", "epoch"), whole),
     **dict.fromkeys(("trial_id", "stage"), str),
-    **dict.fromkeys(("progress", "train_images", "valid_images"), whole_or_none),
+    **dict.fromkeys(("progress", "train_images", "valid_images", "batch_parts"), whole_or_none),
     "finished_at": moment,
 }
 EPOCH_NEEDED = ("number", "trial_id", "epoch", "error_rate")

@@ -161,13 +161,13 @@ def saved_arguments(folder: RunFolder, args: argparse.Namespace) -> argparse.Nam
         raise ValueError(
             f"{folder} holds no run to resume (no command.json in it). Runs are listed by: ls {args.results}"
         )
-    saved = read_json(folder.command)["arguments"]
-    now = arguments_record(args)
+    command, now = read_json(folder.command), arguments_record(args)
+    saved = command["arguments"]
     if missing := [name for name in now if name not in saved]:
         raise ValueError(
             f"{folder} was started by an older version, which knew no {_option(missing[0])}. Start it anew."
         )
-    first = read_json(folder.command).get("asked", saved)
+    first = command.get("asked", saved)
     different = [name for name in args.given if name not in HERE and now[name] not in (saved[name], first[name])]
     if different:
         changes = "; ".join(

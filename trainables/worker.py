@@ -60,8 +60,9 @@ class _Slot:
 
         try:
             self.number = command.number
-            with self._signs_of_life():
-                self._prepare(command)
+            if not self._has(command):
+                with self._signs_of_life():
+                    self._prepare(command)
             overhead = time.perf_counter() - self.idle_since
             metrics = self.training.run_epoch()
             self.idle_since = time.perf_counter()
@@ -82,6 +83,11 @@ class _Slot:
             logger.exception("trial %s failed", command.trial.trial_id)
             self._drop()
             return Outcome(failure=f"{type(error).__name__}: {error}"), False
+
+    def _has(self, command: Command) -> bool:
+        """Whether the trial of `command` is in memory, at the epoch that it starts from."""
+        same = self.training is not None and self.trial_id == command.trial.trial_id
+        return same and self.training.epochs_done == command.epochs_done
 
     def _out_of_memory(self, error: Exception) -> Outcome:
         if self.training is None:
@@ -117,7 +123,7 @@ class _Slot:
             self.host.progress.remote(self.number)
 
     def _prepare(self, command: Command) -> None:
-        """Have the trial of `command` in memory, at the epoch that it starts from."""
+        """Bring the trial of `command` into memory, at the epoch that it starts from."""
         import ray.train
         import ray.train.torch
 
@@ -125,9 +131,6 @@ class _Slot:
         from trainables.source import folder_of
 
         trial = command.trial
-        ready = self.training is not None and self.trial_id == trial.trial_id
-        if ready and self.training.epochs_done == command.epochs_done:
-            return
         self._drop()
         if command.batch_parts > 1:
             gc.collect()  # what ran out of memory may hang together in cycles
