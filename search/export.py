@@ -173,7 +173,7 @@ def model_of(run: Path, trial: str | None) -> ModelFolder:
     kept = [str(number) for number in rows["number"] if (record.folder.models / str(number)).is_dir()]
     raise ValueError(
         f"--trial {trial}: trial {row['number']} ({row['status']}{score}) has no weights any more: a run keeps those "
-        f"of its best trials only (--keep), which are {', '.join(kept) or metrics.get('number', metrics['trial_id'])}. "
+        f"of its best trials only (--keep; here {', '.join(kept) or metrics.get('number', metrics['trial_id'])}). "
         f"Train this one again with: {training_command(record, row)}"
     )
 

@@ -37,6 +37,8 @@ SHARE = 0.05
 """Of the driver's time that taking moments may have: with a thousand trials each takes some tenths of a second."""
 LAST_TRIES = (0, 2, 5)
 """Seconds before each try of the last pass."""
+INDEX_TRIES = (0, 0.2, 1)
+"""Seconds before each try to read the index."""
 LOOKS = 5
 """So often the files may change while a moment is taken."""
 FILES_AT_ONCE = 8
@@ -77,13 +79,22 @@ class RemoteRun:
             self.filesystem.delete_file(f"{self.path}/{name}")
 
     def index(self) -> dict[str, Any] | None:
-        """Who wrote it last, and the digests of the files by name; None where there is no run yet."""
-        text = BytesIO()
-        try:
-            self.get(INDEX, text)
-        except FileNotFoundError:
-            return None
-        return json.loads(text.getvalue())
+        """Who wrote it last, and the digests of the files by name; None where there is no run yet.
+
+        A store is asked for the length first, then for the content: of an index that a running search replaces in
+        between, part can come. So what cannot be read is asked for again.
+        """
+        for wait in INDEX_TRIES:
+            time.sleep(wait)
+            text = BytesIO()
+            try:
+                self.get(INDEX, text)
+                return json.loads(text.getvalue())
+            except FileNotFoundError:
+                return None
+            except ValueError as error:
+                damage = error
+        raise OSError(f"its {INDEX} is damaged: {damage}") from damage
 
     def put_index(self, index: dict[str, Any]) -> None:
         self.put(f"{INDEX}.partial", BytesIO(json.dumps(index, indent=0).encode()))

@@ -249,7 +249,7 @@ def test_the_best_trial_can_be_named_by_number_or_id(searched, tmp_path):
 
 def test_another_trial_has_no_weights_and_the_command_that_trains_it_again_is_told(searched, tmp_path):
     best, row = load(searched).best.name, load(searched).trials.loc[3]
-    with pytest.raises(ValueError, match=f"keeps those of its best trial only, which is {best} ") as error:
+    with pytest.raises(ValueError, match=rf"of its best trials only \(--keep; here {best}\)") as error:
         export.main([str(searched), "--trial", "3", "--out", str(tmp_path / "out")])
     assert "trial 3 (stopped early, " in str(error.value)
     again = str(error.value).partition("again with: ")[2]

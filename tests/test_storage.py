@@ -323,6 +323,31 @@ def test_a_copy_that_would_write_elsewhere_is_refused(folder, uri, tmp_path):
         bring_back(uri, RunFolder(tmp_path / "there" / NAME))
 
 
+def test_an_index_that_is_replaced_while_it_is_read_is_read_again(folder, uri, monkeypatch):
+    with Mirror(folder, uri, resume=False, resume_command=AGAIN):
+        pass
+    remote = RemoteRun(uri, NAME)
+    whole, get, cuts = remote.index(), remote.get, [100, 0]
+
+    def get_part(name, file):
+        get(name, file)
+        if cuts:
+            file.truncate(cuts.pop())
+
+    monkeypatch.setattr(remote, "get", get_part)
+    assert remote.index() == whole
+    assert not cuts
+
+
+def test_an_index_that_stays_damaged_is_said_to_be(folder, uri, tmp_path):
+    with Mirror(folder, uri, resume=False, resume_command=AGAIN):
+        pass
+    index = tmp_path / "store" / NAME / "resume" / "index.json"
+    index.write_text(index.read_text()[:100])
+    with pytest.raises(ValueError, match=r"cannot be brought back .* its resume/index\.json is damaged"):
+        bring_back(uri, RunFolder(tmp_path / "there" / NAME))
+
+
 def test_without_storage_a_step_copies_nothing(folder):
     Mirroring(folder).on_step_end(iteration=1, trials=[])
 
