@@ -79,6 +79,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """For `-n 2 --dist loadgroup`: one process has the tests that start Ray, the other one takes the rest by files."""
+    items.sort(key=lambda item: "ray" not in item.keywords)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if "ray" in item.keywords else item.path.stem))
+
+
 def pytest_addoption(parser):
     parser.addoption("--screenshots", type=Path, metavar="DIR", help="keep the browser tests' pictures here")
 
