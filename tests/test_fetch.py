@@ -108,7 +108,11 @@ def cached(tmp_path: Path) -> list[str]:
     return sorted(path.name for path in (tmp_path / "cache" / "fetched").glob("*") if path.suffix != ".lock")
 
 
-@pytest.mark.parametrize("archive", [tar_of(FILES), tar_of(FILES, "w:xz"), tar_of(FILES, "w"), zip_of(FILES)])
+@pytest.mark.parametrize(
+    "archive",
+    [tar_of(FILES), tar_of(FILES, "w:xz"), tar_of(FILES, "w"), zip_of(FILES)],
+    ids=["tar.gz", "tar.xz", "tar", "zip"],
+)
 def test_an_archive_of_one_folder_means_what_is_in_it(web, archive):
     web.answers["/birds"] = archive
     assert content(fetch(web.uri("/birds"))) == {"ant/1.jpg": b"one", "bee/2.jpg": b"two"}
@@ -230,6 +234,7 @@ def test_nobody_listens(monkeypatch):
         (b"<!DOCTYPE html><title>Sign in</title>", "neither a tar nor a zip archive.*<!DOCTYPE html"),
         (b"", "neither a tar nor a zip"),
     ],
+    ids=["parent in tar.gz", "absolute in tar.gz", "parent in zip", "cut off", "encrypted", "page", "empty"],
 )
 def test_archives_that_are_refused(web, tmp_path, archive, said):
     web.answers["/birds.tar"] = archive
