@@ -1,5 +1,6 @@
 """Fixtures that several test files share: a cache of their own, and a small set of drawn images."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -79,12 +80,28 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.hookimpl(tryfirst=True)
+@functools.cache
+def starts_ray(file: Path) -> bool:
+    return "pytest.mark.ray" in file.read_text(encoding="utf-8")
+
+
 def pytest_collection_modifyitems(items):
-    """For `-n 2 --dist loadgroup`: one process has the tests that start Ray, the other one takes the rest by files."""
-    items.sort(key=lambda item: "ray" not in item.keywords)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if "ray" in item.keywords else item.path.stem))
+    """The files whose tests start Ray come first: they take longest."""
+    items.sort(key=lambda item: not starts_ray(item.path))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`pytest -n 2`: one process has the files whose tests start Ray, the other one takes the rest, file by file."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class RayInOneProcess(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if starts_ray(config.rootpath / file) else file
+
+    config.option.loadscopereorder = False  # as sorted above
+    return RayInOneProcess(config, log)
 
 
 def pytest_addoption(parser):
