@@ -2,6 +2,7 @@
 
 import functools
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("RAY_worker_niceness", "0")
 # How often Ray Train looks whether workers are lost or have ended; 2 s without it.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+
+# What hypothesis remembers does not belong into the repository.
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", f"{tempfile.gettempdir()}/hypothesis")
 
 COLOURS = {"amber": (220, 40, 40), "fern": (40, 220, 40), "lake": (40, 40, 220)}
 """Class name -> colour of nearly all of its pixels; label i is the class whose channel i is the largest."""
