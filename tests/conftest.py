@@ -86,6 +86,7 @@ def one_thread():
 
 @functools.cache
 def starts_ray(file: Path) -> bool:
+    """By its text: the process that shares the tests out knows no more of them than their names."""
     return "pytest.mark.ray" in file.read_text(encoding="utf-8")
 
 

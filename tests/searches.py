@@ -44,7 +44,7 @@ class Search:
     def text(self) -> str:
         return "\n".join(self.lines)
 
-    def wait_for(self, pattern: str, seconds: float = 480) -> None:
+    def wait_for(self, pattern: str, seconds: float = 240) -> None:
         """Until a line of the output matches."""
         deadline = time.monotonic() + seconds
         while not any(re.search(pattern, line) for line in self.lines):
@@ -53,7 +53,7 @@ class Search:
             time.sleep(0.02)
         self.ray_processes |= descendants(self.process.pid)
 
-    def wait(self, seconds: float = 600) -> int:
+    def wait(self, seconds: float = 300) -> int:
         code = self.process.wait(seconds)
         self.reader.join(5)
         return code
