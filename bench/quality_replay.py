@@ -3,7 +3,6 @@
 import contextlib
 import heapq
 import itertools
-import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,21 +17,23 @@ from ray.tune.schedulers import TrialScheduler
 
 from search.annealed import lengths, new_searcher
 from search.method import Method
-from search.scheduler import new_scheduler, rung_at
+from search.scheduler import Curve, ProgressHalvingScheduler, new_scheduler
 from search.searcher import METRIC, OptunaSearcher
-from search.space import Choice, Space
+from search.space import Space
 
 WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0)
 """What a dimension may weigh in the distance of two configurations."""
 MEMORY = Path("/dev/shm")
 """Where there is one, journals are written to memory: nothing here has to outlast a crash."""
+CURVES = ("progress", "error_rate", "valid_loss", "seconds")
 Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training's results, an entry an epoch."""
+    """One training's config, and its results, an entry an epoch."""
 
+    config: Config
     progress: tuple[int, ...]
     error_rate: tuple[float, ...]
     valid_loss: tuple[float, ...]
@@ -67,13 +68,13 @@ class CurveTable:
         found: dict[tuple, list[Training]] = {}
         for (*config, _), curve in trainings:
             curve = curve.sort_values("epoch")
-            training = Training(*(tuple(curve[name].tolist()) for name in Training.__dataclass_fields__))
+            entries = (tuple(curve[name].tolist()) for name in CURVES)
+            training = Training(dict(zip(space.dimensions, config, strict=True)), *entries)
             found.setdefault(tuple(config), []).append(training)
-        for values, same in found.items():
-            config = dict(zip(space.dimensions, values, strict=True))
-            epochs = config["epochs"]
+        for same in found.values():
+            epochs = same[0].config["epochs"]
             self.trainings.setdefault(epochs, []).append(same)
-            self.points.setdefault(epochs, []).append(self._coordinates(config))
+            self.points.setdefault(epochs, []).append(self._coordinates(same[0].config))
         self.points = {epochs: np.array(points) for epochs, points in self.points.items()}
         self.weights = np.ones(len(self.others))
         self._fit()
@@ -132,15 +133,7 @@ class CurveTable:
         return np.square((self.points[epochs] - point) * self.weights).sum(axis=1)
 
     def _coordinates(self, config: Mapping[str, Any]) -> np.ndarray:
-        return np.array([_coordinate(self.space.dimensions[name], config[name]) for name in self.others])
-
-
-def _coordinate(dimension: Any, value: Any) -> float:
-    """0 to 1, as the dimension is searched: in the logarithm, or one step a choice."""
-    if isinstance(dimension, Choice):
-        return dimension.values.index(value) / max(1, len(dimension.values) - 1)
-    scale = math.log if dimension.log else float
-    return (scale(value) - scale(dimension.low)) / (scale(dimension.high) - scale(dimension.low))
+        return np.array([self.space.dimensions[name].coordinate(config[name]) for name in self.others])
 
 
 @dataclass
@@ -164,11 +157,13 @@ class Trial:
 
 @dataclass
 class Replay:
-    """What a search did: its trials, and at each end of one the epochs spent and the incumbent."""
+    """What a search did: its trials, at each end of one the epochs spent and the incumbent, and what its rungs say when
+    all epochs are spent, see `rung_and_final`."""
 
     trials: list[Trial] = field(default_factory=list)
     epochs: int = 0
     incumbents: list[tuple[int, Trial]] = field(default_factory=list)
+    rung_and_final: list[tuple[float, float]] = field(default_factory=list)
 
     def run_epoch(self, trial: Trial) -> None:
         self.epochs += 1
@@ -188,16 +183,29 @@ class Replay:
 
 
 def replay(
-    method: Method, table: CurveTable, *, seed: int, slots: int, budget: int, sampler: BaseSampler | None = None
+    method: Method,
+    table: CurveTable,
+    *,
+    seed: int,
+    slots: int,
+    budget: int,
+    sampler: BaseSampler | None = None,
+    forecasts: bool = True,
 ) -> Replay:
-    """A search by `method`, or with another `sampler`, of `slots` trials at once, until `budget` epochs are spent."""
+    """A search by `method`, of `slots` trials at once, until `budget` epochs are spent; or one with another `sampler`,
+    or with rungs that forecast nothing."""
     with _journal() as journal:
         searcher = new_searcher(table.space, journal, seed=seed, method=method)
         searcher.sampler = sampler or searcher.sampler
-        scheduler = new_scheduler(method.scheduler, METRIC, journal.with_name("rungs.json"))
+        scheduler = new_scheduler(method.scheduler, METRIC, table.space, journal.with_name("rungs.json"))
+        if not forecasts:
+            scheduler.forecasts = False
         done = _run(searcher, scheduler, table, np.random.default_rng(seed), slots, budget)
+        if isinstance(scheduler, ProgressHalvingScheduler):
+            done.rung_and_final = rung_and_final(scheduler, table)
     if method.scheduler == "annealed":
         _mark_left_short(done, table)
+        done.rung_and_final = short_and_long(table)
     return done
 
 
@@ -255,10 +263,11 @@ def _ends(number: int, done: Replay, searcher: OptunaSearcher, scheduler: TrialS
     trial, name = done.trials[number], str(number)
     done.run_epoch(trial)
     result = trial.training.result(trial.epochs_done)
+    told = SimpleNamespace(trial_id=name, config=trial.training.config)
     if not trial.completed:
-        asked = SimpleNamespace(trial_id=name, config=trial.config)
-        trial.stopped = scheduler.on_trial_result(None, asked, result) == TrialScheduler.STOP
+        trial.stopped = scheduler.on_trial_result(None, told, result) == TrialScheduler.STOP
     if trial.completed or trial.stopped:
+        scheduler.on_trial_complete(None, told, result)
         searcher.on_trial_complete(name, result)
         return True
     searcher.on_trial_result(name, result)
@@ -278,17 +287,21 @@ def _mark_left_short(done: Replay, table: CurveTable) -> None:
 # --- What a rung says of the end --------------------------------------------------------------------------------------
 
 
-def rung_and_final(method: Method, table: CurveTable) -> list[tuple[float, float]]:
-    """The metric at each rung and at the end, of all trainings that reach it; for annealed rungs, that of a short
-    training and that of the longest one of the same configuration."""
-    if method.scheduler == "annealed":
-        shortest, *_, longest = lengths(table.space.dimensions["epochs"])
-        return [(short.error_rate[-1], full.error_rate[-1]) for short, full in table.pairs(shortest, longest)]
-    with _journal() as journal:
-        rungs = list(getattr(new_scheduler(method.scheduler, METRIC, journal), "recorded", {}))
+def rung_and_final(scheduler: ProgressHalvingScheduler, table: CurveTable) -> list[tuple[float, float]]:
+    """What a scheduler that has seen a search expects at each rung, and what came of it: for all trainings of the table
+    that reach it."""
     found = []
-    for training in table.all():
-        reached = [rung_at(progress, rungs) for progress in training.progress]
-        first = {rung: reached.index(rung) for rung in set(reached) - {None}}
-        found += [(training.error_rate[epoch], training.error_rate[-1]) for epoch in first.values()]
+    for rung in scheduler.rungs:
+        curves = [Curve(table.space.coordinates(one.config), dict(zip(one.progress, one.error_rate, strict=True))) for one in table.all()]
+        finals = [curve.metrics.pop(100) for curve in curves]
+        there = [curve.first_at(rung, scheduler.rungs) is not None for curve in curves]
+        if asked := list(itertools.compress(curves, there)):
+            found += zip(scheduler.expected(asked, rung), itertools.compress(finals, there), strict=True)
     return found
+
+
+def short_and_long(table: CurveTable) -> list[tuple[float, float]]:
+    """Final errors of the shortest trainings, which are the first of the annealed rungs, and of the longest ones of the
+    same configurations."""
+    shortest, *_, longest = lengths(table.space.dimensions["epochs"])
+    return [(short.error_rate[-1], long.error_rate[-1]) for short, long in table.pairs(shortest, longest)]

@@ -19,7 +19,7 @@ import optuna
 import pandas as pd
 from common import CPUS, RESULTS, command_line, footer, hardware, versions, write
 from learning_curves import FILE, space
-from quality_replay import CurveTable, Replay, Training, replay, replay_top_k, rung_and_final
+from quality_replay import CurveTable, Replay, Training, replay, replay_top_k
 from scipy.stats import kendalltau
 
 from search.method import Method
@@ -27,11 +27,13 @@ from trainables.wording import many
 
 BASELINE, TOP_K = "random", "random, top K after one epoch"
 MULTIVARIATE = "tpe as Optuna has it (multivariate), rungs"
+BY_ERROR_NOW = "tpe, rungs that forecast nothing"
 METHODS: dict[str, Method | None] = {
     BASELINE: Method(searcher="random", scheduler="none"),
     TOP_K: None,
     "tpe": Method(scheduler="none"),
     "tpe, rungs": Method(scheduler="rungs"),
+    BY_ERROR_NOW: Method(scheduler="rungs"),
     "tpe, annealed": Method(scheduler="annealed"),
     "tpe, median": Method(scheduler="median"),
     MULTIVARIATE: Method(scheduler="rungs"),
@@ -67,7 +69,8 @@ def run(job: tuple[str, int, int, int]) -> tuple[str, int, Replay]:
     if method is None:
         return name, slots, replay_top_k(_table, seed=seed, budget=budget)
     sampler = optuna.samplers.TPESampler(seed=seed) if name == MULTIVARIATE else None
-    return name, slots, replay(method, _table, seed=seed, slots=slots, budget=budget, sampler=sampler)
+    changes = {"sampler": sampler, "forecasts": name != BY_ERROR_NOW}
+    return name, slots, replay(method, _table, seed=seed, slots=slots, budget=budget, **changes)
 
 
 def run_all(args: argparse.Namespace) -> dict[tuple[str, int], list[Replay]]:
@@ -97,10 +100,10 @@ def epochs_to(target: float, done: Replay) -> float:
 
 
 def measure(name: str, replays: Sequence[Replay], table: CurveTable, target: float, budget: int) -> dict[str, Any]:
-    method, final = METHODS[name], errors_at(replays, budget)
-    pairs = [] if method is None else rung_and_final(method, table)
-    if method is None:
-        pairs = [(training.error_rate[0], training.error_rate[-1]) for training in table.all()]
+    final = errors_at(replays, budget)
+    taus = [tau(*zip(*done.rung_and_final, strict=True)) for done in replays if done.rung_and_final]
+    if METHODS[name] is None:
+        taus = [tau(*zip(*((one.error_rate[0], one.error_rate[-1]) for one in table.all()), strict=True))]
     share = np.median([epochs_to(target, done) / budget for done in replays])
     return {
         "final_error_median": float(np.median(final)),
@@ -109,7 +112,7 @@ def measure(name: str, replays: Sequence[Replay], table: CurveTable, target: flo
         "epochs_share_at_equal_quality": float(share) if np.isfinite(share) else None,
         "num_trials_median": float(np.median([len(done.trials) for done in replays])),
         "best_stopped_share": float(np.mean([done.best_was_stopped() for done in replays])),
-        "kendall_tau": tau(*zip(*pairs, strict=True)) if pairs else None,
+        "kendall_tau": float(np.median(taus)) if taus else None,
     }
 
 
@@ -187,14 +190,14 @@ Medians over the seeds. The error of the winner is the lowest that the search ha
 configuration reaches on average: the difference is luck that a search takes for merit. Epochs to equal quality: the
 share of the {budget} after which the incumbent is within {NEAR:.0%} (absolute) of the error at which random search ends. Best one
 stopped: in so many searches the trial that would have ended best was not trained to its end. τ: Kendall's, between
-the error at the rungs and at the end, over all configurations of the table.
+what is compared at the rungs and the error at the end, over all trainings of the table that reach a rung; a forecast is
+that which the search makes when its epochs are spent.
 
 How much is chance: two trainings of the same configuration differ by {about["repeat_mean_difference"]:.1%} on average and rank
-configurations alike with τ = {about["repeat_kendall_tau"]:.2f} ({about["repeat_kendall_tau_longest"]:.2f} among the longest). No rung can say more of the end than a whole training
-with another seed does.
+configurations alike with τ = {about["repeat_kendall_tau"]:.2f} ({about["repeat_kendall_tau_longest"]:.2f} among the longest).
 
 A proposal between the table's configurations is answered by a whole training of the nearest one of as many epochs, with
-a seed by lot. Dimensions weigh in the distance as the table itself says. Left out of the table, a configuration's error is
+a seed by lot; a forecast is made for and learns from the configuration that was trained. Dimensions weigh in the distance as the table itself says. Left out of the table, a configuration's error is
 missed by {about["nearest_mean_difference"]:.1%} on average (τ = {about["nearest_kendall_tau"]:.2f}), its own chance included.
 
 ![the incumbent's error against epochs spent](search_quality.png)

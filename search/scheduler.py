@@ -1,7 +1,8 @@
-"""Early termination that knows one-cycle schedules: trials are compared late, and at equal progress of their own."""
+"""Early termination that knows one-cycle schedules: trials are compared late, and by how they are expected to end."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from search.files import write_atomically
+from search.forecast import AtRung, forecast
+from search.space import Space
 from trainables.trial import RETRAINS
 
-RUNGS = (50, 75)
+RUNGS = (60, 80)
 KEEP = 0.8
 """Gently: what ends best is often not yet among the best at a rung, see results/bench/search_quality.md."""
 MIN_RECORDED = 3
@@ -28,12 +31,12 @@ def rung_at(progress: int, rungs: Sequence[int]) -> int | None:
     return max((rung for rung in rungs if rung <= progress < 100), default=None)
 
 
-def new_scheduler(name: str, metric: str, state_file: Path) -> TrialScheduler:
+def new_scheduler(name: str, metric: str, space: Space, state_file: Path) -> TrialScheduler:
     """What ends bad trials early: those beyond a cut-off at late rungs, those worse than the median, or none."""
     if name == "rungs":
-        return ProgressHalvingScheduler(metric, state_file)
+        return ProgressHalvingScheduler(metric, space, state_file)
     if name == "median":
-        return ProgressHalvingScheduler(metric, state_file, rungs=MEDIAN_RUNGS, keep=0.5)
+        return ProgressHalvingScheduler(metric, space, state_file, rungs=MEDIAN_RUNGS, keep=0.5, forecasts=False)
     return FIFOScheduler()
 
 
@@ -42,44 +45,114 @@ def stop_reasons(state_file: Path) -> dict[str, str]:
     return json.loads(state_file.read_text())["reasons"] if state_file.is_file() else {}
 
 
+@dataclass
+class Curve:
+    """What a trial has reported: its metric by progress in its unfrozen stage, and in the end."""
+
+    point: list[float | None]
+    """The config's coordinates, see `Space.coordinates`."""
+    metrics: dict[int, float] = field(default_factory=dict)
+    final: float | None = None
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> "Curve":
+        return cls(**saved | {"metrics": {int(progress): value for progress, value in saved["metrics"].items()}})
+
+    def first_at(self, rung: int, rungs: Sequence[int]) -> int | None:
+        """The progress of its first result between `rung` and the next one; None where there is none."""
+        return min((progress for progress in self.metrics if rung_at(progress, rungs) == rung), default=None)
+
+    def nearest(self, rung: int) -> int:
+        """The progress of its first result from `rung` on, or of its last one where it ended without."""
+        return min((progress for progress in self.metrics if progress >= rung), default=max(self.metrics))
+
+
 class ProgressHalvingScheduler(FIFOScheduler):
     """Asynchronous successive halving (Li et al. 2020) over `progress`, the percent of the unfrozen stage that is done.
 
     Half-way through a one-cycle schedule the rate is high and the metric says little, and epoch 4 of 5 is not epoch 4
     of 20. So a trial is judged at a few late rungs in percent, never in its frozen stage, against the trials that were
-    at the same rung before it: its first result between one rung and the next is the one that counts.
+    at the same rung before it: its first result between one rung and the next is the one that counts. With `forecasts`
+    it is not their metrics there that are compared but what these let expect for the end, see `forecast`.
 
-    Tune does not save its scheduler, so the rungs are kept in `state_file`, with the reason of every stop.
+    Tune does not save its scheduler, so what trials reported is kept in `state_file`, with the reason of every stop.
     """
 
-    def __init__(self, metric: str, state_file: Path, *, rungs: Sequence[int] = RUNGS, keep: float = KEEP) -> None:
+    def __init__(
+        self,
+        metric: str,
+        space: Space,
+        state_file: Path,
+        *,
+        rungs: Sequence[int] = RUNGS,
+        keep: float = KEEP,
+        forecasts: bool = True,
+    ) -> None:
         super().__init__()
         self.watched = metric
+        self.space = space
         self.state_file = Path(state_file)
+        self.rungs = rungs
         self.keep = keep
-        self.recorded: dict[int, dict[str, float]] = {rung: {} for rung in rungs}
+        self.forecasts = forecasts
+        self.curves: dict[str, Curve] = {}
         self.reasons: dict[str, str] = {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """Called once before the search starts or goes on: take up the rungs of the time before."""
+        """Called once before the search starts or goes on: take up what was there before."""
         if self.state_file.is_file():
             saved = json.loads(self.state_file.read_text())
-            self.recorded = {int(rung): by_trial for rung, by_trial in saved["recorded"].items()}
+            self.curves = {trial: Curve.from_json(curve) for trial, curve in saved["curves"].items()}
             self.reasons = saved["reasons"]
         return True
 
     def on_trial_result(self, tune_controller, trial, result: dict[str, Any]) -> str:
         if trial.trial_id in self.reasons:  # a kill came before anyone took note
             return TrialScheduler.STOP
-        if RETRAINS in trial.config:
+        value, progress = result[self.watched], result["progress"]
+        if RETRAINS in trial.config or not np.isfinite(value) or not 0 < progress < 100:
             return TrialScheduler.CONTINUE
-        value, rung = result[self.watched], rung_at(result["progress"], list(self.recorded))
-        if rung is None or trial.trial_id in self.recorded[rung] or not np.isfinite(value):
+        curve = self.curves.setdefault(trial.trial_id, Curve(self.space.coordinates(trial.config)))
+        rung = rung_at(progress, self.rungs)
+        judged_now = rung is not None and curve.first_at(rung, self.rungs) is None
+        curve.metrics.setdefault(progress, value)
+        if not judged_now:
             return TrialScheduler.CONTINUE
-        limit = cut_off(list(self.recorded[rung].values()), self.keep)
-        stop = limit is not None and value > limit
-        self.recorded[rung][trial.trial_id] = value
-        if stop:
-            self.reasons[trial.trial_id] = f"{self.watched} {value:.4f} above the cut-off {limit:.4f} of rung {rung} %"
-        write_atomically(self.state_file, json.dumps({"recorded": self.recorded, "reasons": self.reasons}))
-        return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
+        if reason := self._reason_to_stop(curve, rung):
+            self.reasons[trial.trial_id] = reason
+        self._save()
+        return TrialScheduler.STOP if reason else TrialScheduler.CONTINUE
+
+    def on_trial_complete(self, tune_controller, trial, result: dict[str, Any]) -> None:
+        if trial.trial_id in self.curves and result.get("progress") == 100 and np.isfinite(result[self.watched]):
+            self.curves[trial.trial_id].final = result[self.watched]
+            self._save()
+
+    def expected(self, curves: Sequence[Curve], rung: int) -> list[float]:
+        """What the metric of each is expected to be in the end, as seen from `rung`."""
+        if not self.forecasts:
+            return [self._at(curve, rung).metric for curve in curves]
+        finished = [curve for curve in self.curves.values() if curve.final is not None]
+        finals = [curve.final for curve in finished]
+        known, asked = ([self._at(curve, rung) for curve in group] for group in (finished, curves))
+        return forecast(self.space, known, finals, asked).tolist()
+
+    def _reason_to_stop(self, curve: Curve, rung: int) -> str:
+        """Empty where the trial is to go on."""
+        there = [other for other in self.curves.values() if other.first_at(rung, self.rungs) is not None]
+        others = [other for other in there if other is not curve]
+        *before, expected = self.expected([*others, curve], rung)
+        limit = cut_off(before, self.keep)
+        if limit is None or expected <= limit:
+            return ""
+        value = f"{self.watched} {self._at(curve, rung).metric:.4f}"
+        forecasted = f", {expected:.4f} expected in the end," if self.forecasts else ""
+        return f"{value}{forecasted} above the cut-off {limit:.4f} of rung {rung} %"
+
+    def _at(self, curve: Curve, rung: int) -> AtRung:
+        progress = curve.nearest(rung)
+        return AtRung(curve.metrics[progress], progress, curve.point)
+
+    def _save(self) -> None:
+        curves = {trial: vars(curve) for trial, curve in self.curves.items()}
+        write_atomically(self.state_file, json.dumps({"curves": curves, "reasons": self.reasons}))

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import math
 import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,12 @@ class Range:
     def clip(self, value: float) -> float:
         return value if self.off and value == 0 else min(max(value, self.low), self.high)
 
+    def coordinate(self, value: float) -> float:
+        """0 to 1, from low to high as it is searched; what is off counts as low."""
+        scale = math.log if self.log else float
+        low, high = scale(self.low), scale(self.high)
+        return (scale(max(value, self.low)) - low) / (high - low)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -40,6 +47,10 @@ class Choice:
 
     def clip(self, value: Any) -> Any:
         return value if value in self.values else self.values[0]
+
+    def coordinate(self, value: Any) -> float:
+        """0 to 1, the values in their order."""
+        return self.values.index(value) / max(1, len(self.values) - 1)
 
 
 Dimension = Range | Choice
@@ -97,6 +108,10 @@ class Space:
     def full(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Every setting of a trial with this config."""
         return Recipe.from_dict(self.settings).to_dict() | dict(config)
+
+    def coordinates(self, config: Mapping[str, Any]) -> list[float | None]:
+        """Where in the space a config is, 0 to 1 in each dimension; None in those that have no effect in it."""
+        return [d.coordinate(config[name]) if name in config else None for name, d in self.dimensions.items()]
 
     def in_order(self) -> list[str]:
         """The dimensions, each after the one that decides whether it has an effect."""

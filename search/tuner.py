@@ -85,7 +85,7 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
                 capacity=capacity,
                 num_trials=options.num_trials,
             ),
-            scheduler=new_scheduler(options.method.scheduler, METRIC, options.folder.rungs),
+            scheduler=new_scheduler(options.method.scheduler, METRIC, options.space, options.folder.rungs),
             num_samples=num_samples,
             time_budget_s=options.time_budget,
             reuse_actors=True,

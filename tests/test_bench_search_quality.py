@@ -102,7 +102,7 @@ def test_rungs_stop_bad_trials_and_none_stops_none(table):
         name: sum(
             trial.stopped
             for trial in quality_replay.replay(
-                Method(searcher="random", scheduler=name), table, seed=0, slots=1, budget=60
+                Method(searcher="random", scheduler=name), table, seed=0, slots=1, budget=120
             ).trials
         )
         for name in ("rungs", "median", "none")
@@ -128,11 +128,21 @@ def test_after_one_epoch_the_best_are_trained_to_their_ends(table):
 
 
 def test_where_the_rung_shows_the_end_tau_is_1_and_what_it_says_is_what_the_curves_say(table):
-    pairs = quality_replay.rung_and_final(Method(scheduler="annealed"), table)
+    pairs = quality_replay.short_and_long(table)
     assert search_quality.tau(*zip(*pairs, strict=True)) == pytest.approx(1)
-    pairs = quality_replay.rung_and_final(Method(scheduler="rungs"), table)
-    assert {round(rung - final, 6) for rung, final in pairs} == {0.1}  # the last epoch but one
-    assert quality_replay.rung_and_final(Method(scheduler="none"), table) == []
+    again = {"table": table, "seed": 0, "slots": 1, "budget": 60}
+    plain = quality_replay.replay(Method(scheduler="rungs"), **again, forecasts=False).rung_and_final
+    assert len(plain) == 16  # the trainings of three epochs
+    assert {round(rung - final, 6) for rung, final in plain} == {0.1}  # the last epoch but one
+    assert quality_replay.replay(Method(scheduler="none"), **again).rung_and_final == []
+
+
+def test_a_forecast_knows_the_end_from_what_the_search_has_seen(table):
+    done = quality_replay.replay(Method(scheduler="rungs"), table, seed=0, slots=1, budget=60)
+    assert [expected for expected, _ in done.rung_and_final] == pytest.approx(
+        [final for _, final in done.rung_and_final], abs=0.1
+    )
+    assert search_quality.tau(*zip(*done.rung_and_final, strict=True)) > 0.9
 
 
 def test_the_benchmark_runs_and_writes_its_results(tmp_path):
