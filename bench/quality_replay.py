@@ -292,7 +292,10 @@ def rung_and_final(scheduler: ProgressHalvingScheduler, table: CurveTable) -> li
     that reach it."""
     found = []
     for rung in scheduler.rungs:
-        curves = [Curve(table.space.coordinates(one.config), dict(zip(one.progress, one.error_rate, strict=True))) for one in table.all()]
+        curves = [
+            Curve(table.space.coordinates(one.config), dict(zip(one.progress, one.error_rate, strict=True)))
+            for one in table.all()
+        ]
         finals = [curve.metrics.pop(100) for curve in curves]
         there = [curve.first_at(rung, scheduler.rungs) is not None for curve in curves]
         if asked := list(itertools.compress(curves, there)):

@@ -191,7 +191,7 @@ configuration reaches on average: the difference is luck that a search takes for
 share of the {budget} after which the incumbent is within {NEAR:.0%} (absolute) of the error at which random search ends. Best one
 stopped: in so many searches the trial that would have ended best was not trained to its end. τ: Kendall's, between
 what is compared at the rungs and the error at the end, over all trainings of the table that reach a rung; a forecast is
-that which the search makes when its epochs are spent.
+that which the search makes when its epochs are spent. The constants of search/forecast.py were chosen on this table.
 
 How much is chance: two trainings of the same configuration differ by {about["repeat_mean_difference"]:.1%} on average and rank
 configurations alike with τ = {about["repeat_kendall_tau"]:.2f} ({about["repeat_kendall_tau_longest"]:.2f} among the longest).

@@ -68,9 +68,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "random what not every trial has, such as mixup_alpha=0,0.1..0.4, and cmaes also choices, such as arch"
     ))  # fmt: skip
     how.add_argument("--scheduler", choices=SCHEDULERS, help=(
-        "which trials end early: rungs = those that are bad late in their schedule; median = those that are worse than "
-        "the median at any time; annealed = none, but all begin short, and the best third of a length is trained anew "
-        "with the next one; none; default rungs, and none with --objective error,seconds"
+        "which trials end early: rungs = those that, late in their schedule, are expected to end badly; median = those "
+        "that are worse than the median at any time; annealed = none, but all begin short, and the best third of a "
+        "length is trained anew with the next one; none; default rungs, and none with --objective error,seconds"
     ))  # fmt: skip
     how.add_argument("--objective", choices=OBJECTIVES, default="error", help=(
         "what is to be small: the validation error, or that and the seconds of training, whose Pareto front the table "

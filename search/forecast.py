@@ -16,7 +16,7 @@ from search.space import Space
 TRUST = 0.4
 """Of a difference at a rung, the share that is expected at the end before any trial has finished."""
 PENALTY = 8.0
-"""Of a standardized coordinate, in squared errors: as if so many trials had been seen in which it made no difference."""
+"""Of a standardized coordinate, in trials: as if it had made no difference in so many."""
 LIGHT_PENALTIES = {"metric": 4.0, "progress": 1.0, "lr_max": 1.0}
 """What is known beforehand to decide how much of a metric is the rate's."""
 
@@ -32,9 +32,7 @@ class AtRung:
     """The config's coordinates, see `Space.coordinates`."""
 
 
-def forecast(
-    space: Space, finished: Sequence[AtRung], finals: Sequence[float], asked: Sequence[AtRung]
-) -> np.ndarray:
+def forecast(space: Space, finished: Sequence[AtRung], finals: Sequence[float], asked: Sequence[AtRung]) -> np.ndarray:
     """The final metrics (asked,) to be expected, given those of finished trials, and what these were at the rung."""
     now = np.array([one.metric for one in asked])
     if not finished:
@@ -44,11 +42,11 @@ def forecast(
     spread = np.sqrt(_mean(np.square(known - middle)))
     spread[spread == 0] = np.inf  # what has been the same in all says nothing
     known, wanted = (np.nan_to_num((rows - middle) / spread) for rows in (known, wanted))
-    gains = np.asarray(finals) - TRUST * np.array([one.metric for one in finished])
+    left = np.asarray(finals) - TRUST * np.array([one.metric for one in finished])
     names = ("metric", "progress", *space.dimensions)
     penalties = np.diag([LIGHT_PENALTIES.get(name, PENALTY) for name in names])
-    slopes = np.linalg.solve(known.T @ known + penalties, known.T @ (gains - gains.mean()))
-    return TRUST * now + gains.mean() + wanted @ slopes
+    slopes = np.linalg.solve(known.T @ known + penalties, known.T @ (left - left.mean()))
+    return TRUST * now + left.mean() + wanted @ slopes
 
 
 def _features(trials: Sequence[AtRung]) -> np.ndarray:

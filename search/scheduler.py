@@ -102,7 +102,8 @@ class ProgressHalvingScheduler(FIFOScheduler):
         """Called once before the search starts or goes on: take up what was there before."""
         if self.state_file.is_file():
             saved = json.loads(self.state_file.read_text())
-            self.curves = {trial: Curve.from_json(curve) for trial, curve in saved["curves"].items()}
+            curves = saved.get("curves", {})  # none in what an older version left
+            self.curves = {trial: Curve.from_json(curve) for trial, curve in curves.items()}
             self.reasons = saved["reasons"]
         return True
 
@@ -117,7 +118,7 @@ class ProgressHalvingScheduler(FIFOScheduler):
         judged_now = rung is not None and curve.first_at(rung, self.rungs) is None
         curve.metrics.setdefault(progress, value)
         if not judged_now:
-            return TrialScheduler.CONTINUE
+            return TrialScheduler.CONTINUE  # not worth saving: a trial that goes on after a kill tells its last again
         if reason := self._reason_to_stop(curve, rung):
             self.reasons[trial.trial_id] = reason
         self._save()

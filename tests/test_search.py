@@ -98,6 +98,14 @@ def test_the_tables_hold_every_trial_and_every_epoch(undisturbed):
         assert bool(row["reason"]) == (row["status"] != "completed")
 
 
+def test_forecasts_know_how_every_trial_ended(undisturbed):
+    """But those of a single unfrozen epoch, which were never on their way."""
+    rows = [row for row in completed(undisturbed.folder) if int(row["epochs"]) > 1]
+    curves = json.loads((undisturbed.folder / "rungs.json").read_text())["curves"]
+    finals = {"t" + trial_id: curve["final"] for trial_id, curve in curves.items() if curve["final"] is not None}
+    assert rows and finals == {row["trial_id"]: pytest.approx(float(row["error_rate"]), abs=1e-5) for row in rows}
+
+
 def test_trial_0_is_the_default_recipe(undisturbed):
     default = load_space("quickstart").with_settings(SETTINGS).first_configs()[0]
     first = tables(undisturbed.folder)[0][0]
