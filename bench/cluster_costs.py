@@ -231,6 +231,7 @@ def time_the_parts() -> None:
         for event, kind in (("start", "trial"), ("complete", "trial"), ("result", "result")):
             timed(owner, f"on_trial_{event}", kind, part)
     timed(ProgressHalvingScheduler, "on_trial_result", "result", "scheduler")
+    timed(ProgressHalvingScheduler, "on_trial_complete", "trial", "scheduler")
     timed(OptunaSearcher, "on_trial_result", "result", "searcher")
     timed(OptunaSearcher, "_ask", "trial", "searcher")
     timed(OptunaSearcher, "on_trial_complete", "trial", "searcher")

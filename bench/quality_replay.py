@@ -17,7 +17,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from search.annealed import lengths, new_searcher
 from search.method import Method
-from search.scheduler import Curve, ProgressHalvingScheduler, new_scheduler
+from search.scheduler import Curve, ProgressHalvingScheduler, new_scheduler, rung_at
 from search.searcher import METRIC, OptunaSearcher
 from search.space import Space
 
@@ -198,8 +198,8 @@ def replay(
         searcher = new_searcher(table.space, journal, seed=seed, method=method)
         searcher.sampler = sampler or searcher.sampler
         scheduler = new_scheduler(method.scheduler, METRIC, table.space, journal.with_name("rungs.json"))
-        if not forecasts:
-            scheduler.forecasts = False
+        if isinstance(scheduler, ProgressHalvingScheduler):
+            scheduler.forecasts &= forecasts
         done = _run(searcher, scheduler, table, np.random.default_rng(seed), slots, budget)
         if isinstance(scheduler, ProgressHalvingScheduler):
             done.rung_and_final = rung_and_final(scheduler, table)
@@ -290,14 +290,16 @@ def _mark_left_short(done: Replay, table: CurveTable) -> None:
 def rung_and_final(scheduler: ProgressHalvingScheduler, table: CurveTable) -> list[tuple[float, float]]:
     """What a scheduler that has seen a search expects at each rung, and what came of it: for all trainings of the table
     that reach it."""
+    curves, finals = [], []
+    for training in table.all():
+        curve = Curve(table.space.coordinates(training.config))
+        for progress, error in zip(training.progress[:-1], training.error_rate[:-1], strict=True):
+            curve.add(progress, error, rung_at(progress, scheduler.rungs))
+        curves.append(curve)
+        finals.append(training.error_rate[-1])
     found = []
     for rung in scheduler.rungs:
-        curves = [
-            Curve(table.space.coordinates(one.config), dict(zip(one.progress, one.error_rate, strict=True)))
-            for one in table.all()
-        ]
-        finals = [curve.metrics.pop(100) for curve in curves]
-        there = [curve.first_at(rung, scheduler.rungs) is not None for curve in curves]
+        there = [rung in curve.results for curve in curves]
         if asked := list(itertools.compress(curves, there)):
             found += zip(scheduler.expected(asked, rung), itertools.compress(finals, there), strict=True)
     return found

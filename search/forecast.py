@@ -3,7 +3,7 @@
 Under a one-cycle schedule the metric at a rung says as much about the rate there as about the trial: a high `lr_max`
 hides what has been learned until the rate comes down. A ridge regression on the search's own finished trials takes that
 out, after Baker et al. 2017, "Accelerating Neural Architecture Search using Performance Prediction", who regress on
-configs and partial curves as well. While few have finished it trusts the metric as it is.
+configs and partial curves as well. While few have finished, trials keep the order that their metrics have at the rung.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,14 @@ import numpy as np
 
 from search.space import Space
 
-TRUST = 0.4
-"""Of a difference at a rung, the share that is expected at the end before any trial has finished."""
-PENALTY = 8.0
-"""Of a standardized coordinate, in trials: as if it had made no difference in so many."""
-LIGHT_PENALTIES = {"metric": 4.0, "progress": 1.0, "lr_max": 1.0}
-"""What is known beforehand to decide how much of a metric is the rate's."""
+TRUST = 0.5
+"""Of a difference at the rung, the share that is there in the end, until finished trials say otherwise."""
+PENALTY = 1.0
+"""Of a squared slope, beside the squared errors of the regression: the higher, the more trials it takes to believe that
+a setting makes a difference. Coordinates go from 0 to 1."""
+LIGHT_PENALTY = 0.1
+"""Of what is known beforehand to decide how much of a metric is the rate's."""
+LIGHT = ("metric", "progress", "lr_max")
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,17 @@ def forecast(space: Space, finished: Sequence[AtRung], finals: Sequence[float], 
         return now
     known, wanted = _features(finished), _features(asked)
     middle = _mean(known)
-    spread = np.sqrt(_mean(np.square(known - middle)))
-    spread[spread == 0] = np.inf  # what has been the same in all says nothing
-    known, wanted = (np.nan_to_num((rows - middle) / spread) for rows in (known, wanted))
+    known, wanted = (np.nan_to_num(rows - middle) for rows in (known, wanted))  # what has no effect is in the middle
     left = np.asarray(finals) - TRUST * np.array([one.metric for one in finished])
     names = ("metric", "progress", *space.dimensions)
-    penalties = np.diag([LIGHT_PENALTIES.get(name, PENALTY) for name in names])
+    penalties = np.diag([LIGHT_PENALTY if name in LIGHT else PENALTY for name in names])
     slopes = np.linalg.solve(known.T @ known + penalties, known.T @ (left - left.mean()))
     return TRUST * now + left.mean() + wanted @ slopes
 
 
 def _features(trials: Sequence[AtRung]) -> np.ndarray:
-    """(trials, 2 + dimensions)"""
-    return np.array([(one.metric, one.progress, *one.point) for one in trials], dtype=float)
+    """(trials, 2 + dimensions); all of them 0 to 1, or NaN."""
+    return np.array([(one.metric, one.progress / 100, *one.point) for one in trials], dtype=float)
 
 
 def _mean(rows: np.ndarray) -> np.ndarray:

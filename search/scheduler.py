@@ -17,6 +17,8 @@ from trainables.trial import RETRAINS
 RUNGS = (60, 80)
 KEEP = 0.8
 """Gently: what ends best is often not yet among the best at a rung, see results/bench/search_quality.md."""
+HALF_WAY = 50
+"""Percent; the latest that trials of two epochs, which reach no rung, tell of their way."""
 MIN_RECORDED = 3
 MEDIAN_RUNGS = tuple(range(10, 100, 10))
 
@@ -47,24 +49,31 @@ def stop_reasons(state_file: Path) -> dict[str, str]:
 
 @dataclass
 class Curve:
-    """What a trial has reported: its metric by progress in its unfrozen stage, and in the end."""
+    """What is known of a trial: its config's coordinates, see `Space.coordinates`, its first result at each rung, its
+    latest one before them all, and the metric in the end of one that was trained to it."""
 
     point: list[float | None]
-    """The config's coordinates, see `Space.coordinates`."""
-    metrics: dict[int, float] = field(default_factory=dict)
+    results: dict[int, tuple[int, float]] = field(default_factory=dict)
+    """Progress and metric by rung; 0 is before the first."""
     final: float | None = None
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "Curve":
-        return cls(**saved | {"metrics": {int(progress): value for progress, value in saved["metrics"].items()}})
+        results = {int(rung): (progress, metric) for rung, (progress, metric) in saved["results"].items()}
+        return cls(saved["point"], results, saved["final"])
 
-    def first_at(self, rung: int, rungs: Sequence[int]) -> int | None:
-        """The progress of its first result between `rung` and the next one; None where there is none."""
-        return min((progress for progress in self.metrics if rung_at(progress, rungs) == rung), default=None)
+    def add(self, progress: int, metric: float, rung: int | None) -> bool:
+        """Take in a result at `rung`, or before the first one. Returns whether it tells anything that is of use."""
+        if rung in self.results or (rung is None and progress < HALF_WAY):
+            return False
+        self.results[rung or 0] = (progress, metric)
+        return True
 
-    def nearest(self, rung: int) -> int:
-        """The progress of its first result from `rung` on, or of its last one where it ended without."""
-        return min((progress for progress in self.metrics if progress >= rung), default=max(self.metrics))
+    def seen_from(self, rung: int) -> AtRung:
+        """Its first result from `rung` on, or the last where it has none."""
+        known = min((one for one in self.results if one >= rung), default=None)
+        progress, metric = self.results[max(self.results) if known is None else known]
+        return AtRung(metric, progress, self.point)
 
 
 class ProgressHalvingScheduler(FIFOScheduler):
@@ -115,11 +124,10 @@ class ProgressHalvingScheduler(FIFOScheduler):
             return TrialScheduler.CONTINUE
         curve = self.curves.setdefault(trial.trial_id, Curve(self.space.coordinates(trial.config)))
         rung = rung_at(progress, self.rungs)
-        judged_now = rung is not None and curve.first_at(rung, self.rungs) is None
-        curve.metrics.setdefault(progress, value)
-        if not judged_now:
-            return TrialScheduler.CONTINUE  # not worth saving: a trial that goes on after a kill tells its last again
-        if reason := self._reason_to_stop(curve, rung):
+        if not curve.add(progress, value, rung):
+            return TrialScheduler.CONTINUE
+        reason = self._reason_to_stop(curve, rung) if rung else ""
+        if reason:
             self.reasons[trial.trial_id] = reason
         self._save()
         return TrialScheduler.STOP if reason else TrialScheduler.CONTINUE
@@ -131,28 +139,24 @@ class ProgressHalvingScheduler(FIFOScheduler):
 
     def expected(self, curves: Sequence[Curve], rung: int) -> list[float]:
         """What the metric of each is expected to be in the end, as seen from `rung`."""
-        if not self.forecasts:
-            return [self._at(curve, rung).metric for curve in curves]
-        finished = [curve for curve in self.curves.values() if curve.final is not None]
-        finals = [curve.final for curve in finished]
-        known, asked = ([self._at(curve, rung) for curve in group] for group in (finished, curves))
+        asked = [curve.seen_from(rung) for curve in curves]
+        finished = self._finished()
+        known, finals = [curve.seen_from(rung) for curve in finished], [curve.final for curve in finished]
         return forecast(self.space, known, finals, asked).tolist()
+
+    def _finished(self) -> list[Curve]:
+        """Those from which forecasts are made; none where nothing is forecast."""
+        return [one for one in self.curves.values() if self.forecasts and one.results and one.final is not None]
 
     def _reason_to_stop(self, curve: Curve, rung: int) -> str:
         """Empty where the trial is to go on."""
-        there = [other for other in self.curves.values() if other.first_at(rung, self.rungs) is not None]
-        others = [other for other in there if other is not curve]
+        others = [other for other in self.curves.values() if rung in other.results and other is not curve]
         *before, expected = self.expected([*others, curve], rung)
         limit = cut_off(before, self.keep)
         if limit is None or expected <= limit:
             return ""
-        value = f"{self.watched} {self._at(curve, rung).metric:.4f}"
-        forecasted = f", {expected:.4f} expected in the end," if self.forecasts else ""
-        return f"{value}{forecasted} above the cut-off {limit:.4f} of rung {rung} %"
-
-    def _at(self, curve: Curve, rung: int) -> AtRung:
-        progress = curve.nearest(rung)
-        return AtRung(curve.metrics[progress], progress, curve.point)
+        forecasted = f", {expected:.4f} expected in the end," if self._finished() else ""
+        return f"{self.watched} {curve.results[rung][1]:.4f}{forecasted} above the cut-off {limit:.4f} of rung {rung} %"
 
     def _save(self) -> None:
         curves = {trial: vars(curve) for trial, curve in self.curves.items()}

@@ -110,7 +110,7 @@ class Space:
         return Recipe.from_dict(self.settings).to_dict() | dict(config)
 
     def coordinates(self, config: Mapping[str, Any]) -> list[float | None]:
-        """Where in the space a config is, 0 to 1 in each dimension; None in those that have no effect in it."""
+        """Where in the space a config is, 0 to 1 in each dimension; None in those that it lacks."""
         return [d.coordinate(config[name]) if name in config else None for name, d in self.dimensions.items()]
 
     def in_order(self) -> list[str]:

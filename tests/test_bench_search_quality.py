@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -137,12 +138,18 @@ def test_where_the_rung_shows_the_end_tau_is_1_and_what_it_says_is_what_the_curv
     assert quality_replay.replay(Method(scheduler="none"), **again).rung_and_final == []
 
 
-def test_a_forecast_knows_the_end_from_what_the_search_has_seen(table):
-    done = quality_replay.replay(Method(scheduler="rungs"), table, seed=0, slots=1, budget=60)
-    assert [expected for expected, _ in done.rung_and_final] == pytest.approx(
-        [final for _, final in done.rung_and_final], abs=0.1
+def test_a_forecast_knows_more_of_the_end_than_the_rung_does():
+    """Where the error at a rung is the higher, the higher the rate, and the end is not."""
+    curves = rows()
+    at_rung = curves["progress"].between(1, 99)
+    curves.loc[at_rung, "error_rate"] += 0.3 * np.log10(curves["lr_max"] / 1e-4)
+    again = {"table": quality_replay.CurveTable(curves, SPACE), "seed": 0, "slots": 1, "budget": 120}
+    plain, forecast = (
+        quality_replay.replay(Method(scheduler="rungs"), **again, forecasts=forecasts).rung_and_final
+        for forecasts in (False, True)
     )
-    assert search_quality.tau(*zip(*done.rung_and_final, strict=True)) > 0.9
+    tau_plain, tau_forecast = (search_quality.tau(*zip(*pairs, strict=True)) for pairs in (plain, forecast))
+    assert tau_plain < 0.5 and tau_forecast > tau_plain + 0.2
 
 
 def test_the_benchmark_runs_and_writes_its_results(tmp_path):

@@ -1,6 +1,7 @@
 """Spaces and `--set`: what is searched, what is pinned, what is tried first, and what a mistake is answered."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -257,3 +258,21 @@ def test_what_the_user_pinned_is_remembered_until_it_is_searched():
     space = SPACE.with_settings(["batch_size=8", "epochs=3"])
     assert space.pinned == ("batch_size", "epochs")
     assert space.with_settings(["epochs=2..4"]).pinned == ("batch_size",)
+
+
+def test_coordinates_go_from_low_to_high_as_a_dimension_is_searched():
+    assert Range(1, 5).coordinate(2) == 0.25
+    assert Range(1e-4, 1e-2, log=True).coordinate(1e-3) == pytest.approx(0.5)
+    assert [Choice((96, 112, 128)).coordinate(size) for size in (96, 112, 128)] == [0, 0.5, 1]
+    assert Choice((96,)).coordinate(96) == 0
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_what_is_off_is_where_the_lowest_is(log):
+    dimension = Range(0.1, 0.4, log, off=True)
+    assert dimension.coordinate(0) == dimension.coordinate(0.1) == 0 and dimension.coordinate(0.4) == 1
+
+
+def test_a_config_has_no_coordinate_where_it_has_no_value():
+    space = replace(SPACE, dimensions={"epochs": Range(1, 3), "lr_max": Range(1e-4, 1e-2)})
+    assert space.coordinates({"epochs": 3, "seed": 1}) == [1, None]
