@@ -122,7 +122,9 @@ class ProgressHalvingScheduler(FIFOScheduler):
         value, progress = result[self.watched], result["progress"]
         if RETRAINS in trial.config or not np.isfinite(value) or not 0 < progress < 100:
             return TrialScheduler.CONTINUE
-        curve = self.curves.setdefault(trial.trial_id, Curve(self.space.coordinates(trial.config)))
+        if trial.trial_id not in self.curves:
+            self.curves[trial.trial_id] = Curve(self.space.coordinates(trial.config))
+        curve = self.curves[trial.trial_id]
         rung = rung_at(progress, self.rungs)
         if not curve.add(progress, value, rung):
             return TrialScheduler.CONTINUE
