@@ -4,18 +4,21 @@ import contextlib
 import heapq
 import itertools
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import optuna
 import pandas as pd
 from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
 from ray.tune.schedulers import TrialScheduler
 
 from search.annealed import lengths, new_searcher
+from search.figures import LEAST_FOR_IMPORTANCE, study_importances
 from search.method import Method
 from search.scheduler import Curve, ProgressHalvingScheduler, new_scheduler, rung_at
 from search.searcher import METRIC, OptunaSearcher
@@ -91,6 +94,18 @@ class CurveTable:
     def all(self) -> list[Training]:
         return [one for same in self.trainings.values() for seeds in same for one in seeds]
 
+    def decisive(self) -> str:
+        """The dimension that tells most of the final errors' variance; a numeric one by its thirds."""
+        trainings = self.all()
+        errors = pd.Series([training.error_rate[-1] for training in trainings])
+
+        def told(name: str) -> float:
+            values = pd.Series([training.config[name] for training in trainings])
+            groups = pd.qcut(values, 3, duplicates="drop") if values.nunique() > 3 else values
+            return float(errors.groupby(groups, observed=True).transform("mean").var())
+
+        return max(self.space.dimensions, key=told)
+
     def repeats(self, *epochs: int) -> list[tuple[Training, Training]]:
         """Two trainings of each configuration that has so many epochs, with different seeds."""
         return [(seeds[0], seeds[1]) for length in epochs for seeds in self.trainings[length]]
@@ -157,13 +172,14 @@ class Trial:
 
 @dataclass
 class Replay:
-    """What a search did: its trials, at each end of one the epochs spent and the incumbent, and what its rungs say when
-    all epochs are spent, see `rung_and_final`."""
+    """What a search did: its trials, at each end of one the epochs spent and the incumbent, and what it says when all
+    epochs are spent, see `rung_and_final`; its study's completed trials, in order."""
 
     trials: list[Trial] = field(default_factory=list)
     epochs: int = 0
     incumbents: list[tuple[int, Trial]] = field(default_factory=list)
     rung_and_final: list[tuple[float, float]] = field(default_factory=list)
+    completed: list[FrozenTrial] = field(default_factory=list)
 
     def run_epoch(self, trial: Trial) -> None:
         self.epochs += 1
@@ -201,6 +217,7 @@ def replay(
         if isinstance(scheduler, ProgressHalvingScheduler):
             scheduler.forecasts &= forecasts
         done = _run(searcher, scheduler, table, np.random.default_rng(seed), slots, budget)
+        done.completed = searcher.study.get_trials(states=[TrialState.COMPLETE])
         if isinstance(scheduler, ProgressHalvingScheduler):
             done.rung_and_final = rung_and_final(scheduler, table)
     if method.scheduler == "annealed":
@@ -310,3 +327,16 @@ def short_and_long(table: CurveTable) -> list[tuple[float, float]]:
     same configurations."""
     shortest, *_, longest = lengths(table.space.dimensions["epochs"])
     return [(short.error_rate[-1], long.error_rate[-1]) for short, long in table.pairs(shortest, longest)]
+
+
+# --- What a search says of its settings -------------------------------------------------------------------------------
+
+
+def most_important(trials: Sequence[FrozenTrial], best_share: float) -> str | None:
+    """The dimension that a summary of a search would name first after these completed trials."""
+    if len(trials) < LEAST_FOR_IMPORTANCE:
+        return None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study()
+    study.add_trials(trials)
+    return next(iter(study_importances(study, best_share)))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from optuna import Study
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial
 from plotly.subplots import make_subplots
@@ -37,6 +38,9 @@ FAMILIES = [(BLUE, "circle"), (ORANGE, "square"), (GREEN, "diamond"), (PURPLE, "
 RIGHT_COLOURS = [[0, "#e3f2fc"], [1, SKY]]  # dark numbers are legible on all of them
 WRONG_COLOURS = [[0, "#fdf0d5"], [0.5, ORANGE], [1, ORANGE]]
 LEAST_FOR_IMPORTANCE = 5  # completed trials; of fewer nothing can be said
+BEST_SHARE = 0.5
+"""Of the completed trials, that importance tells from all of them. Optuna's own tenth is a single one of ten trials, to
+which all settings seem to matter alike: bench/search_quality.py compares both."""
 NUM_CONFUSED_CLASSES = 40  # more are no longer legible in one matrix
 
 
@@ -180,7 +184,7 @@ def parallel_coordinates(run: RunRecord) -> Chart | None:
 
 
 def importance(run: RunRecord) -> Chart | None:
-    """How much each dimension tells good trials from bad ones, by Optuna's PED-ANOVA (Watanabe et al. 2023)."""
+    """How much each dimension tells good trials from bad ones."""
     shares = importances(run)
     if not shares:
         return None
@@ -197,7 +201,7 @@ def importance(run: RunRecord) -> Chart | None:
     figure.update_yaxes(automargin=True)
     said = ", ".join(f"{name} {percent(share, 0)}" for name, share in shares.items())
     caption = (
-        f"How much each setting tells the best trials from the others, over {len(run.completed)} completed ones "
+        f"How much each setting tells the better half of {len(run.completed)} completed trials from all of them "
         f"(Optuna's PED-ANOVA): {said}. With few trials it is a hint, not a finding."
     )
     return Chart("importance", "Importance of the settings", caption, figure)
@@ -208,12 +212,18 @@ def importances(run: RunRecord) -> dict[str, float]:
     if len(run.completed) < LEAST_FOR_IMPORTANCE or not run.folder.journal.is_file():
         return {}
     try:
-        study = run.study
-        with warnings.catch_warnings():  # that a lower target is taken for the better one: it is
-            warnings.simplefilter("ignore", UserWarning)
-            return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), target=_error)
+        return study_importances(run.study)
     except (ValueError, RuntimeError):  # such as all trials alike
         return {}
+
+
+def study_importances(study: Study, best_share: float = BEST_SHARE) -> dict[str, float]:
+    """How much each dimension tells the best trials from all, as shares of 1, largest first: Optuna's PED-ANOVA
+    (Watanabe et al. 2023). Raises `ValueError` or `RuntimeError` where the trials say nothing of it."""
+    evaluator = PedAnovaImportanceEvaluator(target_quantile=best_share)
+    with warnings.catch_warnings():  # that a lower target is taken for the better one: it is
+        warnings.simplefilter("ignore", UserWarning)
+        return get_param_importances(study, evaluator=evaluator, target=_error)
 
 
 def _error(trial: FrozenTrial) -> float:

@@ -152,6 +152,14 @@ def test_a_forecast_knows_more_of_the_end_than_the_rung_does():
     assert tau_plain < 0.5 and tau_forecast > tau_plain + 0.2
 
 
+def test_the_setting_that_decides_is_known_and_named(table):
+    assert table.decisive() == "lr_max"
+    done = quality_replay.replay(Method(searcher="random", scheduler="none"), table, seed=0, slots=1, budget=120)
+    assert len(done.completed) == sum(trial.completed for trial in done.trials)
+    assert quality_replay.most_important(done.completed, 0.5) == "lr_max"
+    assert quality_replay.most_important(done.completed[:4], 0.5) is None
+
+
 def test_the_benchmark_runs_and_writes_its_results(tmp_path):
     command = [sys.executable, str(ROOT / "bench/search_quality.py"), "--seeds", "2", "--budget", "16"]
     command += ["--methods", "tpe", "tpe, annealed", search_quality.TOP_K, "--jobs", "1", "--out", str(tmp_path)]
@@ -166,6 +174,7 @@ def test_the_benchmark_runs_and_writes_its_results(tmp_path):
     assert result["methods"]["tpe"]["kendall_tau"] is None
     assert result["methods"]["tpe, annealed"]["kendall_tau"] > 0.3
     assert result["table"]["configurations"] >= 150
+    assert result["importance"]["decisive"] == "lr_max"
     assert (tmp_path / "search_quality.png").stat().st_size > 10_000
     table = (tmp_path / "search_quality.md").read_text()
     assert str(tmp_path) not in table

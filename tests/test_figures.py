@@ -1,8 +1,9 @@
 """The charts of a report: they draw what the tables say, and their captions say it in words."""
 
 import numpy as np
+import optuna
 import pytest
-from run_tables import write_run
+from run_tables import DISTRIBUTIONS, write_run
 
 from search import figures
 from search.run_record import load
@@ -54,6 +55,17 @@ def test_what_moves_the_error_is_the_most_important(tmp_path):
     shares = figures.importances(load(write_run(tmp_path / "run", num_trials=60)))
     assert next(iter(shares)) == "lr_max"
     assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_ten_trials_are_enough_to_see_that_the_network_decides():
+    study = optuna.create_study()
+    for number, arch in enumerate(["resnet18", "resnet34"] * 5):
+        params = {"arch": arch, "lr_max": 10 ** (-4 + 0.2 * number)}
+        error = 0.5 - 0.3 * (arch == "resnet34") + 0.001 * (3 * number % 10)
+        searched = {name: DISTRIBUTIONS[name] for name in params}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=searched, value=error))
+    assert figures.study_importances(study)["arch"] > 0.9
+    assert figures.study_importances(study, best_share=0.1)["arch"] < 0.1  # Optuna's own: a single trial
 
 
 def test_the_front_holds_no_trial_that_another_beats_in_both(run):
