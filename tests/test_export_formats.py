@@ -45,8 +45,7 @@ def model_folder(path: Path, arch: str, head: str, side: int) -> ModelFolder:
     return ModelFolder(path=path, recipe=recipe, labels=LABELS, preprocessing=preprocessing)
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp"])
-@pytest.mark.parametrize("arch", TINY)
+@pytest.mark.parametrize(("arch", "head"), [*zip(TINY, ["linear", "mlp"] * 2, strict=True)])
 def test_both_formats_give_the_models_logits_for_any_batch_size(tmp_path, arch, head):
     folder = model_folder(tmp_path, arch, head, side=64)
     model = build(folder.recipe, len(LABELS)).model.eval()
