@@ -69,8 +69,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     ))  # fmt: skip
     how.add_argument("--scheduler", choices=SCHEDULERS, help=(
         "which trials end early: rungs = those that, late in their schedule, are expected to end badly; median = those "
-        "that are worse than the median at any time; annealed = none, but all begin short, and the best third of a "
-        "length is trained anew with the next one; none; default rungs, and none with --objective error,seconds"
+        "that are worse than the median at any time; annealed = none, but all except the space's own recipes begin "
+        "short, and the best third of a length is trained anew with the next one; none; default rungs, and none with "
+        "--objective error,seconds"
     ))  # fmt: skip
     how.add_argument("--objective", choices=OBJECTIVES, default="error", help=(
         "what is to be small: the validation error, or that and the seconds of training, whose Pareto front the table "
@@ -78,7 +79,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     ))  # fmt: skip
     how.add_argument("--target-seconds", type=_seconds, metavar="90s", help=(
         "prefer trials whose training takes no longer; begins with a trial of each architecture, in the order of the "
-        "space, up to the first one that takes longer"
+        "space, but those after one that takes longer"
     ))  # fmt: skip
     how.add_argument("--confirm", type=positive, default=0, metavar="K", help=(
         f"train the best K configs again in the end, each with {CONFIRM_SEEDS} new seeds; the mean decides who has won"

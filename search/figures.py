@@ -13,12 +13,13 @@ import pandas as pd
 import plotly.graph_objects as go
 from optuna import Study
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from plotly.subplots import make_subplots
 
 from search import results
 from search.results import COMPLETED, FAILED, RETRAINED, RUNNING, STOPPED
 from search.run_record import RunRecord
+from search.space import SWITCH
 from search.wording import percent
 from trainables.recipe import Recipe
 from trainables.schedule import stage_cycle
@@ -103,7 +104,7 @@ def incumbent(run: RunRecord) -> Chart | None:
     )
     figure.update_xaxes(title_text="minutes since the first epoch began", rangemode="tozero")
     _error_axis(figure)
-    first, last = done.index[0], run.completed.index[0]
+    first, last = done.index[0], done.sort_values(["error_rate", "valid_loss"]).index[0]
     caption = f"The first trial to complete was {_at(done, first)}"
     caption += f"; the best so far is {_at(done, last)}." if last != first else ", which no later one has beaten."
     return Chart("incumbent", "Error of the best trial over time", caption, figure)
@@ -219,11 +220,24 @@ def importances(run: RunRecord) -> dict[str, float]:
 
 def study_importances(study: Study, best_share: float = BEST_SHARE) -> dict[str, float]:
     """How much each dimension tells the best trials from all, as shares of 1, largest first: Optuna's PED-ANOVA
-    (Watanabe et al. 2023). Raises `ValueError` or `RuntimeError` where the trials say nothing of it."""
-    evaluator = PedAnovaImportanceEvaluator(target_quantile=best_share)
+    (Watanabe et al. 2023). Raises `ValueError` or `RuntimeError` where the trials say nothing of it.
+
+    Where the worst error is that of many, fewer trials are the best ones: were they all, every share would be the same.
+    """
+    errors = [_error(trial) for trial in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])]
+    num_better = sum(error < max(errors) for error in errors)
+    if not num_better:
+        raise ValueError("All trials have the same error.")
+    share = min(best_share, (num_better - 0.5) / len(errors))  # Optuna rounds the number of trials up
+    evaluator = PedAnovaImportanceEvaluator(target_quantile=share)
     with warnings.catch_warnings():  # that a lower target is taken for the better one: it is
         warnings.simplefilter("ignore", UserWarning)
-        return get_param_importances(study, evaluator=evaluator, target=_error)
+        found = get_param_importances(study, evaluator=evaluator, target=_error)
+    shares: dict[str, float] = {}
+    for param, value in found.items():
+        name = param.removesuffix(SWITCH)  # whether it is off or a number is part of what it matters
+        shares[name] = shares.get(name, 0.0) + value
+    return dict(sorted(shares.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _error(trial: FrozenTrial) -> float:

@@ -164,6 +164,7 @@ def sizes(args: argparse.Namespace, nodes: list, archs: list[str]):
 def run(options, *, resume: bool) -> int:
     import ray
 
+    from search.searcher import end_study
     from search.tuner import new_tuner, restored_tuner
 
     started = time.monotonic()
@@ -176,6 +177,8 @@ def run(options, *, resume: bool) -> int:
         raise RuntimeError("the search broke") from error
     finally:
         ray.shutdown()
+    if not search.interrupted:  # then --resume goes on with its trials
+        end_study(options.folder.journal, options.space.name)
     return conclude(options, time.monotonic() - started, interrupted=search.interrupted)
 
 

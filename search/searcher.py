@@ -14,7 +14,7 @@ from search.capacity import Capacity
 from search.confirm import retrainings
 from search.journal import open_journal
 from search.method import Method
-from search.space import Choice, Dimension, Space, ends
+from search.space import SWITCH, Choice, Dimension, Space, ends
 from trainables.recipe import has_effect, spec_of
 from trainables.trial import unmistakable
 
@@ -22,6 +22,7 @@ METRIC = "error_rate"
 STARTUP_TRIALS = 5
 """Few random configs first: most searches here are short, and trial 0 is a good one already."""
 FORGOTTEN = "forgotten when the search was killed"
+ENDED = "the search ended"
 
 _TUNE_ID, _SECONDS, _LOSS = "trial_id", "seconds", "valid_loss"
 
@@ -70,6 +71,7 @@ class OptunaSearcher(Searcher):
     @property
     def study(self) -> optuna.Study:
         if self._study is None:
+            known = self.journal.is_file()
             optuna.logging.set_verbosity(optuna.logging.WARNING)
             self._study = optuna.create_study(
                 storage=open_journal(self.journal),
@@ -78,6 +80,8 @@ class OptunaSearcher(Searcher):
                 directions=["minimize"] * self.method.num_objectives,
                 load_if_exists=True,
             )
+            if known and not self.numbers:  # a kill came before Tune had saved anything
+                self._fail_forgotten_trials()
         return self._study
 
     def suggest(self, trial_id: str) -> Config | str | None:
@@ -96,8 +100,7 @@ class OptunaSearcher(Searcher):
         return config
 
     def _ask(self) -> tuple[optuna.Trial, Config]:
-        if self._is_slow():  # the architectures that follow are slower still
-            self.first_configs = self.first_configs[: len(self.numbers)]
+        self._leave_out_costlier()
         first = {}
         if len(self.numbers) < len(self.first_configs):
             first = self.first_configs[len(self.numbers)]
@@ -105,11 +108,16 @@ class OptunaSearcher(Searcher):
         trial = self.study.ask()
         return trial, first | propose(trial, self.space)
 
-    def _is_slow(self) -> bool:
-        """Whether a trial that showed an architecture's cost took longer than wanted."""
-        shown = len(self.space.first_configs()) <= len(self.numbers) < len(self.first_configs)
-        limit = self.method.target_seconds
-        return shown and any(t.user_attrs.get(_SECONDS, 0) > limit for t in self.study.get_trials(deepcopy=False))
+    def _leave_out_costlier(self) -> None:
+        """Of the architectures that are still to be shown, those after one that took longer than wanted."""
+        shown = len(self.numbers)
+        if not len(self.space.first_configs()) <= shown < len(self.first_configs):
+            return
+        archs, limit = self.space.dimensions["arch"].values, self.method.target_seconds
+        trials = self.study.get_trials(deepcopy=False)
+        slow = [archs.index(t.params["arch"]) for t in trials if t.user_attrs.get(_SECONDS, 0) > limit]
+        left = [c for c in self.first_configs[shown:] if archs.index(c["arch"]) < min(slow, default=len(archs))]
+        self.first_configs = self.first_configs[:shown] + left
 
     def _retrain(self, trial_id: str) -> Config | str | None:
         """One of the best once more. The choice among all trials waits for the last of them."""
@@ -168,8 +176,7 @@ class OptunaSearcher(Searcher):
         trial, result = self._trial(running), result or {}
         if error or result.get("failure") or "epoch" not in result:
             failure = result.get("failure") or ("error" if error else "ended before its first epoch")
-            trial.set_user_attr("failure", failure)
-            self.study.tell(trial, state=TrialState.FAIL)
+            _fail(self.study, trial, failure)
             return
         self.on_trial_result(trial_id, result)  # Tune keeps the result with which a trial ends for this call
         finished = result["epoch"] == result["epochs_total"]
@@ -200,11 +207,11 @@ class OptunaSearcher(Searcher):
 
     def _fail_forgotten_trials(self) -> None:
         """Trials asked for after Tune last saved its state: nobody will ever tell how they ended."""
+        while self.study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+            self.study.ask()  # for what was put in the queue, and is none's turn any more
         for frozen in self._all_running():
             if frozen.number not in self.numbers.values():
-                trial = self._trial(frozen)
-                trial.set_user_attr("failure", FORGOTTEN)
-                self.study.tell(trial, state=TrialState.FAIL)
+                _fail(self.study, self._trial(frozen), FORGOTTEN)
 
     def _all_running(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
@@ -218,6 +225,24 @@ class OptunaSearcher(Searcher):
 
     def _trial(self, frozen: FrozenTrial) -> optuna.Trial:
         return optuna.Trial(self.study, frozen._trial_id)
+
+
+def end_study(journal: Path, name: str) -> None:
+    """Tell how trials ended of which Tune told nobody: those under way when a time budget or failures end a search."""
+    if not Path(journal).is_file():
+        return
+    study = optuna.load_study(study_name=name, storage=open_journal(Path(journal)))
+    for frozen in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        trial = optuna.Trial(study, frozen._trial_id)
+        if frozen.intermediate_values:
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            _fail(study, trial, ENDED)
+
+
+def _fail(study: optuna.Study, trial: optuna.Trial, reason: str) -> None:
+    trial.set_user_attr("failure", reason)
+    study.tell(trial, state=TrialState.FAIL)
 
 
 # --- Between a space and a study --------------------------------------------------------------------------------------
@@ -264,7 +289,7 @@ def config_of(space: Space, params: Mapping[str, Any]) -> Config:
 
 
 def _switch(name: str) -> str:
-    return f"{name} > 0"
+    return name + SWITCH
 
 
 def _each_arch(space: Space, first: Sequence[Config]) -> list[Config]:

@@ -10,6 +10,9 @@ from typing import Any
 
 from trainables.recipe import Recipe, checked_value, has_effect, needed_by, parse_value, spec_of
 
+SWITCH = " > 0"
+"""After a setting's name: a study's parameter that says whether it is off or a number, see `Range.off`."""
+
 
 @dataclass(frozen=True)
 class Range:

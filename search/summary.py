@@ -6,9 +6,10 @@ import pandas as pd
 
 from search.figures import importances
 from search.method import CONFIRM_SEEDS
-from search.results import CONFIRMED, pareto_front
+from search.results import CONFIRMED, FAILED, pareto_front
 from search.run_record import RunRecord
 from search.wording import percent
+from trainables.trial import RETRAINS
 
 SHOWN = 4
 """So many settings at most are named."""
@@ -48,7 +49,12 @@ def _unconfirmed(run: RunRecord) -> str:
     """Where `--confirm` was not done to its end, that it was not."""
     wanted = min(run.command["arguments"].get("confirm", 0), len(run.completed))
     done = int(run.completed[CONFIRMED].notna().sum()) if wanted else 0
-    return "" if done == wanted else f"confirmed: {done} of the best {wanted}; the search ended before the others were"
+    if done == wanted:
+        return ""
+    missing = "the search ended before the others were"
+    if failed := sorted(run.trials[run.trials["status"] == FAILED].get(RETRAINS, pd.Series()).dropna().unique()):
+        missing = f"a retraining failed of trial {', '.join(f'{number:g}' for number in failed)}"
+    return f"confirmed: {done} of the best {wanted}; {missing}"
 
 
 def _front(run: RunRecord) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray import tune
+from ray.tune.search import SearchGenerator
 
 from search.annealed import new_searcher
 from search.capacity import Capacity, CapacityNews
@@ -77,13 +78,15 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
     return tune.Tuner(
         trainable(options, settings),
         tune_config=tune.TuneConfig(
-            search_alg=new_searcher(
-                options.space,
-                options.folder.journal,
-                seed=options.space.seed,
-                method=options.method,
-                capacity=capacity,
-                num_trials=options.num_trials,
+            search_alg=Resumable(
+                new_searcher(
+                    options.space,
+                    options.folder.journal,
+                    seed=options.space.seed,
+                    method=options.method,
+                    capacity=capacity,
+                    num_trials=options.num_trials,
+                )
             ),
             scheduler=new_scheduler(options.method.scheduler, METRIC, options.space, options.folder.rungs),
             num_samples=num_samples,
@@ -111,6 +114,14 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
             verbose=0,
         ),
     )
+
+
+class Resumable(SearchGenerator):
+    """What Tune puts around a searcher, but for one thing: a search that a time budget or failures have ended is not
+    finished for good, so that `--resume` makes the trials that are left."""
+
+    def get_state(self) -> dict[str, Any]:
+        return super().get_state() | {"finished": False}
 
 
 def restored_tuner(options: RunOptions) -> tune.Tuner:

@@ -2,12 +2,15 @@
 
 import numpy as np
 import optuna
+import pandas as pd
 import pytest
 from run_tables import DISTRIBUTIONS, write_run
 
 from search import figures
 from search.run_record import load
 from trainables.recipe import Recipe
+
+SWITCHED = optuna.distributions.CategoricalDistribution([True, False])
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +61,42 @@ def test_what_moves_the_error_is_the_most_important(tmp_path):
 
 
 def test_ten_trials_are_enough_to_see_that_the_network_decides():
-    study = optuna.create_study()
-    for number, arch in enumerate(["resnet18", "resnet34"] * 5):
-        params = {"arch": arch, "lr_max": 10 ** (-4 + 0.2 * number)}
-        error = 0.5 - 0.3 * (arch == "resnet34") + 0.001 * (3 * number % 10)
-        searched = {name: DISTRIBUTIONS[name] for name in params}
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=searched, value=error))
+    params = [{"arch": ("resnet18", "resnet34")[n % 2], "lr_max": 10 ** (-4 + 0.2 * n)} for n in range(10)]
+    study = study_of(params, [0.5 - 0.3 * (n % 2) + 0.001 * (3 * n % 10) for n in range(10)])
     assert figures.study_importances(study)["arch"] > 0.9
     assert figures.study_importances(study, best_share=0.1)["arch"] < 0.1  # Optuna's own: a single trial
+
+
+def study_of(params: list[dict], errors: list[float]) -> optuna.Study:
+    study = optuna.create_study()
+    for given, error in zip(params, errors, strict=True):
+        searched = {name: DISTRIBUTIONS.get(name, SWITCHED) for name in given}
+        study.add_trial(optuna.trial.create_trial(params=given, distributions=searched, value=error))
+    return study
+
+
+def test_where_the_worst_error_is_that_of_many_the_better_ones_are_told_from_them():
+    params = [{"arch": "resnet34" if n < 3 else "resnet18", "epochs": 1 + n % 3} for n in range(10)]
+    assert figures.study_importances(study_of(params, [0.02, 0.03, 0.02] + 7 * [0.5]))["arch"] > 0.8
+    with pytest.raises(ValueError, match="the same error"):
+        figures.study_importances(study_of(params, 10 * [0.0]))
+
+
+def test_whether_a_setting_is_off_is_part_of_what_it_matters():
+    off, on = {"mixup_alpha > 0": False}, {"mixup_alpha > 0": True, "mixup_alpha": 0.2}
+    params = [{"epochs": 1 + n % 3} | (off if n % 2 else on) for n in range(12)]
+    shares = figures.study_importances(study_of(params, [0.2 + 0.2 * (n % 2) + 0.001 * n for n in range(12)]))
+    assert list(shares) == ["mixup_alpha", "epochs"] and sum(shares.values()) == pytest.approx(1)
+
+
+def test_a_winner_by_its_mean_is_not_taken_for_the_lowest_error(tmp_path):
+    folder = write_run(tmp_path / "run")
+    lowest, second = load(folder).completed.index[:2]
+    table = pd.read_csv(folder / "trials.csv", keep_default_na=False, na_values=[""], index_col=0)
+    table.loc[[lowest, second], "confirmed_error_rate"] = 0.4, 0.3
+    table.to_csv(folder / "trials.csv")
+    run = load(folder)
+    assert run.best.name == second and f"trial {lowest} with" in figures.incumbent(run).caption
 
 
 def test_the_front_holds_no_trial_that_another_beats_in_both(run):

@@ -320,6 +320,11 @@ def test_five_failures_in_a_row_end_the_search(class_folders, search_cache, tmp_
     assert all(row["status"] != "running" for row in rows)
     assert "no trial completed" in search.text
     assert not (search.folder / "best").exists()
+    assert not [trial for trial in load(search.folder).study.trials if trial.state == TrialState.RUNNING]
+    again = Search(search.folder, "--resume")  # it goes on, and gives up likewise
+    assert again.wait() == 1, again.text
+    later, _ = tables(search.folder)
+    assert later[: len(rows)] == rows and len(rows) + 5 <= len(later) <= len(rows) + 6
 
 
 def test_the_books_recipes_are_run_and_shown_beside_the_published_errors(class_folders, search_cache, tmp_path):

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from search.method import SEARCHERS, Method
-from search.searcher import OptunaSearcher, as_params, config_of
+from search.searcher import OptunaSearcher, as_params, config_of, end_study
 from search.space import Choice, Range, Space
 
 SPACE = Space(
@@ -208,6 +208,35 @@ def test_a_trial_that_tune_forgot_in_a_kill_does_not_stay_running(tmp_path, jour
     assert later.study.trials[1].user_attrs["failure"] == "forgotten when the search was killed"
 
 
+def test_what_a_kill_left_in_the_queue_is_nobodys_turn(tmp_path, journal):
+    searcher = made(journal)
+    searcher.suggest("a")
+    searcher.save(str(tmp_path / "state"))
+    searcher.study.enqueue_trial({"lr_max": 2e-3})
+    later = made(journal)
+    later.restore(str(tmp_path / "state"))
+    assert [trial.state.name for trial in later.study.trials] == ["RUNNING", "FAIL"]
+    later.suggest("b")
+    assert later.study.trials[-1].params["lr_max"] != 2e-3
+
+
+def test_a_kill_before_tune_saved_anything_leaves_no_trial_running(journal):
+    made(journal).suggest("a")
+    later = made(journal)
+    later.suggest("a")
+    assert [trial.state.name for trial in later.study.trials] == ["FAIL", "RUNNING"]
+
+
+def test_trials_of_which_tune_told_nobody_have_ended_with_their_search(searcher, journal):
+    for name in "ab":
+        searcher.suggest(name)
+    searcher.on_trial_result("a", result(2, 4, 0.5))
+    end_study(journal, searcher.space.name)
+    trials = made(journal).study.trials
+    assert [trial.state.name for trial in trials] == ["PRUNED", "FAIL"]
+    assert trials[1].user_attrs["failure"] == "the search ended"
+
+
 # --- Dimensions that have no effect at some values of others ----------------------------------------------------------
 
 CONDITIONAL = Space(
@@ -304,6 +333,15 @@ def test_with_a_target_each_architecture_is_tried_up_to_the_first_slow_one(tmp_p
     searcher = made(tmp_path / "slow", space=THREE, target_seconds=60)
     archs_of(searcher, slow, 2)
     assert len(searcher.first_configs) == 3
+    searcher.suggest("next")
+    assert len(searcher.first_configs) == 2
+
+
+def test_a_slow_trial_0_leaves_the_cheaper_architectures(tmp_path):
+    space = replace(THREE, settings=THREE.settings | {"arch": "resnet34"})
+    searcher = made(tmp_path / "journal", space=space, target_seconds=60)
+    found = archs_of(searcher, {"resnet18": 20.0, "resnet34": 90.0, "resnet50": 300.0}, 2)
+    assert found == ["resnet34", "resnet18"]
     searcher.suggest("next")
     assert len(searcher.first_configs) == 2
 

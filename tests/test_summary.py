@@ -50,10 +50,22 @@ def test_a_confirmed_winner_is_named_with_the_mean_of_its_retrainings(folder):
     assert "(30.0 % in the mean of 3 more seeds" in summary(run)[0].replace("with test-time augmentation, ", "(")
 
 
-def test_a_search_that_ended_before_all_were_confirmed_says_so(folder):
+def confirmed_best_two(folder):
     command = json.loads((folder / "command.json").read_text())
     command["arguments"]["confirm"] = 2
     (folder / "command.json").write_text(json.dumps(command))
+
+
+def test_a_retraining_that_failed_is_said_to_be_missing(folder):
+    confirmed_best_two(folder)
+    one, other = load(folder).completed.index[:2]
+    failed = load(folder).trials.query("status == 'failed'").index[0]
+    run = changed(folder, confirmed_error_rate={one: 0.3}, retrains={failed: str(other)})
+    assert f"confirmed: 1 of the best 2; a retraining failed of trial {other}" in summary(run)
+
+
+def test_a_search_that_ended_before_all_were_confirmed_says_so(folder):
+    confirmed_best_two(folder)
     numbers = list(load(folder).completed.index[:2])
     [line] = [line for line in summary(changed(folder, confirmed_error_rate={numbers[0]: 0.3})) if "confirmed" in line]
     assert line == "confirmed: 1 of the best 2; the search ended before the others were"
