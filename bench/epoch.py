@@ -28,8 +28,8 @@ from fastai.vision import all as fastai
 from fastai_side import DEVICE, train_fastai
 from parity import train_ours
 
-from trainables.data import find_images
 from trainables.finetune import FineTune, autocast_dtype
+from trainables.layouts import find_images
 from trainables.model import check_architecture
 from trainables.presize import PresizedImages, presize
 from trainables.recipe import Recipe

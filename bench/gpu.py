@@ -31,8 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the project is not installed
 
-from trainables.data import find_images
 from trainables.finetune import FineTune
+from trainables.layouts import find_images
 from trainables.model import check_architecture
 from trainables.presize import PresizedImages, presize
 from trainables.recipe import Recipe

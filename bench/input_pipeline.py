@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import decode_image
 from torchvision.transforms import InterpolationMode, v2
 
-from trainables.data import ImageFolder, find_images
+from trainables.data import ImageFolder
 from trainables.distributed import World
+from trainables.layouts import find_images
 from trainables.loader import BatchLoader, normalized
 from trainables.plan import plan_epoch
 from trainables.presize import PresizedImages, presize

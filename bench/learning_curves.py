@@ -66,9 +66,9 @@ def train(job: tuple[int, Config, str]) -> tuple[int, Config, list[Config], str]
     """Number, configuration, an entry an epoch, and the reason where it diverged."""
     import torch
 
-    from trainables.data import find_images
     from trainables.datasets import prepare
     from trainables.finetune import Diverged, FineTune
+    from trainables.layouts import find_images
     from trainables.presize import presize
     from trainables.recipe import Recipe
 

@@ -25,8 +25,8 @@ from common import CPUS, EPOCH_COLUMNS, RESULTS, command_line, epoch_row, footer
 from fastai.vision import all as fastai
 from fastai_side import DEVICE, train_fastai
 
-from trainables.data import find_images
 from trainables.finetune import FineTune
+from trainables.layouts import find_images
 from trainables.presize import PresizedImages, presize
 from trainables.recipe import Recipe
 

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from search.method import CONFIRM_SEEDS, OBJECTIVES, SCHEDULERS, SEARCHERS, Method
 from search.space import space_names
+from trainables.data import MAX_UNREADABLE
 from trainables.fetch import is_uri
 from trainables.remote import shown
 
@@ -46,7 +47,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument(
         "--data", type=source, metavar="DIR|URI", help=(
             "labelled images instead of the space's own: a folder that every node has, or the s3://, gs:// or https:// "
-            "address of a folder or an archive, which every node fetches once"
+            "address of a folder or an archive, which every node fetches once; with '/*' at its end the folders in it "
+            "are the classes, with '/*/*' those one level deeper"
         ))  # fmt: skip
     what.add_argument(
         "--weights", type=source, metavar="DIR|URI", help="<arch>.safetensors files, looked into first; likewise"
@@ -105,6 +107,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "workers that train no batch for so long are taken for hung and started anew; their trial goes on from its "
         "last epoch; default 10m"
     ))  # fmt: skip
+    add_max_unreadable(what)
     add_cache(where)
     out = parser.add_argument_group("results")
     out.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results/")
@@ -165,6 +168,14 @@ def add_cache(parser) -> None:
     ))  # fmt: skip
 
 
+def add_max_unreadable(parser) -> None:
+    """`--max-unreadable`, as all commands have it that read images to train on."""
+    parser.add_argument("--max-unreadable", type=_share, default=MAX_UNREADABLE, metavar="SHARE", help=(
+        "the share of the images that may be unreadable; they are skipped, and listed in a file; default "
+        f"{MAX_UNREADABLE:g}"
+    ))  # fmt: skip
+
+
 def resume_command(folder, address: str | None) -> str:
     """The command that goes on with an interrupted run."""
     words = ["python", "-m", "search.run", "--resume", "--name", folder.path.name]
@@ -197,6 +208,16 @@ def _test_split(text: str) -> float | Path:
         return absolute(text)
     if not 0 < share < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a share between 0 and 1, such as 0.2, nor a folder")
+    return share
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1, such as 0.05")
     return share
 
 

@@ -50,6 +50,9 @@ def clear(caches: list[Cache]) -> tuple[int, list[Cache]]:
     A training that has its images open goes on with them; what starts later builds them again.
     """
     freed, busy = 0, []
+    for folder in {cache.path.parent for cache in caches}:
+        for file in folder.glob("*.unreadable.txt"):
+            file.unlink(missing_ok=True)
     for cache in caches:
         key = NAME.fullmatch(cache.path.name)[1]
         try:

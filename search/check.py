@@ -19,18 +19,22 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from search.arguments import absolute, search_command
+from search.arguments import add_max_unreadable, search_command, source
 from search.cli import run_cli, say
 from search.prepare import space_of
 from search.space import Space, space_names
 from trainables import augment, warp_cpu
 from trainables.data import DataError, ImageFolder
+from trainables.fetch import is_uri
 from trainables.inspect_data import Copies, Finding, Inspection, find_folder, findings, inspect
+from trainables.layouts import split_level
 from trainables.presize import PresizedImages, caches_folder, presize
 from trainables.recipe import Recipe
+from trainables.source import folder_of
 from trainables.wording import printable
 
 TRAIN_PICTURE, VALID_PICTURE = "train_batch.png", "valid_batch.png"
+UNREADABLE = "unreadable.txt"
 PICTURED = 24  # images in a picture, in rows of COLUMNS
 COLUMNS = 6
 ALL_SHOWN = 40  # classes; of more only the SMALLEST and the LARGEST are shown
@@ -61,9 +65,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--space", metavar="SPACE", help=f"the search space: {', '.join(space_names())}")
-    parser.add_argument(
-        "--data", type=absolute, metavar="DIR", help="folder of labelled images instead of the space's own"
-    )
+    parser.add_argument("--data", type=source, metavar="DIR|URI", help="labelled images instead of the space's own")
+    add_max_unreadable(parser)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=(
         "a setting, as in search.run; presize, image_size and the augmentation show in the pictures; repeatable"
     ))  # fmt: skip
@@ -94,11 +97,11 @@ def main(argv: list[str] | None = None) -> int:
         say(f"data: {root}")
         return conclude([Finding(str(error), "", True)], args)
     out = output_folder(args.out or Path("results") / f"check-{args.space}")
-    say(f"data: {folder.describe()} in {folder.root}")
+    say(f"data: {folder.describe()}")
     inspection = inspect_here(folder, recipe, space.split_seed)
-    report(inspection, recipe)
+    report(inspection, recipe, out / UNREADABLE)
     write_pictures(inspection, recipe, out)
-    return conclude(findings(inspection), args)
+    return conclude(findings(inspection, args.max_unreadable), args)
 
 
 def show_caches(*, clear_them: bool) -> int:
@@ -125,7 +128,7 @@ def console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=200)
 
 
-def data_root(space: Space, given: Path | None) -> Path:
+def data_root(space: Space, given: Path | str | None) -> Path:
     """The folder to look at; the space's own data set is made or downloaded first where it is missing."""
     from trainables.datasets import DATASETS, locate, prepare_in_subprocess
 
@@ -133,16 +136,16 @@ def data_root(space: Space, given: Path | None) -> Path:
         if not locate(space.dataset).exists():
             say(f"preparing {DATASETS[space.dataset].title} in {locate(space.dataset)}")
         return prepare_in_subprocess(space.dataset)
-    if not given.is_dir():
+    if not is_uri(str(given)) and not Path(given).exists() and not Path(split_level(str(given))[0]).is_dir():
         raise ValueError(f"--data {given}: there is no such folder. Give a folder of labelled images.")
-    return given
+    return folder_of(str(given))
 
 
 def output_folder(path: Path) -> Path:
     """Makes `path`, without the pictures of an earlier check; raises `ValueError` where it cannot."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for name in (TRAIN_PICTURE, VALID_PICTURE):
+        for name in (TRAIN_PICTURE, VALID_PICTURE, UNREADABLE):
             (path / name).unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(
@@ -167,8 +170,8 @@ def inspect_here(folder: ImageFolder, recipe: Recipe, split_seed: int) -> Inspec
 # --- The report -------------------------------------------------------------------------------------------------------
 
 
-def report(inspection: Inspection, recipe: Recipe) -> None:
-    """What is there, without judging it."""
+def report(inspection: Inspection, recipe: Recipe, unreadable: Path) -> None:
+    """What is there, without judging it. All unreadable images go to the file `unreadable`."""
     out = console()
     out.print()
     out.print(class_table(inspection))
@@ -177,7 +180,9 @@ def report(inspection: Inspection, recipe: Recipe) -> None:
         out.print(size_table(inspection))
         say(enlarged(inspection, recipe))
         say(f"formats: {formats(inspection)}")
-    for line in (*unreadable_lines(inspection), *copies_lines(inspection)):
+    if inspection.unreadable:
+        unreadable.write_text("".join(f"{file.path!a}\t{file.problem}\n" for file in inspection.unreadable))
+    for line in (*unreadable_lines(inspection, unreadable), *copies_lines(inspection)):
         say(line)
 
 
@@ -243,9 +248,9 @@ def formats(inspection: Inspection) -> str:
     )
 
 
-def unreadable_lines(inspection: Inspection) -> list[str]:
+def unreadable_lines(inspection: Inspection, listed: Path) -> list[str]:
     bad = inspection.unreadable
-    lines = [f"unreadable: {len(bad) or 'none'}"]
+    lines = [f"unreadable: {len(bad)}, all listed in {listed}" if bad else "unreadable: none"]
     lines += [f"  {file.path!r}: {file.problem}" for file in bad[:UNREADABLE_SHOWN]]
     return lines + more(len(bad) - UNREADABLE_SHOWN)
 

@@ -148,8 +148,8 @@ def check_export(
     """
     import numpy as np
 
-    from trainables.data import find_images
     from trainables.held_out import remaining
+    from trainables.layouts import find_images
     from trainables.presize import presize
 
     predictor, trained = Predictor(folder), Predictor(checkpoint)

@@ -13,8 +13,9 @@ from search.cli import say
 from search.noise import wilson_interval
 from search.space import Space
 from search.wording import percent
-from trainables.data import DataError, ImageFolder, find_images, find_unchecked, some
+from trainables.data import DataError, ImageFolder, some
 from trainables.held_out import Remaining, remaining, set_aside
+from trainables.layouts import find_images, find_unchecked
 from trainables.model_folder import read_json, read_model
 from trainables.wording import many
 

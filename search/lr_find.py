@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.arguments import add_cache, positive, search_command, source
+from search.arguments import add_cache, add_max_unreadable, positive, search_command, source
 from search.cli import run_cli, say
 from search.space import Range, Space, space_names
 
@@ -51,6 +52,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipe")
     parser.add_argument("--num-it", type=positive, default=100, metavar="N", help="steps (default 100)")
     parser.add_argument("--seed", type=int, metavar="N", help="default: the space's")
+    add_max_unreadable(parser)
     add_cache(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: results/lr_find-<arch>-<stage>.png")
     return parser.parse_args(argv)
@@ -152,11 +154,18 @@ def trusted_rates(found: dict[str, float]) -> list[float]:
 
 
 def narrowed_rates(
-    space: Space, data: str, digest: str, weights: str | None, size: GroupSize, folder: Path, storage: str = "auto"
+    space: Space,
+    data: str,
+    digest: str,
+    weights: str | None,
+    size: GroupSize,
+    folder: Path,
+    presizing: Mapping[str, Any],
 ) -> list[str]:
     """Runs the finder once per architecture, on Ray's workers; the narrowed bounds as `--set`s.
 
-    `data` and `weights` are sources, see `trainables.source`; the curves are drawn into `folder`. Where the finder
+    `data` and `weights` are sources, see `trainables.source`; the curves are drawn into `folder`; `presizing` are
+    options of `presize`. Where the finder
     fails for an architecture, it says so and has no say.
     """
     import ray
@@ -173,7 +182,7 @@ def narrowed_rates(
     say(f"learning-rate finder: {', '.join(searched.values())} stage of {len(archs)} architectures")
     options = {"split_seed": space.split_seed, "num_threads": max(1, int(size.cpus_per_worker))}
     options["device"] = "cuda" if size.gpus_per_worker else "cpu"
-    arguments = data, digest, storage, weights, list(searched.values()), options
+    arguments = data, digest, presizing, weights, list(searched.values()), options
     running = {task.remote(full_settings(space) | {"arch": arch}, *arguments): arch for arch in archs}
     suggested: dict[str, list[float]] = {name: [] for name in searched}
     while running:
@@ -190,7 +199,7 @@ def _find_on_worker(
     settings: dict[str, Any],
     data: str,
     digest: str,
-    storage: str,
+    presizing: Mapping[str, Any],
     weights: str | None,
     stages: list[str],
     options: dict[str, Any],
@@ -203,7 +212,7 @@ def _find_on_worker(
 
     torch.set_num_threads(options["num_threads"])
     recipe = Recipe.from_dict(settings)
-    images = presize(images_of(data, digest), recipe.presize, recipe.resize_method, storage=storage)
+    images = presize(images_of(data, digest), recipe.presize, recipe.resize_method, **presizing)
     return find(recipe, images, folder_of(weights) if weights else None, stages, **options)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from search.cli import run_cli
 from search.model_folder import open_model
 from trainables import predictor
-from trainables.data import IMAGE_SUFFIXES
+from trainables.image_file import SUFFIXES
 from trainables.predictor import Prediction
 from trainables.wording import printable
 
@@ -60,7 +60,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="DIR_OR_RUN", help="a folder written by search.export, or a run's folder")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=(
-        "image files, folders (searched with their sub-folders for JPEG, PNG and WebP) or quoted patterns"
+        "image files, folders (searched with their sub-folders) or quoted patterns"
     ))  # fmt: skip
     parser.add_argument("--top", type=_positive, default=1, metavar="K", help="the K most probable labels (default 1)")
     form = parser.add_mutually_exclusive_group()
@@ -117,7 +117,7 @@ def _images_below(folder: Path) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
-        images = (name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."))
+        images = (name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
         found += [Path(parent, name) for name in sorted(images)]
     return found
 

@@ -18,12 +18,12 @@ def space_of(args: argparse.Namespace) -> Space:
 
 
 def find_data(space: Space, args: argparse.Namespace):
-    from trainables.data import find_images
     from trainables.datasets import prepare_in_subprocess
+    from trainables.layouts import find_images
     from trainables.source import folder_of
 
     images = find_images(folder_of(str(args.data)) if args.data else prepare_in_subprocess(space.dataset))
-    say(f"data: {images.describe()} in {images.root}")
+    say(f"data: {images.describe()}")
     return images
 
 
@@ -39,12 +39,13 @@ def check_weights(space: Space, args: argparse.Namespace) -> None:
 def pin(args: argparse.Namespace) -> None:
     """`--data` and `--weights` that are URIs, with the checksum of what was fetched: every node, and a search that goes
     on later, gets the same bytes or an error."""
-    from trainables.fetch import is_uri, pinned
+    from trainables.fetch import is_uri
+    from trainables.source import pinned_source
 
     for name in ("data", "weights"):
         value = getattr(args, name)
         if isinstance(value, str) and is_uri(value):
-            setattr(args, name, pinned(value))
+            setattr(args, name, pinned_source(value))
 
 
 def presize_here(space: Space, images, args: argparse.Namespace):
@@ -63,11 +64,15 @@ def presize_here(space: Space, images, args: argparse.Namespace):
             def show(done: int, total: int, task=task) -> None:
                 progress.update(task, completed=done, total=total)
 
-            presized = presize(images, size, method, storage=args.cache, progress=show)
+            presized = presize(
+                images, size, method, storage=args.cache, max_unreadable=args.max_unreadable, progress=show
+            )
     kept = f"{presized.storage} of {presized.nbytes / 1e6:.0f} MB in {presized.path}"
     say(f"cache: {'none, images are decoded in every epoch' if presized.storage == 'off' else kept}")
     train, valid = presized.split(seed=space.split_seed)
-    left_out = f", {len(presized.unreadable)} unreadable ones left out" if presized.unreadable else ""
+    left_out = ""
+    if presized.unreadable:
+        left_out = f", {len(presized.unreadable)} unreadable ones left out (listed in {presized.unreadable_list})"
     say(f"split: {len(train)} training and {len(valid)} validation images{left_out}")
     return presized
 

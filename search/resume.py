@@ -198,14 +198,17 @@ def _shown(value: Any) -> str:
 
 
 def images_record(images, digest: str) -> dict[str, Any]:
-    """What tells a run's images from others."""
-    return {"digest": digest, "count": len(images.paths), "classes": list(images.classes)}
+    """What tells a run's images from others. `names_digest` is what earlier versions kept as the digest."""
+    from trainables.source import images_digest
+
+    named = images_digest(images, sizes=False)
+    return {"digest": digest, "names_digest": named, "count": len(images.paths), "classes": list(images.classes)}
 
 
 def require_same(folder: RunFolder, space: Mapping[str, Any], images: Mapping[str, Any]) -> None:
     """Raises `ValueError`, with the difference, where a run's space or images are others now than when it began."""
     before = read_json(folder.command).get("images", images)
-    if before["digest"] != images["digest"]:
+    if before["digest"] != images["digest" if "names_digest" in before else "names_digest"]:
         raise ValueError(
             f"{folder}/ cannot go on, its images are others now: {_image_changes(before, images)}. Bring them back, or "
             "begin a new run."
@@ -222,6 +225,8 @@ def _image_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     for what, some, others in (("without", before, now), ("with", now, before)):
         if names := sorted(set(some["classes"]) - set(others["classes"])):
             changes.append(f"{what} the {'class' if len(names) == 1 else 'classes'} {_some(map(repr, names))}")
+    if before.get("names_digest") == now["names_digest"]:
+        return "their names are the same, but files have other sizes"
     return ", ".join(changes) or f"as many as before ({now['count']}), but with other names or in other classes"
 
 

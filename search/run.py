@@ -82,7 +82,8 @@ def search(args: argparse.Namespace, folder) -> int:
     if args.lr_range == "auto":
         from search.lr_find import narrowed_rates
 
-        rates = narrowed_rates(space, source, digest, weights, size, folder.lr_find, args.cache)
+        presizing = {"storage": args.cache, "max_unreadable": args.max_unreadable}
+        rates = narrowed_rates(space, source, digest, weights, size, folder.lr_find, presizing)
         args.set, args.lr_range = [*args.set, *rates], "space"  # a resumed search keeps these bounds
         space = space_of(args)
     options = RunOptions(
@@ -92,6 +93,7 @@ def search(args: argparse.Namespace, folder) -> int:
         data_digest=digest,
         weights=weights,
         cache=args.cache,
+        max_unreadable=args.max_unreadable,
         labels=list(images.classes),
         group_size=size,
         num_workers=num_workers,
@@ -106,7 +108,7 @@ def search(args: argparse.Namespace, folder) -> int:
         keep_first=args.test_split is not None,
         stall_timeout=args.stall_timeout,
     )
-    of_machine = {"data": str(images.root), "ray_dashboard": ray_dashboard, "hardware": hardware(nodes)}
+    of_machine = {"data": images.given, "ray_dashboard": ray_dashboard, "hardware": hardware(nodes)}
     write_command(args, options, asked=as_asked, images=known, **of_machine)
     announce(options, nodes)
     with mirror:

@@ -21,6 +21,7 @@ from search.searcher import METRIC
 from search.space import NamedRecipe, Space
 from search.storage import Mirroring
 from search.whole_files import whole_files
+from trainables.data import MAX_UNREADABLE
 from trainables.held_out import Remaining
 from trainables.recipe import Recipe
 from trainables.trial import FineTuneTrial, TrialOptions, table_id
@@ -41,6 +42,7 @@ class RunOptions:
     data: str | Remaining  # source of the images, see `trainables.source`
     weights: str | None  # source of pretrained weights
     cache: str  # how presized images are stored, see `presize`
+    max_unreadable: float = MAX_UNREADABLE  # the share of the images that may be unreadable
     labels: list[str]
     group_size: GroupSize
     num_workers: dict[str, int] = field(default_factory=dict)  # of architectures by pattern, see `GroupSize`
@@ -158,6 +160,7 @@ def trainable(options: RunOptions, settings: dict[str, Any]):
         weights=options.weights,
         checkpoints=str(options.folder.checkpoints),
         cache=options.cache,
+        max_unreadable=options.max_unreadable,
         group_size=options.group_size,
         num_workers=options.num_workers,
         split_seed=options.space.split_seed,

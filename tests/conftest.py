@@ -51,7 +51,7 @@ def colour_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def colour_images(colour_folder, search_cache):
     """The presized images of `colour_folder`, 48 px."""
-    from trainables.data import find_images
+    from trainables.layouts import find_images
     from trainables.presize import presize
 
     return presize(find_images(colour_folder), 48)

@@ -6,7 +6,7 @@ import pytest
 from filelock import FileLock
 
 from search import check
-from trainables.data import find_images
+from trainables.layouts import find_images
 from trainables.presize import caches_folder, presize
 
 

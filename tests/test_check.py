@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from search.check import TRAIN_PICTURE, VALID_PICTURE, main, pick
-from trainables.data import find_images
 from trainables.image_file import read_image
+from trainables.layouts import find_images
 from trainables.pictures import GAP, LINE, save_grid
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +82,7 @@ def test_sound_class_folders_are_ready_to_train(data, capsys):
 def test_sound_split_folders_and_pets_are_ready_to_train(tmp_path, capsys):
     split = draw_all(draw_all(tmp_path / "split", "train/{cls}/{i}.jpg", 12), "val/{cls}/{i}.jpg", 3)
     code, text = check(split, capsys=capsys)
-    assert (code, "split folders layout, 45 images (36 for training, 9 for validation)" in text) == (0, True)
+    assert (code, "45 images (36 for training in train/, 9 for validation in val/)" in text) == (0, True)
     assert ["blue_dog", "12", "3", "15"] in [line.split() for line in text.splitlines()]
     pets = draw_all(tmp_path / "pets", "images/{cls}_{i}.jpg", 20)
     code, text = check(pets, capsys=capsys)
@@ -106,8 +106,11 @@ def test_truncated_files_are_listed_with_their_reasons_and_spoil_it(data, capsys
         file.write_bytes(file.read_bytes()[:-300])
     code, text = check(data, capsys=capsys)
     assert code == 1
-    assert "unreadable: 2\n  'blue_dog/0.jpg': OSError: image file is truncated" in text
-    assert "1 problem:\n  1. 2 of 60 images cannot be read, more than the 1%" in text
+    assert f"unreadable: 2, all listed in {out_of(data)}/unreadable.txt\n  'blue_dog/0.jpg': OSError: image" in text
+    assert (
+        (out_of(data) / "unreadable.txt").read_text().startswith("'blue_dog/0.jpg'\tOSError: image file is truncated")
+    )
+    assert "1 problem:\n  1. 2 of 60 images cannot be read, more than the 1 %" in text
     assert "ready to train" not in text
     assert (out_of(data) / TRAIN_PICTURE).is_file(), "what can be read is pictured"
 
@@ -162,7 +165,7 @@ def test_warnings_alone_leave_it_ready(data, capsys):
 def test_a_folder_without_any_layout_is_a_finding(tmp_path, capsys):
     code, text = check(tmp_path, capsys=capsys)
     assert code == 1
-    assert f"1 problem:\n  1. There are no images in {tmp_path}." in text
+    assert f"1 problem:\n  1. There are no images that can be read in {tmp_path}." in text
 
 
 def test_bad_arguments_are_errors(data, capsys):

@@ -85,8 +85,8 @@ def test_a_node_that_goes_away_takes_no_finished_epoch_with_it(cluster, start, c
 
 def assert_learns_like_one_worker(folder: Path, data: Path) -> None:
     """The winner's losses are those of its recipe without Ray."""
-    from trainables.data import find_images
     from trainables.finetune import FineTune
+    from trainables.layouts import find_images
     from trainables.presize import presize
     from trainables.recipe import Recipe
 

@@ -14,8 +14,9 @@ import pytest
 from filelock import FileLock
 
 from trainables import datasets
-from trainables.data import DataError, find_images, fingerprint
+from trainables.data import DataError, fingerprint
 from trainables.datasets import DATASETS, prepare, prepare_in_subprocess
+from trainables.layouts import find_images
 
 DEAD_URL = "http://127.0.0.1:9/images.tar.gz"  # nothing listens on the discard port
 

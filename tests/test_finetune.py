@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import weakref
@@ -18,9 +20,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from trainables import finetune
-from trainables.data import find_images
 from trainables.distributed import share_batch_norm
 from trainables.finetune import Diverged, FineTune
+from trainables.layouts import find_images
 from trainables.model import BatchDropout
 from trainables.presize import PresizedImages, presize
 from trainables.recipe import Recipe
@@ -520,8 +522,11 @@ def norm_errors(rank: int) -> dict[str, float]:
     return errors
 
 
-def work(rank: int, rendezvous: str, cache: str, state: dict[str, bytes]) -> dict:
-    """One of two workers: every recipe of SHARED, a state made by one worker, and the batch norm alone."""
+def work(rank: int, rendezvous: str, cache: str, damaged: str, state: dict[str, bytes]) -> dict:
+    """One of two workers: every recipe of SHARED, a state made by one worker, and the batch norm alone.
+
+    `damaged` is the cache of a node that cannot read one of the images.
+    """
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=180)
@@ -533,6 +538,10 @@ def work(rank: int, rendezvous: str, cache: str, state: dict[str, bytes]) -> dic
     resumed.load_state(state)
     found["resumed"] = losses(resumed)
     found["norm errors"] = norm_errors(rank)
+    try:
+        fine_tune(PresizedImages((cache, damaged)[rank]))
+    except ValueError as error:
+        found["different images"] = str(error)
     dist.destroy_process_group()
     return found
 
@@ -549,8 +558,12 @@ def state_after_two_epochs(colour_images) -> tuple[dict[str, bytes], tuple[float
 @pytest.fixture(scope="module")
 def two_workers(colour_images, state_after_two_epochs, tmp_path_factory) -> list[dict]:
     rendezvous = str(tmp_path_factory.mktemp("workers") / "rendezvous")
+    other_node = Path(shutil.copytree(colour_images.root, tmp_path_factory.mktemp("node") / "images"))
+    photo = other_node / colour_images.paths[2]
+    photo.write_bytes(bytes(photo.stat().st_size))  # as large as before
+    damaged = presize(find_images(other_node), 48, max_unreadable=0.5)
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        arguments = rendezvous, str(colour_images.path), state_after_two_epochs[0]
+        arguments = rendezvous, str(colour_images.path), str(damaged.path), state_after_two_epochs[0]
         futures = [pool.submit(work, rank, *arguments) for rank in range(2)]
         return [future.result(timeout=300) for future in futures]
 
@@ -591,6 +604,14 @@ def test_the_wrapper_of_the_frozen_stage_is_gone_in_the_unfrozen_one(two_workers
 def test_two_workers_continue_what_one_began(two_workers, state_after_two_epochs):
     for worker in two_workers:
         np.testing.assert_allclose(worker["resumed"], state_after_two_epochs[1], rtol=1e-4)
+
+
+def test_a_node_that_cannot_read_one_of_the_images_is_named_before_the_first_step(two_workers, colour_images):
+    counts = len(colour_images), len(colour_images) - 1
+    for worker in two_workers:
+        node, bad = socket.gethostname(), colour_images.paths[2]
+        expected = f"{node} (worker 0) has {counts[0]}; {node} (worker 1) has {counts[1]} and cannot read {bad!r}."
+        assert expected in worker["different images"]
 
 
 def test_the_shared_batch_norm_equals_that_of_the_whole_batch(two_workers):

@@ -19,8 +19,9 @@ from search.arguments import parse_arguments
 from search.held_out import compare, hold_out, lines, mcnemar, read_once, score
 from search.run_folder import RunFolder
 from search.run_record import wilson_interval
-from trainables.data import DataError, ImageFolder, find_images
+from trainables.data import DataError, ImageFolder
 from trainables.held_out import Remaining, remaining, set_aside, share_of
+from trainables.layouts import find_images
 from trainables.model_folder import read_model
 from trainables.predictor import Predictor
 from trainables.source import images_digest, images_of

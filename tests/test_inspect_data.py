@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainables.data import DataError, ImageFolder, find_images
+from trainables.data import DataError, ImageFolder
 from trainables.inspect_data import ImageFile, Inspection, find_folder, findings, inspect, split_readable
+from trainables.layouts import find_images
 from trainables.presize import presize
 
 ORIENTATION = 0x0112
@@ -105,7 +106,7 @@ def test_more_than_one_percent_unreadable_is_a_problem_as_it_is_for_presizing(tm
     (root / "cat" / "007.jpg").write_bytes(b"")
     assert problems(root) == []
     (root / "cat" / "008.jpg").write_bytes(b"")
-    assert problems(root) == ["2 of 100 images cannot be read, more than the 1% that a search tolerates"]
+    assert problems(root) == ["2 of 100 images cannot be read, more than the 1 % that --max-unreadable tolerates"]
     with pytest.raises(DataError):
         presize(find_images(root), 16, cache=tmp_path / "cache")
 

@@ -14,8 +14,8 @@ from PIL import Image
 from tiny_run import make_run
 
 from trainables import interpret as interpretation
-from trainables.data import find_images
 from trainables.interpret import Interpretation, centre_views, interpret
+from trainables.layouts import find_images
 from trainables.model_folder import read_model
 from trainables.predictor import Predictor
 from trainables.presize import presize

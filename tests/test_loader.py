@@ -28,7 +28,7 @@ def batches(loader, plans) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("where", ["on the device", "fetched for each batch", "fetched from JPEGs"])
 def test_the_gpus_loader_gives_the_batches_of_the_cpus(colour_folder, search_cache, plans, monkeypatch, where):
-    from trainables.data import find_images
+    from trainables.layouts import find_images
 
     storage = "jpeg" if "JPEGs" in where else "memory-map"
     images = presize(find_images(colour_folder), 48, storage=storage)

@@ -13,7 +13,7 @@ from tiny_run import draw_images
 
 from search import lr_find
 from search.space import Range
-from trainables.data import find_images
+from trainables.layouts import find_images
 from trainables.lr_finder import suggestions
 from trainables.presize import presize
 from trainables.recipe import Recipe

@@ -17,8 +17,8 @@ from search import predict
 from search.model_folder import open_model
 from search.predict import Prediction, Predictor, find_files
 from trainables import augment
-from trainables.data import find_images
 from trainables.finetune import FineTune
+from trainables.layouts import find_images
 from trainables.predictor import PresizedFiles
 from trainables.presize import presize
 from trainables.recipe import Recipe

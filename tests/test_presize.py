@@ -19,8 +19,9 @@ import pytest
 from PIL import Image
 
 from trainables import data, presize
-from trainables.data import DataError, find_images
+from trainables.data import DataError
 from trainables.image_file import read_image, resize_shorter_side
+from trainables.layouts import find_images
 from trainables.presize import PresizedImages
 
 
@@ -213,8 +214,7 @@ def test_up_to_one_percent_of_unreadable_images_are_left_out_and_named(tmp_path,
     assert presize.presize(find_images(root), 8).unreadable == images.unreadable
 
 
-def test_bad_files_are_left_out_each_with_its_reason_and_odd_ones_are_kept(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(presize, "MAX_UNREADABLE", 0.9)
+def test_bad_files_are_left_out_each_with_its_reason_and_odd_ones_are_kept(tmp_path, caplog):
     root = tiny_class_folders(tmp_path / "data", 4)
     cat = root / "cat"
     whole = (cat / "0000.png").read_bytes()
@@ -228,7 +228,7 @@ def test_bad_files_are_left_out_each_with_its_reason_and_odd_ones_are_kept(tmp_p
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(cat / "moving.webp", save_all=True, append_images=frames[1:], lossless=True)
     Image.fromarray(np.full((8, 8), 32896, np.uint16)).save(cat / "sixteen bit.png")
-    images = presize.presize(find_images(root), 8)
+    images = presize.presize(find_images(root), 8, max_unreadable=0.9)
     assert images.unreadable == tuple(f"cat/{name}.jpg" for name in ("bomb", "cut", "empty", "loop", "text"))
     assert images[images.paths.index("cat/moving.webp")][0, 0].tolist() == [255, 0, 0]
     assert images[images.paths.index("cat/sixteen bit.png")][0, 0].tolist() == [128, 128, 128]
@@ -245,9 +245,44 @@ def test_more_than_one_percent_of_unreadable_images_is_an_error_that_names_five(
         presize.presize(find_images(root), 8)
     for n in range(6, 14, 2):
         (root / f"cat/{n:04}.png").write_text("no image")
-    with pytest.raises(DataError, match=r"7 of 200 images .* 1 %.*cat/0000.png.*cannot identify.*cat/0008.png.*\.\.\."):
+    with pytest.raises(DataError, match=r"7 of 200 images .* 1 %.*cat/0000.png.*cannot identify.*cat/0008.png"):
         presize.presize(find_images(root), 8)
     assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+def test_all_unreadable_images_are_in_the_file_that_the_message_names(tmp_path):
+    root = tiny_class_folders(tmp_path / "data", 200)
+    for n in range(0, 90, 2):
+        (root / f"cat/{n:04}.png").write_text("no image")
+    with pytest.raises(DataError, match=r"45 of 200 images .* all listed in (\S+\.txt)\)\. Repair") as caught:
+        presize.presize(find_images(root), 8)
+    lines = Path(re.search(r"listed in (\S+\.txt)", str(caught.value))[1]).read_text().splitlines()
+    assert len(lines) == 45 and all(re.match(r"'cat/00\d\d\.png'\tUnidentifiedImageError: \w+", line) for line in lines)
+
+
+def test_a_share_of_unreadable_images_is_tolerated_where_it_is_asked_for_and_only_there(tmp_path):
+    root = tiny_class_folders(tmp_path / "data", 200)
+    for n in range(0, 20, 2):
+        (root / f"cat/{n:04}.png").write_text("no image")
+    images = presize.presize(find_images(root), 8, max_unreadable=0.05)
+    assert (len(images), len(images.unreadable)) == (190, 10)
+    assert len(images.unreadable_list.read_text().splitlines()) == 10
+    with pytest.raises(DataError, match=r"10 of 200 images .* more than the 1 % .*'cat/0000.png'"):
+        presize.presize(find_images(root), 8)  # though the cache is there
+    with pytest.raises(ValueError, match="max_unreadable is 5; expected a share from 0 to 1"):
+        presize.presize(find_images(root), 8, max_unreadable=5)
+
+
+@pytest.mark.parametrize("storage", ["memory-map", "jpeg", "off"])
+def test_twelve_bits_keep_their_shades_in_every_storage(tmp_path, storage):
+    for name, value in (("dark", 16), ("light", 4095)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for n in (1, 2):
+            Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / "data" / name / f"{n}.png")
+    folder = find_images(tmp_path / "data")
+    images = presize.presize(folder, 8, storage=storage)
+    assert (images.white_level, "up to 12 bits (4095 is white)" in folder.describe()) == (4095, True)
+    assert [images[i][0, 0].tolist() for i in (0, 2)] == [[1] * 3, [255] * 3]
 
 
 def test_a_class_that_loses_its_images_is_an_error(tmp_path):

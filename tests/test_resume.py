@@ -24,7 +24,7 @@ from search.resume import (
 from search.run_folder import RunFolder
 
 BEGUN = ["--space", "quickstart", "--name", "mine", "--trials", "9", "--set", "epochs=2"]
-IMAGES = {"digest": "a", "count": 90, "classes": ["robin", "wren"]}
+IMAGES = {"digest": "a", "names_digest": "n", "count": 90, "classes": ["robin", "wren"]}
 SPACE = {"name": "quickstart", "seed": 0, "settings": {"presize": 160}, "dimensions": {"epochs": "1..3"}}
 
 
@@ -110,16 +110,26 @@ def test_the_same_images_and_space_go_on(folder):
 @pytest.mark.parametrize(
     ("images", "difference"),
     [
-        ({"digest": "b", "count": 91}, "91 instead of 90"),
-        ({"digest": "b", "classes": ["robin"]}, "without the class 'wren'"),
-        ({"digest": "b", "classes": ["robin", "tit", "wren"]}, "with the class 'tit'"),
-        ({"digest": "b"}, "as many as before (90), but with other names or in other classes"),
+        ({"digest": "b", "names_digest": "m", "count": 91}, "91 instead of 90"),
+        ({"digest": "b", "names_digest": "m", "classes": ["robin"]}, "without the class 'wren'"),
+        ({"digest": "b", "names_digest": "m", "classes": ["robin", "tit", "wren"]}, "with the class 'tit'"),
+        ({"digest": "b", "names_digest": "m"}, "as many as before (90), but with other names or in other classes"),
+        ({"digest": "b"}, "their names are the same, but files have other sizes"),
     ],
 )
 def test_other_images_are_refused_with_the_difference(folder, images, difference):
     with pytest.raises(ValueError, match="its images are others now") as refused:
         require_same(folder, SPACE, IMAGES | images)
     assert difference in str(refused.value)
+
+
+def test_a_run_of_an_earlier_version_which_knew_no_sizes_goes_on(folder):
+    command = json.loads(folder.command.read_text())
+    command["images"] = {"digest": "n", "count": 90, "classes": ["robin", "wren"]}
+    folder.command.write_text(json.dumps(command))
+    require_same(folder, SPACE, IMAGES)
+    with pytest.raises(ValueError, match="its images are others now"):
+        require_same(folder, SPACE, IMAGES | {"names_digest": "m"})
 
 
 def test_another_space_is_refused_with_the_difference(folder):

@@ -3,14 +3,16 @@
 import shutil
 from argparse import Namespace
 from pathlib import Path
+from socket import gethostname
 
 import pytest
 from tiny_run import draw_images
 
 from search.prepare import check_weights, find_data, pin
 from search.space import load_space
-from trainables.data import DataError, find_images
-from trainables.source import folder_of, images_digest, images_of
+from trainables.data import DataError
+from trainables.layouts import find_images
+from trainables.source import folder_of, images_digest, images_of, pinned_source
 from trainables.weights import WeightsError
 
 
@@ -29,7 +31,9 @@ def test_a_node_with_other_images_at_that_path_is_found_out(birds):
     digest = images_digest(find_images(birds))
     assert images_of(str(birds), digest).labels
     (birds / "wren" / "3.jpg").rename(birds / "robin" / "30.jpg")
-    with pytest.raises(DataError, match=r"on this node .* are not those that the search was started with"):
+    with pytest.raises(
+        DataError, match=rf"on the node {gethostname()} .* are not those that the search was started with"
+    ):
         images_of(str(birds), digest)
 
 
@@ -55,3 +59,21 @@ def test_weights_by_uri_are_looked_for_where_they_were_fetched(cache, tmp_path):
     with pytest.raises(WeightsError, match=r"resnet34\.tv_in1k"):
         check_weights(space, Namespace(weights=folder.as_uri()))
     assert [path.name for path in folder_of(folder.as_uri()).iterdir()] == ["resnet18.tv_in1k.safetensors"]
+
+
+def test_an_image_that_was_cut_short_on_one_node_is_found_out_though_its_name_is_right(birds):
+    digest = images_digest(find_images(birds))
+    photo = birds / "wren" / "3.jpg"
+    photo.write_bytes(photo.read_bytes()[:-100])
+    with pytest.raises(DataError, match="names, classes or file sizes differ"):
+        images_of(str(birds), digest)
+
+
+def test_the_level_of_the_classes_travels_with_a_path_and_with_a_uri(birds):
+    for name in ("left", "right"):
+        shutil.copytree(birds, birds.parent / "views" / name)
+    source = (birds.parent / "views").as_uri()
+    for given in (f"{birds.parent}/views/*/*", f"{source}/*/*", pinned_source(f"{source}/*/*")):
+        found = images_of(given)
+        assert (found.num_classes, len(found.paths)) == (3, 24)
+    assert images_of(f"{birds.parent}/views/*").classes == ("left", "right")

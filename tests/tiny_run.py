@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from trainables.checkpoint import WEIGHTS_FILE, model_only, write
-from trainables.data import find_images
 from trainables.finetune import FineTune
+from trainables.layouts import find_images
 from trainables.presize import presize
 from trainables.recipe import Recipe
 

@@ -42,6 +42,8 @@ class Preprocessing:
     """Per RGB channel, of values in 0..1; taken off first."""
     std: tuple[float, float, float]
     """Per RGB channel; then divided by."""
+    white_level: int = 65535
+    """The value that becomes 255 in images of more than 8 bits, see `image_file.white_level`."""
 
 
 def save(folder: Path, epoch: int, files: Files, result: dict[str, Any]) -> None:

@@ -1,13 +1,12 @@
-"""Finds labelled images in a folder and splits them into training and validation.
+"""Labelled images as everybody passes them on, their split into training and validation, and what names their content.
 
-Imports no torch: the search driver uses this module.
+Imports no torch: the search driver uses this module. `layouts` finds the images.
 """
 
 import contextlib
 import logging
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -17,17 +16,30 @@ from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-PETS_NAME = re.compile(r"(.+)_\d+\.jpe?g", re.IGNORECASE | re.DOTALL)
-VALID_NAMES = ("val", "valid", "validation", "test")
-LAYOUTS = (
-    "The layouts that are read: Oxford Pets (images/<breed>_<number>.jpg), class folders (<class>/*.jpg) and split "
-    "folders (train/<class>/*.jpg with val/<class>/*.jpg), with JPEG, PNG or WebP images."
-)
+MAX_UNREADABLE = 0.01
+"""So large a share of the images may be unreadable, where nothing else is asked for."""
 
 
 class DataError(ValueError):
     """The images cannot be used as they are; the message is one paragraph for the user."""
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Files of a data set that are not read, all for one reason."""
+
+    what: str
+    """Such as "2 images in extra/"."""
+    advice: str
+    """How to use them, or empty."""
+    count: int
+    names: tuple[str, ...]
+    """The first of them, relative to the data set's folder."""
+
+    def __str__(self) -> str:
+        names = ", ".join(map(repr, self.names)) + (", ..." if self.count > len(self.names) else "")
+        advice = f"; {self.advice}" if self.advice else ""
+        return f"{self.what} ({names}{advice})"
 
 
 @dataclass(frozen=True)
@@ -44,16 +56,40 @@ class ImageFolder:
     """Class names, sorted; a label is an index into them."""
     valid: tuple[bool, ...] | None = None
     """Which images the folder itself sets aside for validation (split folders), or None."""
+    base: str = ""
+    """The folder in `root` that holds the classes or the split folders: empty, or with / at its end."""
+    stars: str = ""
+    """The `/*` that the user gave behind `root` to say where the classes lie, see `layouts`."""
+    split_folders: tuple[str, str] | None = None
+    """The folders that train and that validate, as `base`; None where the folder has no split of its own."""
+    unused: tuple[Unused, ...] = ()
+    white_level: int = 65535
+    """The value that is white in images of 16 bits, see `image_file.white_level`."""
 
     @property
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def given(self) -> str:
+        """The path that finds the same images again."""
+        return f"{self.root}{self.stars}"
+
     def describe(self) -> str:
-        given = ""
+        """What a `data:` line says: layout, numbers, place, and what is not read."""
+        split = ""
         if self.valid is not None:
-            given = f" ({len(self.valid) - sum(self.valid)} for training, {sum(self.valid)} for validation)"
-        return f"{self.layout} layout, {len(self.paths)} images{given}, {self.num_classes} classes"
+            train, valid = (f" in {name}" for name in self.split_folders) if self.split_folders else ("", "")
+            counts = len(self.valid) - sum(self.valid), sum(self.valid)
+            split = f" ({counts[0]} for training{train}, {counts[1]} for validation{valid})"
+        deep = ""
+        if self.white_level != 65535:
+            deep = f", 16-bit images of up to {self.white_level.bit_length()} bits ({self.white_level} is white)"
+        left_out = f"; not used: {', '.join(map(str, self.unused))}" if self.unused else ""
+        return (
+            f"{self.layout} layout, {len(self.paths)} images{split}, {self.num_classes} classes{deep} in "
+            f"{self.root / self.base}{left_out}"
+        )
 
 
 def cache_dir() -> Path:
@@ -69,42 +105,7 @@ def num_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# --- Finding images ---------------------------------------------------------------------------------------------------
-
-
-def find_images(root: Path | str) -> ImageFolder:
-    """Detects the layout of `root` and labels its images; raises DataError where they cannot be used."""
-    found = find_unchecked(root)
-    check_classes(found)
-    _warn_of_case(found.classes)
-    logger.debug("%s: %s", found.root, found.describe())
-    return found
-
-
-def find_unchecked(root: Path | str) -> ImageFolder:
-    """The same, whatever the number of images in a class."""
-    try:
-        root = _existing_folder(root)
-        # A known data set as its archive unpacks lies one folder deeper.
-        inner = [name for name in _folders(root) if name == "oxford-iiit-pet" or name.startswith("imagenette2")]
-        for base in [*(f"{name}/" for name in inner), ""]:
-            found = _oxford_pets(root, base) or _split_folders(root, base) or _class_folders(root, base)
-            if found:
-                return found
-        raise _nothing_found(root)
-    except OSError as error:
-        raise DataError(
-            f"The folder {error.filename or root} cannot be read ({error.strerror or error}). Every folder of a data "
-            "set must be readable: change its permissions, or move it out of the data set."
-        ) from error
-
-
-def count_images(root: Path) -> int:
-    """How many labelled images lie in `root`, 0 where it is missing or damaged."""
-    try:
-        return len(find_unchecked(root).paths)
-    except DataError:
-        return 0
+# --- Checking and naming ----------------------------------------------------------------------------------------------
 
 
 def check_classes(folder: ImageFolder, left_out: int = 0) -> None:
@@ -113,7 +114,7 @@ def check_classes(folder: ImageFolder, left_out: int = 0) -> None:
     if folder.num_classes < 2:
         raise DataError(
             f"{folder.root} ({folder.layout} layout) has only one class, {folder.classes[0]!r}, and a classifier needs "
-            f"two or more. If the class folders lie deeper, give the folder that holds them. {LAYOUTS}"
+            "two or more. Give the folder that holds the class folders."
         )
     labels = np.asarray(folder.labels)
     counts = np.bincount(labels, minlength=folder.num_classes)
@@ -134,155 +135,6 @@ def check_classes(folder: ImageFolder, left_out: int = 0) -> None:
         )
     if not valid.any():
         raise DataError(f"{folder.root} has no validation images{after}. Add images to its validation folder.")
-
-
-def _existing_folder(root: Path | str) -> Path:
-    root = Path(root).expanduser()
-    if not root.exists():
-        raise DataError(f"There is no folder {root.absolute()}. Expected a folder of labelled images. {LAYOUTS}")
-    if not root.is_dir():
-        raise DataError(f"{root.absolute()} is a file. Expected a folder of labelled images: unpack it if it is an "
-                        f"archive. {LAYOUTS}")  # fmt: skip
-    return root.resolve()
-
-
-def _oxford_pets(root: Path, base: str) -> ImageFolder | None:
-    """`images/<breed>_<number>.jpg`, or the same files directly in the folder."""
-    for inside in (f"{base}images/", base):
-        if not (root / inside).is_dir():
-            continue
-        names = [entry.name for entry in _entries(root / inside) if _is_image(entry)]
-        matches = {name: match[1] for name in names if (match := PETS_NAME.fullmatch(name))}
-        if len(set(matches.values())) < 2 or 2 * len(matches) <= len(names):
-            continue
-        if others := [name for name in names if name not in matches]:
-            text = f"{some(others, 'image', 'images')} of {len(names)} in {root / inside} carry no label"
-            if len(others) > 0.01 * len(names):
-                raise DataError(
-                    f"{text}: the others are named <breed>_<number>.jpg (Oxford Pets layout). Rename or remove them."
-                )
-            logger.warning("%s (expected <breed>_<number>.jpg): left out", text)
-        return _image_folder(root, "Oxford Pets", ((inside + name, breed, None) for name, breed in matches.items()))
-    return None
-
-
-def _split_folders(root: Path, base: str) -> ImageFolder | None:
-    """`train/<class>` and one of `val`, `valid`, `validation`, `test`, in this order; other folders are left alone."""
-    by_lower = {name.lower(): name for name in reversed(_folders(root / base))}
-    train = by_lower.get("train")
-    if train is None or any(_is_image(entry) for entry in _entries(root / base / train)):
-        return None  # a class may be called "train" too
-    valid = next((by_lower[name] for name in VALID_NAMES if name in by_lower), None)
-    train_images = list(_images_by_class(root, f"{base}{train}/"))
-    if not train_images:
-        return None
-    if valid is None:
-        if len(by_lower) > 1:
-            return None
-        raise DataError(
-            f"{root / base} has a folder {train} but no validation folder beside it (one of {', '.join(VALID_NAMES)}). "
-            f"Add one, or give {root / base / train} to have a part of its images set aside for validation."
-        )
-    valid_images = list(_images_by_class(root, f"{base}{valid}/"))
-    if not valid_images:
-        raise DataError(
-            f"{root / base / valid} has no class folders with images. Expected {valid}/<class>/*.jpg, with the same "
-            f"classes as in {train}. Fill it, or remove it and give {root / base / train}."
-        )
-    labelled = [(path, name, False) for path, name in train_images] + [
-        (path, name, True) for path, name in valid_images
-    ]
-    return _image_folder(root, "split folders", labelled)
-
-
-def _class_folders(root: Path, base: str) -> ImageFolder | None:
-    labelled = [(path, name, None) for path, name in _images_by_class(root, base)]
-    if {name for _, name, _ in labelled} <= {"images"}:  # the folder of the Pets layout, with names that do not label
-        return None
-    return _image_folder(root, "class folders", labelled)
-
-
-def _image_folder(root: Path, layout: str, labelled: Iterable[tuple[str, str, bool | None]]) -> ImageFolder:
-    paths, names, valid = zip(*sorted(labelled), strict=True)
-    classes = tuple(sorted(set(names)))
-    index = {name: label for label, name in enumerate(classes)}
-    given = valid if layout == "split folders" else None
-    return ImageFolder(root, layout, paths, tuple(index[name] for name in names), classes, given)
-
-
-def _images_by_class(root: Path, base: str) -> Iterator[tuple[str, str]]:
-    """(path relative to root, class) of the images below each sub-folder of `base`."""
-    above = {_identity(folder) for folder in (root / base, root, *root.parents)}
-    for name in _folders(root / base):
-        for path in _images_below(root / base / name, set(above)):
-            yield f"{base}{name}/{path}", name
-
-
-def _images_below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[str]:
-    """Images in `folder` and its sub-folders, relative to it. Reads each real folder once, so that link loops end."""
-    waiting = [(folder, "")]
-    while waiting:
-        path, prefix = waiting.pop()
-        if (identity := _identity(path)) in seen:
-            continue
-        seen.add(identity)
-        for entry in _entries(path):
-            if _is_folder(entry):
-                waiting.append((path / entry.name, f"{prefix}{entry.name}/"))
-            elif _is_image(entry):
-                yield prefix + entry.name
-
-
-def _entries(folder: Path) -> list[os.DirEntry]:
-    """What lies in `folder`, sorted, without hidden files and the __MACOSX folders of zip archives."""
-    with os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
-    return sorted(visible, key=lambda entry: entry.name)
-
-
-def _folders(folder: Path) -> list[str]:
-    return [entry.name for entry in _entries(folder) if _is_folder(entry)]
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _is_image(entry: os.DirEntry) -> bool:
-    """By its name; a broken link counts, to be reported as unreadable, a pipe or a folder does not."""
-    if not entry.name.lower().endswith(IMAGE_SUFFIXES):
-        return False
-    try:
-        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))  # noqa: PTH110
-    except OSError:
-        return entry.is_symlink()
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
-
-
-def _nothing_found(root: Path) -> DataError:
-    for folder in (root / "images", root):
-        if folder.is_dir() and (names := [entry.name for entry in _entries(folder) if _is_image(entry)]):
-            return DataError(
-                f"The {len(names)} images in {folder} do not tell two classes apart by their names (the first is "
-                f"{names[0]!r}). Sort them into one folder per class, or name them <class>_<number>.jpg. {LAYOUTS}"
-            )
-    return DataError(f"There are no images in {root}. {LAYOUTS} Hidden files and other suffixes are ignored.")
-
-
-def _warn_of_case(classes: Sequence[str]) -> None:
-    folded: dict[str, list[str]] = {}
-    for name in classes:
-        folded.setdefault(name.casefold(), []).append(name)
-    for names in folded.values():
-        if len(names) > 1:
-            logger.warning("classes %s differ only in case; each is a class of its own", ", ".join(map(repr, names)))
 
 
 def some(names: Sequence[str], one: str, many: str) -> str:

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainables.data import DataError, cache_dir, count_images, locked
+from trainables.data import DataError, cache_dir, locked
+from trainables.layouts import count_images
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ import inspect
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,14 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each of the workers has, by rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
         """`model` with its gradients averaged over the workers after each backward pass."""

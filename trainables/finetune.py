@@ -11,6 +11,8 @@ import gc
 import io
 import itertools
 import json
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -25,8 +27,9 @@ import torch.nn.functional as F
 
 from trainables import augment, loss, lr_finder, model, normalize, optim, schedule, tta
 from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE, Files, Preprocessing
-from trainables.data import find_images
+from trainables.data import MAX_UNREADABLE, DataError
 from trainables.distributed import World, init_from_environment, share, share_batch_norm
+from trainables.layouts import find_images
 from trainables.loader import loader_for, normalized
 from trainables.plan import Step, plan_epoch
 from trainables.presize import STORAGES, PresizedImages, presize
@@ -71,9 +74,11 @@ class FineTune:
         self.device = torch.device(device)
         self.world = World.current()
         self.epochs_done = 0
+        require_same_images(images, self.world)
         self.train_indices, self.valid_indices = images.split(seed=split_seed)
         self.labels = torch.as_tensor(np.asarray(images.labels), dtype=torch.long)
         self.num_classes = len(images.classes)
+        self.white_level = images.white_level
         smallest = min(recipe.batch_size, self.batch_size)
         if smallest < self.world.size:
             raise ValueError(f"a batch of {smallest} images is too small for {self.world.size} workers")
@@ -95,7 +100,7 @@ class FineTune:
     def preprocessing(self) -> Preprocessing:
         names = ("presize", "resize_method", "image_size")
         sizes = {name: getattr(self.recipe, name) for name in names}
-        return Preprocessing(**sizes, mean=self.network.mean, std=self.network.std)
+        return Preprocessing(**sizes, mean=self.network.mean, std=self.network.std, white_level=self.white_level)
 
     @property
     def frozen(self) -> bool:
@@ -356,6 +361,21 @@ class FineTune:
         return losses.tolist()
 
 
+def require_same_images(images: PresizedImages, world: World) -> None:
+    """Raises `DataError` where the workers of a training have different images: one that a single node cannot read
+    would shift all that follow it there."""
+    found = world.gather((socket.gethostname(), images.digest, len(images), images.unreadable[:3]))
+    if len({digest for _, digest, _, _ in found}) > 1:
+        nodes = (
+            f"{node} (worker {rank}) has {count}" + (f" and cannot read {', '.join(map(repr, bad))}" if bad else "")
+            for rank, (node, _, count, bad) in enumerate(found)
+        )
+        raise DataError(
+            f"The nodes of this trial have different images: {'; '.join(nodes)}. Every node needs the same files, with "
+            "the same content."
+        )
+
+
 def autocast_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
     """What the forward pass computes in under `torch.autocast`; None for plain fp32."""
     precision = recipe.precision
@@ -375,13 +395,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of labelled images")
     parser.add_argument("--weights", type=Path, help="folder with <arch>.safetensors")
+    parser.add_argument(
+        "--max-unreadable",
+        type=float,
+        default=MAX_UNREADABLE,
+        metavar="SHARE",
+        help="of the images; default %(default)g",
+    )
     parser.add_argument("--cache", choices=STORAGES, default="auto", help="how presized images are kept; default auto")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipe")
     args = parser.parse_args()
     try:
         recipe = Recipe(**dict(_parse_setting(text) for text in args.set))
         model.check_architecture(recipe.arch)
-        images = presize(find_images(args.data), recipe.presize, recipe.resize_method, storage=args.cache)
+        found = find_images(args.data)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"data: {found.describe()}", flush=True)
+        sizes = recipe.presize, recipe.resize_method
+        images = presize(found, *sizes, storage=args.cache, max_unreadable=args.max_unreadable)
     except ValueError as error:
         parser.error(str(error))
     device = init_from_environment()

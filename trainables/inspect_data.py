@@ -13,17 +13,15 @@ from hashlib import file_digest
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from trainables import data
-from trainables.data import DataError, ImageFolder
-from trainables.image_file import FORMATS, UnreadableImage, read_image
-from trainables.presize import MAX_UNREADABLE
+from trainables.data import MAX_UNREADABLE, DataError, ImageFolder
+from trainables.image_file import UnreadableImage, decode
+from trainables.layouts import find_images, find_unchecked
 
 FEW_TRAINING_IMAGES = 10  # a class with fewer is warned of
 MAX_IMBALANCE = 10.0  # largest / smallest class that needs no warning
 NAMED = 5  # examples in a finding's text
-ORIENTATION = 0x0112  # the EXIF tag; its values 5 to 8 swap width and height
 FILES_AT_ONCE = 1024  # handed to the threads together, so that a huge data set needs no huge queue
 
 
@@ -123,9 +121,9 @@ def find_folder(root: Path | str) -> ImageFolder:
     Raises DataError where there is nothing that can be looked at.
     """
     try:
-        return data.find_images(root)
+        return find_images(root)
     except DataError:
-        return data.find_unchecked(root)
+        return find_unchecked(root)
 
 
 def inspect(
@@ -157,22 +155,21 @@ def inspect_files(
     with ThreadPoolExecutor(num_threads or os.cpu_count(), thread_name_prefix="inspect") as pool:
         for start in range(0, len(folder.paths), FILES_AT_ONCE):
             paths = folder.paths[start : start + FILES_AT_ONCE]
-            for file in pool.map(lambda path: inspect_file(folder.root, path, size), paths):
+            for file in pool.map(lambda path: inspect_file(folder, path, size), paths):
                 files.append(file)
                 if progress:
                     progress(len(files), len(folder.paths))
     return tuple(files)
 
 
-def inspect_file(root: Path, path: str, size: int) -> ImageFile:
+def inspect_file(folder: ImageFolder, path: str, size: int) -> ImageFile:
     """Unreadable is exactly what a presized cache leaves out."""
-    file = root / path
+    file = folder.root / path
     try:
-        read_image(file, size)
+        image = decode(file, size, folder.white_level)
         with file.open("rb") as content:
             digest = file_digest(content, "sha256").digest()
-        with Image.open(file, formats=FORMATS) as image:
-            return ImageFile(path, digest, image.format or "", *_upright_size(image))
+        return ImageFile(path, digest, image.format, image.width, image.height)
     except (UnreadableImage, OSError) as error:
         return ImageFile(path, problem=_reason(error, file))
 
@@ -180,15 +177,6 @@ def inspect_file(root: Path, path: str, size: int) -> ImageFile:
 def _reason(error: Exception, file: Path) -> str:
     """In one line, without the path that stands before it anyway."""
     return " ".join(str(error).replace(f" {str(file)!r}", "").split()).rstrip(":")
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    width, height = image.size
-    try:
-        turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-    except Exception:  # damaged EXIF data beside sound pixels
-        turned = False
-    return (height, width) if turned else (width, height)
 
 
 def split_readable(folder: ImageFolder, files: Sequence[ImageFile], seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -204,20 +192,25 @@ def split_readable(folder: ImageFolder, files: Sequence[ImageFile], seed: int) -
 # --- Judging ----------------------------------------------------------------------------------------------------------
 
 
-def findings(inspection: Inspection) -> list[Finding]:
-    """Problems first, then warnings."""
-    found = [*_of_files(inspection), *_of_copies(inspection), *_of_classes(inspection), *_of_balance(inspection)]
+def findings(inspection: Inspection, max_unreadable: float = MAX_UNREADABLE) -> list[Finding]:
+    """Problems first, then warnings; `max_unreadable` is the share that a search tolerates."""
+    found = [
+        *_of_files(inspection, max_unreadable),
+        *_of_copies(inspection),
+        *_of_classes(inspection),
+        *_of_balance(inspection),
+    ]
     return sorted(found, key=lambda finding: not finding.spoils)
 
 
-def _of_files(inspection: Inspection) -> list[Finding]:
+def _of_files(inspection: Inspection, max_unreadable: float) -> list[Finding]:
     bad, total = len(inspection.unreadable), len(inspection.files)
     if bad == 0:
         return []
     files = f"{bad} of {total} images cannot be read"
-    if bad > MAX_UNREADABLE * total:
-        text = f"{files}, more than the {MAX_UNREADABLE:.0%} that a search tolerates"
-        return [Finding(text, "repair or remove them; they are listed above with their reasons", True)]
+    if bad > max_unreadable * total:
+        text = f"{files}, more than the {100 * max_unreadable:g} % that --max-unreadable tolerates"
+        return [Finding(text, "repair or remove them, or tolerate a larger share", True)]
     return [Finding(f"{files} and will be left out", "repair or remove them if they matter", False)]
 
 

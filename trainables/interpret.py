@@ -22,6 +22,7 @@ import numpy as np
 from trainables import augment, data, warp_cpu
 from trainables.checkpoint import Preprocessing
 from trainables.held_out import remaining, set_aside, share_of
+from trainables.layouts import find_images
 from trainables.model_folder import ModelFolder, read_json, read_model
 from trainables.predictor import Predictor
 from trainables.presize import PresizedImages, presize
@@ -275,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, least, most in (("top", 1, MOST_SHOWN), ("tta", 0, 1000), ("split_seed", 0, 2**32)):
         if not least <= (value := getattr(args, name) or 0) <= most:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {least} to {most}.")
-    model, folder = read_model(_model_path(args.model)), data.find_images(args.data)
+    model, folder = read_model(_model_path(args.model)), find_images(args.data)
     match_classes(folder.classes, model)  # before the images are presized, which takes its time
     command = _command(model.path)
     seed = int(command.get("split_seed", 0)) if args.split_seed is None else args.split_seed

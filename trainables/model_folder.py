@@ -45,9 +45,10 @@ def _preprocessing(path: Path) -> Preprocessing:
         numbers = {name: tuple(map(float, stored[name])) for name in ("mean", "std")}
         sizes = {name: int(stored[name]) for name in ("presize", "image_size")}
         method = str(stored["resize_method"])
+        white_level = int(stored.get("white_level", Preprocessing.white_level))  # earlier versions had none
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / PREPROCESSING_FILE} is damaged ({error!r}). Export the run again.") from error
-    return Preprocessing(**sizes, **numbers, resize_method=method)
+    return Preprocessing(**sizes, **numbers, resize_method=method, white_level=white_level)
 
 
 def _read_json(file: Path, expected: type) -> Any:

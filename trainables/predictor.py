@@ -162,6 +162,7 @@ class PresizedFiles:
         self.paths = paths
         self.size = preprocessing.presize
         self.method = preprocessing.resize_method
+        self.white_level = preprocessing.white_level
         self.problems: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -173,7 +174,8 @@ class PresizedFiles:
         from trainables.image_file import UnreadableImage, read_image, resize
 
         try:
-            return resize(read_image(self.paths[index], self.size), self.size, self.method)
+            image = read_image(self.paths[index], self.size, self.white_level)
+            return resize(image, self.size, self.method)
         except UnreadableImage as error:
             self.problems[int(index)] = str(error)
             return np.zeros((self.size, self.size, 3), np.uint8)

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -23,23 +23,24 @@ import numpy as np
 from PIL import Image
 
 from trainables import data
-from trainables.data import DataError, ImageFolder
+from trainables.data import MAX_UNREADABLE, DataError, ImageFolder
 from trainables.image_file import FORMATS, UnreadableImage, read_image, resize
 from trainables.presized_images import (
     CHECKSUM_FILE,
     INDEX_FILE,
     JPEG,
+    KEY_LENGTH,
     MEMORY_MAP,
     OFF,
     PIXEL_FILES,
     DamagedCache,
     PresizedImages,
+    unreadable_list,
 )
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 4  # raise it when the same settings would give other pixels or another index
-MAX_UNREADABLE = 0.01
+FORMAT_VERSION = 5  # raise it when the same settings would give other pixels or another index
 STORAGES = ("auto", MEMORY_MAP, JPEG, OFF)
 JPEG_QUALITY = 95
 JPEG_SHARE = 0.25  # of the bytes of the pixels, at most; photographs take about 0.15
@@ -53,6 +54,7 @@ def presize(
     method: str = "crop",
     *,
     storage: str = "auto",
+    max_unreadable: float = MAX_UNREADABLE,
     cache: Path | None = None,
     num_threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -65,45 +67,55 @@ def presize(
     keeps none and decodes the data set's own files each time; auto takes the memory map while it fits half of the
     memory and the disk, and jpeg beyond.
 
-    `cache` is the folder of all caches (default: `caches_folder()`); `progress` is called with (images done, images in
-    all) by the process that builds. Raises DataError where more than 1 % of the images are unreadable, a class is left
-    with fewer than two, or the cache cannot be written.
+    `max_unreadable` is the share of the images that may be unreadable, 0 to 1; all of them are listed in a file beside
+    the cache. `cache` is the folder of all caches (default: `caches_folder()`); `progress` is called with (images done,
+    images in all) by the process that builds. Raises DataError where more images are unreadable, a class is left with
+    fewer than two, or the cache cannot be written.
     """
     if size < 1:
         raise ValueError(f"size is {size}; expected pixels, such as 460.")
     if storage not in STORAGES:
         raise ValueError(f"storage is {storage!r}; expected one of {', '.join(STORAGES)}.")
+    if not 0 <= max_unreadable <= 1:
+        raise ValueError(f"max_unreadable is {max_unreadable}; expected a share from 0 to 1, such as 0.01.")
     caches = caches_folder() if cache is None else Path(cache)
-    key = sha256(f"{data.fingerprint(folder)} {size} {method} {FORMAT_VERSION}".encode()).hexdigest()[:32]
-    if opened := _open(folder, caches, key, storage):
-        return opened
-    try:
-        caches.mkdir(parents=True, exist_ok=True)
-        with data.locked(caches / f".{key}.lock", "for another process that presizes the same images"):
-            if opened := _open(folder, caches, key, storage):  # the other process has built it
-                return opened
-            chosen = _choose(folder, size, method, storage, caches)
-            path = _place(folder, caches, key, chosen)
-            _build(_Job(folder, size, method, chosen, path, num_threads or data.num_cpus()), progress)
-    except OSError as error:
-        raise _cannot_write(caches, folder, size, error) from error
-    return PresizedImages(path)
+    content = f"{data.fingerprint(folder)} {folder.white_level} {size} {method} {FORMAT_VERSION}"
+    key = sha256(content.encode()).hexdigest()[:KEY_LENGTH]
+    job = _Job(folder, size, method, storage, caches, key, num_threads or data.num_cpus(), max_unreadable)
+    images = _open(job) or _build_once(job, progress)
+    _require_few(job, dict.fromkeys(images.unreadable, ""))  # an earlier search may have tolerated more
+    return images
 
 
 def caches_folder() -> Path:
     return data.cache_dir() / "presized"
 
 
-def _place(folder: ImageFolder, caches: Path, key: str, storage: str) -> Path:
-    # Where nothing is stored the images are those at this very place.
-    place = f"-{sha256(ascii(folder.root.absolute()).encode()).hexdigest()[:8]}" if storage == OFF else ""
-    return caches / f"{key}-{storage}{place}"
+@dataclass(frozen=True)
+class _Job:
+    folder: ImageFolder
+    size: int
+    method: str
+    storage: str
+    """What was asked for, auto included, until one is chosen."""
+    caches: Path
+    key: str
+    """What the content and the settings are called."""
+    num_threads: int
+    max_unreadable: float
+
+    @property
+    def path(self) -> Path:
+        # Where nothing is stored the images are those at this very place.
+        off, root = self.storage == OFF, ascii(self.folder.root.absolute())
+        place = f"-{sha256(root.encode()).hexdigest()[:8]}" if off else ""
+        return self.caches / f"{self.key}-{self.storage}{place}"
 
 
-def _open(folder: ImageFolder, caches: Path, key: str, storage: str) -> PresizedImages | None:
+def _open(job: _Job) -> PresizedImages | None:
     """What is there already; auto takes what an earlier choice made, so that all trials of a node read the same."""
-    for each in (MEMORY_MAP, JPEG) if storage == "auto" else (storage,):
-        path = _place(folder, caches, key, each)
+    for storage in (MEMORY_MAP, JPEG) if job.storage == "auto" else (job.storage,):
+        path = replace(job, storage=storage).path
         if not path.exists():
             continue
         try:
@@ -120,10 +132,10 @@ def _open(folder: ImageFolder, caches: Path, key: str, storage: str) -> Presized
 # --- Choosing the storage ---------------------------------------------------------------------------------------------
 
 
-def _choose(folder: ImageFolder, size: int, method: str, storage: str, caches: Path) -> str:
+def _choose(job: _Job) -> str:
     """The storage to build. Raises OSError where the disk surely has no room for it."""
-    needed = estimated_bytes(folder, size, method)
-    memory, free = total_memory(), shutil.disk_usage(caches).free
+    needed, storage = estimated_bytes(job.folder, job.size, job.method), job.storage
+    memory, free = total_memory(), shutil.disk_usage(job.caches).free
     sizes = f"about {needed / 1e9:.2f} GB of pixels, {memory / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB of disk free"
     if storage == "auto":
         fits = needed <= MEMORY_SHARE * memory and needed <= 0.9 * free
@@ -161,14 +173,18 @@ def total_memory() -> int:
 # --- Building it ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Job:
-    folder: ImageFolder
-    size: int
-    method: str
-    storage: str
-    path: Path
-    num_threads: int
+def _build_once(job: _Job, progress: Callable | None) -> PresizedImages:
+    """Builds the cache, unless another process does it meanwhile."""
+    try:
+        job.caches.mkdir(parents=True, exist_ok=True)
+        with data.locked(job.caches / f".{job.key}.lock", "for another process that presizes the same images"):
+            if opened := _open(job):  # the other process has built it
+                return opened
+            job = replace(job, storage=_choose(job))
+            _build(job, progress)
+    except OSError as error:
+        raise _cannot_write(job, error) from error
+    return PresizedImages(job.path)
 
 
 @dataclass
@@ -191,7 +207,7 @@ def _build(job: _Job, progress: Callable | None) -> None:
     try:
         temporary.mkdir()
         built = _write_images(job, temporary, progress)
-        _write_index(job, _leave_out(job.folder, built), built, temporary)
+        _write_index(job, _leave_out(job, built), built, temporary)
         shutil.rmtree(job.path, ignore_errors=True)  # a damaged one
         temporary.rename(job.path)
     finally:
@@ -227,7 +243,8 @@ def _stored(job: _Job) -> Iterator[tuple[tuple[int, int], memoryview | bytes] | 
 
     def one(path: str) -> tuple[tuple[int, int], memoryview | bytes] | UnreadableImage:
         try:
-            image = resize(read_image(job.folder.root / path, job.size), job.size, job.method)
+            file, white = job.folder.root / path, job.folder.white_level
+            image = resize(read_image(file, job.size, white), job.size, job.method)
         except UnreadableImage as error:
             return error
         return image.shape[:2], _encoded(image, job.storage)
@@ -254,19 +271,16 @@ def _encoded(image: np.ndarray, storage: str) -> memoryview | bytes:
     return stream.getvalue()
 
 
-def _leave_out(folder: ImageFolder, built: _Built) -> ImageFolder:
-    """The readable part of `folder`; raises DataError where too little is left."""
-    num_bad, total = len(built.unreadable), len(folder.paths)
+def _leave_out(job: _Job, built: _Built) -> ImageFolder:
+    """The readable part of the images; raises DataError where too little is left."""
+    folder, num_bad = job.folder, len(built.unreadable)
     if num_bad == 0:
         return folder
-    reasons = "; ".join(f"{path!r}: {reason}" for path, reason in list(built.unreadable.items())[:5])
-    more = "; ..." if num_bad > 5 else ""
-    if num_bad > MAX_UNREADABLE * total:
-        raise DataError(
-            f"{num_bad} of {total} images in {folder.root} cannot be read, more than the 1 % that is tolerated "
-            f"({reasons}{more}). Repair or remove them."
-        )
-    logger.warning("left out %d of %d images that cannot be read: %s%s", num_bad, total, reasons, more)
+    lines = [f"{path!a}\t{' '.join(reason.split())}\n" for path, reason in built.unreadable.items()]
+    unreadable_list(job.caches, job.key).write_text("".join(lines))
+    _require_few(job, built.unreadable)
+    listed = _listed(job, built.unreadable)
+    logger.warning("left out %d of %d images that cannot be read: %s", num_bad, len(folder.paths), listed)
     remaining = replace(
         folder,
         paths=tuple(folder.paths[i] for i in built.kept),
@@ -277,11 +291,29 @@ def _leave_out(folder: ImageFolder, built: _Built) -> ImageFolder:
     return remaining
 
 
+def _require_few(job: _Job, unreadable: Mapping[str, str]) -> None:
+    """Raises DataError where more images are unreadable (path -> reason, if known) than is tolerated."""
+    num_bad, total = len(unreadable), len(job.folder.paths)
+    if num_bad > job.max_unreadable * total:
+        raise DataError(
+            f"{num_bad} of {total} images in {job.folder.root} cannot be read, more than the "
+            f"{100 * job.max_unreadable:g} % that --max-unreadable tolerates ({_listed(job, unreadable)}). Repair or "
+            "remove them, or tolerate a larger share."
+        )
+
+
+def _listed(job: _Job, unreadable: Mapping[str, str]) -> str:
+    """The first unreadable images, and where all of them are."""
+    first = [f"{path!r}: {reason}" if reason else repr(path) for path, reason in list(unreadable.items())[:5]]
+    return "; ".join([*first, f"all listed in {unreadable_list(job.caches, job.key)}"])
+
+
 def _write_index(job: _Job, folder: ImageFolder, built: _Built, target: Path) -> None:
     index = {
         "format": FORMAT_VERSION,
         "root": str(folder.root.absolute()),
         "size": job.size,
+        "white_level": folder.white_level,
         "resize_method": job.method,
         "storage": job.storage,
         "layout": folder.layout,
@@ -308,13 +340,13 @@ def _flush(file) -> None:
     os.fsync(file.fileno())
 
 
-def _cannot_write(caches: Path, folder: ImageFolder, size: int, error: OSError) -> DataError:
-    needed = len(folder.paths) * size * size * 3 * 1.4 / 1e9
+def _cannot_write(job: _Job, error: OSError) -> DataError:
+    needed = len(job.folder.paths) * job.size * job.size * 3 * 1.4 / 1e9
     free = ""
     with suppress(OSError):
-        free = f", {shutil.disk_usage(caches).free / 1e9:.2f} GB are free"
+        free = f", {shutil.disk_usage(job.caches).free / 1e9:.2f} GB are free"
     return DataError(
-        f"The presized images cannot be written to {caches}: {error.strerror or error}. They take about {needed:.2f} GB"
-        f"{free}. Make room, choose a smaller presize, keep JPEGs (--cache jpeg) or nothing (--cache off), or set "
-        "FINETUNE_SEARCH_CACHE to a folder on another disk."
+        f"The presized images cannot be written to {job.caches}: {error.strerror or error}. They take about "
+        f"{needed:.2f} GB{free}. Make room, choose a smaller presize, keep JPEGs (--cache jpeg) or nothing (--cache "
+        "off), or set FINETUNE_SEARCH_CACHE to a folder on another disk."
     )

@@ -7,6 +7,7 @@ images one after another) or `images.jpeg` (jpeg: likewise, compressed), or stil
 import io
 import json
 import math
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,9 +17,15 @@ from PIL import Image
 from trainables import data
 from trainables.image_file import UnreadableImage, read_image, resize
 
+KEY_LENGTH = 32  # of the name of a cache, before its storage
 INDEX_FILE, CHECKSUM_FILE = "index.json", "index.sha256"
 MEMORY_MAP, JPEG, OFF = "memory-map", "jpeg", "off"
 PIXEL_FILES = {MEMORY_MAP: "pixels.u8", JPEG: "images.jpeg"}
+
+
+def unreadable_list(caches: Path, key: str) -> Path:
+    """The file with all images that a cache leaves out, a path and its reason on each line."""
+    return caches / f"{key}.unreadable.txt"
 
 
 class DamagedCache(ValueError):
@@ -46,6 +53,8 @@ class PresizedImages:
             self.layout: str = index["layout"]
             self.root = Path(index["root"])
             self.size: int = index["size"]
+            self.white_level: int = index["white_level"]
+            """As in `ImageFolder`."""
             self.method: str = index["resize_method"]
             self.storage: str = index["storage"]
             self.nbytes: int = index["nbytes"]
@@ -72,6 +81,17 @@ class PresizedImages:
 
     def __reduce__(self):
         return PresizedImages, (self.path,)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over what a training needs to be the same on all nodes: paths, labels, classes and sizes."""
+        described = ascii((self.paths, self.labels.tolist(), self.classes, self.shapes, self.white_level))
+        return sha256(described.encode()).hexdigest()
+
+    @property
+    def unreadable_list(self) -> Path:
+        """Where the images that were left out are listed, each with its reason."""
+        return unreadable_list(self.path.parent, self.path.name[:KEY_LENGTH])
 
     def split(self, seed: int = 0, valid_fraction: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
         """Indices for training and validation: the data set's own split, or a random one within each class."""
@@ -102,7 +122,7 @@ class PresizedImages:
     def _decoded(self, index: int) -> np.ndarray:
         file = self.root / self.paths[index]
         try:
-            image = resize(read_image(file, self.size), self.size, self.method)
+            image = resize(read_image(file, self.size, self.white_level), self.size, self.method)
         except UnreadableImage as error:
             raise data.DataError(f"{file} could be read when the search began, and cannot be now: {error}") from error
         if image.shape != self.shapes[index]:

@@ -4,13 +4,15 @@ A source is a folder that every node has at the same path, the URI of an archive
 once (see `fetch`), or, of images, the name of a known data set (see `datasets`). Imports no torch.
 """
 
+import socket
 from hashlib import sha256
 from pathlib import Path
 
-from trainables.data import DataError, ImageFolder, find_images
+from trainables.data import DataError, ImageFolder
 from trainables.datasets import DATASETS, prepare
-from trainables.fetch import fetch, is_uri
+from trainables.fetch import fetch, is_uri, pinned
 from trainables.held_out import Remaining, remaining
+from trainables.layouts import find_images, split_level
 
 
 def images_of(source: str | Remaining, digest: str | None = None) -> ImageFolder:
@@ -24,18 +26,36 @@ def images_of(source: str | Remaining, digest: str | None = None) -> ImageFolder
         images = find_images(prepare(source) if source in DATASETS else folder_of(source))
     if digest is not None and images_digest(images) != digest:
         raise DataError(
-            f"The images in {images.root} on this node ({images.describe()}) are not those that the search was started "
-            "with. Every node needs the same images at this path; a URI that each of them fetches makes sure of that."
+            f"The images on the node {socket.gethostname()} ({images.describe()}) are not those that the search was "
+            "started with: names, classes or file sizes differ. Every node needs the same files at this path; a URI "
+            "that each of them fetches makes sure of that."
         )
     return images
 
 
 def folder_of(source: str) -> Path:
-    """The folder of a source that is a path or a URI, on this node."""
-    return fetch(source) if is_uri(source) else Path(source)
+    """The folder of a source that is a path or a URI, on this node; `/*` at its end stay there, see `layouts`."""
+    address, stars = split_level(source)
+    return Path(f"{fetch(address)}{stars}") if is_uri(source) else Path(source)
 
 
-def images_digest(images: ImageFolder) -> str:
-    """SHA-256 over classes, labels and relative paths: the same on all nodes, whose copies differ in their times."""
+def pinned_source(uri: str) -> str:
+    """The URI with the checksum of what this node has of it, see `fetch.pinned`."""
+    address, stars = split_level(uri)
+    return f"{pinned(address)}{stars}"
+
+
+def images_digest(images: ImageFolder, *, sizes: bool = True) -> str:
+    """SHA-256 over classes, labels, relative paths and file sizes: the same on all nodes, whose copies differ in their
+    times. An image that is edited without changing its size keeps the digest. Earlier versions left `sizes` out."""
     described = ascii((images.classes, images.labels, images.paths, images.valid))
+    if sizes:
+        described += ascii(([_size(images.root / path) for path in images.paths], images.white_level))
     return sha256(described.encode()).hexdigest()
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # a broken link
+        return -1

@@ -15,6 +15,7 @@ import ray
 from ray import tune
 
 from trainables import checkpoint
+from trainables.data import MAX_UNREADABLE
 from trainables.held_out import Remaining
 from trainables.recipe import Recipe
 from trainables.worker_group import (
@@ -47,6 +48,7 @@ class TrialOptions:
     group_size: GroupSize
     num_workers: Mapping[str, int] = field(default_factory=dict)  # of architectures by pattern, see `GroupSize`
     cache: str = "auto"  # how presized images are stored, see `presize`
+    max_unreadable: float = MAX_UNREADABLE  # the share of the images that may be unreadable
     split_seed: int = 0
     stall_timeout: float = math.inf  # seconds without progress after which workers are killed
 
@@ -166,6 +168,7 @@ class FineTuneTrial(tune.Trainable):
             data_digest=options.data_digest,
             weights=options.weights,
             cache=options.cache,
+            max_unreadable=options.max_unreadable,
             split_seed=options.split_seed,
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 from trainables.held_out import Remaining
 from trainables.recipe import Recipe
 from trainables.wording import many
-from trainables.worker_group import Command, Outcome
+from trainables.worker_group import Command, Outcome, TrialSpec
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class _Slot:
         if command.batch_parts > 1:
             gc.collect()  # what ran out of memory may hang together in cycles
         recipe = Recipe.from_dict(trial.recipe)
-        images = _presized_images(trial.data, trial.data_digest, recipe.presize, recipe.resize_method, trial.cache)
+        images = _presized_images(trial, recipe.presize, recipe.resize_method)
         weights = folder_of(trial.weights) if trial.weights else None
         ray.get(self.host.meet.remote(ray.train.get_context().get_world_rank(), command.number))
         self.training = FineTune(
@@ -175,9 +175,14 @@ def is_out_of_memory(error: Exception) -> bool:
     return any(text in str(error) for text in ("DefaultCPUAllocator", "_STATUS_ALLOC_FAILED", "out of memory"))
 
 
+def _presized_images(trial: TrialSpec, size: int, method: str):
+    """The images of a trial; those of the trial before are not opened again."""
+    return _presized(trial.data, trial.data_digest, size, method, trial.cache, trial.max_unreadable)
+
+
 @lru_cache(maxsize=4)
-def _presized_images(data: str | Remaining, digest: str | None, size: int, method: str, storage: str):
+def _presized(data: str | Remaining, digest: str | None, size: int, method: str, storage: str, max_unreadable: float):
     from trainables.presize import presize
     from trainables.source import images_of
 
-    return presize(images_of(data, digest), size, method, storage=storage)
+    return presize(images_of(data, digest), size, method, storage=storage, max_unreadable=max_unreadable)

@@ -21,6 +21,7 @@ from typing import Any
 import ray
 
 from trainables.checkpoint import Files
+from trainables.data import MAX_UNREADABLE
 from trainables.held_out import Remaining
 
 MAX_TRIES = 3
@@ -57,6 +58,7 @@ class TrialSpec:
     data_digest: str | None = None  # of the images that it must have
     weights: str | None = None  # source of pretrained weights
     cache: str = "auto"  # how presized images are stored, see `presize`
+    max_unreadable: float = MAX_UNREADABLE  # the share of the images that may be unreadable
     split_seed: int = 0
 
 

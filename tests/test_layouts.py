@@ -1,0 +1,413 @@
+"""Finding and labelling images, as a user meets it. Files are empty here: only names matter."""
+
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from files import fill
+
+from trainables.data import DataError, ImageFolder, fingerprint, split
+from trainables.layouts import find_images
+
+
+def labelled(folder: ImageFolder) -> dict[str, str]:
+    return {path: folder.classes[label] for path, label in zip(folder.paths, folder.labels, strict=True)}
+
+
+# --- Layouts ----------------------------------------------------------------------------------------------------------
+
+
+def test_pets_layout_takes_the_breed_from_the_name_with_underscores_and_any_suffix_case(tmp_path):
+    names = [
+        "shiba_inu_1.jpg",
+        "shiba_inu_20.JPG",
+        "Bengal_3.jpeg",
+        "Bengal_4.JPEG",
+        "a b'c_\n_7.jpg",
+        "a b'c_\n_8.jpg",
+    ]
+    found = find_images(fill(tmp_path, *(f"images/{name}" for name in names)))
+    assert found.layout == "Oxford Pets"
+    assert found.classes == ("Bengal", "a b'c_\n", "shiba_inu")
+    assert labelled(found)["images/shiba_inu_20.JPG"] == "shiba_inu"
+    assert labelled(found)["images/a b'c_\n_8.jpg"] == "a b'c_\n"
+    assert list(found.paths) == sorted(found.paths)
+    assert found.valid is None
+    assert found.describe() == f"Oxford Pets layout, 6 images, 3 classes in {tmp_path}/images"
+
+
+@pytest.mark.parametrize("given", [".", "oxford-iiit-pet", "oxford-iiit-pet/images"])
+def test_pets_are_found_as_torchvision_unpacks_them_and_from_inside(tmp_path, given):
+    breeds = [f"oxford-iiit-pet/images/{breed}_{n}.jpg" for breed in ("pug", "boxer") for n in (1, 2)]
+    masks = [f"oxford-iiit-pet/annotations/trimaps/pug_{n}.png" for n in (1, 2)]
+    found = find_images(fill(tmp_path, *breeds, *masks) / given)
+    assert (found.layout, found.classes, len(found.paths)) == ("Oxford Pets", ("boxer", "pug"), 4)
+    assert all((found.root / path).exists() for path in found.paths)
+
+
+def test_class_folders_with_every_suffix_and_nested_folders(tmp_path):
+    names = ["cat/1.jpg", "cat/deep/er/2.PNG", "dog/1.webp", "dog/2.jpeg", "train/1.jpg", "train/2.jpg"]
+    found = find_images(fill(tmp_path, *names))
+    assert found.layout == "class folders"
+    assert labelled(found) == {name: name.split("/")[0] for name in names}
+    assert found.labels == (0, 0, 1, 1, 2, 2)
+
+
+PARTS = [
+    *(("train", valid) for valid in ("val", "valid", "validation", "Val", "eval", "dev")),
+    *[("TRAIN", "VALID"), ("Training", "Validation"), ("train_set", "val_set"), ("trainset", "valset")],
+    *[("birds_train", "birds_val"), ("Train Images", "Validation Images"), ("seg_train", "seg_val")],
+    *[("train/train", "val/val"), ("train2017", "val2017")],
+]
+
+
+@pytest.mark.parametrize(("train", "valid"), PARTS)
+def test_split_folders_keep_the_given_split_and_are_named(tmp_path, train, valid):
+    names = [f"{train}/{name}.jpg" for name in ("cat/1", "dog/1", "dog/2")]
+    held = [f"{valid}/cat/1.jpg", f"{valid}/dog/9.jpg"]
+    found = find_images(fill(tmp_path, *names, *held))
+    assert found.layout == "split folders"
+    assert found.classes == ("cat", "dog")
+    assert {p for p, is_held in zip(found.paths, found.valid, strict=True) if is_held} == set(held)
+    parts = f"3 for training in {train.split('/')[0]}/, 2 for validation in {valid.split('/')[0]}/"
+    assert found.describe() == f"split folders layout, 5 images ({parts}), 2 classes in {tmp_path}"
+
+
+PARTS_WITH_TEST = [
+    *[("train", "test"), ("Training", "Testing"), ("seg_train", "seg_test"), ("TRAIN", "TEST")],
+    *[("train_set", "test_set"), ("seg_train/seg_train", "seg_test/seg_test"), ("birds-train", "birds-test")],
+]
+
+
+@pytest.mark.parametrize(("train", "test"), PARTS_WITH_TEST)
+def test_a_test_folder_does_not_validate_and_is_offered_for_test_split(tmp_path, train, test):
+    names = [f"{train}/{name}/{n}.jpg" for name in ("cat", "dog") for n in (1, 2)]
+    held = [f"{test}/{name}/{n}.jpg" for name in ("cat", "dog") for n in (1, 2, 3)]
+    found = find_images(fill(tmp_path, *names, *held))
+    assert (found.layout, found.classes, found.valid) == ("class folders", ("cat", "dog"), None)
+    assert found.paths == tuple(sorted(names))
+    outer = test.split("/")[0]
+    assert f"4 images, 2 classes in {tmp_path}/{train}; not used: 6 images in {outer}/" in found.describe()
+    assert f"--test-split {tmp_path}/{outer} tests the winner on them" in found.describe()
+    assert find_images(tmp_path / outer).classes == ("cat", "dog")  # which is what --test-split reads
+
+
+def test_a_test_folder_beside_a_validation_folder_is_named_too(tmp_path):
+    names = [f"{part}/{name}/1.jpg" for part in ("train", "test", "val") for name in ("cat", "dog")]
+    found = find_images(fill(tmp_path, *names))
+    assert [unused.what for unused in found.unused] == ["2 images in test/"]
+
+
+def test_a_training_folder_alone_is_split(tmp_path):
+    found = find_images(fill(tmp_path, *(f"train/{name}/{n}.jpg" for name in ("cat", "dog") for n in (1, 2))))
+    assert (found.layout, found.valid, len(found.paths)) == ("class folders", None, 4)
+    assert found.describe() == f"class folders layout, 4 images, 2 classes in {tmp_path}/train"
+
+
+def test_a_val_folder_is_preferred_to_test(tmp_path):
+    names = [f"{part}/{name}/1.jpg" for part in ("train", "test", "val") for name in ("cat", "dog")]
+    assert not any(path.startswith("test/") for path in find_images(fill(tmp_path, *names)).paths)
+
+
+def test_imagenette_is_found_as_torchvision_unpacks_it(tmp_path):
+    names = [f"imagenette2-320/{part}/{name}/1.JPEG" for part in ("train", "val") for name in ("n01", "n02")]
+    found = find_images(fill(tmp_path, *names, "imagenette2-320.tgz", "imagenette2-320/noisy_imagenette.csv"))
+    assert (found.layout, found.paths) == ("split folders", tuple(sorted(names)))
+
+
+def test_files_that_are_no_images_are_ignored(tmp_path):
+    images = ["cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/2.jpg"]
+    others = ["cat/._1.jpg", "cat/.hidden/1.jpg", "cat/notes.txt", "cat/noext", "__MACOSX/cat/1.jpg", "dog/Thumbs.db"]
+    fill(tmp_path, *images, *others, ".git/1.jpg", "empty/readme.md", "cover.jpg")
+    os.mkfifo(tmp_path / "dog" / "pipe.jpg")
+    assert find_images(tmp_path).paths == tuple(images)
+
+
+def test_link_loops_end_and_links_to_images_are_followed(tmp_path):
+    fill(tmp_path / "data", "cat/1.jpg", "cat/2.jpg", "dog/1.jpg")
+    fill(tmp_path / "elsewhere", "3.jpg")
+    root = tmp_path / "data"
+    for link, target in {
+        "cat/up": "..",
+        "cat/far_up": "../../..",
+        "cat/self": "self",
+        "dog/there": "../../elsewhere",
+        "elsewhere/back": "../data/dog",
+    }.items():
+        (tmp_path / link if link.startswith("elsewhere") else root / link).symlink_to(target)
+    assert find_images(root).paths == ("cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/there/3.jpg")
+
+
+def test_a_thousand_classes_of_two_images_are_a_data_set(tmp_path):
+    found = find_images(fill(tmp_path, *(f"{label:03}/{n}.jpg" for label in range(1000) for n in (1, 2))))
+    assert (found.num_classes, len(found.paths)) == (1000, 2000)
+    train, valid = split(found.labels)
+    assert (len(train), len(valid)) == (1600, 400)
+    assert found.classes[found.labels[train[-1]]] == "999"
+
+
+def test_a_link_to_itself_with_the_name_of_an_image_is_left_to_be_reported_as_unreadable(tmp_path):
+    fill(tmp_path, "cat/1.jpg", "dog/1.jpg", "dog/2.jpg")
+    (tmp_path / "cat/loop.jpg").symlink_to("loop.jpg")
+    found = find_images(tmp_path)
+    assert "cat/loop.jpg" in found.paths
+    assert fingerprint(found) == fingerprint(find_images(tmp_path))
+
+
+def test_classes_that_differ_only_in_case_stay_apart_and_are_pointed_out(tmp_path, caplog):
+    found = find_images(fill(tmp_path, "Cat/1.jpg", "Cat/2.jpg", "cat/1.jpg", "cat/2.jpg"))
+    assert found.classes == ("Cat", "cat")
+    assert "'Cat', 'cat' differ only in case" in caplog.text
+
+
+# --- At which level ---------------------------------------------------------------------------------------------------
+
+DEEPER = {
+    "Food-101": (
+        ["images/cat/1.jpg", "images/cat/2.jpg", "images/dog/1.jpg", "images/dog/2.jpg"],
+        ["meta/classes.txt"],
+    ),
+    "CUB": (
+        [f"CUB_200_2011/images/{name}/{n}.jpg" for name in ("001.Albatross", "002.Auklet") for n in (1, 2)],
+        ["CUB_200_2011/attributes/certainties.txt", "CUB_200_2011/images.txt"],
+    ),
+    "nested in a folder of its own name": ([f"birds/birds/{name}/{n}.jpg" for name in "ab" for n in (1, 2)], []),
+    "masks beside the images": (
+        [f"images/{name}/{n}.jpg" for name in ("cat", "dog") for n in (1, 2)],
+        [f"masks/{name}/{n}.png" for name in ("cat", "dog") for n in (1, 2)],
+    ),
+    "a split one level deeper": ([f"data/{part}/{name}/1.jpg" for part in ("train", "val") for name in "ab"], []),
+}
+
+
+@pytest.mark.parametrize("case", DEEPER)
+def test_the_level_of_the_classes_is_found(tmp_path, case):
+    names, others = DEEPER[case]
+    found = find_images(fill(tmp_path, *names, *others))
+    assert found.paths == tuple(sorted(names))
+    assert set(found.classes) == {name.split("/")[-2] for name in names}
+    assert sum(unused.count for unused in found.unused) == len(others)
+
+
+def test_stars_behind_the_path_say_at_which_level_the_classes_lie(tmp_path):
+    names = [f"fold{n}/{name}/{k}.jpg" for n in (1, 2) for name in ("cat", "dog") for k in (1, 2)]
+    root = fill(tmp_path, *names)
+    assert find_images(f"{root}/*").classes == ("fold1", "fold2")
+    deeper = find_images(f"{root}/*/*")
+    assert deeper.classes == ("cat", "dog")
+    assert deeper.paths == tuple(sorted(names))
+    assert find_images(deeper.given) == deeper
+    assert "2 classes in" in deeper.describe()
+
+
+def test_stars_settle_what_is_a_split_and_what_is_a_class(tmp_path):
+    fill(tmp_path, "train/1.jpg", "train/2.jpg", "test/1.jpg", "test/2.jpg")
+    assert find_images(f"{tmp_path}/*").classes == ("test", "train")
+
+
+# --- Nothing is left out silently -------------------------------------------------------------------------------------
+
+
+def test_a_few_loose_images_beside_class_folders_are_counted_not_taken_for_the_data_set(tmp_path):
+    names = [f"{name}/{n}.jpg" for name in ("cat", "dog") for n in range(60)]
+    found = find_images(fill(tmp_path, *names, *(f"name_{n}.jpg" for n in range(2)), "other_1.jpg", "other_2.jpg"))
+    assert (found.layout, len(found.paths)) == ("class folders", 120)
+    assert "4 images without a label in the name or folder ('name_0.jpg', 'name_1.jpg'" in found.describe()
+
+
+@pytest.mark.parametrize(
+    "suffix", [".bmp", ".jfif", ".tif", ".TIFF", ".avif", ".jpe", ".WEBP", ".gif", ".JP2", ".ppm", ".mpo", ".tga"]
+)
+def test_a_class_of_any_format_that_pillow_reads_is_there(tmp_path, suffix):
+    found = find_images(fill(tmp_path, "cat/1.jpg", "cat/2.jpg", f"dog/1{suffix}", f"dog/2{suffix}"))
+    assert found.classes == ("cat", "dog")
+
+
+def test_files_that_are_not_used_are_counted_and_named_with_the_reason(tmp_path):
+    fill(tmp_path, *(f"{name}/{n}.jpg" for name in ("cat", "dog") for n in range(3)))
+    fill(tmp_path, "cat/a.heic", "dog/b.HEIC", "dog/c.cr2", *(f"cat/{n}.txt" for n in range(5)), "README")
+    text = find_images(tmp_path).describe()
+    assert "2 .heic files ('cat/a.heic', 'dog/b.HEIC'; install pillow-heif to read them)" in text
+    assert "1 .cr2 file ('dog/c.cr2'; develop them to JPEG or TIFF)" in text
+    assert "6 other files ('README', 'cat/0.txt', 'cat/1.txt', ...)" in text
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["@eaDir", ".AppleDouble", "__MACOSX", "$RECYCLE.BIN", "lost+found", "System Volume Information", "#recycle"],
+)
+def test_folders_of_systems_are_no_classes_and_their_thumbnails_no_images(tmp_path, folder):
+    names = [f"{name}/{n}.jpg" for name in ("cat", "dog") for n in (1, 2)]
+    thumbnails = [f"{folder}/1.jpg", f"cat/{folder}/1.jpg/SYNOPHOTO_THUMB_M.jpg"]
+    found = find_images(fill(tmp_path, *names, *thumbnails))
+    assert found.paths == tuple(names)
+    assert [unused.what for unused in found.unused] == ["2 hidden or system images"]
+
+
+def test_two_spellings_of_one_name_are_one_class(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    found = find_images(fill(tmp_path, f"{composed}/1.jpg", f"{decomposed}/2.jpg", "tea/1.jpg", "tea/2.jpg"))
+    assert found.classes == (composed, "tea")
+    assert set(found.paths) == {f"{composed}/1.jpg", f"{decomposed}/2.jpg", "tea/1.jpg", "tea/2.jpg"}
+    pets = find_images(fill(tmp_path / "pets", *(f"{name}_1.jpg" for name in (composed, decomposed)),
+                            "tea_1.jpg", "tea_2.jpg"))  # fmt: skip
+    assert pets.classes == (composed, "tea")
+
+
+def test_images_that_a_link_leads_to_are_used_and_not_counted_twice(tmp_path):
+    fill(tmp_path, *(f"pool/{name}/{n}.jpg" for name in ("cat", "dog") for n in (1, 2)))
+    (tmp_path / "data").mkdir()
+    for part in ("train", "val"):
+        (tmp_path / "data" / part).symlink_to("../pool")
+    (tmp_path / "data" / "all").symlink_to("../pool")
+    found = find_images(tmp_path / "data")
+    assert (found.layout, len(found.paths), found.unused) == ("split folders", 8, ())
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+ERRORS = {
+    "missing folder": ([], "nowhere", "There is no folder .*/nowhere"),
+    "a file": (["cats.zip"], "cats.zip", "cats.zip is a file.*unpack"),
+    "no images": (["cat/notes.txt", ".hidden/1.jpg"], ".", "no images that can be read in"),
+    "names without labels": (["images/a.jpg", "images/b.jpg"], ".", "do not tell two classes apart.*'a.jpg'"),
+    "one breed": (["images/pug_1.jpg", "images/pug_2.jpg"], ".", "do not tell two classes apart.*'pug_1.jpg'"),
+    "one class": (["cat/1.jpg", "cat/2.jpg"], ".", "only one class, 'cat'"),
+    "classes with one image": (
+        [f"{name}/1.jpg" for name in "abcdefg"] + ["z/1.jpg", "z/2.jpg"],
+        ".",
+        r"fewer than two images in 7 classes \('a', 'b', 'c', 'd', 'e', \.\.\.\)",
+    ),
+    "no label in some names": (
+        [f"images/{name}_{n}.jpg" for name in "ab" for n in range(9)] + ["images/holiday.jpg"],
+        ".",
+        r"1 image \('holiday.jpg'\) of 19 .* carry no label",
+    ),
+    "validation class never trained": (
+        ["train/cat/1.jpg", "train/dog/1.jpg", "val/cat/1.jpg", "val/dog/1.jpg", "val/owl/1.jpg", "val/owl/2.jpg"],
+        ".",
+        r"no training images of 1 class \('owl'\)",
+    ),
+    "no training folder": (
+        ["val/cat/1.jpg", "val/dog/1.jpg", "test/cat/1.jpg", "test/dog/1.jpg"],
+        ".",
+        "look like parts of a split, but no training folder",
+    ),
+    "split folders without class folders": (
+        ["train/1.jpg", "train/2.jpg", "test/1.jpg", "test/2.jpg"],
+        ".",
+        r"two ways: test/, train/ are the classes; or they are parts of a split whose images carry no labels.*/\*",
+    ),
+    "unlabelled validation images": (
+        ["train/cat/1.jpg", "train/dog/1.jpg", "val/images/1.jpg", "val/labels.txt"],
+        ".",
+        r"val has no class folders .* called as in .*/train \(cat/, dog/\)",
+    ),
+    "two training folders": (
+        [f"{part}/{name}/1.jpg" for part in ("train", "training", "val") for name in ("cat", "dog")],
+        ".",
+        "several training folders, train/, training/",
+    ),
+    "the data set once more inside itself": (
+        [f"{base}{name}/{n}.jpg" for base in ("", "PlantVillage/") for name in ("rust", "scab", "sound") for n in "12"],
+        ".",
+        r"PlantVillage has folders .* beside it \(3 names \('rust', 'scab', 'sound'\)\): .* second copy",
+    ),
+    "folds": (
+        [f"fold{n}/{name}/1.jpg" for n in (1, 2) for name in ("cat", "dog")],
+        ".",
+        r"two ways: the classes are fold1/, fold2/.*; or .* one level deeper, cat/, dog/\. .*/\* .*/\*/\*",
+    ),
+    "groups of classes": (
+        ["animals/cat/1.jpg", "animals/dog/1.jpg", "vehicles/bus/1.jpg", "vehicles/car/1.jpg"],
+        ".",
+        r"two ways: .* animals/, vehicles/.*; or .* cat/, dog/, bus/, car/",
+    ),
+    "a folder of images beside others": (
+        [*(f"images/{name}/{n}.jpg" for name in ("cat", "dog") for n in (1, 2)), "drawings/1.jpg", "drawings/2.jpg"],
+        ".",
+        r"two ways: drawings/, images/ are the classes; or images/ holds the data set",
+    ),
+    "a training folder beside others": (
+        [*(f"train/{name}/{n}.jpg" for name in ("cat", "dog") for n in (1, 2)), "extra/1.jpg", "extra/2.jpg"],
+        ".",
+        r"two ways: train/, extra/ are the classes; or train/ is the training part of a split, with cat/, dog/",
+    ),
+    "as many images labelled by name as by folder": (
+        [*(f"{name}/{n}.jpg" for name in ("cat", "dog") for n in (1, 2)), *(f"{name}_1.jpg" for name in "abcd")],
+        ".",
+        r"two ways: 4 images are labelled by their names, such as 'a_1.jpg'; or 4 images .* \(cat/, dog/\)",
+    ),
+    "a class of a format that needs a plugin": (
+        ["cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/2.jpg", "owl/1.heic", "owl/2.HEIC"],
+        ".",
+        r"owl looks like a class, .* 2 \.heic files \(install pillow-heif",
+    ),
+    "a validation class of a format that needs a plugin": (
+        [*(f"{part}/{name}/1.jpg" for part in ("train", "val") for name in ("cat", "dog")), "train/owl/1.heic"],
+        ".",
+        r"train/owl looks like a class, .* 1 \.heic file ",
+    ),
+    "no format that is read": (
+        ["cat/1.heic", "dog/1.heic", "dog/1.txt"],
+        ".",
+        r"no images that can be read in .* \(other files: 2 \.heic, 1 \.txt\)\. \.heic: install pillow-heif",
+    ),
+    "empty validation folder": (
+        ["train/cat/1.jpg", "train/dog/1.jpg", "val/readme.txt"],
+        ".",
+        "val has no class folders with images",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_a_folder_that_cannot_be_used_is_refused_in_one_paragraph(tmp_path, case):
+    names, given, message = ERRORS[case]
+    with pytest.raises(DataError, match=message) as caught:
+        find_images(fill(tmp_path, *names) / given)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
+    fill(tmp_path, "cat/1.jpg", "dog/1.jpg")
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "dog":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # the tests may run as root, who may read everything
+    with pytest.raises(DataError, match=r"/dog cannot be read \(Permission denied\)"):
+        find_images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("closed", "given"), [("data", "."), ("data", "data"), ("data", "data/cat"), ("data/cat", "data")]
+)
+def test_a_folder_that_may_be_listed_but_not_entered_is_an_error_that_says_so(closed, given):
+    with someone_else(), tempfile.TemporaryDirectory() as base:
+        fill(Path(base), "data/cat/deeper/1.jpg", "data/dog/1.jpg")
+        (Path(base) / closed).chmod(0o600)
+        try:
+            with pytest.raises(DataError, match=rf"{base}/data.* cannot be read \(Permission denied\)"):
+                find_images(Path(base) / given)
+        finally:
+            (Path(base) / closed).chmod(0o700)
+
+
+@contextmanager
+def someone_else():
+    """Root may read everything, so the files are made and read by the user `nobody`."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
