@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import shlex
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -11,6 +10,7 @@ from search.space import space_names
 from trainables.data import MAX_UNREADABLE
 from trainables.fetch import is_uri
 from trainables.remote import shown
+from trainables.wording import shell_command
 
 EXAMPLES = """
 examples:
@@ -178,17 +178,17 @@ def add_max_unreadable(parser) -> None:
 
 def resume_command(folder, address: str | None) -> str:
     """The command that goes on with an interrupted run."""
-    words = ["python", "-m", "search.run", "--resume", "--name", folder.path.name]
+    words = ["--resume", "--name", folder.path.name]
     if folder.path.parent != Path("results").absolute():
-        words += ["--results", str(folder.path.parent)]
-    return shlex.join([*words, *(["--address", address] if address else [])])
+        words += ["--results", folder.path.parent]
+    return shell_command("search.run", *words, *(["--address", address] if address else []))
 
 
 def search_command(args: argparse.Namespace, *more: str) -> str:
     """The `search.run` that goes on from another command's --space, --data and --set; `more` words follow."""
-    data = ["--data", str(args.data)] if args.data else []
+    data = ["--data", args.data] if args.data else []
     settings = [word for setting in args.set for word in ("--set", setting)]
-    return shlex.join(["python", "-m", "search.run", "--space", args.space, *data, *settings, *more])
+    return shell_command("search.run", "--space", args.space, *data, *settings, *more)
 
 
 def absolute(text: str) -> Path:

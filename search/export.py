@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from search.wording import percent
 from trainables.checkpoint import PREPROCESSING_FILE, WEIGHTS_FILE
 from trainables.model_folder import ModelFolder, read_json, read_model
 from trainables.predictor import load_model
+from trainables.wording import shell_command
 
 if TYPE_CHECKING:  # Ray comes with it, which --help and the new process can do without
     from search.run_record import RunRecord
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     written = [name for name in FILES if (args.out.expanduser() / name).is_file()]
     print(f"exported to {args.out}/: {', '.join(written)}")
-    print(f"next: python -m search.predict {shlex.quote(str(args.out))} IMAGE...")
+    print(f"next: {shell_command('search.predict', args.out)} IMAGE...")
     return 0
 
 
@@ -185,11 +185,12 @@ def training_command(record: RunRecord, row: Any) -> str:
     # Of named recipes the space's own dimensions are settings like others, and searched unless all are pinned.
     names = list(settings) if arguments.get("recipes") else [*record.dimensions, *space.get("pinned", [])]
     values = {name: row[name] if name in row else settings[name] for name in dict.fromkeys(names) if name != "seed"}
-    words = ["python", "-m", "search.run", "--space", space["name"], "--trials", "1"]
+    words = ["--space", space["name"], "--trials", "1"]
     for name in ("data", "weights"):
         words += [f"--{name}", str(arguments[name])] if arguments.get(name) else []
     words += ["--seed", str(space["seed"])] if space.get("seed") is not None else []
-    return shlex.join([*words, *(word for name, value in values.items() for word in ("--set", f"{name}={value}"))])
+    settings = (word for name, value in values.items() for word in ("--set", f"{name}={value}"))
+    return shell_command("search.run", *words, *settings)
 
 
 def require_free(out: Path, *, force: bool) -> None:

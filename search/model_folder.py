@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from search.arguments import resume_command
+from search.run_folder import RunFolder
 from trainables.checkpoint import PREPROCESSING_FILE
 from trainables.model_folder import ModelFolder, read_model
 
@@ -31,7 +33,7 @@ def open_run(path: Path) -> ModelFolder:
     if not (path / "best").is_dir():
         raise ValueError(
             f"{path} has no best model yet: no trial has completed. See {path / 'trials.csv'} for how its trials fare, "
-            f"or go on with it: python -m search.run --resume --name {path.name}"
+            f"or go on with it: {resume_command(RunFolder(path), None)}"
         )
     return read_model(path / "best")
 

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import shlex
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,7 +17,7 @@ from search.files import write_atomically
 from search.results import COMPLETED, CONFIRMED, FAILED, RETRAINED, RUNNING, SCORES, STOPPED
 from search.run_record import RunRecord, load
 from search.wording import duration, percent
-from trainables.wording import many
+from trainables.wording import many, shell_command
 
 STATUSES = (COMPLETED, RETRAINED, STOPPED, FAILED, RUNNING)
 
@@ -105,7 +104,7 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
         rows=table(run),
         statuses=sorted(run.trials["status"].unique()),
         failures=list(run.trials.loc[run.trials["status"] == FAILED, "reason"].items()),
-        command=shlex.join(["python", "-m", "search.run", *run.command.get("argv", [])]),
+        command=shell_command("search.run", *run.command.get("argv", [])),
         environment=environment(run),
     )
 

@@ -6,6 +6,7 @@ import hmac
 import json
 import os
 import secrets
+import shlex
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -159,7 +160,8 @@ def saved_arguments(folder: RunFolder, args: argparse.Namespace) -> argparse.Nam
     command asks for something else."""
     if not folder.command.is_file():
         raise ValueError(
-            f"{folder} holds no run to resume (no command.json in it). Runs are listed by: ls {args.results}"
+            f"{folder} holds no run to resume (no command.json in it). Runs are listed by: "
+            f"ls {shlex.quote(str(args.results))}"
         )
     command, now = read_json(folder.command), arguments_record(args)
     saved = command["arguments"]

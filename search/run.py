@@ -20,7 +20,7 @@ from search.cluster import prepare_environment, start_ray
 from search.prepare import check_weights, find_data, pin, presize_here, setting_values, space_of
 from search.space import Space
 from search.wording import duration
-from trainables.wording import many
+from trainables.wording import many, shell_command
 
 PUBLISHED = "published: on the book's data, split and hardware; other images or settings give other errors"
 
@@ -209,7 +209,7 @@ def announce(options, nodes: list) -> None:
     say(f"results: {folder}/")
     kept = options.keep + options.keep_first
     say(needs(folder, largest_weights(options), at_once=at_once, kept=kept))
-    say(f"watch: python -m search.dashboard {folder}")
+    say(f"watch: {shell_command('search.dashboard', folder)}")
 
 
 def largest_weights(options) -> int | None:
@@ -264,8 +264,9 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
         say(line)
     say(f"table: {options.folder}/trials.csv    best checkpoint: {options.folder}/best/")
     if options.folder.report.is_file():
-        say(f"report: {options.folder}/report.html    dashboard: python -m search.dashboard {options.folder}")
-    say(f"next: python -m search.export {options.folder} --out exported")
+        dashboard = shell_command("search.dashboard", options.folder)
+        say(f"report: {options.folder}/report.html    dashboard: {dashboard}")
+    say(f"next: {shell_command('search.export', options.folder, '--out', 'exported')}")
     return 1 if ended_by_failures(options, rows) else 0
 
 
@@ -295,7 +296,7 @@ def write_last_report(options, *, analysis: bool) -> None:
     except (ValueError, OSError) as error:  # the latter of a full disk
         say(f"no report: {error}")
     except KeyboardInterrupt:
-        say(f"left out. Once more: python -m search.report {options.folder}")
+        say(f"left out. Once more: {shell_command('search.report', options.folder)}")
 
 
 def write_command(args: argparse.Namespace, options, **found: Any) -> None:

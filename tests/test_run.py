@@ -2,19 +2,29 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from tiny_run import draw_images
+from run_tables import write_run
+from tiny_run import draw_images, write_json
 
 from search.arguments import parse_arguments, resume_command
+from search.model_folder import open_run
+from search.prepare import space_of
+from search.report import write_report
 from search.resources import Node
-from search.run import sizes, words_to_show
+from search.resume import arguments_record
+from search.run import announce, conclude, sizes, words_to_show
 from search.run_folder import RunFolder
+from search.run_record import load
+from trainables.worker_group import GroupSize
 
 ROOT = Path(__file__).parents[1]
 SEARCH = ("-m", "search.run")
@@ -256,3 +266,45 @@ def test_the_command_that_goes_on_says_where(tmp_path, monkeypatch):
     here, elsewhere = RunFolder(Path("results/first")), RunFolder(tmp_path / "kept" / "first")
     assert resume_command(here, None) == "python -m search.run --resume --name first"
     assert resume_command(elsewhere, "auto").endswith(f"--name first --results {tmp_path}/kept --address auto")
+
+
+# --- Commands to paste ------------------------------------------------------------------------------------------------
+
+
+def commands_in(text: str) -> dict[str, list[str]]:
+    """Module -> words of the commands in some output, as a shell parts them."""
+    found = [line.partition("python -m ")[2] for line in text.splitlines() if "python -m " in line]
+    return {words[0]: words[1:] for words in map(shlex.split, found)}
+
+
+def test_commands_that_a_search_prints_can_be_pasted_where_results_has_a_space(tmp_path, capsys):
+    path = write_run(tmp_path / "my results" / "it's mine")
+    command = json.loads((path / "command.json").read_text())
+    arguments = arguments_record(parse_arguments(["--space", "quickstart"]))
+    write_json(path / "command.json", command | {"arguments": arguments})
+    space = replace(space_of(parse_arguments(["--space", "quickstart", "--set", "pretrained=false"])), dimensions={})
+    options = SimpleNamespace(
+        space=space, folder=RunFolder(path), group_size=GroupSize(), num_workers={}, num_trials=10, time_budget=None,
+        max_concurrent=1, keep=3, keep_first=False, weights=None, recipes=(), data_digest="", report="tables",
+        address=None,
+    )  # fmt: skip
+    announce(options, [])
+    assert commands_in(capsys.readouterr().out) == {"search.dashboard": [str(path)]}
+    assert conclude(options, 60.0, interrupted=False) == 0
+    found = commands_in(capsys.readouterr().out)
+    assert found == {"search.dashboard": [str(path)], "search.export": [str(path), "--out", "exported"]}
+    conclude(options, 60.0, interrupted=True)
+    assert commands_in(capsys.readouterr().out)["search.run"][-2:] == ["--results", str(path.parent)]
+
+
+def test_the_commands_of_reports_and_errors_can_be_pasted_likewise(tmp_path):
+    path = write_run(tmp_path / "my results" / "mine")
+    command = json.loads((path / "command.json").read_text())
+    write_json(path / "command.json", command | {"argv": ["--data", "/my photos", "--name", "mine"]})
+    write_report(load(path), tmp_path / "report.html", analysis=False)
+    assert "python -m search.run --data &#39;/my photos&#39; --name mine" in (tmp_path / "report.html").read_text()
+    shutil.rmtree(path / "best")
+    with pytest.raises(ValueError) as error:
+        open_run(path)
+    words = commands_in(str(error.value))["search.run"]
+    assert words == ["--resume", "--name", "mine", "--results", str(path.parent)]

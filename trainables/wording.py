@@ -1,9 +1,16 @@
 """Text for people."""
 
+import shlex
+
 
 def printable(text: object) -> str:
     """`text` for a terminal or a font: line breaks, control characters and bytes that are no UTF-8 as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def shell_command(module: str, *words: object) -> str:
+    """`python -m module words...` as it can be pasted into a shell, whatever characters its paths have."""
+    return shlex.join(["python", "-m", module, *map(str, words)])
 
 
 def many(count: int, what: str) -> str:
