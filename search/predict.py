@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     for given in args.images:
         found = find_files(given)
         if not found:
-            print(f"skipped {printable(given)}: no images there", file=sys.stderr)
+            why = "no images there" if Path(given).expanduser().is_dir() else "no file matches this pattern"
+            print(f"skipped {printable(given)}: {why}", file=sys.stderr)
         paths += found
     if not paths:
         return 1
@@ -102,14 +103,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def find_files(given: str) -> list[Path]:
-    """The image files meant by a file, a folder or a pattern. A file is taken at its word, whatever its suffix."""
+    """The image files meant by a file, a folder or a pattern. A file is taken at its word, whatever its suffix.
+
+    What exists is no pattern, and neither are the folders before one: `2024 [raw]/*.jpg` looks into `2024 [raw]`.
+    """
     path = Path(given).expanduser()
     if path.is_dir():
         return _images_below(path)
-    if not path.exists() and any(sign in given for sign in "*?["):
-        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
-        return [file for match in matches for file in (_images_below(match) if match.is_dir() else [match])]
-    return [path]
+    if path.exists() or not any(sign in given for sign in "*?["):
+        return [path]
+    folder = next((parent for parent in path.parents if parent.exists()), Path())
+    pattern = str(path.relative_to(folder))
+    matches = [folder / match for match in sorted(glob.glob(pattern, root_dir=folder, recursive=True))]  # noqa: PTH207
+    return [file for match in matches for file in (_images_below(match) if match.is_dir() else [match])]
 
 
 def _images_below(folder: Path) -> list[Path]:

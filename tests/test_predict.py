@@ -179,6 +179,37 @@ def test_exit_code_1_if_no_image_could_be_read(run, damaged, tmp_path, capsys):
     assert f"skipped {empty}: no images there" in capsys.readouterr().err
 
 
+def test_a_lone_path_is_one_image_and_what_is_no_path_is_refused(data, predictor):
+    path = data / "robin/1.jpg"
+    expected = predictor.predict([path])
+    assert len(expected) == 1 and expected[0].labels
+    assert predictor.predict(str(path)) == predictor.predict(path) == list(predictor.predict_each(path)) == expected
+    with Image.open(path) as image:
+        for wrong in (7, None, b"cat.jpg", image, np.asarray(image), [np.asarray(image)], [path, 7]):
+            with pytest.raises(ValueError, match=r"the path of an image file or several paths, .* is no path"):
+                predictor.predict(wrong)
+
+
+def test_folders_with_signs_of_patterns_in_their_names_are_taken_at_their_word(tmp_path, monkeypatch, run, capsys):
+    for folder in ("holiday [2024]", "a*b", "what?", "axb"):
+        for name in ("1.jpg", "deep [x]/2.jpg", "deep [x]/y.png"):
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).touch()
+    monkeypatch.chdir(tmp_path)
+    for folder in ("holiday [2024]", "a*b", "what?", tmp_path / "holiday [2024]"):
+        one, two, three = (Path(folder, name) for name in ("1.jpg", "deep [x]/2.jpg", "deep [x]/y.png"))
+        assert find_files(str(folder)) == [one, two, three]
+        assert find_files(f"{folder}/*.jpg") == [one]
+        assert find_files(f"{folder}/deep [x]/*") == [two, three]
+        assert find_files(f"{folder}/**/*.png") == [three]
+    assert find_files("a*/1.jpg") == [Path("a*b/1.jpg"), Path("axb/1.jpg")]
+    assert find_files("what?/../*xb/?.jpg") == [Path("what?/../axb/1.jpg")]
+    assert predict.main([str(run), "holiday [2024]/*.webp", "h[0-9]*"]) == 1
+    error = capsys.readouterr().err
+    assert "skipped holiday [2024]/*.webp: no file matches this pattern" in error
+    assert "skipped h[0-9]*: no file matches this pattern" in error
+
+
 def test_files_folders_and_patterns_are_found(tmp_path, monkeypatch):
     for name in ("a/1.jpg", "a/deep/2.PNG", "a/.hidden.jpg", "a/.git/3.jpg", "a/notes.txt", "b[1].jpg", "c.dat"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,13 +65,18 @@ class Predictor:
         )
         self.amp_dtype = autocast_dtype(folder.recipe, self.device)
 
-    def predict(self, images: Iterable[Path | str], *, top: int | None = None) -> list[Prediction]:
-        """One prediction per image file, in the given order; of those that cannot be read it is the `problem`."""
+    def predict(self, images: Path | str | Iterable[Path | str], *, top: int | None = None) -> list[Prediction]:
+        """One prediction per image file, in the given order; of those that cannot be read it is the `problem`.
+
+        `images` is the path of one file, or several paths. Raises `ValueError` for anything else.
+        """
         return list(self.predict_each(images, top=top))
 
-    def predict_each(self, images: Iterable[Path | str], *, top: int | None = None) -> Iterator[Prediction]:
+    def predict_each(
+        self, images: Path | str | Iterable[Path | str], *, top: int | None = None
+    ) -> Iterator[Prediction]:
         """The same one by one, as the batches are done."""
-        files = PresizedFiles([Path(image) for image in images], self.preprocessing)
+        files = PresizedFiles(_paths(images), self.preprocessing)
         top = min(top or len(self.labels), len(self.labels))
         rows = (row for batch in self.probabilities(files) for row in zip(*_best(batch, top), strict=True))
         for index, (probabilities, indices) in enumerate(rows):
@@ -196,6 +202,18 @@ class _Once:
         if index not in self.made:
             self.made[index] = self.images[self.indices[index]]
         return self.made[index]
+
+
+def _paths(images: Path | str | Iterable[Path | str]) -> list[Path]:
+    """Raises `ValueError` for what is neither a path nor several."""
+    several = isinstance(images, Iterable) and not isinstance(images, str | bytes | os.PathLike)
+    given = list(images) if several else [images]
+    if wrong := [image for image in given if not isinstance(image, str | os.PathLike)]:
+        raise ValueError(
+            "predict takes the path of an image file or several paths, 'cat.jpg' or ['cat.jpg', 'dog.jpg'], and "
+            f"{type(wrong[0]).__name__} is no path. Save images that are in memory as files first."
+        )
+    return [Path(image) for image in given]
 
 
 def _best(probabilities: torch.Tensor, top: int) -> tuple[list[list[float]], list[list[int]]]:
