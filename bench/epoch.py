@@ -5,9 +5,9 @@
 All sides train the same network (fastai's head on the same backbone) from the same weights on the same images and
 split, by the schedule of `fine_tune`. Ours is the recipe as a user gets it, and once more in fp32; fastai's is its
 default, which is fp32. They take turns in one process, in rotating order; each repeat has a seed of its own. Our images
-are presized before, fastai decodes them every epoch. An architecture that has no weights in --weights or an installed
-package starts from random ones. Writes epoch.json and epoch.md. Needs the extra `oracle`, and a machine with nothing
-else to do.
+are presized before, fastai decodes them every epoch. An architecture that has no weights in --weights, or without that
+in an installed package, starts from random ones. Writes epoch.json and epoch.md. Needs the extra `oracle` and a machine
+with nothing else to do.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from trainables.layouts import find_images
 from trainables.model import check_architecture
 from trainables.presize import PresizedImages, presize
 from trainables.recipe import Recipe
-from trainables.weights import find_weights
+from trainables.weights import WeightsError, find_weights
 
 SIDES = {"ours": "this project", "ours_fp32": "this project, fp32", "fastai": "fastai, fp32"}
 STAGES = ("frozen", "unfrozen")
@@ -43,10 +43,17 @@ def recipe_of(args: argparse.Namespace, arch: str, seed: int, num_train: int) ->
     """The defaults, whose rates and schedule are fastai's, with the head that fastai gives its networks."""
     return Recipe(
         arch=arch, seed=seed, head="mlp", concat_pool=True, tta_views=0, presize=args.presize,
-        pretrained=not args.from_scratch and find_weights(arch, args.weights) is not None,
+        pretrained=not args.from_scratch and has_weights(arch, args.weights),
         image_size=args.image_size, batch_size=min(args.batch_size, num_train),
         freeze_epochs=args.freeze_epochs, epochs=args.epochs,
     )  # fmt: skip
+
+
+def has_weights(arch: str, folder: Path | None) -> bool:
+    try:
+        return find_weights(arch, folder) is not None
+    except WeightsError:
+        return False
 
 
 def train_all(args: argparse.Namespace, images: PresizedImages, root: Path, arch: str, seed: int) -> dict[str, Any]:

@@ -51,8 +51,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             "are the classes, with '/*/*' those one level deeper"
         ))  # fmt: skip
     what.add_argument(
-        "--weights", type=source, metavar="DIR|URI", help="<arch>.safetensors files, looked into first; likewise"
-    )
+        "--weights", type=source, metavar="DIR|URI", help=(
+            "<arch>.safetensors files for every architecture, likewise; installed packages and timm's hub are only "
+            "searched without it"
+        ))  # fmt: skip
     what.add_argument("--test-split", type=_test_split, metavar="SHARE|DIR", help=(
         "hold out this share of every class (0.2), or take a folder of other images of the same classes; they are "
         "opened once, at the end, to test the winner and trial 0"

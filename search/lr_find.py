@@ -46,7 +46,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--space", required=True, metavar="SPACE", help=f"the search space: {', '.join(space_names())}")
     parser.add_argument("--data", type=source, metavar="DIR|URI", help="labelled images (default: the space's)")
-    parser.add_argument("--weights", type=source, metavar="DIR|URI", help="<arch>.safetensors files")
+    parser.add_argument("--weights", type=source, metavar="DIR|URI", help=(
+        "<arch>.safetensors files; installed packages and timm's hub are only searched without it"
+    ))  # fmt: skip
     parser.add_argument("--arch", help="timm architecture (default: the space's own)")
     parser.add_argument("--unfrozen", action="store_true", help="of the whole network, after the frozen stage")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipe")

@@ -28,12 +28,16 @@ def find_data(space: Space, args: argparse.Namespace):
 
 
 def check_weights(space: Space, args: argparse.Namespace) -> None:
+    """Raises `WeightsError` where an architecture has none to start from."""
+    from trainables.fetch import is_uri
+    from trainables.remote import shown
     from trainables.source import folder_of
     from trainables.weights import require_weights
 
     if setting_values(space, "pretrained") != [False]:
-        folder = folder_of(str(args.weights)) if args.weights else None
-        require_weights(setting_values(space, "arch"), folder)
+        given = str(args.weights) if args.weights else None
+        called = shown(given) if given and is_uri(given) else given
+        require_weights(setting_values(space, "arch"), folder_of(given) if given else None, called)
 
 
 def pin(args: argparse.Namespace) -> None:

@@ -658,3 +658,14 @@ def test_the_command_line_refuses_a_wrong_setting_in_one_paragraph(
         finetune.main()
     assert error.value.code == 2
     assert problem in capsys.readouterr().err
+
+
+def test_the_command_line_takes_weights_from_the_given_folder_or_refuses(
+    colour_folder, tmp_path, search_cache, monkeypatch, capsys
+):
+    words = command(colour_folder, "pretrained=true", "arch=tf_efficientnet_lite0")
+    monkeypatch.setattr(sys, "argv", [*words[1:], "--weights", str(tmp_path)])
+    with pytest.raises(SystemExit) as error:
+        finetune.main()
+    assert error.value.code == 2
+    assert "has no weights for tf_efficientnet_lite0 (looked for" in capsys.readouterr().err

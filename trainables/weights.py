@@ -1,4 +1,4 @@
-"""Where pretrained weights come from: a folder of the user's, an installed package, or timm's hub. In this order.
+"""Where pretrained weights come from: a folder of the user's, or without one an installed package, then timm's hub.
 
 Importing this module imports no torch, so the command line can look for weights before any worker starts.
 """
@@ -18,7 +18,7 @@ from urllib.request import getproxies
 
 from filelock import FileLock
 
-from trainables.data import cache_dir
+from trainables.data import cache_dir, some
 
 logger = logging.getLogger(__name__)
 
@@ -42,31 +42,29 @@ class WeightsFile:
 def find_weights(arch: str, folder: Path | None) -> WeightsFile | None:
     """The local weights of `arch`, or None where only timm's hub can have them.
 
-    `folder` holds `<arch>.safetensors`, with or without the weight tag in its name.
+    A `folder` holds `<arch>.safetensors`, with or without the weight tag in its name, and no other place is searched
+    then. Raises `WeightsError` where it has no such file.
     """
     if folder is not None:
-        for name in (arch, arch.split(".")[0]):
-            path = Path(folder) / f"{name}.safetensors"
-            if path.is_file():
-                return WeightsFile(path, *_lite_statistics(arch))
-    package_file = _lite_package_file(arch)
-    return WeightsFile(package_file, *_lite_statistics(arch)) if package_file else None
+        require_in_folder([arch], folder)
+    file = _file_in(Path(folder), arch) if folder is not None else _lite_package_file(arch)
+    return WeightsFile(file, *_lite_statistics(arch)) if file else None
 
 
-def require_weights(archs: list[str], folder: Path | None) -> None:
+def require_weights(archs: list[str], folder: Path | None, given: str | None = None) -> None:
     """Make sure that every one of `archs` has weights; raises `WeightsError` where not.
 
-    What is not found locally is fetched from timm's hub by a child process, which imports torch so that we need not.
+    Without a `folder` (`given` is what the user called it), what is not found locally is fetched from timm's hub by a
+    child process, which imports torch so that we need not.
     """
-    if folder is not None and not Path(folder).is_dir():
-        raise WeightsError(f"--weights {folder} is not a folder. Give one that holds <arch>.safetensors files.")
-    missing = [arch for arch in archs if find_weights(arch, folder) is None]
+    if folder is not None:
+        require_in_folder(archs, folder, given)
+        return
+    missing = [arch for arch in archs if find_weights(arch, None) is None]
     if not missing:
         return
     logger.info("fetching weights from timm's hub: %s", ", ".join(missing))
     command = [sys.executable, "-m", "trainables.weights", *missing]
-    if folder is not None:
-        command += ["--weights", str(folder)]
     # hub clients wait and retry for minutes on a machine without network; a person wants to know at once
     offline_fast = {"HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "20", **os.environ}
     child = subprocess.run(command, env=offline_fast, stdout=subprocess.PIPE, text=True, check=False)
@@ -74,8 +72,32 @@ def require_weights(archs: list[str], folder: Path | None) -> None:
         raise WeightsError(child.stdout.strip() or f"fetching weights for {', '.join(missing)} failed")
 
 
-def no_weights_message(arch: str, folder: Path | None, error: Exception) -> str:
-    tried = [f"--weights {folder}: no {arch}.safetensors there" if folder else "--weights: not given"]
+def require_in_folder(archs: list[str], folder: Path, given: str | None = None) -> None:
+    """Raises one `WeightsError` that names the files looked for, for all `archs` that a `folder` has no weights of."""
+    folder, given = Path(folder), given or str(folder)
+    if not folder.is_dir():
+        raise WeightsError(f"--weights {given} is not a folder. Give one that holds <arch>.safetensors files.")
+    if missing := [arch for arch in archs if _file_in(folder, arch) is None]:
+        tried = "; ".join(f"{arch} (looked for {' and '.join(_file_names(arch))})" for arch in missing)
+        held = sorted(path.name for path in folder.glob("*.safetensors"))
+        there = some(held, "such file", "such files") if held else "no such file"
+        raise WeightsError(
+            f"--weights {given} has no weights for {tried}. It holds {there}. Add "
+            "what is missing (timm's parameter names), or leave --weights out: installed packages and timm's hub are "
+            "only searched without it. --set pretrained=false trains from scratch."
+        )
+
+
+def _file_names(arch: str) -> list[str]:
+    return [f"{name}.safetensors" for name in dict.fromkeys((arch, arch.split(".")[0]))]
+
+
+def _file_in(folder: Path, arch: str) -> Path | None:
+    return next((folder / name for name in _file_names(arch) if (folder / name).is_file()), None)
+
+
+def no_weights_message(arch: str, error: Exception) -> str:
+    tried = ["--weights: not given"]
     tried += ["installed packages: none has these weights (the quickstart extra has tf_efficientnet_lite0 to 2)"]
     tried += [f"timm's hub: {type(error).__name__}: {' '.join(str(error).split())[:200]}"]
     return (
@@ -145,7 +167,6 @@ def main() -> None:
     """Fetch weights from timm's hub into its cache: the child process of `require_weights`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("arch", nargs="+")
-    parser.add_argument("--weights", type=Path)
     args = parser.parse_args()
     unreachable = _hub_unreachable()
     if unreachable:
@@ -163,7 +184,7 @@ def main() -> None:
             print(error)
             sys.exit(2)
         except Exception as error:  # the hub's clients raise all kinds; the message names which
-            print(no_weights_message(arch, args.weights, unreachable or error))
+            print(no_weights_message(arch, unreachable or error))
             sys.exit(2)
 
 
