@@ -122,7 +122,7 @@ def export(
         if not check:
             return
         try:
-            check_against_table(folder, run, metrics, formats)
+            check_against_table(folder, run, best.path, metrics, formats)
         except Differs:
             require_same_best()  # the check reads the checkpoint, which another may have replaced
             raise
@@ -166,16 +166,22 @@ def model_of(run: Path, trial: str | None) -> ModelFolder:
         known = f"{rows['number'].min()} to {rows['number'].max()} (or by id, such as {metrics['trial_id']})"
         raise ValueError(f"--trial {trial}: there is no such trial in {run}. Its trials: {known}.")
     row = found.iloc[0]
-    model = record.folder.models / str(row["number"])
-    if model.is_dir():
-        return read_model(model)
+    kept = kept_models(record, metrics.get("number"))
+    if row["number"] in kept:
+        return read_model(kept[row["number"]])
     score = "" if math.isnan(row["error_rate"]) else f", {percent(row['error_rate'], 2)} wrong"
-    kept = [str(number) for number in rows["number"] if (record.folder.models / str(number)).is_dir()]
     raise ValueError(
         f"--trial {trial}: trial {row['number']} ({row['status']}{score}) has no weights any more: a run keeps those "
-        f"of its best trials only (--keep; here {', '.join(kept) or metrics.get('number', metrics['trial_id'])}). "
+        f"of its best trials only (--keep; here {', '.join(map(str, sorted(kept))) or metrics['trial_id']}). "
         f"Train this one again with: {training_command(record, row)}"
     )
+
+
+def kept_models(record: RunRecord, best: int | None) -> dict[int, Path]:
+    """Number -> folder of the trials whose weights a run keeps, be it for `--test-split`."""
+    folder = record.folder
+    places = [(0, folder.first), (best, folder.best), *((n, folder.models / str(n)) for n in record.trials["number"])]
+    return {number: place for number, place in places if number is not None and place.is_dir()}
 
 
 def training_command(record: RunRecord, row: Any) -> str:

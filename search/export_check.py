@@ -49,9 +49,10 @@ class Check:
 
 
 def check_against_table(
-    folder: Path, run: Path, metrics: dict[str, Any], formats: tuple[str, ...] = ("safetensors",)
+    folder: Path, run: Path, checkpoint: Path, metrics: dict[str, Any], formats: tuple[str, ...] = ("safetensors",)
 ) -> None:
-    """Load `folder` in a new process and compare its errors with the run's. Raises `Differs`; prints what it finds."""
+    """Load `folder` in a new process and compare it with the `checkpoint` of the run that it was exported from, and its
+    errors with those in the run's table, `metrics`. Raises `Differs`; prints what it finds."""
     command = read_json(run / "command.json")
     data = Path(command["data"])
     if not data.is_dir():
@@ -61,7 +62,7 @@ def check_against_table(
     try:
         storage = command.get("arguments", {}).get("cache", "auto")
         split = command["split_seed"], share_of(command)
-        found = in_new_process(check_export, folder, run / "best", data, *split, storage, formats)
+        found = in_new_process(check_export, folder, checkpoint, data, *split, storage, formats)
     except DataError as error:
         print(
             f"warning: not checked against the table, as the run's images are no longer there. {error}", file=sys.stderr

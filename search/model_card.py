@@ -116,7 +116,9 @@ def _front_matter(model: ModelFolder) -> str:
 def _summary(model: ModelFolder, metrics: dict[str, Any], run: RunRecord | None) -> str:
     chosen = ""
     if run is not None:
-        chosen = f", the best of {many(len(run.completed), 'completed trial')} ({len(run.trials)} started)"
+        number, best = metrics.get("number"), None if run.best is None else run.best.name
+        which = "the best of" if number in (None, best) else f"trial {number} of"
+        chosen = f", {which} {many(len(run.completed), 'completed trial')} ({len(run.trials)} started)"
     started = "from pretrained weights" if model.recipe.pretrained else "from scratch"
     return (
         f"# {text(model.recipe.arch)} for {len(model.labels)} classes\n\n"
@@ -187,10 +189,10 @@ def _errors(metrics: dict[str, Any], run: RunRecord | None) -> str:
 def _test(metrics: dict[str, Any], run: RunRecord | None) -> str:
     """The error on images that the search did not know, where some were held out for that."""
     tested = None if run is None else read_test(run.folder)
-    if tested is None or tested["winner"]["trial"] != metrics.get("number"):
+    scores = [score for score in (tested["winner"], tested["trial_0"]) if score] if tested else []
+    if not (mine := [said(score) for score in scores if score["trial"] == metrics.get("number")]):
         return ""
-    of_winner = said(tested["winner"])
-    return f"\n\nOn test images, which the search did not know and which were read once, at its end, {of_winner}."
+    return f"\n\nOn test images, which the search did not know and which were read once, at its end, {mine[0]}."
 
 
 def _preprocessing(model: ModelFolder) -> str:

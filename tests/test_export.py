@@ -184,10 +184,10 @@ def check(num_wrong: int, difference: float = 0.0, *, way: str = "safetensors", 
 def test_one_image_may_differ_and_one_percent_where_rounding_is_another(run, monkeypatch, error_rate, found, passes):
     monkeypatch.setattr(export_check, "in_new_process", lambda *_: found)
     if passes:
-        export_check.check_against_table(Path("unused"), run, {"error_rate": error_rate})
+        export_check.check_against_table(Path("unused"), run, run / "best", {"error_rate": error_rate})
     else:
         with pytest.raises(Differs):
-            export_check.check_against_table(Path("unused"), run, {"error_rate": error_rate})
+            export_check.check_against_table(Path("unused"), run, run / "best", {"error_rate": error_rate})
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------

@@ -246,6 +246,47 @@ def test_the_best_trial_can_be_named_by_number_or_id(searched, tmp_path):
         assert export.main([str(searched), "--trial", name, "--no-check", "--out", str(tmp_path / f"out{i}")]) == 0
 
 
+@pytest.fixture
+def kept(searched, tmp_path, data) -> Path:
+    """The same, with another model as a trial that is not the winner."""
+    make_run(tmp_path / "other", data, epochs=1, lr_max=1e-5)
+    row = load(searched).completed.iloc[1]
+    model = searched / "models" / str(row["number"])
+    model.parent.mkdir()
+    (tmp_path / "other/best").rename(model)
+    metrics = json.loads((model / "metrics.json").read_text())
+    write_json(model / "metrics.json", metrics | {"number": int(row["number"]), "trial_id": row["trial_id"]})
+    return model
+
+
+def test_a_kept_trial_that_is_not_the_winner_is_exported_and_passes_its_check(kept, searched, tmp_path, capsys):
+    winner, out = load(searched).best.name, tmp_path / "out"
+    assert export.main([str(searched), "--trial", kept.name, "--out", str(out)]) == 0
+    assert "check passed" in capsys.readouterr().out
+    assert (out / "model.safetensors").read_bytes() == (kept / "model.safetensors").read_bytes()
+    assert (kept / "model.safetensors").read_bytes() != (searched / "best/model.safetensors").read_bytes()
+    number = len(load(searched).completed)
+    card = (out / "README.md").read_text()
+    assert f"trial {kept.name} of {number} completed trials" in card and "the best of" not in card
+    with pytest.raises(ValueError, match=rf"here {', '.join(map(str, sorted([int(kept.name), winner])))}\)"):
+        export.main([str(searched), "--trial", "3", "--out", str(tmp_path / "other")])
+
+
+def test_a_kept_trial_whose_weights_are_not_its_own_is_not_exported(kept, searched, tmp_path, capsys):
+    (kept / "model.safetensors").write_bytes((searched / "best/model.safetensors").read_bytes())
+    assert export.main([str(searched), "--trial", kept.name, "--out", str(tmp_path / "out")]) == 1
+    assert "differs from the run's table" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_trial_0_that_was_kept_for_its_test_is_exported(kept, searched, tmp_path):
+    kept.rename(searched / "first")
+    metrics = json.loads((searched / "first/metrics.json").read_text())
+    write_json(searched / "first/metrics.json", metrics | {"number": 0, "trial_id": "t0"})
+    assert load(searched).best.name != 0
+    assert export.main([str(searched), "--trial", "0", "--no-check", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (searched / "first/model.safetensors").read_bytes()
+
+
 def test_another_trial_has_no_weights_and_the_command_that_trains_it_again_is_told(searched, tmp_path):
     best, row = load(searched).best.name, load(searched).trials.loc[3]
     with pytest.raises(ValueError, match=rf"of its best trials only \(--keep; here {best}\)") as error:
