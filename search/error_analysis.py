@@ -86,7 +86,7 @@ def analyse(run: RunRecord) -> str:
     folder, of = run.folder.interpretation, read_json(run.folder.best / OF)
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "trainables.interpret", "--model", run.folder.best, "--data", data]
-    command += ["--split-seed", run.command["split_seed"], "--out", folder, "--top", NUM_LOSSES]
+    command += ["--out", folder, "--top", NUM_LOSSES]
     child = subprocess.run([*map(str, command)], capture_output=True, text=True)
     if child.returncode:
         reason = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]

@@ -21,7 +21,7 @@ from search.export_check import Differs, check_against_table
 from search.files import replace_folder
 from search.model_folder import open_run
 from search.wording import percent
-from trainables.checkpoint import PREPROCESSING_FILE, WEIGHTS_FILE
+from trainables.checkpoint import PREPROCESSING_FILE, SPLIT_FILE, WEIGHTS_FILE
 from trainables.model_folder import ModelFolder, read_json, read_model
 from trainables.predictor import load_model
 from trainables.wording import shell_command
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # Ray comes with it, which --help and the new process can do 
     from search.run_record import RunRecord
 
 CONFIG_FILE, CARD_FILE = "config.json", "README.md"
-COPIED = (PREPROCESSING_FILE, "recipe.json", "labels.json", "metrics.json")
+COPIED = (PREPROCESSING_FILE, "recipe.json", "labels.json", "metrics.json", SPLIT_FILE)
 FILES = (*export_formats.FILES.values(), CONFIG_FILE, CARD_FILE, *COPIED)
 """All that an export can hold."""
 TIMM_CROP_MODES = {"crop": "center", "squish": "squash", "pad": "border"}
@@ -240,7 +240,8 @@ def write(best: ModelFolder, folder: Path, formats: tuple[str, ...] = ("safetens
     timm.models.save_for_hf(model, str(folder), model_config=config, safe_serialization=True)
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors leaves it for its owner alone
     for name in COPIED:
-        shutil.copyfile(best.path / name, folder / name)
+        if name != SPLIT_FILE or (best.path / name).is_file():  # none of a model that another version trained
+            shutil.copyfile(best.path / name, folder / name)
     export_formats.write_formats(best, model, formats, folder)
 
 

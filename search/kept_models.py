@@ -8,13 +8,13 @@ from typing import Any
 
 from search.files import link_or_copy, replace_folder
 from search.run_folder import RunFolder
-from trainables.checkpoint import PREPROCESSING_FILE, WEIGHTS_FILE
+from trainables.checkpoint import PREPROCESSING_FILE, SPLIT_FILE, WEIGHTS_FILE
 from trainables.disk import when_there_is_room
 
 
 class KeptModels:
-    """Folders with a model's weights, preprocessing, recipe, labels and metrics. A file's content is on the disk once,
-    in however many of them it is."""
+    """Folders with a model's weights, preprocessing, split, recipe, labels and metrics. A file's content is on the disk
+    once, in however many of them it is."""
 
     def __init__(self, folder: RunFolder, *, most: int, first: bool) -> None:
         self.folder = folder
@@ -29,6 +29,8 @@ class KeptModels:
         def fill(folder: Path) -> None:
             for name in (WEIGHTS_FILE, PREPROCESSING_FILE):
                 link_or_copy(checkpoint / name, folder / name)
+            if (checkpoint / SPLIT_FILE).is_file():  # none of a trial that another version trained
+                link_or_copy(checkpoint / SPLIT_FILE, folder / SPLIT_FILE)
             for name, content in parts.items():
                 (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"model.safetensors", "config.json", "preprocessing.json", "recipe.json", "labels.json", "metrics.json"}
-FILES |= {"README.md"}
+FILES |= {"README.md", "split.json"}
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,17 @@ from tiny_run import draw_images, make_run, write_json
 
 from search import export
 from search.arguments import parse_arguments
+from search.error_analysis import read_analysis
 from search.held_out import compare, hold_out, lines, mcnemar, read_once, score
 from search.run_folder import RunFolder
-from search.run_record import wilson_interval
+from search.run_record import load, wilson_interval
 from trainables.data import DataError, ImageFolder
 from trainables.held_out import Remaining, remaining, set_aside, share_of
 from trainables.layouts import find_images
 from trainables.model_folder import read_model
 from trainables.predictor import Predictor
 from trainables.source import images_digest, images_of
+from trainables.split_record import read_split
 
 
 def folder_of(counts: dict[str, int], valid: dict[str, int] | None = None) -> ImageFolder:
@@ -326,7 +328,11 @@ def test_nobody_opens_the_test_images_before_the_search_has_ended_and_nobody_twi
     assert not opened
     assert set(said) <= set(search.lines) and (run / "test.json").read_bytes() == before
 
+    analysis = read_analysis(load(run))  # of the images that validated it
+    assert analysis.counts.sum() - analysis.counts.trace() == round(float(best["error_rate"]) * analysis.counts.sum())
+
     with watched(files, bool) as opened:
         assert export.main([str(run), "--out", str(tmp_path / "exported")]) == 0
     assert "check passed" in capsys.readouterr().out and not opened
+    assert read_split(tmp_path / "exported").images == images_digest(remaining(find_images(data), 0.2, 0))
     assert said[0].split(";")[0].removeprefix("test: ") in (tmp_path / "exported" / "README.md").read_text()

@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_run import make_run
+from tiny_run import draw_images, make_run
 
+from search import export
 from trainables import interpret as interpretation
+from trainables.held_out import set_aside
 from trainables.interpret import Interpretation, centre_views, interpret
 from trainables.layouts import find_images
 from trainables.model_folder import read_model
@@ -250,26 +252,90 @@ def test_the_command_writes_all_files_and_prints_what_they_say(tmp_path, run, da
     assert has_colour(picture, interpretation.RIGHT) == bool((~expected.wrong[order[:12]]).any())
 
 
-def test_options_choose_the_images_and_the_seed(tmp_path, run, data, images, capsys):
-    shutil.copytree(run / "best", tmp_path / "exported")
+def test_options_choose_the_images(tmp_path, run, data, capsys):
     arguments = ["--data", str(data), "--out", str(tmp_path / "out"), "--top", "2"]
 
-    def first_line(*options: str) -> str:
+    def said_first(*options: str) -> str:
         assert interpretation.main([*arguments, *options]) == 0
-        return capsys.readouterr().out.splitlines()[0]
+        return "\n".join(capsys.readouterr().out.splitlines()[:2])
 
-    assert "12 images" in first_line("--model", str(run))  # a run's folder stands for its best model
-    assert "(valid, split seed 0)" in first_line("--model", str(tmp_path / "exported"))
-    assert "48 images" in (line := first_line("--model", str(run / "best"), "--split", "train", "--split-seed", "5"))
-    assert "(train, split seed 5)" in line
-    held_out = ("--model", str(run), "--test-split", "0.25")  # of 60
-    assert "15 images" in (line := first_line(*held_out, "--split", "test"))
-    assert "(test, split seed 3)" in line
-    assert "36 images" in first_line(*held_out, "--split", "train")
-    assert "60 images" in (line := first_line("--model", str(run / "best"), "--split", "all", "--tta", "1"))
-    assert "(all)" in line
+    text = said_first("--model", str(run))  # a run's folder stands for its best model
+    assert "12 images" in text and "(valid, split seed 3)" in text and "trained on" not in text
+    text = said_first("--model", str(run / "best"), "--split", "train")
+    assert "48 images" in text and "(train, split seed 3)" in text
+    assert "the model was trained on these images: expect more errors on others" in text
+    text = said_first("--model", str(run / "best"), "--split", "all", "--tta", "1")
+    assert "60 images" in text and "(all)" in text
+    assert "the model was trained on some of these images: expect more errors on others" in text
     assert pixels(tmp_path / "out/top_losses.png").shape[1] < 3 * 224  # two images
     assert len((tmp_path / "out/top_losses.csv").read_text().splitlines()) == 1 + 60
+
+
+# --- Which images validated a model -----------------------------------------------------------------------------------
+
+
+def labelled(model: Path, data: Path, out: Path, *options: str) -> set[str]:
+    assert interpretation.main(["--model", str(model), "--data", str(data), "--out", str(out), *options]) == 0
+    with (out / "top_losses.csv").open(newline="") as file:
+        return {row["path"] for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("own_split", [False, True])
+def test_an_export_labels_the_images_that_validated_it_wherever_they_lie_now(tmp_path, cache, own_split, capsys):
+    data = tmp_path / "data"
+    for part, each in {"train": 16, "val": 8}.items() if own_split else {"": 24}.items():
+        draw_images(data / part, each=each)
+    run = make_run(tmp_path / "run", data, epochs=1, test_share=0.25)
+    export.export(run, tmp_path / "exported", check=False)
+    known, test = set_aside(find_images(data), 0.25, 3)
+    trained, validated = ({known.paths[i] for i in part} for part in presize(known, 40).split(seed=3))
+    data.rename(tmp_path / "elsewhere")
+    shutil.rmtree(run)
+    where = tmp_path / "exported", tmp_path / "elsewhere", tmp_path / "out"
+    assert labelled(*where) == validated and len(validated) in (11, 18)
+    metrics = json.loads((tmp_path / "exported/metrics.json").read_text())
+    assert f"error rate {100 * metrics['error_rate']:.1f} %" in capsys.readouterr().out
+    assert labelled(*where, "--split", "train") == trained
+    assert labelled(*where, "--split", "test") == set(test.paths) and len(test.paths) == 18
+    assert labelled(*where, "--split", "all") == trained | validated | set(test.paths)
+
+
+def test_a_model_that_does_not_tell_its_split_has_no_valid_images(tmp_path, run, data, capsys):
+    model = shutil.copytree(run / "best", tmp_path / "exported")
+    (model / "split.json").unlink()
+    for split in ("valid", "train", "test"):
+        with pytest.raises(ValueError, match=r"does not tell which images validated it: .* --split all labels all"):
+            labelled(model, data, tmp_path / "out", "--split", split)
+    assert len(labelled(model, data, tmp_path / "out", "--split", "all")) == 60
+    assert "the model may have been trained on some of these images" in capsys.readouterr().out
+    (model / "split.json").write_text('{"seed": 3}')
+    with pytest.raises(ValueError, match=r"split.json is damaged"):
+        labelled(model, data, tmp_path / "out")
+
+
+def test_images_that_are_not_those_of_the_training_are_not_called_valid(tmp_path, run, data, capsys):
+    changed = shutil.copytree(data, tmp_path / "changed")
+    assert len(labelled(run, changed, tmp_path / "out")) == 12
+    shutil.copy(changed / "wren/0.jpg", changed / "wren/new.jpg")
+    for split in ("valid", "train"):
+        with pytest.raises(ValueError, match=r"changed are not those that .* validated on: some are new, gone, ch"):
+            labelled(run, changed, tmp_path / "out", "--split", split)
+    capsys.readouterr()
+    assert len(labelled(run, changed, tmp_path / "out", "--split", "all")) == 61
+    assert "the model may have been trained on some of these images" in capsys.readouterr().out
+    for name in ("new.jpg", "0.jpg"):
+        (changed / "wren" / name).unlink()
+    with pytest.raises(ValueError, match=r"are not those that .* validated on"):
+        labelled(run, changed, tmp_path / "out")
+
+
+def test_an_image_that_can_no_longer_be_read_does_not_shift_the_split_unseen(tmp_path, cache):
+    data = draw_images(tmp_path / "data", each=34)
+    run = make_run(tmp_path / "run", data, epochs=1)
+    file = data / "robin/5.jpg"
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(ValueError, match=r"can be read in .* \(all but 1\) are not those that could be read when"):
+        labelled(run, data, tmp_path / "out")
 
 
 def test_help_is_quick_and_teaches():
@@ -301,8 +367,6 @@ def test_what_cannot_be_done_is_said_before_anything_is_labelled(tmp_path, run, 
     for option, value, message in (
         ("--top", "0", "--top is 0; expected 1 to 200"),
         ("--tta", "-1", "--tta is -1; expected 0 to"),
-        ("--split-seed", "-1", "--split-seed is -1; expected 0 to"),
-        ("--test-split", "20", "--test-split is 20; expected a share between 0 and 1"),
         ("--split", "test", "no share was held out"),
         ("--out", str(run / "command.json"), "cannot be written"),
         ("--data", str(tmp_path), "no images"),

@@ -152,7 +152,9 @@ def test_a_missing_folder_is_refused(command, tmp_path):
 def test_a_folder_without_images_is_refused(command, tmp_path):
     (tmp_path / "empty" / "cats").mkdir(parents=True)
     (tmp_path / "empty" / "cats" / "notes.txt").touch()
-    message = assert_refused(command("--space", "quickstart", "--data", tmp_path / "empty"), "There are no images that can be read in")
+    message = assert_refused(
+        command("--space", "quickstart", "--data", tmp_path / "empty"), "There are no images that can be read in"
+    )
     assert "class folders (<class>/*.jpg)" in message
 
 

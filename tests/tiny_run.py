@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trainables.checkpoint import WEIGHTS_FILE, model_only, write
+from trainables.checkpoint import SPLIT_FILE, WEIGHTS_FILE, model_only, write
 from trainables.finetune import FineTune
+from trainables.held_out import remaining
 from trainables.layouts import find_images
 from trainables.presize import presize
 from trainables.recipe import Recipe
+from trainables.source import images_digest
+from trainables.split_record import split_file
 
 COLOURS = {"blue_tit": (40, 60, 220), "robin": (220, 60, 40), "wren": (120, 160, 60)}
 SETTINGS = {
@@ -41,17 +44,22 @@ def draw_images(root: Path, *, each: int = 20) -> Path:
     return root
 
 
-def make_run(folder: Path, data: Path, *, weights: Path | None = None, **settings) -> Path:
+def make_run(
+    folder: Path, data: Path, *, weights: Path | None = None, test_share: float | None = None, **settings
+) -> Path:
     """Train one recipe on `data` and write what a search leaves of its winner. Returns the run's folder."""
     recipe = Recipe.from_dict(SETTINGS | settings)
-    images = presize(find_images(data), recipe.presize, recipe.resize_method)
+    known = remaining(find_images(data), test_share, 3)
+    images = presize(known, recipe.presize, recipe.resize_method)
     training = FineTune(recipe, images, weights=weights, split_seed=3)
     for _ in range(recipe.total_epochs):
         metrics = training.run_epoch()
     training.close()
-    write(folder / "best", model_only(training.state()))
+    split = split_file(images, images_digest(known), seed=3, test_share=test_share)
+    write(folder / "best", model_only(training.state() | {SPLIT_FILE: split}))
     assert (folder / "best" / WEIGHTS_FILE).is_file()
     command = {"data": str(data), "weights": str(weights) if weights else None, "split_seed": 3}
+    command["arguments"] = {"test_split": test_share}
     command["group_size"] = {"num_workers": 1, "gpus_per_worker": 0}
     write_json(folder / "command.json", command)
     write_json(folder / "best" / "recipe.json", recipe.to_dict())

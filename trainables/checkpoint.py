@@ -16,6 +16,8 @@ from trainables.disk import when_there_is_room
 WEIGHTS_FILE = "model.safetensors"
 PREPROCESSING_FILE = "preprocessing.json"
 TRAINING_FILE = "training.pt"
+SPLIT_FILE = "split.json"
+"""See `split_record`."""
 RESULT_FILE = "result.json"
 """The epoch's result, and the CRC-32 of each other file."""
 
@@ -100,7 +102,7 @@ def write(folder: Path, files: Files) -> None:
 
 
 def read(folder: Path) -> Files:
-    paths = [folder / name for name in (WEIGHTS_FILE, PREPROCESSING_FILE, TRAINING_FILE)]
+    paths = [folder / name for name in (WEIGHTS_FILE, PREPROCESSING_FILE, SPLIT_FILE, TRAINING_FILE)]
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 

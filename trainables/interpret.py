@@ -15,17 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from trainables import augment, data, warp_cpu
 from trainables.checkpoint import Preprocessing
-from trainables.held_out import remaining, set_aside, share_of
 from trainables.layouts import find_images
-from trainables.model_folder import ModelFolder, read_json, read_model
+from trainables.model_folder import ModelFolder, read_model
 from trainables.predictor import Predictor
 from trainables.presize import PresizedImages, presize
+from trainables.split_record import SPLITS, indices_of, part_of, read_split, warning_of
 from trainables.wording import printable
 
 LEAST = float(np.finfo(np.float32).smallest_subnormal)  # a probability of 0 counts as this: a loss of 103.3
@@ -38,11 +37,16 @@ RIGHT, WRONG = "#1a7f37", "#c62828"
 EXAMPLES = """
 examples:
   python -m trainables.interpret --model exported --data ~/my_images
-      the validation images, as an exported model labels them; writes to interpretation/
+      the validation images, which the export tells from the others; writes to interpretation/
   python -m trainables.interpret --model results/pets-20250101-120000/best --data ~/my_images --top 48
       straight from a run, on the images that it validated with
   python -m trainables.interpret --model exported --data ~/my_images --split all --out suspects
-      all images: those of the largest loss are often the ones with a wrong label
+      all images, those that it was trained on among them: the largest losses often are wrong labels
+  python -m trainables.interpret --model exported --data ~/new_images --split all
+      other images of the same classes
+
+Which images validated a model is known where --data holds those of its search, unchanged, wherever they lie now. Of
+others, or of a model that an earlier version exported, --split all alone can be labelled.
 
 written to --out (files of these names are replaced):
   confusion_matrix.png, .csv   how often each class (rows: actual) was taken for each (columns: predicted)
@@ -258,12 +262,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="an exported model, or best/ of a run")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of labelled images")
-    splits = "images to label (valid); test are those that the search held out"
-    parser.add_argument("--split", choices=("valid", "train", "test", "all"), default="valid", help=splits)
-    seed = "of the split, where the data has none of its own (default: that of the model's run, else 0)"
-    parser.add_argument("--split-seed", type=int, metavar="N", help=seed)
-    share = "share of every class that the search held out (default: that of the model's run, else none)"
-    parser.add_argument("--test-split", type=float, metavar="SHARE", help=share)
+    splits = "images to label (valid): those that validated the model, trained it, or were held out as a test share"
+    parser.add_argument("--split", choices=SPLITS, default="valid", help=splits)
     tta = "average over N augmented views and the centre view of each image (0)"
     parser.add_argument("--tta", type=int, default=0, metavar="N", help=tta)
     parser.add_argument("--top", type=int, default=12, metavar="K", help="images in top_losses.png (12)")
@@ -273,27 +273,27 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    for name, least, most in (("top", 1, MOST_SHOWN), ("tta", 0, 1000), ("split_seed", 0, 2**32)):
-        if not least <= (value := getattr(args, name) or 0) <= most:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {least} to {most}.")
+    for name, least, most in (("top", 1, MOST_SHOWN), ("tta", 0, 1000)):
+        if not least <= (value := getattr(args, name)) <= most:
+            raise ValueError(f"--{name} is {value}; expected {least} to {most}.")
     model, folder = read_model(_model_path(args.model)), find_images(args.data)
     match_classes(folder.classes, model)  # before the images are presized, which takes its time
-    command = _command(model.path)
-    seed = int(command.get("split_seed", 0)) if args.split_seed is None else args.split_seed
-    folder = _part(folder, args.split, share_of(command) if args.test_split is None else args.test_split, seed)
+    record = read_split(model.path)
+    part = part_of(folder, args.split, record, model.path)
     with _writing_to(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-    images = presize(folder, model.preprocessing.presize, model.preprocessing.resize_method)
-    train, valid = images.split(seed=seed)
-    indices = {"train": train, "valid": valid}.get(args.split, np.arange(len(images)))
+    images = presize(part, model.preprocessing.presize, model.preprocessing.resize_method)
+    indices = indices_of(images, args.split, record, model.path)
     found = interpret(model, images, indices, tta=args.tta)
     with _writing_to(args.out):
         save_confusion_csv(args.out / "confusion_matrix.csv", found)
         save_confusion_picture(args.out / "confusion_matrix.png", found)
         save_losses_csv(args.out / "top_losses.csv", found)
         save_losses_picture(args.out / "top_losses.png", found, images, model, args.top)
-    drawn = "" if args.split == "all" or folder.valid is not None else f", split seed {seed}"
+    drawn = "" if args.split == "all" or folder.valid is not None else f", split seed {record.seed}"
     print(f"{len(indices)} images of {printable(folder.root)} ({args.split}{drawn}), {len(found.classes)} classes")
+    if warning := warning_of(folder, args.split, record):
+        print(warning)
     _report(found)
     print(f"\nwritten to {printable(args.out)}/: confusion_matrix.png, .csv, top_losses.png, .csv")
     return 0
@@ -336,23 +336,6 @@ def _model_path(path: Path) -> Path:
     if not path.is_dir():
         raise ValueError(f"There is no folder {path}. Expected an exported model, or best/ of a run.")
     return path / "best" if (path / "command.json").is_file() else path
-
-
-def _command(model: Path) -> dict[str, Any]:
-    """What is on record of the run whose best model it is; empty where that is not known."""
-    command = model.resolve().parent / "command.json"
-    return read_json(command) if command.is_file() else {}
-
-
-def _part(folder: data.ImageFolder, split: str, share: float | None, seed: int) -> data.ImageFolder:
-    """The images that may be opened for a split: nobody reads the test images by the way."""
-    if share is not None and not 0 < share < 1:
-        raise ValueError(f"--test-split is {share:g}; expected a share between 0 and 1, such as 0.2.")
-    if split == "test":
-        if share is None:
-            raise ValueError("--split test: no share was held out. Give it with --test-split, or label --split all.")
-        return set_aside(folder, share, seed)[1]
-    return folder if split == "all" else remaining(folder, share, seed)
 
 
 def _percent(share: float, digits: int = 1) -> str:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+from trainables.checkpoint import SPLIT_FILE, Files
 from trainables.held_out import Remaining
 from trainables.recipe import Recipe
 from trainables.wording import many
@@ -50,6 +51,7 @@ class _Slot:
         self.num_threads = num_threads
         self.training = None
         self.trial_id = None
+        self.split: Files = {}  # how its images were split
         self.number = 0  # of the command
         self.last_sign = 0.0
         self.idle_since = time.perf_counter()
@@ -67,7 +69,7 @@ class _Slot:
             metrics = self.training.run_epoch()
             self.idle_since = time.perf_counter()
             # Every worker has the state; only the first one's is wanted.
-            state = self.training.state() if self.training.world.rank == 0 else None
+            state = self.training.state() | self.split if self.training.world.rank == 0 else None
             metrics |= {"overhead_seconds": overhead, "batch_parts": command.batch_parts}
             return Outcome(metrics, state), True
         except Diverged as error:  # the losses are summed over the workers, so all of them are here
@@ -149,6 +151,8 @@ class _Slot:
             batch_parts=command.batch_parts,
             on_progress=self._give_sign,
         )
+        share = trial.data.share if isinstance(trial.data, Remaining) else None
+        self.split = _split_of(images, trial.data_digest, trial.split_seed, share)
         if command.epochs_done:
             self.training.load_state(ray.get(self.host.state.remote()))
         self.trial_id = trial.trial_id
@@ -173,6 +177,13 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(text in str(error) for text in ("DefaultCPUAllocator", "_STATUS_ALLOC_FAILED", "out of memory"))
+
+
+def _split_of(images, digest: str | None, seed: int, test_share: float | None) -> Files:
+    """The file that tells whoever gets the model which images validated it; none where the images have no digest."""
+    from trainables.split_record import split_file
+
+    return {SPLIT_FILE: split_file(images, digest, seed=seed, test_share=test_share)} if digest else {}
 
 
 def _presized_images(trial: TrialSpec, size: int, method: str):
