@@ -18,6 +18,7 @@ from PIL import Image
 
 from search.run_record import RunRecord
 from trainables.image_file import UnreadableImage, read_image
+from trainables.layouts import split_level
 from trainables.model_folder import read_json
 from trainables.wording import printable
 
@@ -67,7 +68,7 @@ def read_analysis(run: RunRecord) -> ErrorAnalysis | None:
         counts = np.array([row[1:] for row in rows], dtype=np.int64).reshape(len(classes), len(classes))
         with (folder / "top_losses.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             worst = [row for row, _ in zip(csv.DictReader(file), range(NUM_LOSSES), strict=False)]
-        losses = tuple(_loss(row, Path(run.command["data"])) for row in worst)
+        losses = tuple(_loss(row, _images_of(run)) for row in worst)
     except (OSError, ValueError, KeyError):  # not there, or cut short by a kill
         return None
     return ErrorAnalysis(tuple(map(printable, classes)), counts, losses)
@@ -80,8 +81,8 @@ def analyse(run: RunRecord) -> str:
     """
     if run.best is None or read_analysis(run):
         return ""
-    data = Path(run.command["data"])
-    if not data.is_dir():
+    data = run.command["data"]
+    if not _images_of(run).is_dir():
         return f"The images, {data}, are not on this machine, so the winner's errors could not be looked at."
     folder, of = run.folder.interpretation, read_json(run.folder.best / OF)
     shutil.rmtree(folder, ignore_errors=True)
@@ -94,6 +95,10 @@ def analyse(run: RunRecord) -> str:
     if read_json(run.folder.best / OF) == of:  # else a better one came in the meantime
         (folder / OF).write_text(json.dumps(of))
     return ""
+
+
+def _images_of(run: RunRecord) -> Path:
+    return Path(split_level(str(run.command["data"]))[0])
 
 
 def _loss(row: dict[str, str], data: Path) -> Loss:

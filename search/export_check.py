@@ -15,6 +15,7 @@ from search.predict import Predictor
 from search.wording import percent
 from trainables.data import DataError
 from trainables.held_out import share_of
+from trainables.layouts import split_level
 from trainables.model_folder import read_json
 
 MAX_DIFFERENCE = 0.01
@@ -55,7 +56,7 @@ def check_against_table(
     errors with those in the run's table, `metrics`. Raises `Differs`; prints what it finds."""
     command = read_json(run / "command.json")
     data = Path(command["data"])
-    if not data.is_dir():
+    if not Path(split_level(str(data))[0]).is_dir():
         print(f"warning: not checked against the table: the run's images, {data}, are not here", file=sys.stderr)
         return
     print(f"checking on the validation images of {data}", flush=True)
@@ -156,7 +157,8 @@ def check_export(
     predictor, trained = Predictor(folder), Predictor(checkpoint)
     preprocessing = predictor.preprocessing
     known = remaining(find_images(data), test_share, split_seed)
-    images = presize(known, preprocessing.presize, preprocessing.resize_method, storage=storage)
+    sizes = preprocessing.presize, preprocessing.resize_method
+    images = presize(known, *sizes, storage=storage, max_unreadable=1)  # the run has read what it could
     if images.classes != predictor.labels:
         raise DataError(f"{data} holds other classes now: {len(images.classes)}, and {len(predictor.labels)} then.")
     valid = images.split(seed=split_seed)[1]

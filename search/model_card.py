@@ -12,6 +12,7 @@ from search.held_out import read_test, said
 from search.noise import wilson_interval
 from search.run_record import RunRecord
 from search.wording import percent
+from trainables.layouts import split_level
 from trainables.model_folder import ModelFolder
 from trainables.recipe import spec_of
 from trainables.wording import many, printable
@@ -158,7 +159,7 @@ def _use(model: ModelFolder, formats: Sequence[str]) -> str:
 
 
 def _data(model: ModelFolder, command: dict[str, Any], run: RunRecord | None) -> str:
-    rows = [("data set", PurePath(command["data"]).name), ("classes", str(len(model.labels)))]
+    rows = [("data set", PurePath(split_level(command["data"])[0]).name), ("classes", str(len(model.labels)))]
     if run is not None and run.num_train and run.num_valid:
         rows += [("training images", run.num_train), ("validation images", run.num_valid)]
     rows.append(("seed of the split, where the data has none of its own", command.get("split_seed", 0)))

@@ -282,7 +282,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     part = part_of(folder, args.split, record, model.path)
     with _writing_to(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-    images = presize(part, model.preprocessing.presize, model.preprocessing.resize_method)
+    sizes = model.preprocessing.presize, model.preprocessing.resize_method
+    images = presize(part, *sizes, max_unreadable=1)  # those that validated the model are compared below
     indices = indices_of(images, args.split, record, model.path)
     found = interpret(model, images, indices, tta=args.tta)
     with _writing_to(args.out):
