@@ -20,7 +20,7 @@ from search.run_record import RunRecord
 from trainables.image_file import UnreadableImage, read_image
 from trainables.layouts import split_level
 from trainables.model_folder import read_json
-from trainables.wording import printable
+from trainables.wording import last_line, printable
 
 NUM_LOSSES = 12
 THUMBNAIL = 176  # px
@@ -90,7 +90,7 @@ def analyse(run: RunRecord) -> str:
     command += ["--out", folder, "--top", NUM_LOSSES]
     child = subprocess.run([*map(str, command)], capture_output=True, text=True)
     if child.returncode:
-        reason = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+        reason = last_line(child.stderr) or f"exit code {child.returncode}"
         return f"The winner's errors could not be looked at: {reason.removeprefix('error: ')}"
     if read_json(run.folder.best / OF) == of:  # else a better one came in the meantime
         (folder / OF).write_text(json.dumps(of))

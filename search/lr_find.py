@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from search.arguments import add_cache, add_max_unreadable, positive, search_command, source
 from search.cli import run_cli, say
 from search.space import Range, Space, space_names
+from trainables.wording import last_line
 
 if TYPE_CHECKING:
     from trainables.lr_finder import Curve
@@ -231,7 +232,7 @@ def _suggestions_of(arch: str, done, searched: dict[str, str], folder: Path) -> 
                 rates[name] = trusted_rates(found)
                 say(f"  {arch} {stage}: {', '.join(f'{method} {rate:.1e}' for method, rate in found.items())}")
     except (ray.exceptions.RayError, ValueError) as error:
-        say(f"  {arch}: no suggestion, {str(error).strip().splitlines()[-1]}")
+        say(f"  {arch}: no suggestion, {last_line(error) or type(error).__name__}")
     return rates
 
 

@@ -19,6 +19,7 @@ from trainables import checkpoint
 from trainables.checkpoint import WEIGHTS_FILE
 from trainables.recipe import Recipe
 from trainables.trial import RETRAINS, table_id
+from trainables.wording import last_line
 
 COMPLETED, STOPPED, FAILED, RUNNING = "completed", "stopped early", "failed", "running"
 RETRAINED = "retrained"
@@ -118,6 +119,7 @@ class ResultsTable(tune.Callback):
         self.lines: dict[str, str] = {}  # of trials.csv, by trial: a thousand rows are not formatted for each event
         self.epoch_rows: dict[tuple[str, int], Row] = {}  # by trial and epoch
         self.running: dict[str, Any] = {}  # Tune's trials, by trial
+        self.repeating: set[str] = set()  # trials that had ended before a kill, of which Tune has not taken note
         self.failures_in_a_row = 0
         """How many trials have failed without another end between them, since this start of the search."""
         _tables[folder.path.name] = self
@@ -161,12 +163,18 @@ class ResultsTable(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list, trial, **info: Any) -> None:
         row = self._row(trial)
-        row["status"] = RUNNING
+        if row["status"] != RUNNING:  # a kill came before Tune saved its end: it will say its last result once more
+            self.repeating.add(row["trial_id"])
         self.running[row["trial_id"]] = trial
         self._write_trials(row)
 
     def on_trial_result(self, iteration: int, trials: list, trial, result: dict[str, Any], **info: Any) -> None:
         row = self._row(trial)
+        if row["trial_id"] in self.repeating:
+            if result["failure"] or result["epoch"] == row["epochs_done"]:
+                return
+            self.repeating.remove(row["trial_id"])  # its files were lost, and it begins anew
+            row |= {"status": RUNNING, "reason": ""}
         if result["failure"]:
             fail(row, result["failure"])
             return
@@ -180,8 +188,8 @@ class ResultsTable(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list, trial, **info: Any) -> None:
         row = self._row(trial)
-        if row["reason"]:
-            row["status"] = FAILED
+        if row["status"] != RUNNING:
+            pass  # it has failed, or had ended before a kill
         elif row["epochs_done"] == row["epochs_total"]:
             row["status"] = COMPLETED if row[RETRAINS] == "" else RETRAINED
         else:
@@ -198,13 +206,13 @@ class ResultsTable(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list, trial, **info: Any) -> None:
         row = self._row(trial)
-        last_line = (trial.get_error() and str(trial.get_error()).strip().splitlines()[-1]) or "its actor was lost"
-        row["status"] = FAILED
-        fail(row, last_line)
+        fail(row, last_line(trial.get_error() or "") or "its actor was lost")
         self._end(row)
 
     def _end(self, row: Row) -> None:
-        self.failures_in_a_row = self.failures_in_a_row + 1 if row["status"] == FAILED else 0
+        if row["trial_id"] not in self.repeating:
+            self.failures_in_a_row = self.failures_in_a_row + 1 if row["status"] == FAILED else 0
+        self.repeating.discard(row["trial_id"])
         self.running.pop(row["trial_id"], None)
         self._write_trials(row, *self._mark_front())
         checkpoint.drop(self.folder.checkpoints / row["trial_id"])
@@ -304,7 +312,7 @@ def _table_of(folder: RunFolder, given: dict[str, Any]) -> ResultsTable:
 def fail(row: Row, reason: str) -> None:
     """A trial that failed scores nothing, however well its last epoch went."""
     writable = reason.encode(errors="backslashreplace").decode()  # a file that it names may have no UTF-8 name
-    row |= dict.fromkeys(SCORES, math.nan) | {"reason": writable}
+    row |= dict.fromkeys(SCORES, math.nan) | {"status": FAILED, "reason": writable}
 
 
 def failures_in_a_row(folder: RunFolder) -> int:

@@ -186,6 +186,16 @@ def test_a_trial_whose_actor_breaks_has_failed_with_the_last_line_of_its_error(t
     ]
 
 
+@pytest.mark.parametrize("text", ["", "  \n\n"])
+def test_a_trial_whose_error_has_no_text_has_failed_like_any_other(table, folder, text):
+    trial = FakeTrial("abc")
+    trial.error = text
+    table.on_trial_start(0, [], trial)
+    table.on_trial_error(0, [], trial)
+    [row] = read_trials(folder.trials)
+    assert (row["status"], row["reason"]) == (FAILED, "its actor was lost")
+
+
 @pytest.mark.parametrize(
     "reason", ['a, b, "c"', "two\nlines", "two\r\nlines", "ä ° 一", "'=1+1", " spaces ", "50 %\r100 %"]
 )
@@ -467,6 +477,73 @@ def test_a_trial_that_tune_forgot_in_a_kill_leaves_no_row(table, folder):
     later.on_step_begin(0, [kept])
     assert [row["trial_id"] for row in read_trials(folder.trials)] == ["ta", "tb"]
     assert {row["trial_id"] for row in read_rows(folder.epochs)} == {"ta", "tb"}
+
+
+# --- A kill between the table's write and Tune's next save ------------------------------------------------------------
+
+
+def repeat(table, trial: FakeTrial, last: dict) -> None:
+    """What Tune does with a trial of which it did not save the end: it says its last result once more."""
+    again = FakeTrial(trial.trial_id, **trial.config)
+    table.on_trial_start(0, [], again)
+    table.on_trial_result(0, [], again, last)
+    table.on_trial_complete(0, [], again)
+
+
+def test_a_stopped_trial_stays_stopped_when_a_kill_comes_before_the_next_save(table, folder):
+    folder.rungs.write_text(json.dumps({"reasons": {"a": "error_rate 0.8 above the cut-off"}}))
+    trials = [FakeTrial(name) for name in "abcde"]
+    for trial in trials:
+        run_epochs(table, trial, 0.9, 0.8)
+        table.on_trial_complete(0, [], trial)
+    before = folder.trials.read_text()
+    assert "above the cut-off" in before
+    later = made(folder)
+    for trial in trials:
+        repeat(later, trial, result(2, 0.8))
+    assert folder.trials.read_text() == before
+    assert {row["status"] for row in later.rows.values()} == {STOPPED}
+    assert later.failures_in_a_row == 0
+
+
+def test_failures_that_are_said_once_more_are_not_failures_of_this_start(table, folder):
+    trials = [fail(table, f"a{i}") for i in range(5)]
+    lost = FakeTrial("lost")
+    run_epochs(table, lost, 0.1)
+    table.on_trial_error(0, [], lost)
+    before = folder.trials.read_text()
+    later = made(folder)
+    for trial in trials:
+        repeat(later, trial, {"failure": "diverged", "error_rate": math.nan, "done": True})
+    repeat(later, lost, result(1, 0.1))  # the last epoch that it finished
+    assert folder.trials.read_text() == before and later.failures_in_a_row == 0
+    fail(later, "b")
+    assert later.failures_in_a_row == 1
+
+
+def test_a_winner_that_says_its_result_once_more_keeps_its_weights_while_others_end(table, folder):
+    table = made(folder, keep=1)
+    winner, other = complete(table, "a", 0.1), complete(table, "b", 0.2)
+    later = made(folder, keep=1)
+    again = FakeTrial("a")
+    later.on_trial_start(0, [], again)
+    repeat(later, other, result(3, 0.2))  # its end renews what is kept
+    later.on_trial_result(0, [], again, result(3, 0.1))
+    later.on_trial_complete(0, [], winner)
+    assert best(folder)[0] == b"a" and kept(folder) == {"0": b"a"}
+
+
+def test_a_trial_whose_files_were_lost_with_its_end_begins_anew(table, folder):
+    trial = complete(table, "a", 0.1)
+    later = made(folder)
+    later.on_trial_start(0, [], trial)
+    run_epochs(later, trial, 0.9)
+    [row] = read_trials(folder.trials)
+    assert (row["status"], row["epochs_done"], row["reason"]) == (RUNNING, 1, "")
+    run_epochs(later, trial, 0.8, 0.3, first=2)
+    later.on_trial_complete(0, [], trial)
+    [row] = read_trials(folder.trials)
+    assert (row["status"], row["error_rate"]) == (COMPLETED, 0.3)
 
 
 # --- The best once more, and the front --------------------------------------------------------------------------------

@@ -16,3 +16,8 @@ def shell_command(module: str, *words: object) -> str:
 def many(count: int, what: str) -> str:
     """Such as 1 trial, or 2 trials."""
     return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def last_line(text: object) -> str:
+    """The last line of a text such as a traceback, where the error is named; empty where there is none."""
+    return (str(text).strip().splitlines() or [""])[-1]
