@@ -33,28 +33,55 @@ def alone_in(folder: RunFolder) -> Iterator[None]:
     The lock is a file beside the folder, which may be replaced as a whole. The kernel ends it with the process that
     holds it, however that ends.
     """
-    made = [path for path in (folder.path, folder.path.parent) if not path.exists()]
-    folder.path.mkdir(parents=True, exist_ok=True)
+    results = folder.path.parent
+    made_results = not results.exists()
     file = folder.path.with_name(f".{folder.path.name}.lock")
-    opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(opened)
+    opened = _locked(file)
+    if opened is None:
         raise ValueError(
             f"{folder}/ is being written by another search that is still running. Wait for its end, or give another "
             "--name."
-        ) from error
-    except OSError:  # a file system without locks
-        pass
+        )
+    made = not folder.path.exists()
     try:
+        folder.path.mkdir(exist_ok=True)
         yield
     finally:
+        if made:
+            _remove_if_empty(folder.path)
         file.unlink(missing_ok=True)
+        if made_results:
+            _remove_if_empty(results)
+        os.close(opened)  # last: nobody else is to make the folders meanwhile
+
+
+def _locked(file: Path) -> int | None:
+    """The descriptor of the locked file, or None where somebody else has locked it.
+
+    Who held the lock before removes the file: a descriptor that was opened before that locks nothing any more.
+    """
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # the folder was removed at this moment
+            continue
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(opened)
+            return None
+        except OSError:  # a file system without locks
+            return opened
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(opened), file.stat()):
+                return opened
         os.close(opened)
-        with suppress(OSError):  # it holds something
-            for path in made:
-                path.rmdir()
+
+
+def _remove_if_empty(path: Path) -> None:
+    with suppress(OSError):
+        path.rmdir()
 
 
 # --- Whose run it is --------------------------------------------------------------------------------------------------

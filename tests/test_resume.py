@@ -1,6 +1,7 @@
 """Going on with a run: only where it is the same search, by the same user, and by one search at a time."""
 
 import argparse
+import fcntl
 import json
 import os
 import pickle
@@ -242,6 +243,29 @@ with alone_in(RunFolder(Path({str(folder.path)!r}))):
     first.wait()
     with alone_in(folder):
         pass
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_third_search_is_refused_where_the_second_came_as_the_first_one_left(tmp_path, monkeypatch, written):
+    """The second one has opened the lock's file, and then the first one removes it."""
+    folder = RunFolder(tmp_path / "results" / "mine")
+    first = alone_in(folder)
+    first.__enter__()
+    if written:
+        folder.trials.touch()
+    lock = fcntl.flock
+
+    def leave_before_locking(*arguments: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        first.__exit__(None, None, None)
+        lock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", leave_before_locking)
+    with alone_in(folder):
+        assert folder.path.is_dir()
+        with pytest.raises(ValueError, match="is being written by another search"), alone_in(folder):
+            pass
+    assert folder.path.is_dir() == written
 
 
 def test_a_search_that_ends_before_it_wrote_anything_leaves_no_folder(tmp_path):
