@@ -22,6 +22,8 @@ examples:
       choose the architectures, narrow the epochs, pin the image size
   python -m search.run --resume --name NAME
       go on with a search that was interrupted
+  python -m search.run --resume --name NAME --trials 40
+      extend a search, also one that has ended, to 40 trials in all
   python -m search.run --resume --name NAME --storage s3://bucket/runs --address auto
       go on with it on another cluster, from the copy that --storage had made of it there
   python -m search.run --space pets --recipes book
@@ -65,8 +67,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     ))  # fmt: skip
     what.add_argument("--describe", action="store_true", help="print the space and all settings, and stop")
     how = parser.add_argument_group("how")
-    how.add_argument("--trials", type=positive, metavar="N", help="how many trials (default: the space's)")
-    how.add_argument("--time-budget", type=_seconds, metavar="30m", help="stop after this time (90s, 30m, 8h)")
+    how.add_argument("--trials", type=positive, metavar="N", help="how many trials in all (default: the space's)")
+    how.add_argument("--time-budget", type=_seconds, metavar="30m", help=(
+        "stop after this time (90s, 30m, 8h) of searching; what a search that was resumed has spent before counts"
+    ))  # fmt: skip
     how.add_argument("--searcher", choices=SEARCHERS, default="tpe", help=(
         "who proposes, of Optuna's samplers: tpe (default), random, gp = Gaussian process, cmaes; gp and cmaes draw at "
         "random what not every trial has, such as mixup_alpha=0,0.1..0.4, and cmaes also choices, such as arch"
@@ -126,7 +130,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "its confusion matrix and top losses, tables leaves that out; default full"
     ))  # fmt: skip
     out.add_argument("--resume", action="store_true", help=(
-        "go on with the run called --name, options as they were; the command that began it does so, too"
+        "go on with the run called --name, options as they were; the command that began it does so, too. More --trials "
+        "or a longer --time-budget extend it. --keep, --report, --max-concurrent, --stall-timeout and the workers' "
+        "options may change, too, and --data, --weights and a folder of --test-split where the same files lie there"
     ))  # fmt: skip
     out.add_argument("--trust", action="store_true", help=(
         "resume a run that somebody else began, or you on another machine: what its files say is executed"

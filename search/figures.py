@@ -62,12 +62,18 @@ def search_charts(run: RunRecord) -> list[Chart]:
 
 
 def end_times(run: RunRecord) -> pd.Series:
-    """Minutes from the start of the first epoch to the last epoch's end of each trial, by its number."""
+    """Minutes from the start of the first epoch to the last epoch's end of each trial, by its number. The time between
+    the last epoch before a search was resumed and its resuming does not count."""
     if run.epochs.empty:
         return pd.Series(dtype=float)
     ends = pd.to_datetime(run.epochs["finished_at"], utc=True)
     lasted = pd.to_timedelta(run.epochs["train_seconds"] + run.epochs["valid_seconds"], unit="s")
-    minutes = (ends - (ends - lasted).min()).dt.total_seconds() / 60
+    since = ends - (ends - lasted).min()
+    for resume in run.command.get("resumes", []):
+        resumed = pd.Timestamp(resume["started_at"])
+        if (ends < resumed).any():
+            since -= (ends >= resumed).astype(int) * (resumed - ends[ends < resumed].max())
+    minutes = since.dt.total_seconds() / 60
     return minutes.groupby(run.epochs["number"]).max()
 
 

@@ -29,12 +29,16 @@ CHANCE = 0.05
 # --- Before the search ------------------------------------------------------------------------------------------------
 
 
-def hold_out(images: ImageFolder, test_split: float | Path | str | None, seed: int) -> ImageFolder:
-    """The images that the search may know; says how many it may not. Raises `DataError` where that cannot be."""
+def hold_out(
+    images: ImageFolder, test_split: float | Path | str | None, seed: int, *, read: bool = False
+) -> ImageFolder:
+    """The images that the search may know; says how many it may not, and whether they have been `read` already. Raises
+    `DataError` where that cannot be."""
     if test_split is None:
         return images
     test = held_out(images, test_split, seed)
-    say(f"test: {len(test.paths)} images held out; they are opened once, when the search has ended")
+    when = "they have been read, and are not read again" if read else "they are opened once, when the search has ended"
+    say(f"test: {len(test.paths)} images held out; {when}")
     return remaining(images, share(test_split), seed)
 
 

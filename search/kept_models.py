@@ -16,14 +16,13 @@ class KeptModels:
     """Folders with a model's weights, preprocessing, split, recipe, labels and metrics. A file's content is on the disk
     once, in however many of them it is."""
 
-    def __init__(self, folder: RunFolder, *, most: int, first: bool) -> None:
+    def __init__(self, folder: RunFolder, *, first: bool) -> None:
         self.folder = folder
-        self.most = most  # so many of the best
         self.first = first  # trial 0, too, in `first/`
 
-    def add(self, checkpoint: Path, *, place: int, **parts: Any) -> None:
-        """A trial has completed, and `place` trials are better. `parts` are contents of JSON files by name; `metrics`
-        has its number."""
+    def add(self, checkpoint: Path, *, kept: list[int], **parts: Any) -> None:
+        """A trial has completed, and these are to be `kept` now, the best one first. `parts` are contents of JSON files
+        by name; `metrics` has its number."""
         number = parts["metrics"]["number"]
 
         def fill(folder: Path) -> None:
@@ -36,20 +35,19 @@ class KeptModels:
 
         if self.first and number == 0:
             _replace(self.folder.first, fill)
-        if place < self.most:
+        if number in kept:
             _replace(self.folder.models / str(number), fill)
-        if place == 0:
+        if number == kept[0]:
             _replace(self.folder.best, fill)
 
-    def retain(self, leaders: list[int]) -> None:
-        """Of these trials, best first, the first ones keep their models, and no others do."""
-        kept = {str(number) for number in leaders[: self.most]}
+    def retain(self, kept: list[int]) -> None:
+        """These trials keep their models, the best one first, and no others do."""
         if self.folder.models.is_dir():
             for folder in self.folder.models.iterdir():
-                if folder.name not in kept:
+                if folder.name not in map(str, kept):
                     shutil.rmtree(folder)
-        if leaders and self._best() != leaders[0]:
-            self._make_best(self.folder.models / str(leaders[0]))
+        if kept and self._best() != kept[0]:
+            self._make_best(self.folder.models / str(kept[0]))
 
     def _best(self) -> int | None:
         metrics = self.folder.best / "metrics.json"

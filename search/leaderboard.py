@@ -14,6 +14,7 @@ from rich.text import Text
 
 from search.results import COMPLETED, CONFIRMED, RUNNING, ResultsTable, Row, leaders, row_of
 from search.space import NamedRecipe
+from search.time_budget import seconds_spent
 from search.wording import duration, percent
 from trainables.trial import table_id
 
@@ -28,10 +29,12 @@ class Leaderboard(tune.Callback):
         self.num_trials = num_trials
         self.time_budget = time_budget
         self.started = time.monotonic()
+        self.spent_before = 0.0
         self.live: Live | None = None
 
     def setup(self, **info: Any) -> None:
         self.started = time.monotonic()
+        self.spent_before = seconds_spent(self.table.folder)
         self.ended_before = self._num_ended()
         self.console = Console()
         if self.console.is_terminal:
@@ -84,16 +87,17 @@ class Leaderboard(tune.Callback):
     def _summary(self) -> str:
         best = leaders(self.table.rows.values())
         incumbent = f"best error {_percent(best[0])} (trial {best[0]['number']})" if best else "no trial completed yet"
-        return f"{self._num_ended()}/{self.num_trials} trials ended, {incumbent}, {self._time_left()}"
+        most = max(self.num_trials, len(self.table.rows))  # other trials than before may be trained again
+        return f"{self._num_ended()}/{most} trials ended, {incumbent}, {self._time_left()}"
 
     def _time_left(self) -> str:
         elapsed = time.monotonic() - self.started
         ended = self._num_ended() - self.ended_before
-        guesses = [self.time_budget - elapsed] if self.time_budget else []
+        guesses = [self.time_budget - self.spent_before - elapsed] if self.time_budget else []
         if ended:
             guesses.append(elapsed / ended * (self.num_trials - self._num_ended()))
         left = f", about {duration(max(0, min(guesses)))} left" if guesses else ""
-        return f"{duration(elapsed)} gone{left}"
+        return f"{duration(self.spent_before + elapsed)} gone{left}"
 
     def _render(self) -> Group:
         """No higher than the terminal: half of it for the running trials, the rest for the best ones."""

@@ -105,6 +105,7 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
         statuses=sorted(run.trials["status"].unique()),
         failures=list(run.trials.loc[run.trials["status"] == FAILED, "reason"].items()),
         command=shell_command("search.run", *run.command.get("argv", [])),
+        later_commands=run.later_commands,
         environment=environment(run),
     )
 

@@ -114,7 +114,7 @@ class ResultsTable(tune.Callback):
         self.front = front  # whether to mark the Pareto front of error rate and seconds
         self.keep = keep  # so many of the best keep their weights
         self.keep_first = keep_first  # trial 0's weights, too, in `first/`
-        self.models = KeptModels(folder, most=max(keep, confirm), first=keep_first)
+        self.models = KeptModels(folder, first=keep_first)
         self.rows: dict[str, Row] = {}
         self.lines: dict[str, str] = {}  # of trials.csv, by trial: a thousand rows are not formatted for each event
         self.epoch_rows: dict[tuple[str, int], Row] = {}  # by trial and epoch
@@ -216,7 +216,7 @@ class ResultsTable(tune.Callback):
         self.running.pop(row["trial_id"], None)
         self._write_trials(row, *self._mark_front())
         checkpoint.drop(self.folder.checkpoints / row["trial_id"])
-        self.models.retain([best["number"] for best in leaders(self.rows.values())])
+        self.models.retain(self._kept())
 
     def _mark_front(self) -> list[Row]:
         """The rows of which this is news."""
@@ -238,7 +238,14 @@ class ResultsTable(tune.Callback):
             return
         row[CONFIRMED] = sum(r["error_rate"] for r in again) / len(again)
         self._write_trials(row)
-        self.models.retain([best["number"] for best in leaders(self.rows.values())])
+        self.models.retain(self._kept())
+
+    def _kept(self, *more: Row) -> list[int]:
+        """The trials that keep their models, with those of `more`, best first. Where a search is extended, the next to
+        be confirmed are others than those that were, which go first."""
+        ranked = leaders([*self.rows.values(), *more])
+        by_error = sorted(ranked, key=lambda row: rank(row)[1:])
+        return list(dict.fromkeys(row["number"] for row in (*ranked[: self.keep], *by_error[: self.confirm])))
 
     def _row(self, trial) -> Row:
         trial_id = table_id(trial)
@@ -273,8 +280,8 @@ class ResultsTable(tune.Callback):
         known = {name: row[name] for name in row if name not in ("front", CONFIRMED, RETRAINS)}
         metrics = known | trial.config | {"status": COMPLETED}  # a row read back has its dimensions as text
         recipe = Recipe.from_dict(self.settings | trial.config).to_dict()
-        better = [other for other in leaders(self.rows.values()) if rank(other) < rank(row)]
-        self.models.add(found, place=len(better), recipe=recipe, labels=self.labels, metrics=metrics)
+        kept = self._kept(row | {"status": COMPLETED})
+        self.models.add(found, kept=kept, recipe=recipe, labels=self.labels, metrics=metrics)
 
     def _add_epoch(self, row: Row, result: dict[str, Any]) -> None:
         finished_at = datetime.now().astimezone().isoformat(timespec="seconds")

@@ -2,6 +2,7 @@
 
 import argparse
 import fcntl
+import hashlib
 import hmac
 import json
 import os
@@ -10,15 +11,24 @@ import shlex
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from search.arguments import source
 from search.run_folder import RunFolder
+from search.space import Space
 from trainables.model_folder import read_json
+from trainables.remote import shown
 
 HERE = ("resume", "trust", "address", "name", "results", "storage")
 """Arguments that may differ where a run goes on."""
+EXTENT = ("trials", "time_budget", "max_concurrent", "stall_timeout", "keep", "report")
+"""Those that `--resume` may change for good: they change nothing about what is compared."""
+SIZES = ("workers_per_trial", "cpus_per_worker", "gpus_per_worker")
+"""Likewise, unless trials are compared by their seconds."""
+PLACES = ("data", "weights", "test_split")
+"""Likewise, where the same files lie there."""
 SHOWN = 3
 """So many names of a difference."""
 
@@ -179,12 +189,24 @@ def arguments_to_go_on(args: argparse.Namespace, folder: RunFolder) -> argparse.
         raise ValueError(f"{folder} exists. Add --resume to go on with it, or give another --name.")
     saved = saved_arguments(folder, args)
     require_own(folder, trust=args.trust)
+    if "trials" in changes(folder, saved) and saved.trials < (begun := _num_begun(folder)):
+        raise ValueError(
+            f"--trials {saved.trials}: {begun} trials of {folder}/ have begun already. Give {begun} or more, or begin "
+            "a new run with another --name."
+        )
     return saved
 
 
+def _num_begun(folder: RunFolder) -> int:
+    from search.results import read_trials
+    from trainables.trial import RETRAINS
+
+    return sum(row[RETRAINS] == "" for row in read_trials(folder.trials))
+
+
 def saved_arguments(folder: RunFolder, args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments that a run was started with; where it goes on is this command's. Raises `ValueError` where this
-    command asks for something else."""
+    """The arguments that a run was started with; where it goes on, and what `--resume` may change, are this command's.
+    Raises `ValueError` where this command asks for something else."""
     if not folder.command.is_file():
         raise ValueError(
             f"{folder} holds no run to resume (no command.json in it). Runs are listed by: "
@@ -197,20 +219,49 @@ def saved_arguments(folder: RunFolder, args: argparse.Namespace) -> argparse.Nam
             f"{folder} was started by an older version, which knew no {_option(missing[0])}. Start it anew."
         )
     first = command.get("asked", saved)
-    different = [name for name in args.given if name not in HERE and now[name] not in (saved[name], first[name])]
+    new = [name for name in args.given if args.resume and _may_change(name, saved, now)]
+    different = [
+        name for name in args.given if name not in (*HERE, *new) and now[name] not in (saved[name], first[name])
+    ]
     if different:
-        changes = "; ".join(
+        differences = "; ".join(
             f"{_option(name)} is {_shown(first[name])} there and {_shown(now[name])} here" for name in different
         )
         raise ValueError(
-            f"--resume goes on with {folder}/ as it was begun, but {changes}. Leave that out, or begin a new run with "
-            "another --name."
+            f"--resume goes on with {folder}/ as it was begun, but {differences}. Leave that out, or begin a new run "
+            "with another --name."
         )
+    if "trials" in new and saved["recipes"]:
+        raise ValueError(f"--trials has no say: {folder}/ runs each of its recipes once.")
+    saved |= {name: now[name] for name in new}
     for name in ("data", "weights"):
         saved[name] = source(saved[name]) if saved[name] else None
     saved["results"] = Path(saved["results"])
     here = {"resume": True, "trust": args.trust, "address": args.address, "name": args.name, "results": args.results}
     return argparse.Namespace(**saved | here | {"storage": args.storage or saved["storage"]})
+
+
+def _may_change(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    if str(saved[name]).startswith(f"{now[name]}#sha256="):  # what was fetched from there then
+        return False
+    if name in SIZES:
+        return not (saved["target_seconds"] or "seconds" in saved["objective"])
+    if name in PLACES:  # of the space's own images the digest is known, too
+        return isinstance(now[name], str) and (name == "data" or isinstance(saved[name], str))
+    return name in EXTENT
+
+
+def changes(folder: RunFolder, args: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
+    """The arguments of a run that are others in `args`, each as it was and as it is now."""
+    before, now = read_json(folder.command)["arguments"], arguments_record(args)
+    return {name: (before[name], now[name]) for name in now if name not in HERE and now[name] != before.get(name)}
+
+
+def said_changes(folder: RunFolder, args: argparse.Namespace) -> str:
+    """Such as ", now with --trials 40 (20 before)"; empty where nothing changes."""
+    found = changes(folder, args).items()
+    said = ", ".join(f"{_option(name)} {_shown(new)} ({_shown(old)} before)" for name, (old, new) in found)
+    return said and f", now with {said}"
 
 
 def _option(name: str) -> str:
@@ -220,7 +271,19 @@ def _option(name: str) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) or "not given"
-    return "not given" if value is None else str(value)
+    if value is None:
+        return "not given"
+    return f"{value:g}" if isinstance(value, float) else shown(value) if "://" in str(value) else str(value)
+
+
+def history(folder: RunFolder, args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+    """How and when a run was begun, and each time that it went on, with the arguments that changed."""
+    now = {"argv": argv, "started_at": datetime.now().astimezone().isoformat(timespec="seconds")}
+    if not args.resume:
+        return now | {"resumes": []}
+    before = read_json(folder.command)
+    resumes = [*before.get("resumes", []), now | {"changed": list(changes(folder, args))}]
+    return {name: before.get(name, now[name]) for name in now} | {"resumes": resumes}
 
 
 # --- Whether it is the same search ------------------------------------------------------------------------------------
@@ -232,6 +295,46 @@ def images_record(images, digest: str) -> dict[str, Any]:
 
     named = images_digest(images, sizes=False)
     return {"digest": digest, "names_digest": named, "count": len(images.paths), "classes": list(images.classes)}
+
+
+def same_files(folder: RunFolder, args: argparse.Namespace, space: Space) -> dict[str, Any]:
+    """What tells the files that a run uses beside its images from others: a folder of test images, and the weights in
+    a folder of them. None of what was not given.
+
+    Raises `ValueError` where a run that goes on has others than when it began. Of a run without such a record, by an
+    older version, nobody knows: then they must lie where they lay.
+    """
+    from search.held_out import share
+    from search.prepare import setting_values
+    from trainables.layouts import find_unchecked
+    from trainables.source import folder_of, images_digest
+    from trainables.weights import find_weights
+
+    has_folder = args.test_split is not None and share(args.test_split) is None
+    record = {"test_images": images_digest(find_unchecked(args.test_split)) if has_folder else None, "weights": None}
+    if args.weights and setting_values(space, "pretrained") != [False]:
+        weights = folder_of(str(args.weights))
+        found = {arch: find_weights(arch, weights) for arch in setting_values(space, "arch")}
+        record["weights"] = {arch: _digest(file.path) for arch, file in found.items() if file}
+    if args.resume:
+        _require_same_files(folder, record, changes(folder, args))
+    return record
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _require_same_files(folder: RunFolder, now: Mapping[str, Any], changed: Iterable[str]) -> None:
+    before = read_json(folder.command).get("files")
+    for name, option, what in (("test_images", "test_split", "test images"), ("weights", "weights", "weights")):
+        known = before is not None
+        if before[name] != now[name] if known else option in changed:
+            why = "are others now" if known else "cannot be compared, as an older version began it"
+            raise ValueError(
+                f"{folder}/ cannot go on, its {what} {why}. Give {_option(option)} as it was, or begin a new run."
+            )
 
 
 def require_same(folder: RunFolder, space: Mapping[str, Any], images: Mapping[str, Any]) -> None:

@@ -7,7 +7,6 @@ import logging
 import platform
 import re
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime
@@ -30,7 +29,7 @@ def main() -> int:
     if args.describe:
         print(description(space_of(args)))
         return 0
-    from search.resume import alone_in, arguments_to_go_on, is_begun
+    from search.resume import alone_in, arguments_to_go_on, is_begun, said_changes
     from search.run_folder import RunFolder
 
     name = args.name or f"{args.space}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -43,7 +42,7 @@ def main() -> int:
             args.trust = True  # it is this command that names the place
         if args.resume or is_begun(folder):
             args = arguments_to_go_on(args, folder)
-            say(f"going on with {folder}/")
+            say(f"going on with {folder}/{said_changes(folder, args)}")
         return search(args, folder)
 
 
@@ -54,7 +53,7 @@ def search(args: argparse.Namespace, folder) -> int:
     space, method = space_of(args), method_of(args)
     from search.annealed import check_lengths
     from search.held_out import hold_out, source_of
-    from search.resume import arguments_record, images_record, require_same, require_whole
+    from search.resume import arguments_record, images_record, require_same, require_whole, same_files
     from search.tuner import RunOptions, full_settings
     from trainables.source import images_digest
 
@@ -65,12 +64,13 @@ def search(args: argparse.Namespace, folder) -> int:
     if method.scheduler == "annealed":
         check_lengths(space)
     mirror = mirror_of(args, folder)
-    images = hold_out(find_data(space, args), args.test_split, space.split_seed)
+    images = hold_out(find_data(space, args), args.test_split, space.split_seed, read=folder.test.is_file())
     digest = images_digest(images)
     known = images_record(images, digest)
     if args.resume:
         require_same(folder, space_record(space), known)
     check_weights(space, args)
+    files = same_files(folder, args, space)
     pin(args)
     presize_here(space, images, args)
     nodes, ray_dashboard = start_ray(args.address)
@@ -109,7 +109,7 @@ def search(args: argparse.Namespace, folder) -> int:
         stall_timeout=args.stall_timeout,
     )
     of_machine = {"data": images.given, "ray_dashboard": ray_dashboard, "hardware": hardware(nodes)}
-    write_command(args, options, asked=as_asked, images=known, **of_machine)
+    write_command(args, options, asked=as_asked, images=known, files=files, **of_machine)
     announce(options, nodes)
     with mirror:
         return run(options, resume=args.resume)
@@ -167,9 +167,9 @@ def run(options, *, resume: bool) -> int:
     import ray
 
     from search.searcher import end_study
+    from search.time_budget import seconds_spent
     from search.tuner import new_tuner, restored_tuner
 
-    started = time.monotonic()
     try:
         tuner = restored_tuner(options) if resume else new_tuner(options)
         with Interruptible() as search:
@@ -181,7 +181,7 @@ def run(options, *, resume: bool) -> int:
         ray.shutdown()
     if not search.interrupted:  # then --resume goes on with its trials
         end_study(options.folder.journal, options.space.name)
-    return conclude(options, time.monotonic() - started, interrupted=search.interrupted)
+    return conclude(options, seconds_spent(options.folder), interrupted=search.interrupted)
 
 
 def words_to_show(argv: list[str]) -> list[str]:
@@ -304,7 +304,7 @@ def write_command(args: argparse.Namespace, options, **found: Any) -> None:
     from uuid import uuid4
 
     from search.files import write_atomically
-    from search.resume import arguments_record, signature
+    from search.resume import arguments_record, history, signature
     from trainables.model_folder import read_json
 
     before = read_json(options.folder.command) if args.resume else {}
@@ -313,7 +313,7 @@ def write_command(args: argparse.Namespace, options, **found: Any) -> None:
     command = {
         "run_id": run_id,
         "signature": signature(options.folder, run_id),
-        "argv": words_to_show(sys.argv[1:]),
+        **history(options.folder, args, words_to_show(sys.argv[1:])),
         "arguments": arguments_record(args),
         "source": str(options.data),
         "weights": options.weights,
@@ -322,7 +322,6 @@ def write_command(args: argparse.Namespace, options, **found: Any) -> None:
         "num_workers": options.num_workers,
         "max_concurrent": options.max_concurrent,
         "method": asdict(options.method),
-        "started_at": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         **found | {name: before[name] for name in ("asked", "images") if name in before},
     }

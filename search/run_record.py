@@ -20,6 +20,7 @@ from search.scheduler import stop_reasons
 from search.table_file import Kind, as_csv, read_table
 from trainables.model_folder import read_json, read_model
 from trainables.recipe import Recipe
+from trainables.wording import shell_command
 
 
 def load(path: Path | str) -> "RunRecord":
@@ -72,6 +73,12 @@ class RunRecord:
     def best_recipe(self) -> Recipe | None:
         """Every hyperparameter of the winner."""
         return read_model(self.folder.best).recipe if self.folder.best.is_dir() else None
+
+    @property
+    def later_commands(self) -> list[str]:
+        """The commands that have changed what the run is to do since it was begun, such as one for more trials."""
+        resumes = [resume for resume in self.command.get("resumes", []) if resume["changed"]]
+        return [shell_command("search.run", *resume["argv"]) for resume in resumes]
 
     @property
     def labels(self) -> list[str]:

@@ -16,7 +16,7 @@ from search.journal import open_journal
 from search.method import Method
 from search.space import SWITCH, Choice, Dimension, Space, ends
 from trainables.recipe import has_effect, spec_of
-from trainables.trial import unmistakable
+from trainables.trial import RETRAINS, unmistakable
 
 METRIC = "error_rate"
 STARTUP_TRIALS = 5
@@ -39,7 +39,8 @@ class OptunaSearcher(Searcher):
     Where `capacity` has no room for the next trial it proposes none; Tune asks again. A trial that needs many workers
     keeps its turn: smaller ones do not go before it.
 
-    After `num_trials` proposals, and when these have ended, the best `method.confirm` are trained again.
+    After `num_trials` proposals, and when these have ended, the best `method.confirm` are trained again, but for those
+    that were already before the search was extended.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class OptunaSearcher(Searcher):
         if self.method.target_seconds:
             self.first_configs += _each_arch(space, self.first_configs)
         self.numbers: dict[str, int] = {}  # Tune's trial id -> Optuna's trial number
-        self.retrained: list[str] = []  # Tune's ids of trials that are others' once more
+        self.retrained: dict[
+            str, tuple[str, int]
+        ] = {}  # Tune's ids of trials that are others' once more -> whose, seed
         self.capacity = capacity
         self.live: dict[str, int] = {}  # Tune's trial id -> workers of a trial that has not ended
         self._next: tuple[optuna.Trial | None, Config] | None = None  # proposed, and waiting for room
@@ -123,14 +126,15 @@ class OptunaSearcher(Searcher):
         """One of the best once more. The choice among all trials waits for the last of them."""
         if set(self.live) & set(self.numbers):
             return None
-        todo = retrainings(self._ranked()[: self.method.confirm], self._last_seed())
-        if len(self.retrained) >= len(todo):
+        done, best = self.retrained.values(), self._ranked()[: self.method.confirm]
+        todo = [c for c in retrainings(best, self._last_seed()) if (c[RETRAINS], c["seed"]) not in done]
+        if not todo:
             return Searcher.FINISHED
-        config = todo[len(self.retrained)]
+        config = todo[0]
         num_workers = self._num_workers(config)
         if not self._has_room(num_workers):
             return None
-        self.retrained.append(trial_id)
+        self.retrained[trial_id] = config[RETRAINS], config["seed"]
         self.live[trial_id] = num_workers
         return config
 

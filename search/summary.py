@@ -48,7 +48,8 @@ def _beside(run: RunRecord) -> str:
 def _unconfirmed(run: RunRecord) -> str:
     """Where `--confirm` was not done to its end, that it was not."""
     wanted = min(run.command["arguments"].get("confirm", 0), len(run.completed))
-    done = int(run.completed[CONFIRMED].notna().sum()) if wanted else 0
+    best = run.completed.sort_values(["error_rate", "valid_loss", "number"])[:wanted]
+    done = int(best[CONFIRMED].notna().sum()) if wanted else 0
     if done == wanted:
         return ""
     missing = "the search ended before the others were"

@@ -7,6 +7,7 @@ from typing import Any
 
 from ray import tune
 from ray.tune.search import SearchGenerator
+from ray.tune.stopper import CombinedStopper
 
 from search.annealed import new_searcher
 from search.capacity import Capacity, CapacityNews
@@ -17,9 +18,10 @@ from search.method import Method
 from search.results import ResultsTable, TooManyFailures
 from search.run_folder import RunFolder
 from search.scheduler import new_scheduler
-from search.searcher import METRIC
+from search.searcher import METRIC, OptunaSearcher
 from search.space import NamedRecipe, Space
 from search.storage import Mirroring
+from search.time_budget import TimeBudget
 from search.whole_files import whole_files
 from trainables.data import MAX_UNREADABLE
 from trainables.held_out import Remaining
@@ -88,11 +90,11 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
                     method=options.method,
                     capacity=capacity,
                     num_trials=options.num_trials,
-                )
+                ),
+                num_samples,
             ),
             scheduler=new_scheduler(options.method.scheduler, METRIC, options.space, options.folder.rungs),
             num_samples=num_samples,
-            time_budget_s=options.time_budget,
             reuse_actors=True,
             trial_name_creator=table_id,
             trial_dirname_creator=table_id,
@@ -110,7 +112,9 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
                 *live_report,
                 Mirroring(options.folder),
             ],
-            stop=TooManyFailures(table, MOST_FAILURES),
+            stop=CombinedStopper(
+                TooManyFailures(table, MOST_FAILURES), TimeBudget(options.folder, options.time_budget)
+            ),
             failure_config=tune.FailureConfig(max_failures=ACTOR_RETRIES),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
@@ -119,11 +123,20 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
 
 
 class Resumable(SearchGenerator):
-    """What Tune puts around a searcher, but for one thing: a search that a time budget or failures have ended is not
-    finished for good, so that `--resume` makes the trials that are left."""
+    """What Tune puts around a searcher, but for two things. A search that a time budget or failures have ended is not
+    finished for good, so that `--resume` makes the trials that are left. And it has as many as this start is to have,
+    which may be more than when Tune saved it."""
+
+    def __init__(self, searcher: OptunaSearcher, num_samples: int) -> None:
+        super().__init__(searcher)
+        self.num_samples = num_samples
 
     def get_state(self) -> dict[str, Any]:
         return super().get_state() | {"finished": False}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        # Where a search is extended others may be the best, to be trained again. The searcher knows when it is done.
+        super().set_state(state | {"total_samples": self.num_samples + len(self.searcher.retrained)})
 
 
 def restored_tuner(options: RunOptions) -> tune.Tuner:

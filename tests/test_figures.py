@@ -34,6 +34,17 @@ def test_time_counts_from_the_start_of_the_first_epoch(run):
     assert figures.end_times(run)[0] == pytest.approx(20 / 60)  # two epochs of ten seconds
 
 
+def test_the_days_between_a_search_and_its_extension_do_not_count(tmp_path):
+    run = load(write_run(tmp_path / "run"))
+    before = figures.end_times(run)
+    later = pd.to_datetime(run.epochs["finished_at"]) + pd.to_timedelta((run.epochs["number"] >= 5) * 86400, unit="s")
+    run.epochs["finished_at"] = [moment.isoformat() for moment in later]
+    assert figures.end_times(run)[9] > 24 * 60
+    begun = later[run.epochs["number"] >= 5].min() - pd.Timedelta(seconds=10)
+    run.command["resumes"] = [{"started_at": begun.isoformat(), "argv": [], "changed": ["trials"]}]
+    assert figures.end_times(run).tolist() == pytest.approx(before.tolist())
+
+
 def test_every_trial_has_a_curve_and_the_stopped_ones_end_in_a_cross_with_the_rung(run):
     chart = figures.learning_curves(run)
     drawn = sum(len(t.x) - list(t.x).count(None) for t in chart.figure.data if t.mode == "lines+markers")

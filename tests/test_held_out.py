@@ -331,8 +331,20 @@ def test_nobody_opens_the_test_images_before_the_search_has_ended_and_nobody_twi
     analysis = read_analysis(load(run))  # of the images that validated it
     assert analysis.counts.sum() - analysis.counts.trace() == round(float(best["error_rate"]) * analysis.counts.sum())
 
+    search = Search(run, "--resume", "--trials", 4)  # one that has ended is extended
+    with watched(files, bool) as opened:
+        assert search.wait() == 0, search.text
+    assert not opened and (run / "test.json").read_bytes() == before
+    assert "now with --trials 4 (3 before)" in search.text and "are not read again" in search.text
+    assert [row["number"] for row in tables(run)[0]] == ["0", "1", "2", "3"] and "4 trials in " in search.text
+    command = json.loads((run / "command.json").read_text())
+    assert (command["arguments"]["trials"], command["resumes"][-1]["changed"]) == (4, ["trials"])
+    assert "--resume" not in command["argv"]
+
     with watched(files, bool) as opened:
         assert export.main([str(run), "--out", str(tmp_path / "exported")]) == 0
     assert "check passed" in capsys.readouterr().out and not opened
     assert read_split(tmp_path / "exported").images == images_digest(remaining(find_images(data), 0.2, 0))
-    assert said[0].split(";")[0].removeprefix("test: ") in (tmp_path / "exported" / "README.md").read_text()
+    tested = json.loads((run / "best" / "metrics.json").read_text())["number"] == winner["trial"]
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert (said[0].split(";")[0].removeprefix("test: ") in card) == tested

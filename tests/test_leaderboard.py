@@ -18,6 +18,8 @@ from tiny_run import draw_images
 
 from search.leaderboard import Leaderboard, leaderboard
 from search.results import COMPLETED, FAILED, RUNNING, STOPPED
+from search.run_folder import RunFolder
+from search.time_budget import TimeBudget
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,6 +91,14 @@ def test_a_time_budget_ends_the_search_sooner_than_its_trials():
     board = board_of(COMPLETED, RUNNING, time_budget=120)
     board.started = time.monotonic() - 100
     assert "about 19 s left" in drawn(board) or "about 20 s left" in drawn(board)
+
+
+def test_what_earlier_starts_have_spent_counts_for_the_time_budget(tmp_path):
+    board = board_of(COMPLETED, RUNNING, time_budget=120)
+    board.table.folder = RunFolder(tmp_path / "run")
+    TimeBudget(board.table.folder, 120).spent = 60.0
+    board.setup()
+    assert "1 min 0 s gone, about 1 min 0 s left" in drawn(board) or "about 59 s left" in drawn(board)
 
 
 def test_before_the_first_end_nobody_knows_the_time_left():

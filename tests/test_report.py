@@ -78,6 +78,20 @@ def test_what_ran_can_be_run_again(run):
     html = report.render(run)
     assert "python -m search.run --space pets --set arch=resnet18,resnet34" in html
     assert "python 3.11.7, ray 2.60.0" in html
+
+
+def test_what_an_extended_search_ran_is_how_it_was_begun_and_then_extended(tmp_path):
+    folder = write_run(tmp_path / "run")
+    command = json.loads((folder / "command.json").read_text())
+    resumes = [{"argv": ["--resume", "--name", "run"], "started_at": "2026-01-02T00:00:00+00:00", "changed": []}]
+    resumes += [resumes[0] | {"argv": ["--resume", "--name", "run", "--trials", "40"], "changed": ["trials"]}]
+    (folder / "command.json").write_text(json.dumps(command | {"resumes": resumes}))
+    html = report.render(load(folder))
+    assert (
+        '<pre id="command">python -m search.run --space pets --set arch=resnet18,resnet34\n'
+        "python -m search.run --resume --name run --trials 40</pre>"
+    ) in html
+    assert "2026-01-01 00:00 +0000" in html  # when it was begun
     assert "AMD EPYC, 2 CPUs, 24 GiB; Ray: 1 node of 2 CPUs<" in html
     assert "80 to train on, 20 to validate of 3 classes; seed 0" in html
 

@@ -610,6 +610,21 @@ def test_where_files_cannot_have_two_names_they_are_copied(folder, monkeypatch):
     assert kept(folder) == {"0": b"a"} and best(folder)[0] == b"a"
 
 
+def test_what_an_extended_search_is_to_confirm_next_keeps_its_weights(folder):
+    """Those that were confirmed go first, whatever their error."""
+    table = made(folder, keep=1, confirm=2)
+    trials = [complete(table, name, error) for name, error in (("a", 0.2), ("b", 0.3))]
+    for number in range(6):
+        retrain(table, number, trials[number // 3], 0.4, trials)
+    later = made(folder, keep=1, confirm=2)
+    for name, error in (("c", 0.1), ("d", 0.15), ("e", 0.5)):
+        trials.append(complete(later, name, error))
+    assert best(folder)[0] == b"a" and kept(folder) == {"0": b"a", "8": b"c", "9": b"d"}
+    for number in range(6, 9):
+        retrain(later, number, trials[2], 0.05, trials)
+    assert best(folder)[0] == b"c" and "8" in kept(folder)
+
+
 def test_a_search_that_goes_on_knows_the_retrainings_of_before(folder):
     table = made(folder, confirm=1)
     trial = complete(table, "a", 0.1)

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,19 @@ from search.arguments import parse_arguments
 from search.resume import (
     alone_in,
     arguments_record,
+    arguments_to_go_on,
+    history,
     is_same_command,
     require_own,
     require_same,
+    said_changes,
+    same_files,
     saved_arguments,
     signature,
 )
 from search.run_folder import RunFolder
+from search.space import load_space
+from search.table_file import as_csv
 
 BEGUN = ["--space", "quickstart", "--name", "mine", "--trials", "9", "--set", "epochs=2"]
 IMAGES = {"digest": "a", "names_digest": "n", "count": 90, "classes": ["robin", "wren"]}
@@ -77,9 +84,10 @@ def test_a_run_goes_on_with_the_options_that_it_was_begun_with(folder):
     ("words", "difference"),
     [
         (["--space", "pets"], "--space is quickstart there and pets here"),
-        (["--trials", "10"], "--trials is 9 there and 10 here"),
         (["--set", "epochs=3"], "--set is epochs=2 there and epochs=3 here"),
-        (["--data", "/else"], "--data is not given there and /else here"),
+        (["--weights", "/else"], "--weights is not given there and /else here"),
+        (["--test-split", "/else"], "--test-split is not given there and /else here"),
+        (["--data", "/else", "--seed", "4"], "--seed is not given there and 4 here"),
         (["--confirm", "3"], "--confirm is 0 there and 3 here"),
     ],
 )
@@ -99,6 +107,122 @@ def test_the_command_that_began_a_run_goes_on_with_it_and_another_one_does_not(f
     assert not is_same_command(folder, arguments(folder, *BEGUN, "--seed", "4"))
     folder.command.unlink()
     assert not is_same_command(folder, arguments(folder, *BEGUN))
+
+
+# --- What may change --------------------------------------------------------------------------------------------------
+
+MAY_CHANGE = ["--trials", "40", "--time-budget", "2h", "--keep", "5", "--report", "off", "--max-concurrent", "3"]
+MAY_CHANGE += ["--stall-timeout", "20m", "--workers-per-trial", "2", "--cpus-per-worker", "4", "--gpus-per-worker", "1"]
+
+
+def write_trials(folder: RunFolder, count: int, retrained: int = 0) -> None:
+    rows = [{"number": i, "trial_id": f"t{i}", "status": "completed", "error_rate": 0.1} for i in range(count)]
+    rows += [
+        row | {"number": count + i, "trial_id": f"r{i}", "retrains": "0"} for i, row in enumerate(rows[:retrained])
+    ]
+    columns = ["number", "trial_id", "status", "error_rate", "epochs_done", "epochs_total", "retrains"]
+    folder.trials.write_text(as_csv(columns, [{"epochs_done": 1, "epochs_total": 1} | row for row in rows]))
+
+
+def test_a_search_goes_on_with_more_trials_and_whatever_else_changes_nothing_about_them(folder):
+    args = resumed(folder, *MAY_CHANGE)
+    assert (args.trials, args.time_budget, args.keep, args.report, args.max_concurrent) == (40, 7200, 5, "off", 3)
+    assert (args.stall_timeout, args.workers_per_trial, args.cpus_per_worker, args.gpus_per_worker) == (
+        1200, ["2"], 4, 1
+    )  # fmt: skip
+    assert (args.space, args.set) == ("quickstart", ["epochs=2"])
+    said = said_changes(folder, args)
+    assert said.startswith(", now with --trials 40 (9 before), --time-budget 7200 (not given before), ")
+    assert said_changes(folder, resumed(folder)) == ""
+
+
+def test_the_first_command_goes_on_with_what_a_later_one_has_changed(folder):
+    command = json.loads(folder.command.read_text())
+    command["arguments"] = arguments_record(resumed(folder, *MAY_CHANGE))
+    folder.command.write_text(json.dumps(command))
+    assert is_same_command(folder, arguments(folder, *BEGUN))
+    assert saved_arguments(folder, arguments(folder, *BEGUN)).trials == 40
+    assert resumed(folder).trials == 40
+    assert resumed(folder, "--trials", "30").trials == 30
+
+
+def test_fewer_trials_than_have_begun_are_refused(folder):
+    write_trials(folder, 6, retrained=3)
+    more, fewer = ([*words, "--resume", "--name", "mine"] for words in (["--trials", "6"], ["--trials", "5"]))
+    assert arguments_to_go_on(arguments(folder, *more), folder).trials == 6
+    with pytest.raises(ValueError, match=r"--trials 5: 6 trials of .*mine/ have begun already. Give 6 or more"):
+        arguments_to_go_on(arguments(folder, *fewer), folder)
+
+
+@pytest.mark.parametrize("method", [["--target-seconds", "90s"], ["--objective", "error,seconds"]])
+def test_trials_that_are_compared_by_their_seconds_keep_their_workers(tmp_path, method):
+    folder = begun(tmp_path, [*BEGUN, *method])
+    assert resumed(folder, "--trials", "40").trials == 40
+    with pytest.raises(ValueError, match="--workers-per-trial is not given there and 2 here"):
+        resumed(folder, "--workers-per-trial", "2")
+
+
+def test_named_recipes_are_not_extended(tmp_path):
+    folder = begun(tmp_path, ["--space", "pets", "--name", "mine", "--recipes", "book"])
+    with pytest.raises(ValueError, match=r"--trials has no say: .* runs each of its recipes once"):
+        resumed(folder, "--trials", "40")
+
+
+def test_the_same_images_may_lie_elsewhere(folder):
+    assert resumed(folder, "--data", "/else").data == Path("/else")  # what is there is compared later
+    assert "--data /else (not given before)" in said_changes(folder, resumed(folder, "--data", "/else"))
+
+
+def test_the_address_of_what_was_fetched_then_is_no_other_place(tmp_path):
+    folder = begun(tmp_path, ["--space", "quickstart", "--name", "mine", "--data", "https://me:secret@host/x.tar"])
+    command = json.loads(folder.command.read_text())
+    pinned = "https://me:secret@host/x.tar#sha256=" + 64 * "0"
+    command["arguments"] = command["arguments"] | {"data": pinned}
+    folder.command.write_text(json.dumps(command))
+    assert resumed(folder, "--data", "https://me:secret@host/x.tar").data == pinned
+    moved = resumed(folder, "--data", "https://me:secret@other/x.tar")
+    assert said_changes(folder, moved) == ", now with --data https://other/x.tar (https://host/x.tar before)"
+
+
+def recorded(folder: RunFolder, *words: str) -> dict:
+    return same_files(folder, arguments(folder, *words), load_space("quickstart").with_settings(["arch=resnet18"]))
+
+
+def test_weights_and_test_images_elsewhere_must_be_the_same_files(tmp_path):
+    paths = {}
+    for place, weights, images in (("here", b"w", 2), ("there", b"w", 2), ("other", b"v", 2), ("more", b"w", 3)):
+        paths[place] = ["--weights", f"{tmp_path}/{place}/w", "--test-split", f"{tmp_path}/{place}/t"]
+        for name in ("cat", "dog"):
+            (tmp_path / place / "t" / name).mkdir(parents=True)
+            for i in range(images):
+                (tmp_path / place / "t" / name / f"{i}.jpg").touch()
+        (tmp_path / place / "w").mkdir()
+        (tmp_path / place / "w" / "resnet18.safetensors").write_bytes(weights)
+    folder = begun(tmp_path, ["--space", "quickstart", "--name", "mine", *paths["here"]])
+    files = recorded(folder, "--space", "quickstart", *paths["here"])
+    command = json.loads(folder.command.read_text())
+    folder.command.write_text(json.dumps(command | {"files": files}))
+    goes_on = ["--resume", "--name", "mine"]
+    assert recorded(folder, *goes_on, *paths["there"]) == files
+    assert resumed(folder, *paths["there"]).weights == tmp_path / "there" / "w"
+    for place, what in (("other", "its weights are others now"), ("more", "its test images are others now")):
+        with pytest.raises(ValueError, match=what):
+            recorded(folder, *goes_on, *paths[place])
+    folder.command.write_text(json.dumps(command))  # as an older version left it
+    assert recorded(folder, *goes_on, *paths["here"]) == files
+    with pytest.raises(ValueError, match="its test images cannot be compared, as an older version began it"):
+        recorded(folder, *goes_on, *paths["there"])
+
+
+def test_how_a_run_was_begun_outlives_its_resumes(folder):
+    first = history(folder, arguments(folder, *BEGUN), BEGUN)
+    command = json.loads(folder.command.read_text()) | first | {"started_at": "2026-01-31T12:00:00+00:00"}
+    folder.command.write_text(json.dumps(command))
+    again = history(folder, resumed(folder, "--trials", "40"), ["--resume", "--name", "mine", "--trials", "40"])
+    assert (again["argv"], again["started_at"]) == (BEGUN, "2026-01-31T12:00:00+00:00")
+    [resume] = again["resumes"]
+    assert (resume["argv"][-1], resume["changed"]) == ("40", ["trials"])
+    assert datetime.fromisoformat(resume["started_at"]) > datetime.fromisoformat(again["started_at"])
 
 
 # --- Whether it is the same search ------------------------------------------------------------------------------------

@@ -235,8 +235,10 @@ def s3():
 
 
 def test_a_search_whose_head_is_lost_goes_on_from_its_storage(undisturbed, class_folders, s3, tmp_path):
-    """On another disk, in another folder, it ends with the tables of the undisturbed one."""
-    lost = start(tmp_path / "lost" / "run", class_folders, "--trials", 3, "--storage", s3)
+    """On another disk, in another folder, with its images in another place and with a trial more, it ends with the
+    tables of the undisturbed one."""
+    data = shutil.copytree(class_folders, tmp_path / "data")
+    lost = start(tmp_path / "lost" / "run", data, "--trials", 3, "--storage", s3)
     lost.wait_for(r"trial 0 .*completed")
     with stopped(lost.processes("ray::RayTrainWorker")):  # so that the search cannot end before it is copied
         [ended] = completed(lost.folder)
@@ -250,18 +252,22 @@ def test_a_search_whose_head_is_lost_goes_on_from_its_storage(undisturbed, class
     lost.wait()
     shutil.rmtree(lost.folder)
 
-    resumed = Search(tmp_path / "new" / "run", "--resume", "--storage", s3)
+    elsewhere = data.rename(tmp_path / "elsewhere")
+    resumed = Search(tmp_path / "new" / "run", "--resume", "--storage", s3, "--data", elsewhere, "--trials", 4)
     assert resumed.wait() == 0, resumed.text
     assert f"bringing it back from {s3}/run/" in resumed.text
     assert f"storage: {s3}/run/ holds the run as it is now" in resumed.text
     assert resumed.lines[-1] == "False"  # no torch in the driver
     trials, epochs = tables(resumed.folder)
     expected_trials, expected_epochs = tables(undisturbed.folder)
-    expected_epochs = [epoch for epoch in expected_epochs if int(epoch["number"]) < 3]
+    expected_epochs = [epoch for epoch in expected_epochs if int(epoch["number"]) < 4]
     assert trials[0] == ended
-    assert without(trials, TIMES) == without(expected_trials[:3], TIMES)
+    assert without(trials, TIMES) == without(expected_trials[:4], TIMES)
     assert sorted(without(epochs, EPOCH_TIMES), key=str) == sorted(without(expected_epochs, EPOCH_TIMES), key=str)
     assert not lost.folder.exists()
+    command = json.loads((resumed.folder / "command.json").read_text())
+    assert command["data"] == str(elsewhere) and command["argv"][-1] == "run" and "--resume" not in command["argv"]
+    assert command["resumes"][0]["changed"] == ["data", "trials"]
 
 
 def test_two_workers_learn_what_one_learns_and_survive_the_loss_of_one(undisturbed, class_folders, tmp_path):

@@ -15,6 +15,7 @@ from ray.tune.search import Searcher
 from search.method import SEARCHERS, Method
 from search.searcher import OptunaSearcher, as_params, config_of, end_study
 from search.space import Choice, Range, Space
+from search.tuner import Resumable
 
 SPACE = Space(
     name="small",
@@ -398,3 +399,48 @@ def test_a_restored_searcher_goes_on_with_the_retrainings(tmp_path, journal):
     assert set(later.live) == {"again0", "again1"}
     expected += [searcher.suggest(f"again{i}") for i in range(2, 6)]
     assert expected[2:] == [later.suggest(f"again{i}") for i in range(2, 6)]
+
+
+# --- Extended ---------------------------------------------------------------------------------------------------------
+
+
+def started(generator: Resumable, trial_id: str) -> dict | str:
+    """Tune's own part of a proposal is a count."""
+    config = run_trial(generator.searcher, trial_id)
+    generator._counter += 1
+    return config
+
+
+def test_a_search_that_has_had_all_its_trials_is_extended_as_if_it_had_begun_with_more(tmp_path):
+    whole = Resumable(made(tmp_path / "whole.journal", num_trials=9), 9)
+    expected = [started(whole, f"t{i}") for i in range(9)]
+    ended = Resumable(made(tmp_path / "journal", num_trials=7), 7)
+    assert [started(ended, f"t{i}") for i in range(7)] == expected[:7]
+    assert ended.is_finished() and ended.searcher.suggest("no more") == Searcher.FINISHED
+    ended.save_to_dir(str(tmp_path), "first")
+    again, extended = (Resumable(made(tmp_path / "journal", num_trials=n), n) for n in (7, 9))
+    again.restore_from_dir(str(tmp_path))
+    assert again.is_finished()
+    extended.restore_from_dir(str(tmp_path))
+    assert [started(extended, f"t{i}") for i in (7, 8)] == expected[7:]
+    assert extended.is_finished() and len(on_record(tmp_path / "journal")) == 9
+
+
+def test_an_extended_search_trains_again_only_those_of_the_best_that_were_not(tmp_path, journal):
+    searcher = confirming(journal)
+    searcher.on_trial_complete("t3", result=result(3, 3, 0.2))
+    generator = Resumable(searcher, 4 + 6)
+    generator._counter = 10
+    for i in range(6):
+        searcher.suggest(f"again{i}")
+        searcher.on_trial_complete(f"again{i}", result=result(3, 3, 0.3))
+    generator.save_to_dir(str(tmp_path), "first")
+    later = Resumable(made(journal, num_trials=5, confirm=2), 5 + 6)
+    later.restore_from_dir(str(tmp_path))
+    assert later.searcher.suggest("t4").keys() >= {"arch", "epochs"}
+    assert later.searcher.suggest("early") is None
+    later.searcher.on_trial_complete("t4", result=result(3, 3, 0.15))  # between the two that were the best
+    new = [later.searcher.suggest(f"new{i}") for i in range(3)]
+    assert [(config["retrains"], config["seed"]) for config in new] == [("tt4", 1), ("tt4", 2), ("tt4", 3)]
+    assert later.total_samples >= 10 + 4
+    assert later.searcher.suggest("no more") == Searcher.FINISHED

@@ -73,6 +73,15 @@ def test_a_search_that_ended_before_all_were_confirmed_says_so(folder):
     assert not any(line.startswith("confirmed") for line in done)
 
 
+def test_an_extended_search_whose_new_best_are_not_confirmed_says_so(folder):
+    confirmed_best_two(folder)
+    best = list(load(folder).completed.index)
+    lines = summary(changed(folder, confirmed_error_rate=dict.fromkeys(best[2:4], 0.3)))
+    assert "confirmed: 0 of the best 2; the search ended before the others were" in lines
+    all_four = summary(changed(folder, confirmed_error_rate=dict.fromkeys(best[:4], 0.3)))
+    assert not any(line.startswith("confirmed") for line in all_four)
+
+
 def test_two_confirmed_errors_are_compared_with_each_other(folder):
     run = load(folder)
     winner = next(number for number in run.completed.index if number)
