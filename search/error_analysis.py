@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from search.afterwards import told
 from search.run_record import RunRecord
 from trainables.image_file import UnreadableImage, read_image
 from trainables.layouts import split_level
@@ -69,7 +70,7 @@ def read_analysis(run: RunRecord) -> ErrorAnalysis | None:
         with (folder / "top_losses.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             worst = [row for row, _ in zip(csv.DictReader(file), range(NUM_LOSSES), strict=False)]
         losses = tuple(_loss(row, _images_of(run)) for row in worst)
-    except (OSError, ValueError, KeyError):  # not there, or cut short by a kill
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):  # not there, or cut short by a kill
         return None
     return ErrorAnalysis(tuple(map(printable, classes)), counts, losses)
 
@@ -79,8 +80,13 @@ def analyse(run: RunRecord) -> str:
 
     Takes as long as validating once, and some seconds to import torch. Does nothing where it is known already.
     """
-    if run.best is None or read_analysis(run):
-        return ""
+    try:
+        return "" if run.best is None or read_analysis(run) else _analyse(run)
+    except Exception as error:  # a report without it is better than none
+        return f"The winner's errors could not be looked at: {told(error)}"
+
+
+def _analyse(run: RunRecord) -> str:
     data = run.command["data"]
     if not _images_of(run).is_dir():
         return f"The images, {data}, are not on this machine, so the winner's errors could not be looked at."

@@ -4,10 +4,10 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from search.afterwards import errors_said, told
 from search.arguments import resume_command
 from search.cli import say
 from search.noise import wilson_interval
@@ -83,21 +83,20 @@ def read_once(folder: "RunFolder", digest: str | None) -> None:
     """Label the test images with the winner and with trial 0, and keep the outcome in the run's test.json.
 
     Does nothing where that is there already, or none were held out. `digest` is that of the images that the search
-    knew. Whatever goes wrong, the search has its results: it is said.
+    knew. Whatever goes wrong, such as running out of memory, the search has its results: it is said.
     """
+    from search.files import write_atomically
+
     command = read_json(folder.command)
     if command["arguments"]["test_split"] is None or folder.test.is_file():
         return
+    once_more = resume_command(folder, command["arguments"]["address"])
     try:
-        outcome = measure(folder, _test_images(command, digest))
-    except (ValueError, BrokenProcessPool) as error:
-        say(f"no test: {error}")
+        with errors_said("no test", once_more):
+            outcome = measure(folder, _test_images(command, digest))
+            write_atomically(folder.test, json.dumps(outcome, indent=2) + "\n")
     except KeyboardInterrupt:
-        say(f"test left out. Once more: {resume_command(folder, command['arguments']['address'])}")
-    else:
-        from search.files import write_atomically
-
-        write_atomically(folder.test, json.dumps(outcome, indent=2) + "\n")
+        say(f"test left out. Once more: {once_more}")
 
 
 def _test_images(command: dict[str, Any], digest: str | None) -> ImageFolder:
@@ -132,15 +131,22 @@ def measure(folder: "RunFolder", test: ImageFolder) -> dict[str, Any]:
 
 
 def label(models: Sequence[Path], test: ImageFolder) -> list[list[bool | None]]:
-    """For each model, whether it labels each image right, as validation in training would; None: it cannot be read."""
+    """For each model, whether it labels each image right, as validation in training would; None: it cannot be read.
+
+    Runs in a process of its own. Raises `ValueError` alone: torch's errors are nothing that the one which asks could
+    read without importing torch.
+    """
     from trainables.predictor import Predictor
 
     files, truth = [test.root / path for path in test.paths], [test.classes[i] for i in test.labels]
-    predictions = (Predictor(read_model(model)).predict_each(files, top=1) for model in models)
-    return [
-        [None if found.problem else found.labels[0] == name for found, name in zip(each, truth, strict=True)]
-        for each in predictions
-    ]
+    try:
+        predictions = (Predictor(read_model(model)).predict_each(files, top=1) for model in models)
+        return [
+            [None if found.problem else found.labels[0] == name for found, name in zip(each, truth, strict=True)]
+            for each in predictions
+        ]
+    except Exception as error:
+        raise ValueError(told(error)) from None
 
 
 def score(number: int, right: Sequence[bool]) -> dict[str, Any]:
@@ -191,7 +197,7 @@ def lines(folder: "RunFolder") -> list[str]:
         texts.append(_difference(winner["trial"], found["pair"]))
     if found["unreadable"]:
         texts.append(f"{many(found['unreadable'], 'image')} left out, which could not be read")
-    if (number := _number(folder.best)) != winner["trial"]:
+    if folder.best.is_dir() and (number := _number(folder.best)) != winner["trial"]:
         texts.append(f"trial {number} has won since, and has no test: the images are read once")
     return [f"test: {text}" for text in texts]
 

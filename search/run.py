@@ -166,6 +166,7 @@ def sizes(args: argparse.Namespace, nodes: list, archs: list[str]):
 def run(options, *, resume: bool) -> int:
     import ray
 
+    from search.afterwards import errors_said
     from search.searcher import end_study
     from search.time_budget import seconds_spent
     from search.tuner import new_tuner, restored_tuner
@@ -180,7 +181,8 @@ def run(options, *, resume: bool) -> int:
     finally:
         ray.shutdown()
     if not search.interrupted:  # then --resume goes on with its trials
-        end_study(options.folder.journal, options.space.name)
+        with errors_said("study"):
+            end_study(options.folder.journal, options.space.name)
     return conclude(options, seconds_spent(options.folder), interrupted=search.interrupted)
 
 
@@ -228,6 +230,7 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     """The leaderboard, where things are, and what to do next. The exit code: 0 if there is a winner."""
     from rich.console import Console
 
+    from search.afterwards import errors_said
     from search.held_out import lines, read_once
     from search.leaderboard import counts, leaderboard, recipes_table
     from search.results import FAILED, RUNNING, leaders, read_trials
@@ -236,9 +239,10 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     from trainables import checkpoint
 
     rows = read_trials(options.folder.trials)
-    for row in rows:
-        if row["status"] != RUNNING:  # an epoch under way when the search ended has left its state
-            checkpoint.drop(options.folder.checkpoints / row["trial_id"])
+    with errors_said("checkpoints"):
+        for row in rows:
+            if row["status"] != RUNNING:  # an epoch under way when the search ended has left its state
+                checkpoint.drop(options.folder.checkpoints / row["trial_id"])
     console = Console() if sys.stdout.isatty() else Console(width=200)
     if options.recipes:
         console.print(recipes_table(list(options.space.dimensions), options.recipes, rows))
@@ -260,8 +264,9 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
         ended_by_failures(options, rows)
         say("no trial completed, so there is no best checkpoint")
         return 1
-    for line in (*summary(load(options.folder.path)), *lines(options.folder)):
-        say(line)
+    with errors_said("no summary"):
+        for line in (*summary(load(options.folder.path)), *lines(options.folder)):
+            say(line)
     say(f"table: {options.folder}/trials.csv    best checkpoint: {options.folder}/best/")
     if options.folder.report.is_file():
         dashboard = shell_command("search.dashboard", options.folder)
@@ -286,15 +291,15 @@ def write_last_report(options, *, analysis: bool) -> None:
     """The report of a search that has ended. Whatever goes wrong with it, the search has its results."""
     if options.report == "off":
         return
+    from search.afterwards import errors_said
     from search.live_report import end_live_report
     from search.report import write_report
     from search.run_record import load
 
     end_live_report(options.folder)
     try:
-        write_report(load(options.folder.path), options.folder.report, analysis=analysis)
-    except (ValueError, OSError) as error:  # the latter of a full disk
-        say(f"no report: {error}")
+        with errors_said("no report"):
+            write_report(load(options.folder.path), options.folder.report, analysis=analysis)
     except KeyboardInterrupt:
         say(f"left out. Once more: {shell_command('search.report', options.folder)}")
 

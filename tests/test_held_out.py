@@ -8,9 +8,11 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from opened import watched
+from run_tables import write_run
 from searches import PINNED, Search, completed, settings, tables
 from tiny_run import draw_images, make_run, write_json
 
@@ -18,6 +20,7 @@ from search import export
 from search.arguments import parse_arguments
 from search.error_analysis import read_analysis
 from search.held_out import compare, hold_out, lines, mcnemar, read_once, score
+from search.run import conclude
 from search.run_folder import RunFolder
 from search.run_record import load, wilson_interval
 from trainables.data import DataError, ImageFolder
@@ -283,6 +286,31 @@ def test_images_that_changed_during_the_search_are_not_taken_for_held_out_ones(e
     read_once(ended, "of other images")
     assert "no test: the images in" in capsys.readouterr().out
     assert not ended.test.exists() and lines(ended) == []
+
+
+def test_running_out_of_memory_over_the_test_images_is_said(ended, data, capsys):
+    """torch says it with an error of its own, in the process that labels them."""
+    preprocessing = ended.best / "preprocessing.json"
+    write_json(preprocessing, json.loads(preprocessing.read_text()) | {"image_size": 2_000_000})
+    read_once(ended, known_digest(data))
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("no test: RuntimeError: ") and "memory" in said
+    assert ". Once more: python -m search.run --resume --name run" in said and not ended.test.exists()
+
+
+def test_a_search_whose_test_goes_wrong_still_has_its_summary_its_report_and_its_exit_code(tmp_path, capsys):
+    folder = RunFolder(write_run(tmp_path / "run"))  # whose best/ has no number
+    birds = draw_images(tmp_path / "birds", each=4)
+    of_run = {"data": str(birds), "arguments": {"recipes": None, "test_split": 0.25, "address": None}}
+    write_json(folder.command, json.loads(folder.command.read_text()) | of_run)
+    space = SimpleNamespace(dimensions={"lr_max": None})
+    options = SimpleNamespace(folder=folder, recipes=(), space=space, report="tables", address=None)
+    options.data_digest = images_digest(remaining(find_images(birds), 0.25, 0))
+    assert conclude(options, 60.0, interrupted=False) == 0
+    said = capsys.readouterr().out
+    for part in ("no test: KeyError", "10 trials in 1 min 0 s", "best: trial ", "report: ", "next: "):
+        assert part in said
+    assert folder.report.is_file()
 
 
 # --- A whole search ---------------------------------------------------------------------------------------------------

@@ -216,3 +216,11 @@ def test_a_file_that_cannot_be_written_is_no_traceback(run, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"cannot be written: .*Not a directory"):
         report.main([str(run.path), "--out", str(tmp_path / "file" / "now.html"), "--no-analysis"])
+
+
+def test_a_report_is_written_whatever_keeps_the_winners_errors_from_being_looked_at(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "interpretation" / "top_losses.csv").write_text("path,predicted,actual,loss,probability\n0.jpg,cat\n")
+    (folder / "best" / "metrics.json").unlink()
+    report.write_report(load(folder), folder / "report.html", analysis=True)
+    assert "could not be looked at: " in (folder / "report.html").read_text()
