@@ -142,6 +142,7 @@ class ResultsTable(tune.Callback):
         self.epoch_rows = {(row["trial_id"], row["epoch"]): row for row in read_epochs(self.folder.epochs)}
         self.restored = False
         self._write_all()
+        self.models.retain(self._kept())  # fewer, where a search goes on with a smaller --keep
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         """Before the first step, drop the trials that began after Tune last saved its state: a kill made it forget

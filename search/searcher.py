@@ -194,6 +194,16 @@ class OptunaSearcher(Searcher):
         else:
             self.study.tell(trial, state=TrialState.PRUNED)
 
+    def end(self) -> None:
+        """A time budget or failures end the search, and with it the trials under way, of which Tune tells nobody. The
+        retrainings among them are still to be done where the search goes on."""
+        self.retrained = {i: what for i, what in self.retrained.items() if i not in self.live}
+        self.live = {}
+
+    def most_left(self) -> int:
+        """So many trials are still to be proposed, at most: of the best, some may have been trained again before."""
+        return max(0, self.num_trials - len(self.numbers)) + self.method.num_retrainings
+
     def save(self, checkpoint_path: str) -> None:
         """The study is in its journal already; what is left is the sampler's random state and who is who."""
         Path(checkpoint_path).write_bytes(pickle.dumps((self.sampler, self.numbers, self.retrained, self.live)))

@@ -27,6 +27,9 @@ class TimeBudget(tune.Stopper):
         return False
 
     def stop_all(self) -> bool:
+        return self.is_over()
+
+    def is_over(self) -> bool:
         now = time.monotonic()
         self.spent += now - (self.looked or now)
         self.looked = now

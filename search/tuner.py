@@ -75,6 +75,7 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
         keep_first=options.keep_first,
     )
     import_tensorboardx()
+    budget = TimeBudget(options.folder, options.time_budget)
     capacity = capacity_of(options)
     live_report = [] if options.report == "off" else [LiveReport(options.folder)]
     num_samples = options.num_trials + options.method.num_retrainings
@@ -91,7 +92,7 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
                     capacity=capacity,
                     num_trials=options.num_trials,
                 ),
-                num_samples,
+                budget,
             ),
             scheduler=new_scheduler(options.method.scheduler, METRIC, options.space, options.folder.rungs),
             num_samples=num_samples,
@@ -112,9 +113,7 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
                 *live_report,
                 Mirroring(options.folder),
             ],
-            stop=CombinedStopper(
-                TooManyFailures(table, MOST_FAILURES), TimeBudget(options.folder, options.time_budget)
-            ),
+            stop=CombinedStopper(TooManyFailures(table, MOST_FAILURES), budget),
             failure_config=tune.FailureConfig(max_failures=ACTOR_RETRIES),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
@@ -123,20 +122,29 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
 
 
 class Resumable(SearchGenerator):
-    """What Tune puts around a searcher, but for two things. A search that a time budget or failures have ended is not
-    finished for good, so that `--resume` makes the trials that are left. And it has as many as this start is to have,
-    which may be more than when Tune saved it."""
+    """What Tune puts around a searcher, made so that a search can go on.
 
-    def __init__(self, searcher: OptunaSearcher, num_samples: int) -> None:
+    One that a time budget or failures have ended is not finished for good: `--resume` makes the trials that are left.
+    It has as many as this start is to have, which may be more than when Tune saved it. And no trial is proposed when
+    the time is over: it would only be ended at once, and missing later.
+    """
+
+    def __init__(self, searcher: OptunaSearcher, budget: TimeBudget) -> None:
         super().__init__(searcher)
-        self.num_samples = num_samples
+        self.budget = budget
+
+    def is_finished(self) -> bool:
+        return super().is_finished() or self.budget.is_over()
+
+    def set_finished(self) -> None:
+        super().set_finished()
+        self.searcher.end()
 
     def get_state(self) -> dict[str, Any]:
         return super().get_state() | {"finished": False}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        # Where a search is extended others may be the best, to be trained again. The searcher knows when it is done.
-        super().set_state(state | {"total_samples": self.num_samples + len(self.searcher.retrained)})
+        super().set_state(state | {"total_samples": state["counter"] + self.searcher.most_left()})
 
 
 def restored_tuner(options: RunOptions) -> tune.Tuner:

@@ -594,6 +594,16 @@ def test_the_best_trials_keep_their_models_and_others_none(folder, options):
     assert kept(folder) == {"2": b"c", "5": b"f"}
 
 
+def test_a_search_that_goes_on_with_a_smaller_keep_keeps_fewer_models_at_once(folder):
+    table = made(folder, keep=3)
+    for name, error in (("a", 0.3), ("b", 0.1), ("c", 0.2)):
+        complete(table, name, error)
+    made(folder, keep=3)
+    assert set(kept(folder)) == {"0", "1", "2"}
+    made(folder, keep=1)
+    assert kept(folder) == {"1": b"b"} and best(folder)[0] == b"b"
+
+
 def test_a_models_bytes_are_on_the_disk_once(folder):
     table = made(folder, keep=2, keep_first=True)
     complete(table, "a", 0.2)

@@ -4,6 +4,7 @@ import math
 import pickle
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import optuna
 import pytest
@@ -13,8 +14,10 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from search.method import SEARCHERS, Method
+from search.run_folder import RunFolder
 from search.searcher import OptunaSearcher, as_params, config_of, end_study
 from search.space import Choice, Range, Space
+from search.time_budget import TimeBudget
 from search.tuner import Resumable
 
 SPACE = Space(
@@ -404,43 +407,81 @@ def test_a_restored_searcher_goes_on_with_the_retrainings(tmp_path, journal):
 # --- Extended ---------------------------------------------------------------------------------------------------------
 
 
-def started(generator: Resumable, trial_id: str) -> dict | str:
-    """Tune's own part of a proposal is a count."""
-    config = run_trial(generator.searcher, trial_id)
+FOLDER = RunFolder(Path("results/extended"))
+
+
+def generator_of(journal, num_trials: int, *, time_budget: float | None = None, confirm: int = 0) -> Resumable:
+    """As `new_tuner` and Tune make it for a search."""
+    searcher = made(journal, num_trials=num_trials, confirm=confirm)
+    generator = Resumable(searcher, TimeBudget(FOLDER, time_budget))
+    generator._total_samples = num_trials + searcher.method.num_retrainings
+    return generator
+
+
+def resumed(tmp_path, generator: Resumable) -> Resumable:
+    """`generator` as it is after a restart."""
+    generator.restore_from_dir(str(tmp_path))
+    return generator
+
+
+def trained(generator: Resumable, trial_id: str, error: float | None = None) -> dict | str:
+    """The config of a whole trial; Tune's own part of its proposal is to count it."""
     generator._counter += 1
+    if error is None:
+        return run_trial(generator.searcher, trial_id)
+    config = generator.searcher.suggest(trial_id)
+    generator.searcher.on_trial_complete(trial_id, result=result(3, 3, error))
     return config
 
 
 def test_a_search_that_has_had_all_its_trials_is_extended_as_if_it_had_begun_with_more(tmp_path):
-    whole = Resumable(made(tmp_path / "whole.journal", num_trials=9), 9)
-    expected = [started(whole, f"t{i}") for i in range(9)]
-    ended = Resumable(made(tmp_path / "journal", num_trials=7), 7)
-    assert [started(ended, f"t{i}") for i in range(7)] == expected[:7]
+    whole, ended = generator_of(tmp_path / "whole.journal", 9), generator_of(tmp_path / "journal", 7)
+    expected = [trained(whole, f"t{i}") for i in range(9)]
+    assert [trained(ended, f"t{i}") for i in range(7)] == expected[:7]
     assert ended.is_finished() and ended.searcher.suggest("no more") == Searcher.FINISHED
     ended.save_to_dir(str(tmp_path), "first")
-    again, extended = (Resumable(made(tmp_path / "journal", num_trials=n), n) for n in (7, 9))
-    again.restore_from_dir(str(tmp_path))
-    assert again.is_finished()
-    extended.restore_from_dir(str(tmp_path))
-    assert [started(extended, f"t{i}") for i in (7, 8)] == expected[7:]
+    assert resumed(tmp_path, generator_of(tmp_path / "journal", 7)).is_finished()
+    extended = resumed(tmp_path, generator_of(tmp_path / "journal", 9))
+    assert not extended.is_finished()
+    assert [trained(extended, f"t{i}") for i in (7, 8)] == expected[7:]
     assert extended.is_finished() and len(on_record(tmp_path / "journal")) == 9
 
 
 def test_an_extended_search_trains_again_only_those_of_the_best_that_were_not(tmp_path, journal):
-    searcher = confirming(journal)
-    searcher.on_trial_complete("t3", result=result(3, 3, 0.2))
-    generator = Resumable(searcher, 4 + 6)
-    generator._counter = 10
-    for i in range(6):
-        searcher.suggest(f"again{i}")
-        searcher.on_trial_complete(f"again{i}", result=result(3, 3, 0.3))
+    generator = generator_of(journal, 2, confirm=2)
+    for i, error in enumerate((0.1, 0.2, *[0.3] * 6)):
+        trained(generator, f"t{i}", error)
+    assert generator.searcher.suggest("no more") == Searcher.FINISHED
     generator.save_to_dir(str(tmp_path), "first")
-    later = Resumable(made(journal, num_trials=5, confirm=2), 5 + 6)
-    later.restore_from_dir(str(tmp_path))
-    assert later.searcher.suggest("t4").keys() >= {"arch", "epochs"}
-    assert later.searcher.suggest("early") is None
-    later.searcher.on_trial_complete("t4", result=result(3, 3, 0.15))  # between the two that were the best
-    new = [later.searcher.suggest(f"new{i}") for i in range(3)]
-    assert [(config["retrains"], config["seed"]) for config in new] == [("tt4", 1), ("tt4", 2), ("tt4", 3)]
-    assert later.total_samples >= 10 + 4
+    later = resumed(tmp_path, generator_of(journal, 3, confirm=2))
+    assert trained(later, "t8", 0.15).keys() >= {"arch", "epochs"}  # between the two that were the best
+    assert not later.is_finished()
+    again = [trained(later, f"again{i}", 0.3) for i in range(3)]
+    assert [(config["retrains"], config["seed"]) for config in again] == [("tt8", 1), ("tt8", 2), ("tt8", 3)]
     assert later.searcher.suggest("no more") == Searcher.FINISHED
+
+
+def test_a_retraining_that_the_time_budget_cut_off_is_done_once_more_with_a_longer_one(tmp_path, journal):
+    generator = generator_of(journal, 1, time_budget=60, confirm=1)
+    expected = [trained(generator, f"t{i}", 0.1) for i in range(2)][1:]
+    expected.append(generator.searcher.suggest("cut off"))
+    generator._counter += 1
+    generator.set_finished()
+    generator.save_to_dir(str(tmp_path), "first")
+    later = resumed(tmp_path, generator_of(journal, 1, time_budget=600, confirm=1))
+    assert not later.searcher.live
+    assert trained(later, "again", 0.1) == expected[1]
+    assert not later.is_finished()
+    assert trained(later, "last", 0.1)["seed"] == 3
+    assert later.searcher.suggest("no more") == Searcher.FINISHED
+
+
+def test_a_search_whose_time_is_over_proposes_nothing_when_it_is_started_again(tmp_path, journal):
+    generator = generator_of(journal, 9, time_budget=60)
+    trained(generator, "t0")
+    generator.save_to_dir(str(tmp_path), "first")
+    later = generator_of(journal, 9, time_budget=60)
+    later.budget.spent = 60.0
+    assert resumed(tmp_path, later).is_finished() and later.next_trial() is None
+    assert len(on_record(journal)) == 1
+    assert not resumed(tmp_path, generator_of(journal, 9, time_budget=600)).is_finished()
