@@ -243,7 +243,8 @@ def _around(rates: list[float], bounds: Range) -> str:
 
 
 def _range(low: float, high: float) -> str:
-    return f"{max(low, 1e-7):.3g}..{high:.3g}"
+    """As `--set` takes it: a single value where both round to the same."""
+    return "..".join(dict.fromkeys((f"{max(low, 1e-7):.3g}", f"{high:.3g}")))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 from trainables.recipe import Recipe, checked_value, has_effect, needed_by, parse_value, spec_of
@@ -18,13 +19,23 @@ SWITCH = " > 0"
 class Range:
     """Numbers from low to high, both included; whole ones for a whole-number setting, in the logarithm if `log`.
 
-    With `off`, half of the proposals made at random are 0 instead, which turns the setting off.
+    With `off`, half of the proposals made at random are 0 instead, which turns the setting off. Raises `ValueError`
+    where there is nothing between the numbers, and where `log` or `off` come with numbers that are not above 0.
     """
 
     low: float
     high: float
     log: bool = False
     off: bool = False
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(end, Real) and not isinstance(end, bool) for end in (self.low, self.high)):
+            raise ValueError(f"a range from {self.low!r} to {self.high!r}: expected two numbers")
+        if not -math.inf < self.low < self.high < math.inf:  # written so that nan fails too
+            raise ValueError(f"a range from {self.low:g} to {self.high:g}: the first number must be the smaller one")
+        if (self.log or self.off) and self.low <= 0:
+            why = "a logarithmic range" if self.log else "a range beside 0, which is off,"
+            raise ValueError(f"{why} from {self.low:g} to {self.high:g}: both numbers must be above 0")
 
     def __str__(self) -> str:
         return f"{'0 or ' if self.off else ''}{self.low:g}..{self.high:g}{' (log)' if self.log else ''}"
@@ -41,9 +52,15 @@ class Range:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some values."""
+    """One of some values; raises `ValueError` where there are none, or one of them twice."""
 
     values: tuple
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, tuple) or not self.values:
+            raise ValueError(f"a choice of {self.values!r}: expected a tuple of values")
+        if len(set(self.values)) < len(self.values):
+            raise ValueError(f"a choice of {self}: expected each value once")
 
     def __str__(self) -> str:
         return ", ".join(str(value) for value in self.values)
@@ -60,6 +77,9 @@ Dimension = Range | Choice
 
 TIED = ("epochs", "freeze_epochs", "image_size", "start_size", "presize")
 """Settings whose values must fit each other, see `Recipe`."""
+
+FORMS = "NAME=VALUE, NAME=LOW..HIGH, NAME=0,LOW..HIGH or NAME=A,B"
+"""What a `--set` can be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +163,7 @@ class Space:
                 dimensions.pop(name, None)
                 pinned[name] = None
             settings[name] = value
-        given = {text.partition("=")[0] for text in texts}
+        given = {text.partition("=")[0].strip() for text in texts}
         for name in [name for name in dimensions if _is_idle(name, dimensions, settings)]:
             if name in given:
                 needed = needed_by(name)
@@ -178,21 +198,39 @@ class Space:
     def _parse(self, text: str) -> tuple[str, Any]:
         """The name in a `--set`, and its value or `Dimension`."""
         name, _, value = text.partition("=")
-        if not all(value.split(",")):
-            raise ValueError(f"--set {text}: expected NAME=VALUE, NAME=LOW..HIGH, NAME=0,LOW..HIGH or NAME=A,B")
-        spec = spec_of(name)
-        if ".." in value and spec.type in (int, float):
-            off = value.startswith("0,")
-            low, high = (parse_value(name, end) for end in value.removeprefix("0,").split("..", 1))
-            if low >= high:
-                raise ValueError(f"--set {text}: the first number must be the smaller one")
-            if off and low <= 0:
-                raise ValueError(f"--set {text}: the numbers beside 0, which is off, must be above it")
-            searched = self.dimensions.get(name)
-            log = searched.log if isinstance(searched, Range) else spec.metadata["log"]
-            return name, Range(low, high, log and low > 0, off)
-        values = tuple(dict.fromkeys(parse_value(name, part) for part in value.split(",")))
+        name, parts = name.strip(), [part.strip() for part in value.split(",")]
+        if not all(parts):
+            raise ValueError(f"--set {text}: expected {FORMS}")
+        if spec_of(name).type in (int, float) and any(".." in part for part in parts):
+            return name, self._parse_range(text, name, parts)
+        values = tuple(dict.fromkeys(parse_value(name, part) for part in parts))
         return name, Choice(values) if len(values) > 1 else values[0]
+
+    def _parse_range(self, text: str, name: str, parts: list[str]) -> Range:
+        """The range that a `--set` gives, as `parts` between its commas, to a number."""
+        *before, last = parts
+        numbers = [number.strip() for number in last.split("..")]
+        if "..." in last:
+            raise ValueError(
+                f"--set {text}: expected two dots between two numbers, as in {name}=LOW..HIGH, and found three. "
+                "Write a number below 1 with its 0: 0.5, not .5"
+            )
+        if len(numbers) != 2 or not all(numbers) or len(before) > 1:
+            raise ValueError(f"--set {text}: expected {FORMS}")
+        off = [parse_value(name, part) for part in before] == [0]
+        if before and not off:
+            raise ValueError(f"--set {text}: only 0, which is off, can stand beside a range; expected {FORMS}")
+        low, high = (parse_value(name, number) for number in numbers)
+        if low >= high:
+            single = f"; {name}={low:g} is a single value" if low == high else ""
+            raise ValueError(f"--set {text}: the first number must be the smaller one{single}")
+        if off and low <= 0:
+            raise ValueError(f"--set {text}: the numbers beside 0, which is off, must be above it")
+        searched = self.dimensions.get(name)
+        log = searched.log if isinstance(searched, Range) else spec_of(name).metadata["log"]
+        found = Range(low, high, log and low > 0, off)
+        check_dimension(name, found)
+        return found
 
 
 def _is_idle(name: str, dimensions: Mapping[str, Dimension], settings: Mapping[str, Any]) -> bool:
@@ -201,7 +239,14 @@ def _is_idle(name: str, dimensions: Mapping[str, Dimension], settings: Mapping[s
 
 
 def check_dimension(name: str, dimension: Dimension) -> None:
-    """Raises `ValueError` where a dimension holds values that its setting cannot take."""
+    """Raises `ValueError` where a dimension holds values that its setting cannot take, or more caches than a few."""
+    if name == "presize" and isinstance(dimension, Range):
+        low, high = int(dimension.low), int(dimension.high)
+        sizes = ",".join(str(size) for size in sorted({low, (low + high) // 2, high}))
+        raise ValueError(
+            f"presize={dimension}: each size that a trial has makes a lasting cache of all images on every node. "
+            f"Give the few sizes to try, such as presize={sizes}"
+        )
     for value in ends(dimension):
         checked_value(name, value)
 

@@ -100,3 +100,7 @@ def test_both_stages_are_tested_in_one_training(data, search_cache):
 )
 def test_the_bounds_lie_around_the_suggestions_and_within_the_space(rates, expected):
     assert lr_find._around(rates, Range(5e-4, 2e-2, log=True)) == expected
+
+
+def test_rates_that_round_to_one_are_a_single_value_that_a_search_takes():
+    assert lr_find._range(1.0001e-3, 1.0002e-3) == "0.001"

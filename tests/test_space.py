@@ -96,6 +96,15 @@ def test_the_same_value_twice_is_one_value():
     assert SPACE.with_settings(["epochs=3,3"]).settings["epochs"] == 3
 
 
+def test_blanks_around_names_and_values_do_not_count():
+    space = SPACE.with_settings(["arch=resnet18, resnet34 ", " epochs = 3 .. 6", "flip=true, no", "lr_max= 1e-3"])
+    assert space.dimensions["arch"] == Choice(("resnet18", "resnet34"))
+    assert space.dimensions["epochs"] == Range(3, 6)
+    assert space.dimensions["flip"] == Choice((True, False))
+    assert space.settings["lr_max"] == 1e-3
+    assert SPACE.with_settings(["mixup_alpha=0, 0.1 .. 0.4"]).dimensions["mixup_alpha"] == Range(0.1, 0.4, off=True)
+
+
 def test_the_last_word_on_a_setting_counts():
     space = SPACE.with_settings(["epochs=3", "epochs=4..6"])
     assert space.dimensions["epochs"] == Range(4, 6)
@@ -158,7 +167,21 @@ def test_nothing_is_tried_first_twice():
         ("epochs=2.5", "epochs=2.5 is not a whole number"),
         ("epochs=3..x", "epochs='x' is not a whole number"),
         ("epochs=5..3", "--set epochs=5..3: the first number must be the smaller one"),
-        ("epochs=3..3", "the first number must be the smaller one"),
+        ("epochs=3..3", "the first number must be the smaller one; epochs=3 is a single value"),
+        ("lr_max=1e-4...1e-2", "--set lr_max=1e-4...1e-2: expected two dots between two numbers"),
+        ("lr_max=1e-3 ... 1e-2", "expected two dots between two numbers"),
+        ("smoothing=0...1", "Write a number below 1 with its 0: 0.5, not .5"),
+        ("epochs=3..5..7", "--set epochs=3..5..7: expected NAME=VALUE, NAME=LOW..HIGH"),
+        ("epochs=3..", "--set epochs=3..: expected NAME=VALUE, NAME=LOW..HIGH"),
+        ("epochs= .. 5", "--set epochs= .. 5: expected NAME=VALUE, NAME=LOW..HIGH"),
+        ("epochs=3..5,8", "--set epochs=3..5,8: expected NAME=VALUE, NAME=LOW..HIGH"),
+        ("mixup_alpha=0.05,0.1..0.4", "only 0, which is off, can stand beside a range"),
+        ("arch=resnet18, ,resnet34", "--set arch=resnet18, ,resnet34: expected NAME=VALUE"),
+        ("epochs=inf", "epochs=inf is not a whole number"),
+        ("lr_max=1e-3..inf", "lr_max=inf is out of range"),
+        ("weight_decay=nan..1", "weight_decay=nan is out of range"),
+        ("presize=140..200", "each size that a trial has makes a lasting cache"),
+        ("presize=140..200", "Give the few sizes to try, such as presize=140,170,200"),
         ("lr_max=nan", "lr_max=nan is out of range, expected 1e-07 to 10"),
         ("lr_max=1e-3..1e6", "lr_max=1000000.0 is out of range"),
         ("flip=perhaps", "flip='perhaps' is not true or false"),
@@ -179,6 +202,34 @@ def test_all_bad_sets_are_answered_together():
     for problem in ("epochs='many'", "head='conv'", "lr_max=99"):
         assert problem in str(error.value)
     assert "batch_size" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda: Range(5, 5), "a range from 5 to 5: the first number must be the smaller one"),
+        (lambda: Range(5, 3), "the first number must be the smaller one"),
+        (lambda: Range(float("nan"), 3), "a range from nan to 3"),
+        (lambda: Range(0, float("inf")), "a range from 0 to inf"),
+        (lambda: Range("1", "2"), "a range from '1' to '2': expected two numbers"),
+        (lambda: Range(0, 1, log=True), "a logarithmic range from 0 to 1: both numbers must be above 0"),
+        (lambda: Range(0, 1, off=True), "a range beside 0, which is off, from 0 to 1: both numbers must be above 0"),
+        (lambda: Choice(()), "a choice of (): expected a tuple of values"),
+        (lambda: Choice("resnet18"), "a choice of 'resnet18': expected a tuple of values"),
+        (lambda: Choice((3, 5, 3)), "a choice of 3, 5, 3: expected each value once"),
+    ],
+)
+def test_a_dimension_that_nothing_could_be_drawn_from_cannot_be_made(make, problem):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert problem in str(error.value)
+
+
+def test_a_space_that_searches_a_range_of_presize_cannot_be_made():
+    sizes = {"presize": 160, "image_size": 64}
+    with pytest.raises(ValueError, match=r"presize=100..200: each size .* such as presize=100,150,200"):
+        Space(name="x", doc="", dataset="pets", settings=sizes, dimensions={"presize": Range(100, 200)})
+    Space(name="x", doc="", dataset="pets", settings=sizes, dimensions={"presize": Choice((100, 150, 200))})
 
 
 def test_a_space_with_impossible_values_cannot_be_made():

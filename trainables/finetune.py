@@ -435,7 +435,7 @@ def _parse_setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"--set {text!r} is not NAME=VALUE")
-    return name, parse_value(name, value)
+    return name.strip(), parse_value(name.strip(), value)
 
 
 if __name__ == "__main__":

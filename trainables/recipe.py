@@ -105,7 +105,12 @@ class Recipe:
     mixup_alpha: float = setting(0.0, "mixup's Beta(alpha, alpha); 0 = no mixup", low=0, high=10)
     smoothing: float = setting(0.0, "label smoothing epsilon", low=0, high=0.9)
 
-    presize: int = setting(460, "px; side of the cached images, before augmentation", low=MIN_SIZE, high=4096)
+    presize: int = setting(
+        460,
+        "px; side of the cached images, before augmentation; each size makes a cache, so search a list (160,192)",
+        low=MIN_SIZE,
+        high=4096,
+    )
     resize_method: str = setting(
         "crop",
         "crop = presize is the shorter side, a random square trains and the centre one validates; "
@@ -245,8 +250,8 @@ def checked_value(name: str, value: Any) -> Any:
 
 
 def parse_value(name: str, text: str) -> Any:
-    """The value of setting `name` written as `text` on a command line."""
-    expected = spec_of(name).type
+    """The value of setting `name` written as `text` on a command line, blanks around it or not."""
+    expected, text = spec_of(name).type, text.strip()
     if expected is bool:
         words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
         if text.lower() not in words:
