@@ -404,6 +404,19 @@ def test_other_resize_methods_train_too(colour_folder, search_cache, method):
     assert training.preprocessing.resize_method == method
 
 
+def test_the_first_batch_trains_before_the_plan_of_the_epoch_is_drawn(colour_images):
+    training, drawn, seen = fine_tune(colour_images, batch_size=2), [], []
+    steps = training._steps
+    training._steps = lambda epoch: (drawn.append(step) or step for step in steps(epoch))
+    training.on_progress = lambda: seen.append(len(drawn))
+    for train in (training._train, lambda: training.lr_range_test(num_it=30)):
+        drawn.clear(), seen.clear()
+        train()
+        ahead = [count - number for number, count in enumerate(seen, start=1)]
+        assert len(seen) >= 12
+        assert max(ahead) <= training.loader.prefetch
+
+
 def test_the_range_test_leaves_the_training_as_it_was(colour_images):
     training = fine_tune(colour_images, epochs=2)
     training.run_epoch()

@@ -198,9 +198,8 @@ class FineTune:
         torch.manual_seed(self.recipe.seed)
         self.network.train(frozen=self.frozen, train_bn=self.recipe.train_bn)
         steps = itertools.chain.from_iterable(self._steps(epoch) for epoch in itertools.count(self.epochs_done))
-        steps = list(itertools.islice(steps, num_it))
         sweep = lr_finder.Sweep(num_it, start, end)
-        for step, batch in zip(steps, self._batches(steps), strict=True):
+        for step, batch in self._with_batches(itertools.islice(steps, num_it)):
             optim.set_rate(self.optimizer, sweep.rate)
             sweep.record(self.world.sum(self._step(batch, step)).item())
             if sweep.finished:
@@ -256,13 +255,13 @@ class FineTune:
         """One epoch of steps; the mean loss over them."""
         self.network.train(frozen=self.frozen, train_bn=self.recipe.train_bn)
         torch.manual_seed(self.recipe.seed * 10_007 + self.epochs_done)  # dropout
-        steps = list(self._steps(self.epochs_done))
+        num_steps = self.steps_per_epoch
         losses, unchecked = [], []
-        for number, (step, batch) in enumerate(zip(steps, self._batches(steps), strict=True)):
-            optim.set_position(self.optimizer, self.cycle, self._position(number / len(steps)))
+        for number, (step, batch) in enumerate(self._with_batches(self._steps(self.epochs_done))):
+            optim.set_position(self.optimizer, self.cycle, self._position(number / num_steps))
             unchecked.append(self._step(batch, step))
-            if len(unchecked) == STEPS_PER_CHECK or number + 1 == len(steps):
-                losses += self._checked(unchecked, len(losses), len(steps))
+            if len(unchecked) == STEPS_PER_CHECK or number + 1 == num_steps:
+                losses += self._checked(unchecked, len(losses), num_steps)
                 unchecked = []
         return float(np.mean(losses))
 
@@ -301,9 +300,11 @@ class FineTune:
     def _steps(self, epoch: int) -> Iterator[Step]:
         return plan_epoch(self.recipe, self.train_indices, epoch=epoch, batch_size=self.batch_size, world=self.world)
 
-    def _batches(self, steps: list[Step]) -> Iterator[torch.Tensor]:
-        plans = ((step.indices, step.augmentations) for step in steps)
-        return self.loader.batches(plans, self.image_size, self.device)
+    def _with_batches(self, steps: Iterator[Step]) -> Iterator[tuple[Step, torch.Tensor]]:
+        """Each step and its batch; `steps` are drawn as the loader starts on them, a few ahead."""
+        steps, ahead = itertools.tee(steps)
+        plans = ((step.indices, step.augmentations) for step in ahead)
+        return zip(steps, self.loader.batches(plans, self.image_size, self.device), strict=True)
 
     def _mixed(self, batch: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalized inputs and soft targets of this worker's rows, mixup included."""
