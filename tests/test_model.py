@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from trainables.model import BatchDropout, Network, build, classifier_name, mlp_head
+from trainables.model import Network, build, classifier_name, mlp_head
 from trainables.optim import adamw
 from trainables.recipe import Recipe
 from trainables.weights import WeightsError
@@ -109,11 +109,11 @@ def test_the_mlp_head_has_fastai_layers():
     head = mlp_head(20, 5, Recipe(hidden=16, dropout=0.4))
     assert [type(layer).__name__ for layer in head] == [
         "BatchNorm1d",
-        "BatchDropout",
+        "Dropout",
         "Linear",
         "ReLU",
         "BatchNorm1d",
-        "BatchDropout",
+        "Dropout",
         "Linear",
     ]
     assert (head[0].num_features, head[2].out_features, head[6].out_features) == (20, 16, 5)
@@ -235,36 +235,3 @@ def test_lite_networks_take_the_package_weights_and_its_statistics(search_cache)
     assert not torch.equal(net.model.conv_stem.weight, scratch.model.conv_stem.weight)
     assert net.model.bn1.running_var.std() > 0.01
     assert (net.mean, scratch.mean) == ((0.498,) * 3, (0.5,) * 3)
-
-
-# --- Dropout ----------------------------------------------------------------------------------------------------------
-
-
-def dropped(x: torch.Tensor, rows: slice | None, batch_size: int) -> torch.Tensor:
-    layer = BatchDropout(0.4)
-    layer.rows, layer.batch_size = rows, batch_size
-    torch.manual_seed(3)
-    return layer(x)
-
-
-def test_dropout_of_a_batch_is_the_same_in_one_piece_or_shared_out():
-    x = torch.rand(7, 50) + 1
-    whole = dropped(x, slice(0, 7), 7)
-    parts = [dropped(x[rows], rows, 7) for rows in (slice(0, 3), slice(3, 7))]
-    assert torch.equal(torch.cat(parts), whole)
-    assert not torch.equal(whole[:3] == 0, whole[3:6] == 0)
-
-
-def test_dropout_drops_its_share_and_scales_the_rest():
-    y = dropped(torch.ones(100, 100), slice(0, 100), 100)
-    assert abs((y == 0).float().mean() - 0.4) < 0.02
-    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / 0.6))
-    layer = BatchDropout(0.4).eval()
-    assert torch.equal(layer(torch.ones(3, 3)), torch.ones(3, 3))
-
-
-def test_a_training_loop_reaches_every_dropout_of_the_head():
-    net = network("test_resnet", head="mlp")
-    net.share_dropout(slice(2, 4), 9)
-    layers = [layer for layer in net.model.modules() if isinstance(layer, BatchDropout)]
-    assert [(layer.rows, layer.batch_size) for layer in layers] == [(slice(2, 4), 9)] * 2

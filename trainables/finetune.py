@@ -15,6 +15,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from trainables import augment, loss, lr_finder, model, normalize, optim, schedu
 from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE, Files, Preprocessing
 from trainables.data import MAX_UNREADABLE, DataError
 from trainables.distributed import World, init_from_environment, share, share_batch_norm
+from trainables.dropout import WholeBatch
 from trainables.layouts import find_images
 from trainables.loader import loader_for, normalized
 from trainables.plan import Step, plan_epoch
@@ -276,11 +278,10 @@ class FineTune:
         num_parts = min(self.batch_parts, self._most_parts)
         losses = []
         for part in range(num_parts):
-            rows = share(len(inputs), part, num_parts)
-            self._share_dropout(rows)
+            rows, last = share(len(inputs), part, num_parts), part + 1 == num_parts
             # Workers average their gradients once, with the last part.
-            with self.world.gradients_later(self.parallel_model, part + 1 < num_parts):
-                with self._autocast():
+            with self.world.gradients_later(self.parallel_model, not last):
+                with self._autocast(), self._whole_batch(rows, last):
                     logits = self.parallel_model(inputs[rows]).float()
                 value = loss.cross_entropy(logits, targets[rows], self.recipe.smoothing) / self.batch_size
                 # The workers' gradients are averaged, but their losses add up.
@@ -292,10 +293,16 @@ class FineTune:
         self.on_progress()
         return sum(losses)
 
-    def _share_dropout(self, rows: slice) -> None:
-        """`rows` of this worker's share of the batch are what the next forward pass sees."""
+    @contextmanager
+    def _whole_batch(self, rows: slice, last: bool) -> Iterator[None]:
+        """Within it, `rows` of this worker's share see the whole batch's dropout, as do all parts until the last."""
         first = self.world.share(self.batch_size).start
-        self.network.share_dropout(slice(first + rows.start, first + rows.stop), self.batch_size)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with (
+            torch.random.fork_rng(devices, enabled=not last),
+            WholeBatch(slice(first + rows.start, first + rows.stop), self.batch_size),
+        ):
+            yield
 
     def _steps(self, epoch: int) -> Iterator[Step]:
         return plan_epoch(self.recipe, self.train_indices, epoch=epoch, batch_size=self.batch_size, world=self.world)

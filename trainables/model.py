@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from trainables.dropout import share_position_dropout
 from trainables.recipe import Recipe
 from trainables.weights import WeightsError, WeightsFile, find_weights, in_timm_names, no_weights_message
 
@@ -65,12 +66,6 @@ class Network:
                 module.eval()
         self.classifier.train()
 
-    def share_dropout(self, rows: slice, batch_size: int) -> None:
-        """Tell the head's dropout which rows of the whole batch this worker trains on."""
-        for module in self.classifier.modules():
-            if isinstance(module, BatchDropout):
-                module.rows, module.batch_size = rows, batch_size
-
     def with_model(self, model: nn.Module) -> "Network":
         return dataclasses.replace(self, model=model)
 
@@ -96,6 +91,7 @@ def build(recipe: Recipe, num_classes: int, weights: Path | None = None, *, load
         if source:
             options["pretrained_cfg_overlay"] = {"file": str(in_timm_names(source))}
     model = _create(recipe, options, source)
+    share_position_dropout(model)
     for module in _batch_norms(model):
         module.momentum = recipe.bn_momentum
     if recipe.head == "mlp":
@@ -190,11 +186,11 @@ def mlp_head(in_features: int, num_classes: int, recipe: Recipe) -> nn.Sequentia
     """fastai's `create_head` after the pooling, initialised alike: twice norm, dropout and linear, a ReLU between."""
     head = nn.Sequential(
         nn.BatchNorm1d(in_features),
-        BatchDropout(recipe.dropout / 2),
+        nn.Dropout(recipe.dropout / 2),
         nn.Linear(in_features, recipe.hidden, bias=False),
         nn.ReLU(inplace=True),
         nn.BatchNorm1d(recipe.hidden),
-        BatchDropout(recipe.dropout),
+        nn.Dropout(recipe.dropout),
         nn.Linear(recipe.hidden, num_classes, bias=False),
     )
     for layer in head:
@@ -203,20 +199,3 @@ def mlp_head(in_features: int, num_classes: int, recipe: Recipe) -> nn.Sequentia
         elif isinstance(layer, nn.BatchNorm1d):
             nn.init.constant_(layer.bias, 1e-3)
     return head
-
-
-class BatchDropout(nn.Dropout):
-    """Dropout whose mask is drawn for the whole batch, so that it does not depend on how many workers share it.
-
-    Every worker draws the same mask from the same seed and takes its own rows of it. `rows` and `batch_size` are set
-    by the training loop before each step; without them it is plain dropout.
-    """
-
-    rows: slice | None = None
-    batch_size: int = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.p == 0 or self.rows is None:
-            return super().forward(x)
-        keep = torch.rand(self.batch_size, *x.shape[1:], device=x.device)[self.rows] >= self.p
-        return x * keep / (1 - self.p)
