@@ -19,6 +19,7 @@ from search.files import write_atomically
 from search.results import COMPLETED, FAILED, STOPPED
 from search.run_record import RunRecord, load
 from search.wording import duration, percent
+from trainables.disk import require_writable_file
 from trainables.wording import many
 
 EXAMPLES = """
@@ -66,6 +67,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+    if args.out:
+        require_writable_file(args.out.expanduser())
     runs = [load(path) for path in args.runs]
     names = short_names([run.path for run in runs])
     console = Console() if os.isatty(1) else Console(width=200)
@@ -77,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         out = args.out.expanduser()
         try:
-            write_atomically(out, render(runs, names))
+            write_atomically(out, render(runs, names), wait=False)
         except OSError as error:
             raise ValueError(f"{out} cannot be written: {error}. Make room, or give another --out.") from error
         say(f"\ncomparison: {out}")

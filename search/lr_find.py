@@ -64,6 +64,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     from search.prepare import check_weights, find_data, presize_here, space_of
     from search.tuner import full_settings
+    from trainables.disk import require_writable_file
     from trainables.recipe import Recipe
     from trainables.source import folder_of
 
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     recipe = Recipe.from_dict(space.settings)
     stage = "unfrozen" if args.unfrozen or recipe.freeze_epochs == 0 else "frozen"
     out = args.out or Path("results") / f"lr_find-{recipe.arch}-{stage}.png"
+    require_writable_file(out)
     images = find_data(space, args)
     check_weights(space, args)
     presized = presize_here(space, images, args)

@@ -17,6 +17,7 @@ from search.files import write_atomically
 from search.results import COMPLETED, CONFIRMED, FAILED, RETRAINED, RUNNING, SCORES, STOPPED
 from search.run_record import RunRecord, load
 from search.wording import duration, percent
+from trainables.disk import require_writable_file
 from trainables.wording import many, shell_command
 
 STATUSES = (COMPLETED, RETRAINED, STOPPED, FAILED, RUNNING)
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     run = load(args.run)
     out = args.out.expanduser() if args.out else run.folder.report
+    require_writable_file(out)
     write_report(run, out, analysis=not args.no_analysis)
     say(f"report: {out}")
     return 0

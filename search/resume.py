@@ -18,6 +18,7 @@ from typing import Any
 from search.arguments import source
 from search.run_folder import RunFolder
 from search.space import Space
+from trainables.disk import require_writable
 from trainables.model_folder import read_json
 from trainables.remote import shown
 
@@ -45,6 +46,7 @@ def alone_in(folder: RunFolder) -> Iterator[None]:
     """
     results = folder.path.parent
     made_results = not results.exists()
+    require_writable(results, "--results")
     file = folder.path.with_name(f".{folder.path.name}.lock")
     opened = _locked(file)
     if opened is None:
@@ -54,7 +56,7 @@ def alone_in(folder: RunFolder) -> Iterator[None]:
         )
     made = not folder.path.exists()
     try:
-        folder.path.mkdir(exist_ok=True)
+        require_writable(folder.path, "--results")
         yield
     finally:
         if made:

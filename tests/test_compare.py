@@ -82,6 +82,13 @@ def test_the_same_run_twice_and_a_run_alone_are_refused(folders, capsys):
     assert "needs two runs or more" in capsys.readouterr().err
 
 
+def test_a_comparison_that_cannot_be_written_is_refused_before_it_is_made(folders, tmp_path, capsys):
+    (tmp_path / "taken").touch()
+    with pytest.raises(ValueError, match=r"cannot be written .* --out"):
+        compare.main([*map(str, folders), "--out", str(tmp_path / "taken" / "compare.html")])
+    assert not capsys.readouterr().out
+
+
 def test_names_are_text_not_markup(tmp_path, capsys):
     folders = [write_run(tmp_path / name) for name in ("[bold]a", "<b>b")]
     assert compare.main([*map(str, folders), "--out", str(tmp_path / "out.html")]) == 0

@@ -1,5 +1,6 @@
 """A full disk: everything that is written waits for room, and what was there stays whole."""
 
+import os
 import subprocess
 import threading
 import time
@@ -90,6 +91,61 @@ def test_a_checkpoint_waits_and_the_one_before_stays(small_disk):
     ballast = fill(small_disk)
     waits_for_room(lambda: checkpoint.save(small_disk / "t", 2, large, {"epoch": 2}), ballast)
     assert checkpoint.last_whole(small_disk / "t") == (large, {"epoch": 2})
+
+
+@pytest.fixture
+def closed(tmp_path):
+    """A folder to which its own user may not write."""
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o555)
+    return folder
+
+
+def as_nobody(call) -> str:
+    """What `call` raises in a process that has none of root's rights."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            call()
+        except Exception as error:
+            os.write(write, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(write)
+    with os.fdopen(read) as said:
+        return said.read()
+
+
+def test_a_folder_that_may_not_be_written_is_refused_with_the_option_to_change(closed):
+    for path in (closed.parent, closed.parent.parent):
+        path.chmod(0o755)
+    said = as_nobody(lambda: disk.require_writable(closed / "run", "--results"))
+    assert said.startswith(f"ValueError: {closed}/run cannot be written (Permission denied)") and "--results" in said
+    assert as_nobody(lambda: disk.require_writable(closed, "--results")).startswith("ValueError")  # there, and closed
+    assert not any(closed.iterdir())
+
+
+@pytest.mark.parametrize("place", ["taken", "taken/run", "/proc/results", "x" * 300])
+def test_a_place_that_can_be_no_folder_is_refused(tmp_path, place):
+    (tmp_path / "taken").touch()
+    with pytest.raises(ValueError, match=r"cannot be written \(.+\)\. Give another place with --results"):
+        disk.require_writable(tmp_path / place, "--results")
+
+
+def test_a_disk_that_is_full_from_the_start_is_refused(small_disk):
+    fill(small_disk)
+    with pytest.raises(ValueError, match="No space left"):
+        disk.require_writable(small_disk / "run", "--results")
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    with pytest.raises(ValueError, match=r"is a folder\. Give the name of a file"):
+        disk.require_writable_file(tmp_path)
+    disk.require_writable_file(tmp_path / "new" / "curve.png")
+    assert not any((tmp_path / "new").iterdir())
 
 
 def test_other_errors_are_not_waited_out(tmp_path):

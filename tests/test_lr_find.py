@@ -81,6 +81,14 @@ def test_what_cannot_be_tested_is_told(command, options, message):
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("out", ["taken/curve.png", "/proc/curve.png", "."])
+def test_a_curve_that_cannot_be_written_is_refused_before_any_work(command, tmp_path, out):
+    (tmp_path / "taken").touch()
+    ended = command("--out", out)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: ") and "--out" in ended.stderr and "Traceback" not in ended.stderr
+
+
 def test_both_stages_are_tested_in_one_training(data, search_cache):
     curves = lr_find.find(RECIPE, presize(find_images(data), 40), None, ["frozen", "unfrozen"], num_it=60)
     assert list(curves) == ["frozen", "unfrozen"]

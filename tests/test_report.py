@@ -212,9 +212,10 @@ def test_what_is_no_run_is_one_paragraph_and_exit_code_2(tmp_path):
     assert child.stderr.startswith(f"error: {tmp_path} is no run") and child.stderr.count("\n") == 1
 
 
-def test_a_file_that_cannot_be_written_is_no_traceback(run, tmp_path):
+def test_a_report_that_cannot_be_written_is_refused_before_images_are_labelled(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "analyse", lambda *found: pytest.fail("labels the images first"))
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"cannot be written: .*Not a directory"):
+    with pytest.raises(ValueError, match=r"cannot be written \(it is a file\)"):
         report.main([str(run.path), "--out", str(tmp_path / "file" / "now.html"), "--no-analysis"])
 
 

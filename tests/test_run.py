@@ -188,6 +188,14 @@ def test_a_name_that_is_taken_is_refused_and_left_alone(command, tmp_path, image
     assert [*note.parent.iterdir()] == [note]
 
 
+@pytest.mark.parametrize("place", ["taken", "taken/deeper", "/proc/results"])
+def test_results_that_cannot_be_written_are_refused_before_any_work(command, tmp_path, images, place):
+    (tmp_path / "taken").touch()
+    ended = command("--space", "quickstart", "--data", images, "--results", tmp_path / place)
+    assert_refused(ended, f"{tmp_path / place} cannot be written", "Give another place with --results")
+    assert not ended.stdout  # nothing was looked at
+
+
 def test_resuming_nothing_is_refused(command, tmp_path):
     ended = command("--resume", "--name", "mine", "--results", tmp_path)
     assert_refused(ended, f"{tmp_path}/mine holds no run to resume")
