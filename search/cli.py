@@ -1,36 +1,12 @@
-"""What all commands of `python -m search.<name>` share: how they end."""
+"""What the commands of `python -m search.<name>` share beside their end: what they say, and how a search stops."""
 
 import os
 import signal
-import sys
-from collections.abc import Callable
-from typing import NoReturn
 
-from trainables.wording import printable
+from trainables.cli import INTERRUPTED, run_cli
+from trainables.wording import printable_lines
 
-BAD_INPUT = 2
-INTERRUPTED = 128 + signal.SIGINT
-
-
-def run_cli(main: Callable[[], int]) -> NoReturn:
-    """Runs a command and exits with the code that it returns.
-
-    What the user can mend (`ValueError`: data, weights, settings, arguments) is one paragraph on stderr and exit code
-    2. Ctrl-C exits with 130 and a reader that closed the pipe ends the command, both without a word. Anything else is a
-    bug and keeps its traceback.
-    """
-    try:
-        code = main()
-        sys.stdout.flush()
-    except ValueError as error:
-        print(_lines(f"error: {error}"), file=sys.stderr)
-        code = BAD_INPUT
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    except BrokenPipeError:  # such as `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    sys.exit(code)
+__all__ = ["INTERRUPTED", "Interruptible", "run_cli", "say"]
 
 
 class Interruptible:
@@ -72,9 +48,4 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def say(text: str) -> None:
-    print(_lines(text), flush=True)
-
-
-def _lines(text: str) -> str:
-    """A file may have any name, and a folder, which is a label: none of them commands the terminal."""
-    return "\n".join(map(printable, text.split("\n")))
+    print(printable_lines(text), flush=True)

@@ -130,8 +130,8 @@ def _images_below(folder: Path) -> list[Path]:
 
 def _writer(args: argparse.Namespace, paths: list[Path], labels: Sequence[str]) -> Callable[[Prediction], None]:
     """What writes a prediction to stdout in the form asked for; writes the head of the table."""
-    # names that are no valid UTF-8 go to programs as they are, to people escaped
-    sys.stdout.reconfigure(errors="surrogateescape" if args.csv else "backslashreplace")
+    if args.csv:  # for programs: UTF-8 whatever the terminal is, and names that are none as they are
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     if args.json:
 
         def write_object(found: Prediction) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -236,6 +237,15 @@ def test_the_table_has_path_label_and_probability(run, data, predictor, capsys):
     best = predictor.predict(paths)[0]
     assert lines[0].split() == [paths[0], best.labels[0], f"{100 * best.probabilities[0]:.1f}", "%"]
     assert lines[1].split()[0] == best.labels[1]
+
+
+def test_csv_is_utf8_whatever_the_terminal_knows(run, data, tmp_path, monkeypatch):
+    image = shutil.copy(next(data.rglob("*.jpg")), tmp_path / "Öland – 1.jpg")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    assert predict.main([str(run), str(image), "--csv"]) == 0
+    out.flush()
+    assert out.buffer.getvalue().decode("utf-8").splitlines()[1].startswith(f"{image},1,")
 
 
 def test_json_and_csv_hold_the_same_for_programs(run, data, capsys):

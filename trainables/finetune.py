@@ -28,6 +28,7 @@ import torch.nn.functional as F
 
 from trainables import augment, loss, lr_finder, model, normalize, optim, schedule, tta
 from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE, Files, Preprocessing
+from trainables.cli import run_cli
 from trainables.data import MAX_UNREADABLE, DataError
 from trainables.distributed import World, init_from_environment, share, share_batch_norm
 from trainables.dropout import WholeBatch
@@ -447,4 +448,4 @@ def _parse_setting(text: str) -> tuple[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

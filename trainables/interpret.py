@@ -7,8 +7,6 @@ import argparse
 import csv
 import logging
 import math
-import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,8 @@ import numpy as np
 
 from trainables import augment, data, warp_cpu
 from trainables.checkpoint import Preprocessing
+from trainables.cli import run_cli
+from trainables.disk import require_writable
 from trainables.layouts import find_images
 from trainables.model_folder import ModelFolder, read_model
 from trainables.predictor import Predictor
@@ -280,8 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     match_classes(folder.classes, model)  # before the images are presized, which takes its time
     record = read_split(model.path)
     part = part_of(folder, args.split, record, model.path)
-    with _writing_to(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
+    require_writable(args.out, "--out")
     sizes = model.preprocessing.presize, model.preprocessing.resize_method
     images = presize(part, *sizes, max_unreadable=1)  # those that validated the model are compared below
     indices = indices_of(images, args.split, record, model.path)
@@ -345,12 +344,4 @@ def _percent(share: float, digits: int = 1) -> str:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # such as `... | head`; the files are there
-        os._exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_cli(main)

@@ -13,6 +13,11 @@ def shell_command(module: str, *words: object) -> str:
     return shlex.join(["python", "-m", module, *map(str, words)])
 
 
+def printable_lines(text: str) -> str:
+    """A file may have any name, and a folder, which is a label: none of them commands the terminal."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def many(count: int, what: str) -> str:
     """Such as 1 trial, or 2 trials."""
     return f"{count} {what}{'' if count == 1 else 's'}"
