@@ -1,14 +1,16 @@
 """Starting Ray on this machine, or connecting to a cluster."""
 
 import os
-import socket
 
 from search.cli import say
+from search.reach import ADDRESS, why_unreachable
 
 
 def prepare_environment(address: str | None) -> None:
     """The environment of Ray and its workers, before Ray is imported. Our own lines tell what happens, not Ray's."""
     if address is None:
+        if ignored := os.environ.pop("RAY_ADDRESS", None):
+            say(f"RAY_ADDRESS={ignored} is ignored: --address auto is what connects to it")
         # A Ray that starts here listens on 127.0.0.1 alone, whatever the system is.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # see Interruptible
@@ -37,7 +39,6 @@ def start_ray(address: str | None) -> tuple[list, str]:
     for name in ("ray", "ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     say("starting Ray on this machine" if address is None else f"connecting to Ray at {address}")
-    check_address(address)
     context = ray.init(
         address=address or "local",
         log_to_driver=False,
@@ -70,19 +71,21 @@ def check_place() -> None:
 
 
 def check_address(address: str | None) -> None:
-    """Raises `ValueError` where nobody listens at host:port; Ray itself would go on trying for minutes."""
-    if (address or "").startswith("ray://"):
+    """Raises `ValueError` where a search cannot join the cluster at `address`, within seconds and before any work."""
+    if address is None:
+        return
+    given, meant = f"--address {address}", address
+    if address == "auto" and (meant := os.environ.get("RAY_ADDRESS") or address) != address:
+        given = f"--address auto, which is RAY_ADDRESS={meant}"
+    if meant.startswith("ray://"):
         raise ValueError(
-            f"--address {address}: a search writes its results where it runs, which is the head node. Start it there: "
+            f"{given}: a search writes its results where it runs, which is the head node. Start it there: "
             "ray job submit -- python -m search.run --address auto ..., or ray submit with the cluster's file."
         )
-    host, colon, port = (address or "").rpartition(":")
-    if not colon or not port.isdigit() or "/" in host:
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
+    host, _, port = meant.rpartition(":")
+    if meant != "auto" and not (host and port.isdigit() and 1024 <= int(port) < 65536 and "/" not in host):
         raise ValueError(
-            f"--address {address}: no Ray cluster answers there ({error}). Give the address that `ray start` "
-            "printed on the head node, or auto on the head node itself, or leave it out to start Ray on this machine."
-        ) from error
+            f"{given} is no address of a Ray cluster. Expected auto, or host:port, such as 10.0.0.5:6379. {ADDRESS}"
+        )
+    if problem := why_unreachable(meant):
+        raise ValueError(f"{given}: {problem}")

@@ -15,7 +15,7 @@ from typing import Any
 
 from search.arguments import method_of, parse_arguments, resume_command, workers_per_trial
 from search.cli import INTERRUPTED, Interruptible, run_cli, say
-from search.cluster import prepare_environment, start_ray
+from search.cluster import check_address, prepare_environment, start_ray
 from search.prepare import check_weights, find_data, pin, presize_here, setting_values, space_of
 from search.space import Space
 from search.wording import duration
@@ -49,6 +49,7 @@ def main() -> int:
 def search(args: argparse.Namespace, folder) -> int:
     """Check everything that can be checked before Ray starts, then run the search to its end."""
     prepare_environment(args.address)
+    check_address(args.address)
     show_progress()
     space, method = space_of(args), method_of(args)
     from search.annealed import check_lengths

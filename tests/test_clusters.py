@@ -12,11 +12,17 @@ import socket
 from pathlib import Path
 
 import pytest
+import ray
 from processes import descendants, left_after, named, stopped
+from ray._common.usage.usage_constants import CLUSTER_METADATA_KEY
+from ray._private.ray_constants import KV_NAMESPACE_CLUSTER
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.util import get_node_ip_address
 from searches import PINNED, Search, completed, settings, tables
 from tiny_run import draw_images
+
+from search.cluster import check_address
 
 pytestmark = pytest.mark.ray
 
@@ -81,6 +87,20 @@ def test_a_node_that_goes_away_takes_no_finished_epoch_with_it(cluster, start, c
     reported = re.findall(r"trial +\d+ +epoch \d+/", search.text)
     assert len(reported) == len(set(reported)) == 8
     assert_learns_like_one_worker(search.folder, class_folders)
+
+
+@pytest.mark.parametrize("other", [{"ray_version": "2.9.3"}, {"python_version": "3.9.18"}])
+def test_a_cluster_of_another_ray_or_python_is_refused_with_both_versions(cluster, other):
+    client, place = GcsClient(address=cluster.address), (CLUSTER_METADATA_KEY, KV_NAMESPACE_CLUSTER)
+    own = client.internal_kv_get(*place)
+    client.internal_kv_put(place[0], json.dumps(json.loads(own) | other).encode(), True, place[1])
+    try:
+        with pytest.raises(ValueError, match=r"Version mismatch: The cluster .*Install its versions") as error:
+            check_address(cluster.address)
+    finally:
+        client.internal_kv_put(place[0], own, True, place[1])
+    assert all(version in str(error.value) for version in (*other.values(), ray.__version__))
+    check_address(cluster.address)
 
 
 def assert_learns_like_one_worker(folder: Path, data: Path) -> None:
