@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from trainables.disk import when_there_is_room
 
@@ -15,7 +15,8 @@ def open_journal(path: Path) -> JournalStorage:
     """The storage in `path`, for the search that writes to it. Raises `ValueError` where it is damaged."""
     if path.is_file():
         mend(path)
-    return JournalStorage(_WholeLines(str(path)))
+    # Optuna's own choice is a symbolic link, which not every file system has.
+    return JournalStorage(_WholeLines(str(path), lock_obj=JournalFileOpenLock(str(path))))
 
 
 class _WholeLines(JournalFileBackend):

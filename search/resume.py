@@ -120,9 +120,13 @@ def _key(file: Path) -> bytes:
         descriptor, partial = tempfile.mkstemp(dir=file.parent)  # for its owner alone
         with os.fdopen(descriptor, "wb") as new:
             new.write(secrets.token_bytes(KEY_BYTES))
-        with suppress(FileExistsError):  # another search was quicker
+        try:
             os.link(partial, file)
-        Path(partial).unlink()
+        except FileExistsError:  # another search was quicker
+            pass
+        except OSError:  # a file system without links
+            Path(partial).replace(file)
+        Path(partial).unlink(missing_ok=True)
     return file.read_bytes()
 
 

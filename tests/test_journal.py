@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 
 import optuna
 import pytest
@@ -30,6 +31,19 @@ def test_half_a_last_line_is_cut_off_and_the_study_goes_on(path, torn):
     assert path.read_text().startswith(whole) and json.loads(path.read_text().splitlines()[-1])
     again.add_trial(optuna.trial.create_trial(value=0.25))
     assert [trial.value for trial in study(path).trials] == [0.5, 0.25]
+
+
+def test_a_file_system_without_links_keeps_a_journal_as_well(path, monkeypatch):
+    monkeypatch.setattr(os, "symlink", without_links)
+    monkeypatch.setattr(os, "link", without_links)
+    study(path).add_trial(optuna.trial.create_trial(value=0.25))
+    assert [trial.value for trial in study(path).trials] == [0.5, 0.25]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]  # no lock is left
+
+
+def without_links(source, place, **options) -> None:
+    """As vfat and exFAT, and some network file systems."""
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), source, None, place)
 
 
 def test_damage_further_up_is_refused_by_its_line(path):

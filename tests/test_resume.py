@@ -41,6 +41,17 @@ def key(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
+def test_a_home_without_links_keeps_the_key_that_a_run_is_known_by(folder, tmp_path, monkeypatch):
+    def without_links(*paths) -> None:
+        raise PermissionError("Operation not permitted")
+
+    shutil.rmtree(tmp_path / "state")
+    monkeypatch.setattr(os, "link", without_links)
+    mine = signature(folder, "1")
+    assert mine and signature(folder, "1") == mine
+    assert [file.name for file in (tmp_path / "state" / "finetune-search").iterdir()] == ["key"]
+
+
 @pytest.fixture
 def folder(tmp_path) -> RunFolder:
     return begun(tmp_path, BEGUN)
