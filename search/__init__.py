@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import trainables  # noqa: F401, sees to it that there is a home folder before Ray looks for it
+
 if TYPE_CHECKING:
     from search.run_record import RunRecord
 

@@ -1,9 +1,22 @@
 """Starting Ray on this machine, or connecting to a cluster."""
 
+import atexit
 import os
+import secrets
+import shutil
+import sys
+import tempfile
+from pathlib import Path
 
 from search.cli import say
 from search.reach import ADDRESS, why_unreachable
+from trainables.disk import require_writable
+from trainables.home import private_folder
+
+LONGEST_TEMPORARY = 31
+"""Bytes of a temporary folder's path. Ray adds up to 72 (/ray/session_<time>_<pid>/sockets/dash_MetricsHead), and the
+path of a socket has 107 at most, on macOS 103. Longer ones end Ray's start, or cost it its dashboard and a minute."""
+SHORT_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def prepare_environment(address: str | None) -> None:
@@ -11,6 +24,8 @@ def prepare_environment(address: str | None) -> None:
     if address is None:
         if ignored := os.environ.pop("RAY_ADDRESS", None):
             say(f"RAY_ADDRESS={ignored} is ignored: --address auto is what connects to it")
+        prepare_folders()
+        provide_token()
         # A Ray that starts here listens on 127.0.0.1 alone, whatever the system is.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # see Interruptible
@@ -26,6 +41,56 @@ def prepare_environment(address: str | None) -> None:
     # Threads that spin while they wait made an epoch 4 times as long where another process wanted the CPU, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def prepare_folders() -> None:
+    """Places for the sockets and logs of a Ray that starts here. Raises `ValueError` where there are none."""
+    leave_folders_of_others()
+    for variable in ("RAY_TMPDIR", "TMPDIR"):
+        path = os.environ.get(variable, "")
+        if len(os.fsencode(path)) > LONGEST_TEMPORARY:
+            os.environ[variable] = short_name(path, variable)
+    require_writable(temporary_folder(), "RAY_TMPDIR")
+
+
+def provide_token() -> None:
+    """Ray keeps the token of what it starts here in the home folder, which may be read-only."""
+    token = Path("~/.ray/auth_token").expanduser()
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() and not token.is_file():
+        try:
+            require_writable(token.parent, "HOME")
+        except ValueError:
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def temporary_folder() -> Path:
+    """Where Ray puts its own."""
+    default = os.environ.get("TMPDIR", "/tmp") if sys.platform.startswith("linux") else "/tmp"
+    return Path(os.environ.get("RAY_TMPDIR", default))
+
+
+def leave_folders_of_others() -> None:
+    """Ray's folders belong to whose Ray came first. Where Tune may not lock there, it restores no search."""
+    shared = [temporary_folder() / name for name in ("ray", "_ray_lockfiles")]
+    closed = any(folder.exists() and not os.access(folder, os.W_OK) for folder in shared)
+    if closed and (own := private_folder()):
+        os.environ["RAY_TMPDIR"] = str(own)
+
+
+def short_name(path: str, variable: str) -> str:
+    """A link to a folder whose path is too long for Ray's sockets, until this process ends."""
+    for place in SHORT_PLACES:
+        try:
+            own = Path(tempfile.mkdtemp(prefix="ray-", dir=place))
+            atexit.register(shutil.rmtree, own, ignore_errors=True)
+            (own / "t").symlink_to(Path(path).absolute())
+        except OSError:
+            continue
+        return str(own / "t")
+    raise ValueError(
+        f"{variable}={path} is too long for the sockets that Ray makes there, and a link to it can be made in none of "
+        f"{', '.join(SHORT_PLACES)}. Set RAY_TMPDIR to a folder whose path has at most {LONGEST_TEMPORARY} bytes."
+    )
 
 
 def start_ray(address: str | None) -> tuple[list, str]:
@@ -45,6 +110,7 @@ def start_ray(address: str | None) -> tuple[list, str]:
         logging_level=logging.ERROR,
         runtime_env={"env_vars": environment_of_workers()} if address else None,
     )
+    leave_folders_of_others()  # which a cluster's address is looked for in
     if context.dashboard_url:
         say(f"Ray's dashboard: http://{context.dashboard_url}")
     check_place()

@@ -1,6 +1,5 @@
 """A full disk: everything that is written waits for room, and what was there stays whole."""
 
-import os
 import subprocess
 import threading
 import time
@@ -8,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from processes import as_user
 
 from search import disk as search_disk
 from search.disk import DiskWatch, needed, needs
@@ -101,30 +101,12 @@ def closed(tmp_path):
     return folder
 
 
-def as_nobody(call) -> str:
-    """What `call` raises in a process that has none of root's rights."""
-    read, write = os.pipe()
-    if (child := os.fork()) == 0:
-        try:
-            if os.geteuid() == 0:
-                os.setuid(65534)
-            call()
-        except Exception as error:
-            os.write(write, f"{type(error).__name__}: {error}".encode())
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
-    os.close(write)
-    with os.fdopen(read) as said:
-        return said.read()
-
-
 def test_a_folder_that_may_not_be_written_is_refused_with_the_option_to_change(closed):
     for path in (closed.parent, closed.parent.parent):
         path.chmod(0o755)
-    said = as_nobody(lambda: disk.require_writable(closed / "run", "--results"))
+    said = as_user(65534, lambda: disk.require_writable(closed / "run", "--results"))
     assert said.startswith(f"ValueError: {closed}/run cannot be written (Permission denied)") and "--results" in said
-    assert as_nobody(lambda: disk.require_writable(closed, "--results")).startswith("ValueError")  # there, and closed
+    assert as_user(65534, lambda: disk.require_writable(closed, "--out")).startswith("ValueError")  # it is there
     assert not any(closed.iterdir())
 
 

@@ -49,9 +49,11 @@ def start(folder: Path, data: Path, *arguments: object) -> Search:
 @pytest.fixture(scope="module")
 def undisturbed(class_folders, search_cache, tmp_path_factory) -> Search:
     """A search from start to end, and which of its processes had torch in memory."""
-    search = start(
-        tmp_path_factory.mktemp("results") / "undisturbed", class_folders, "--trials", NUM_TRIALS, "--report", "full"
-    )
+    folder = tmp_path_factory.mktemp("results") / "undisturbed"
+    with pytest.MonkeyPatch.context() as patch:  # no obstacle: a temporary folder whose path is too long for sockets
+        (folder.parent / ("temporary" * 12)).mkdir()
+        patch.setenv("TMPDIR", str(folder.parent / ("temporary" * 12)))
+        search = start(folder, class_folders, "--trials", NUM_TRIALS, "--report", "full")
     search.wait_for("trial 1 .*epoch 1/")
     titles = {"trial actor": "ray::(FineTuneTrial|ResourceTrainable)", "worker": "ray::RayTrainWorker"}
     search.has_torch = {name: [maps_torch(pid) for pid in search.processes(title)] for name, title in titles.items()}

@@ -1,0 +1,44 @@
+"""A home folder for a user who has none, as in a container that runs under some id: Ray does not load without one."""
+
+import getpass
+import os
+import stat
+import sys
+import tempfile
+from pathlib import Path
+
+
+def ensure_home() -> None:
+    """Where there is no home, HOME becomes a private folder among the temporary ones; where there is no name, USER."""
+    if sys.platform == "win32":
+        return
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = str(os.geteuid())
+    if not _has_home() and (home := private_folder()):
+        os.environ["HOME"] = str(home)
+
+
+def private_folder() -> Path | None:
+    """The user's own among the temporary ones; None where there can be none, or somebody else has taken its place."""
+    try:
+        folder = Path(tempfile.gettempdir()) / f"finetune-search-{os.geteuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return None
+    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+    return folder if own else None
+
+
+def _has_home() -> bool:
+    """One to write to, or at least to read from; / is what Docker gives to an id without a name."""
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111, the other one raises
+    if home == Path("~"):
+        return False
+    if home.is_dir() and home != Path("/"):
+        return True
+    while not home.exists():
+        home = home.parent
+    return os.access(home, os.W_OK)
