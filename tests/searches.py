@@ -54,7 +54,10 @@ class Search:
         self.ray_processes |= descendants(self.process.pid)
 
     def wait(self, seconds: float = 300) -> int:
-        code = self.process.wait(seconds)
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"not ended after {seconds} s:\n{self.text}") from None
         self.reader.join(5)
         return code
 

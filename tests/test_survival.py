@@ -143,7 +143,9 @@ def test_forty_trials_never_take_more_than_three_training_states_beside_the_cach
     arguments = ("--data", data, "--trials", 40, "--keep", 2, "--searcher", "random", "--scheduler", "none")
     search = Search(tmp_path / "runs" / "kept", *COMMON, *arguments, *settings(recipe))
     largest_state, largest = 0, 0
+    deadline = time.monotonic() + 900
     while search.process.poll() is None:
+        assert time.monotonic() < deadline, f"not ended after 900 s:\n{search.text}"
         largest = max(largest, allocated(search.folder))
         states = [allocated(state) for state in search.folder.glob("checkpoints/*/epoch_*")]
         largest_state = max([largest_state, *states])
