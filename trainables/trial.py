@@ -133,16 +133,16 @@ class FineTuneTrial(tune.Trainable):
 
     def cleanup(self) -> None:
         if self.host is not None:
-            # Without this actor the host is gone, too, and what it reserved is Ray's to find out. A group that still
-            # waits for room cannot leave.
+            # Without this actor the host is gone, too. A group that still waits for room cannot leave; what it reserved
+            # is freed by the search, see `search.abandoned_room`.
             self.host.close.remote()
             ray.wait([self.host.ended.remote()], timeout=CLOSE_SECONDS)
         self.host = None
 
     def _run_epoch(self) -> Outcome:
         """One epoch, on a new worker group where the old one is gone."""
-        lost, reason = 0, ""
-        while lost < MAX_HOSTS:
+        lost_on, reason = [], ""  # nodes
+        while _num_that_count(lost_on) < MAX_HOSTS:
             if self.host is None:
                 self._start_host()
             try:
@@ -155,7 +155,7 @@ class FineTuneTrial(tune.Trainable):
                 self.host = None
             except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, GroupEnded) as error:
                 self.host, reason = None, str(error)
-                lost += self.host_node is None or self.host_node in living_nodes()
+                lost_on.append(self.host_node)
             self.handed_over = False
         return Outcome(failure=f"lost its worker group {MAX_HOSTS} times: {reason}")
 
@@ -181,8 +181,15 @@ class FineTuneTrial(tune.Trainable):
             strategy = strategies.NodeAffinitySchedulingStrategy(node, soft=True)
         host = ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=strategy)(GroupHost)
         self.host = host.remote(self.size, self.options.stall_timeout)
-        self.host_size, self.host_node = self.size, None
+        self.host_size, self.host_node = self.size, node
         self.handed_over = False
+
+
+def _num_that_count(lost_on: list[str | None]) -> int:
+    """How many hosts were lost for another reason than the loss of their node. Ray reports a lost node many seconds
+    after its actors, so a loss that counts at first may not count later."""
+    nodes = living_nodes() if lost_on else {}
+    return sum(node is None or node in nodes for node in lost_on)
 
 
 def _node_with_room(size: GroupSize) -> str | None:
