@@ -9,6 +9,7 @@ from ray import tune
 from ray.tune.search import SearchGenerator
 from ray.tune.stopper import CombinedStopper
 
+from search.abandoned_room import AbandonedRoom
 from search.annealed import new_searcher
 from search.capacity import Capacity, CapacityNews
 from search.disk import DiskWatch
@@ -109,6 +110,7 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
                 DiskWatch(options.folder),
                 leaderboard,
                 CapacityNews(capacity, settings),
+                AbandonedRoom(),
                 tune.logger.TBXLoggerCallback(),
                 *live_report,
                 Mirroring(options.folder),

@@ -9,20 +9,25 @@ import os
 import re
 import signal
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 import ray
 from processes import descendants, left_after, named, stopped
+from ray import train
 from ray._common.usage.usage_constants import CLUSTER_METADATA_KEY
 from ray._private.ray_constants import KV_NAMESPACE_CLUSTER
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
-from ray.util import get_node_ip_address
+from ray.train.backend import Backend, BackendConfig
+from ray.util import get_node_ip_address, placement_group, placement_group_table
 from searches import PINNED, Search, completed, settings, tables
 from tiny_run import draw_images
 
+from search.abandoned_room import free_abandoned_room
 from search.cluster import check_address
+from trainables.process_group import GroupTrainer
 
 pytestmark = pytest.mark.ray
 
@@ -38,8 +43,11 @@ def class_folders(search_cache, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A head with one CPU; a test adds nodes of one CPU each, and takes them away."""
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    """A head with one CPU; a test adds nodes of one CPU each, and takes them away.
+
+    Without a dashboard, as where another process has its port: Ray Train's own way to free room needs one.
+    """
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     yield found
     processes = {pid for node in found.list_all_nodes() for info in node.all_processes.values() for pid in pids(info)}
     found.shutdown()
@@ -134,6 +142,9 @@ def test_a_search_grows_and_shrinks_with_its_cluster(cluster, start):
         with stopped(workers()):
             cluster.remove_node(node, allow_graceful=False)
             search.wait_for("cluster: waiting for nodes. Trials need 2 workers, there is room for 1")
+            # With a group's host on the lost node its controller is gone, too. So that this is not left to chance:
+            for controller in named("ray::TrainController", os.getpid()):
+                os.kill(controller, signal.SIGKILL)
     assert search.wait() == 0, search.text
     assert [row["status"] for row in tables(search.folder)[0]] == ["completed"] * 2
     epochs = tables(search.folder)[1]
@@ -146,6 +157,74 @@ def most_at_once(lines: list[str]) -> int:
         live += (": " in line and "starts:" in line) - ("completed: error" in line)
         most = max(most, live)
     return most
+
+
+@pytest.fixture
+def connected(cluster, monkeypatch):
+    """This process is a driver on the cluster."""
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")  # so that a hang shows
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    myself = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(myself)  # the cluster's processes cannot import it
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(myself)
+    ray.shutdown()
+
+
+@ray.remote(num_cpus=0)
+class Reserver:
+    """As the controller of a worker group."""
+
+    def reserve(self, cpus: float):
+        group = placement_group([{"CPU": cpus}])
+        assert group.wait(20)
+        return group
+
+
+def test_room_that_was_reserved_by_what_went_away_with_its_node_is_given_back(connected):
+    lost, living = Reserver.remote(), Reserver.remote()
+    abandoned, in_use = ray.get([lost.reserve.remote(0.5), living.reserve.remote(0.25)])
+    wanted = placement_group([{"CPU": 0.75}])
+    ray.kill(lost)
+    assert not wanted.wait(2)
+    for _ in range(2):
+        free_abandoned_room()
+        assert wanted.wait(20)
+    assert [placement_group_table(group)["state"] for group in (abandoned, in_use)] == ["REMOVED", "CREATED"]
+
+
+class LosesItsFirstWorker(BackendConfig):
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    @property
+    def backend_cls(self):
+        return _LosesItsFirstWorker
+
+
+class _LosesItsFirstWorker(Backend):
+    def on_start(self, worker_group, backend_config) -> None:
+        ray.get(worker_group.execute_single_async(0, die_once, backend_config.marker))
+
+
+def die_once(marker: Path) -> None:
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_that_were_lost_while_they_met_leave_their_room_to_the_next_ones(connected, tmp_path):
+    trainer = GroupTrainer(
+        (tmp_path / "trained").touch,
+        backend_config=LosesItsFirstWorker(tmp_path / "died"),
+        scaling_config=train.ScalingConfig(num_workers=1),
+        run_config=train.RunConfig(
+            storage_path=str(tmp_path), failure_config=train.FailureConfig(controller_failure_limit=1)
+        ),
+    )
+    trainer.fit()
+    assert (tmp_path / "died").exists() and (tmp_path / "trained").exists()
 
 
 @pytest.fixture

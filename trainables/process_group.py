@@ -4,7 +4,8 @@ gloo listens on the address of the host name, which is 127.0.1.1 on many Linux s
 other machines wait for it in vain. NCCL looks at the network interfaces itself.
 
 Ray Train's own `TorchTrainer` does the same but for that, and more slowly: the process that starts a group and the one
-that watches it import torch before the workers can, and one more process waits for data sets that nobody has.
+that watches it import torch before the workers can, one more process waits for data sets that nobody has, and another
+one asks the dashboard every second whether the group is alive (see `search.abandoned_room`).
 """
 
 import os
@@ -17,6 +18,8 @@ import ray
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -27,11 +30,30 @@ LEAVE_SECONDS = 30.0
 
 
 class GroupTrainer(DataParallelTrainer):
-    """Ray Train's, without Ray Data."""
+    """Ray Train's, without Ray Data and without its placement group cleaner."""
 
     def _create_default_callbacks(self) -> list:
+        unwanted = DatasetsCallback | PlacementGroupCleanerCallback
         callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
+        return [FreesFailedStart(), *(callback for callback in callbacks if not isinstance(callback, unwanted))]
+
+
+class FreesFailedStart(WorkerGroupCallback):
+    """Frees the room of workers that were lost while they met, before others are started.
+
+    Ray Train 2.60 forgets it (`WorkerGroup._start` cleans up only what has not "started", which it says before the
+    backend has), and then waits for that very room. Comes before the callback that starts the backend.
+    """
+
+    _room = None
+
+    def after_worker_group_start(self, worker_group) -> None:
+        self._room = worker_group.get_worker_group_state().placement_group_handle
+
+    def before_worker_group_start(self, worker_group_context) -> None:
+        if self._room is not None:
+            self._room.shutdown()  # again, where the workers have ended since
+            self._room = None
 
 
 @dataclass
