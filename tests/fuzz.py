@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", f"{tempfile.gettempdir()}/hypothesis")  # not in the repository
@@ -172,8 +173,19 @@ def images() -> list[bytes]:
         ("TIFF", "1", {"compression": "group4"}),
         ("TIFF", "RGB", {"exif": exif, "icc_profile": text}),
         ("TIFF", "RGB", frames),
+        *(("AVIF", mode, {}) for mode in ("RGB", "RGBA")),
+        ("AVIF", "RGB", frames),
+        *(("JPEG2000", mode, {}) for mode in ("RGB", "L", "I;16", "RGBA")),
+        *(("PPM", mode, {}) for mode in ("RGB", "L", "1", "I")),
+        *(("SGI", mode, {}) for mode in ("RGB", "L", "RGBA")),
+        *(("PCX", mode, {}) for mode in ("RGB", "L", "P", "1")),
+        *(("DDS", mode, {}) for mode in ("RGB", "L", "RGBA")),
+        ("ICO", "RGBA", {"sizes": [(16, 16)]}),
+        *(("QOI", mode, {}) for mode in ("RGB", "RGBA")),
+        *(("XBM", "1", {}), ("MSP", "1", {}), ("BLP", "P", {})),
     ]
-    files = [run_length_bitmap()]
+    deep_colours = (cv2.imencode(suffix, noise.astype(np.uint16) * 257)[1].tobytes() for suffix in (".png", ".tiff"))
+    files = [run_length_bitmap(), *deep_colours]
     for format, mode, options in kinds:
         image = clear if mode in ("RGBA", "LA") else deep if mode == "I;16" else picture
         stream = io.BytesIO()

@@ -153,7 +153,7 @@ def test_the_white_of_a_data_set_is_that_of_its_deepest_image_wherever_it_lies(t
 
 
 @pytest.mark.parametrize(
-    "format", ["GIF", "PNG", "AVIF", "WEBP", "TIFF", "BMP", "PPM", "TGA", "ICO", "JPEG2000", "QOI"]
+    "format", ["GIF", "PNG", "AVIF", "WEBP", "TIFF", "BMP", "PPM", "ICO", "JPEG2000", "QOI", "SGI"]
 )
 def test_an_image_is_read_for_what_it_is_though_it_is_called_jpg(tmp_path, format):
     photo = Image.fromarray(quarters())
@@ -161,6 +161,14 @@ def test_an_image_is_read_for_what_it_is_though_it_is_called_jpg(tmp_path, forma
         photo = photo.convert("RGBA")
     photo.save(tmp_path / "photo.jpg", format)
     assert corners(read_image(tmp_path / "photo.jpg")) == [RED, GREEN, WHITE, BLUE]
+
+
+def test_a_format_that_nearly_any_bytes_could_be_is_read_by_its_suffix_alone(tmp_path):
+    Image.fromarray(quarters()).save(tmp_path / "photo.tga")
+    assert corners(read_image(tmp_path / "photo.tga")) == [RED, GREEN, WHITE, BLUE]
+    (tmp_path / "photo.tga").rename(tmp_path / "photo.jpg")
+    with pytest.raises(UnreadableImage, match="cannot identify"):
+        read_image(tmp_path / "photo.jpg")
 
 
 def test_suffixes_are_those_that_pillow_reads_without_running_a_program():

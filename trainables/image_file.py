@@ -46,10 +46,18 @@ def _readable_formats() -> tuple[str, ...]:
     return tuple(sorted(Image.OPEN.keys() - stubs - {"EPS", "MPEG"}))
 
 
-FORMATS = _readable_formats()
-"""What is read, whatever a file's suffix says."""
-SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO"))
+READABLE = _readable_formats()
+SURE = tuple(name for name in READABLE if Image.OPEN[name][1] is not None)
+"""Formats that their first bytes tell: they are read whatever a file's suffix says."""
+SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in (*READABLE, "MPO"))
 """What the names of images end with, in lower case."""
+
+
+def formats_of(file: Path | str | io.BytesIO) -> tuple[str, ...]:
+    """What a file may be. Nearly any bytes can be a TGA, so only files that are called so are tried as one."""
+    suffix = "" if isinstance(file, io.BytesIO) else Path(file).suffix.lower()
+    own = Image.registered_extensions().get(suffix)
+    return (*SURE, own) if own in READABLE and own not in SURE else SURE
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ def decode(path: Path | str, size: int | None = None, white: int = WHITE_16_BIT)
 
 
 def _decode(file: Path | str | io.BytesIO, size: int | None, white: int) -> DecodedImage:
-    with Image.open(file, formats=FORMATS) as image:
+    with Image.open(file, formats=formats_of(file)) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise UnreadableImage(f"{width} x {height} pixels, at most {MAX_PIXELS} are read")
@@ -140,7 +148,7 @@ def white_level(root: Path, paths: Sequence[str]) -> int:
 
 def _largest_value(file: Path | str | io.BytesIO) -> float:
     """Of an image with more than 8 bits a channel, 255 at least unless all are fractions; 0 of others."""
-    with Image.open(file, formats=FORMATS) as image:
+    with Image.open(file, formats=formats_of(file)) as image:
         deep = _deep_pixels(image, file) if math.prod(image.size) <= MAX_PIXELS else None
     if deep is None:
         return 0

@@ -24,7 +24,7 @@ from PIL import Image
 
 from trainables import data
 from trainables.data import MAX_UNREADABLE, DataError, ImageFolder
-from trainables.image_file import FORMATS, UnreadableImage, read_image, resize
+from trainables.image_file import UnreadableImage, formats_of, read_image, resize
 from trainables.presized_images import (
     CHECKSUM_FILE,
     INDEX_FILE,
@@ -155,7 +155,7 @@ def estimated_bytes(folder: ImageFolder, size: int, method: str, *, samples: int
     step = max(1, len(folder.paths) // samples)
     areas = []
     for path in folder.paths[::step]:
-        with suppress(Exception), Image.open(folder.root / path, formats=FORMATS) as image:
+        with suppress(Exception), Image.open(file := folder.root / path, formats=formats_of(file)) as image:
             ratio = max(image.size) / min(image.size)
             areas.append({"crop": min(ratio, 4), "squish": 1, "pad": 1 / ratio}[method])
     return round(3 * size * size * len(folder.paths) * float(np.mean(areas or [1])))
