@@ -24,7 +24,7 @@ def train_fastai(same: FineTune, images: PresizedImages, root: Path) -> list[dic
     splitter = resnet_split if isinstance(network.model, timm.models.ResNet) else None
     options = {"pretrained": False, "splitter": splitter, "metrics": fastai.error_rate, "cbs": table}
     learner = fastai.vision_learner(loaders, recipe.arch, **options)
-    head = f"{model.classifier_name(network.model)}."
+    head = f"{model.classifier_names(network.model)[0]}."
     weights = network.model.state_dict().items()
     learner.model[0].model.load_state_dict({name: value for name, value in weights if not name.startswith(head)})
     with learner.no_bar(), learner.no_logging():

@@ -19,6 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from search.architectures import check_architectures
 from search.arguments import add_max_unreadable, search_command, source
 from search.cli import run_cli, say
 from search.prepare import space_of
@@ -89,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.cache:
         return show_caches(clear_them=args.cache == "clear")
     space = space_of(args)
+    check_architectures(space)
     recipe = Recipe.from_dict(space.settings)
     root = data_root(space, args.data)
     try:

@@ -62,6 +62,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    from search.architectures import check_architectures
     from search.prepare import check_weights, find_data, presize_here, space_of
     from search.tuner import full_settings
     from trainables.disk import require_writable_file
@@ -78,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     stage = "unfrozen" if args.unfrozen or recipe.freeze_epochs == 0 else "frozen"
     out = args.out or Path("results") / f"lr_find-{recipe.arch}-{stage}.png"
     require_writable_file(out)
+    check_architectures(space)
     images = find_data(space, args)
     check_weights(space, args)
     presized = presize_here(space, images, args)

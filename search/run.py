@@ -53,6 +53,7 @@ def search(args: argparse.Namespace, folder) -> int:
     show_progress()
     space, method = space_of(args), method_of(args)
     from search.annealed import check_lengths
+    from search.architectures import check_architectures
     from search.held_out import hold_out, source_of
     from search.resume import arguments_record, images_record, require_same, require_whole, same_files
     from search.tuner import RunOptions, full_settings
@@ -64,6 +65,7 @@ def search(args: argparse.Namespace, folder) -> int:
         require_whole(folder, space.dimensions)
     if method.scheduler == "annealed":
         check_lengths(space)
+    check_architectures(space)
     mirror = mirror_of(args, folder)
     images = hold_out(find_data(space, args), args.test_split, space.split_seed, read=folder.test.is_file())
     digest = images_digest(images)

@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from trainables.model import Network, build, classifier_name, mlp_head
+from trainables.model import Network, build, classifier_names, mlp_head
 from trainables.optim import adamw
 from trainables.recipe import Recipe
 from trainables.weights import WeightsError
@@ -37,7 +37,7 @@ def test_layer_groups_hold_every_parameter_once_and_the_head_last(arch, head):
     assert all(groups)
     everything = [name for names in groups for name in names]
     assert sorted(everything) == sorted(name for name, _ in net.model.named_parameters())
-    prefix = classifier_name(net.model)
+    prefix = classifier_names(net.model)[0]
     assert groups[-1] == [f"{prefix}.{name}" for name, _ in net.classifier.named_parameters()]
 
 
@@ -56,7 +56,7 @@ def test_a_frozen_step_changes_the_head_and_nothing_of_the_backbone(arch, head):
     net = network(arch, head=head)
     net.freeze_backbone("unfrozen")
     net.train(frozen=True, train_bn="unfrozen")
-    prefix = f"{classifier_name(net.model)}."
+    prefix = f"{classifier_names(net.model)[0]}."
     trainable = {name for name, parameter in net.model.named_parameters() if parameter.requires_grad}
     assert trainable == {name for name, _ in net.model.named_parameters() if name.startswith(prefix)}
 
@@ -175,9 +175,21 @@ def test_an_unknown_weight_tag_is_refused_with_the_known_ones():
         network("resnet18.tv_in2k")
 
 
-def test_an_architecture_with_two_classifiers_is_refused():
-    with pytest.raises(ValueError, match="more than one classifier"):
-        network("deit_tiny_distilled_patch16_224").layer_groups("blocks")
+def test_all_classifiers_of_a_network_are_its_head():
+    net = network("pit_ti_distilled_224")
+    net.freeze_backbone("unfrozen")
+    trained = {name for name, parameter in net.model.named_parameters() if parameter.requires_grad}
+    assert trained == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+    assert set(names_of(net, net.layer_groups("blocks")[-1])) == trained
+
+
+@pytest.mark.parametrize("arch", ["pit_ti_224", "rdnet_tiny"])
+def test_networks_that_timm_does_not_group_have_a_group_for_each_part(arch):
+    with torch.device("meta"):
+        net = network(arch)
+    groups = [names_of(net, group) for group in net.layer_groups("blocks")]
+    assert len(groups) >= 5
+    assert sum(map(len, groups)) == len(list(net.model.parameters()))
 
 
 # --- Weights ----------------------------------------------------------------------------------------------------------
@@ -194,7 +206,7 @@ def save_weights(folder, arch: str, **renamed) -> dict[str, torch.Tensor]:
 def test_the_backbone_comes_from_the_folder_and_the_linear_head_starts_at_zero(tmp_path, arch):
     saved = save_weights(tmp_path, arch)
     model = build(Recipe(arch=arch, image_size=160), 5, tmp_path).model
-    head = f"{classifier_name(model)}."
+    head = f"{classifier_names(model)[0]}."
     for name, value in model.state_dict().items():
         assert torch.equal(value, torch.zeros_like(value) if name.startswith(head) else saved[name]), name
 

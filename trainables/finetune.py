@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from trainables import augment, loss, lr_finder, model, normalize, optim, schedule, tta
+from trainables.architecture import try_out
 from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE, Files, Preprocessing
 from trainables.cli import run_cli
 from trainables.data import MAX_UNREADABLE, DataError
@@ -37,7 +38,7 @@ from trainables.loader import loader_for, normalized
 from trainables.plan import Step, plan_epoch
 from trainables.presize import STORAGES, PresizedImages, presize
 from trainables.recipe import Recipe, parse_value
-from trainables.weights import WeightsError, require_in_folder
+from trainables.weights import require_in_folder
 
 MIN_CPU_BF16_SIZE = 160
 """px; an EfficientNet-Lite trains no faster in bf16 on smaller images."""
@@ -416,7 +417,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         recipe = Recipe(**dict(_parse_setting(text) for text in args.set))
-        model.check_architecture(recipe.arch)
+        try_out(recipe)
         if recipe.pretrained and args.weights:
             require_in_folder([recipe.arch], args.weights)
         found = find_images(args.data)
@@ -429,7 +430,7 @@ def main() -> None:
     device = init_from_environment()
     try:
         training = FineTune(recipe, images, weights=args.weights, device=device)
-    except WeightsError as error:
+    except ValueError as error:
         parser.error(str(error))
     for _ in range(recipe.total_epochs):
         metrics = training.run_epoch()

@@ -1,6 +1,7 @@
 """The network of one trial: a timm backbone, its head, its layer groups, and the pretrained weights in it."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -31,7 +32,9 @@ class Network:
 
     @property
     def classifier(self) -> nn.Module:
-        return self.model.get_submodule(classifier_name(self.model))
+        """The module that maps pooled features to classes; a list of them where the network averages several."""
+        modules = [self.model.get_submodule(name) for name in classifier_names(self.model)]
+        return modules[0] if len(modules) == 1 else nn.ModuleList(modules)
 
     def layer_groups(self, kind: str) -> list[list[nn.Parameter]]:
         """Parameters from the earliest layers to the head, which is the last group.
@@ -40,7 +43,7 @@ class Network:
         groups; fastai cuts a ResNet after its second stage, as fastai's `_resnet_split`, and no other backbone.
         """
         parameters = dict(self.model.named_parameters())
-        head = f"{classifier_name(self.model)}."
+        head = tuple(f"{name}." for name in classifier_names(self.model))
         body = [name for name in parameters if not name.startswith(head)]
         groups = _by_depth(self.model, body) if kind == "blocks" else _as_fastai(self.model, body)
         groups.append([name for name in parameters if name.startswith(head)])
@@ -99,8 +102,9 @@ def build(recipe: Recipe, num_classes: int, weights: Path | None = None, *, load
     elif recipe.pretrained:
         # From zeros (Kolesnikov et al. 2020) all classes start alike; some timm heads start so large that the first
         # epochs only unlearn them.
-        for parameter in model.get_submodule(classifier_name(model)).parameters():
-            nn.init.zeros_(parameter)
+        for name in classifier_names(model):
+            for parameter in model.get_submodule(name).parameters():
+                nn.init.zeros_(parameter)
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     if source and source.mean:
         mean, std = source.mean, source.std
@@ -147,19 +151,31 @@ def _check_names(model: nn.Module, source: WeightsFile) -> None:
         )
 
 
-def classifier_name(model: nn.Module) -> str:
-    """Dotted name of the module that maps pooled features to classes."""
-    name = model.pretrained_cfg["classifier"]
-    if not isinstance(name, str):
+def classifier_names(model: nn.Module) -> list[str]:
+    """Dotted names of the modules that map pooled features to classes: one, or several whose logits are averaged."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    names = [names] if isinstance(names, str) else list(names)
+    modules = dict(model.named_modules())
+    if not names or not all(name in modules for name in names):
         arch = model.pretrained_cfg.get("architecture")
-        raise ValueError(f"{arch} has more than one classifier ({name}), expected an architecture with one")
-    return name
+        raise ValueError(f"{arch} has no classifier, it only makes features")
+    return names
 
 
 def _by_depth(model: nn.Module, names: list[str]) -> list[list[str]]:
     body = set(names)
-    groups = timm.models.group_parameters(model, model.group_matcher(coarse=True)).values()
+    try:
+        matcher = model.group_matcher(coarse=True)
+    except (AttributeError, AssertionError):  # some of timm's have none, and RDNet no coarse one
+        return [list(group) for _, group in itertools.groupby(names, key=_part_of)]
+    groups = timm.models.group_parameters(model, matcher).values()
     return [[name for name in group if name in body] for group in groups]
+
+
+def _part_of(name: str) -> str:
+    """The part of a network that a parameter belongs to: stem, stages.0, stages.1 and the like."""
+    first, second, *_ = [*name.split("."), ""]
+    return f"{first}.{second}" if second.isdigit() else first
 
 
 def _as_fastai(model: nn.Module, names: list[str]) -> list[list[str]]:
@@ -174,12 +190,14 @@ def _batch_norms(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _replace_classifier(model: nn.Module, recipe: Recipe, num_classes: int) -> None:
-    linear = model.get_submodule(classifier_name(model))
-    if not isinstance(linear, nn.Linear):
+    first, *others = classifier_names(model)
+    linear = model.get_submodule(first)
+    if others or not isinstance(linear, nn.Linear):
+        has = f"{1 + len(others)} classifiers" if others else type(linear).__name__
         raise ValueError(
-            f"head=mlp needs a linear classifier to replace, but {recipe.arch} has {type(linear).__name__}"
+            f"head=mlp needs a linear classifier to replace, but {recipe.arch} has {has}; expected head=linear"
         )
-    model.set_submodule(classifier_name(model), mlp_head(linear.in_features, num_classes, recipe))
+    model.set_submodule(first, mlp_head(linear.in_features, num_classes, recipe))
 
 
 def mlp_head(in_features: int, num_classes: int, recipe: Recipe) -> nn.Sequential:
