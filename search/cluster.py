@@ -28,6 +28,8 @@ def prepare_environment(address: str | None) -> None:
         provide_token()
         # A Ray that starts here listens on 127.0.0.1 alone, whatever the system is.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Under `uv run` Ray would pack the current folder and run `uv` for each worker, where all of it is installed.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # see Interruptible
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # failed trials have no metric

@@ -23,6 +23,26 @@ def environment(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", "/tmp")
 
 
+def test_uv_run_in_a_sub_folder_asks_nothing_of_the_workers(tmp_path):
+    """Ray looks for a process above it that is called `uv run`: this one is a Python, and `run` its script."""
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "run").write_text(
+        f"import subprocess; subprocess.run([{sys.executable!r}, '-c', {UNDER_UV!r}])"
+    )
+    as_uv = {"executable": sys.executable, "cwd": tmp_path / "sub", "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    ended = subprocess.run(["uv", "run", "python"], **as_uv, capture_output=True, text=True)
+    assert ended.stdout == "None\n", ended.stderr
+
+
+UNDER_UV = """
+from search.cluster import prepare_environment
+prepare_environment(None)
+from ray._private import worker
+print(worker._maybe_modify_runtime_env(None, False))
+"""
+
+
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
 def test_a_temporary_folder_with_a_long_path_gets_a_short_name_for_a_while(tmp_path, variable):
     long = tmp_path / "long" / ("x" * 100)
