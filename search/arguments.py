@@ -98,7 +98,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     ))  # fmt: skip
     how.add_argument("--seed", type=int, metavar="N", help="seed of proposals and trainings (default: the space's)")
     where = parser.add_argument_group("on what")
-    where.add_argument("--address", help="Ray cluster: auto, or host:port (default: start Ray on this machine)")
+    where.add_argument("--address", help=(
+        "Ray cluster: auto (RAY_ADDRESS, or the one on this machine), or host:port; default: start Ray on this machine"
+    ))  # fmt: skip
     where.add_argument("--workers-per-trial", type=_workers, action="append", metavar="N", help=(
         "DDP workers (default 1), or ARCH=N for some architectures ('resnet101*=4'); repeatable"
     ))  # fmt: skip
@@ -107,7 +109,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     where.add_argument("--gpus-per-worker", type=_whole, metavar="N", help="whole GPUs; default: 1 where there are any")
     where.add_argument("--max-concurrent", type=_auto_or_positive, default="auto", metavar="N", help=(
-        "trials at once, or auto (default): what fits, more and fewer as nodes come and go"
+        "trials at once, or auto (default): what CPUs, GPUs and memory are enough for, as nodes come and go"
     ))  # fmt: skip
     where.add_argument("--stall-timeout", type=_seconds, default=600.0, metavar="10m", help=(
         "workers that train no batch for so long are taken for hung and started anew; their trial goes on from its "

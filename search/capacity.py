@@ -9,7 +9,7 @@ from typing import Any
 from ray import tune
 
 from search.cli import say
-from search.resources import present_nodes, reachable_nodes, room
+from search.resources import Node, present_nodes, reachable_nodes, room, room_in_memory
 from search.wording import duration
 from trainables.wording import many
 from trainables.worker_group import IDLE_SECONDS, GroupSize
@@ -98,11 +98,17 @@ class Capacity:
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
         nodes, before = present_nodes(), self._present
-        self._present = room(nodes, self.size)
+        self._present = self._room(nodes)
         if self._present != before:
             self._lost_nodes = self._present < before
-        self._reachable = room(reachable_nodes(nodes, launched=self.launched), self.size)
+        self._reachable = self._room(reachable_nodes(nodes, launched=self.launched))
         self._looked = time.monotonic()
+
+    def _room(self, nodes: list[Node]) -> int:
+        """Memory counts, unless the user has said how many trials run at once."""
+        if self.max_trials is not None:
+            return room(nodes, self.size)
+        return room_in_memory(nodes, self.size, self.largest)
 
 
 _capacities: dict[str, Capacity] = {}

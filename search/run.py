@@ -198,9 +198,10 @@ def words_to_show(argv: list[str]) -> list[str]:
 
 def announce(options, nodes: list) -> None:
     from search.disk import needs
-    from search.resources import trials_at_once
+    from search.resources import memory_note, trials_at_once
 
     size, folder = options.group_size, options.folder
+    note = memory_note(nodes, size, options.max_concurrent)
     at_once = options.max_concurrent or trials_at_once(nodes, size, None)
     others = "".join(f", {arch} on {count}" for arch, count in options.num_workers.items())
     what = f"{options.num_trials} trials" + (
@@ -208,7 +209,7 @@ def announce(options, nodes: list) -> None:
     )
     gpus = f" and {size.gpus_per_worker} GPUs" if size.gpus_per_worker else ""
     say(
-        f"search: {what}, {at_once} at once, each on {many(size.num_workers, 'worker')} of "
+        f"search: {what}, {at_once} at once{note}, each on {many(size.num_workers, 'worker')} of "
         f"{size.cpus_per_worker:g} CPUs{gpus}{others}; the first one waits for its workers to start"
     )
     say(f"results: {folder}/")

@@ -50,6 +50,15 @@ def test_a_limit_of_trials_counts_trials_and_asks_for_no_more_than_there_is(clus
     assert not found.has_room([1, 1], 0)
 
 
+def test_no_more_trials_start_than_the_memory_is_enough_for(cluster, tmp_path):
+    cluster.present = [Node(64, 0, memory=5e9)]
+    found = capacity(tmp_path)
+    assert found.has_room([1, 1], 1) and not found.has_room([1, 1, 1], 1)
+    assert capacity(tmp_path, max_trials=40).has_room([1] * 30, 1)  # as the user says
+    large = capacity(tmp_path, of_archs={"resnet101": 8})
+    assert large.present == 8  # the largest trial waits for no nodes: the memory is only estimated
+
+
 def test_some_trials_wait_for_nodes_that_the_autoscaler_can_add_and_more_once_it_has(cluster, tmp_path):
     cluster.present, cluster.more = [], 100 * [Node(1, 0)]
     found = capacity(tmp_path)

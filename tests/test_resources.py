@@ -5,7 +5,15 @@ import re
 import pytest
 
 from search import resources
-from search.resources import Node, group_size, present_nodes, reachable_nodes, trials_at_once
+from search.resources import (
+    Node,
+    group_size,
+    memory_note,
+    present_nodes,
+    reachable_nodes,
+    room,
+    trials_at_once,
+)
 from trainables.worker_group import GroupSize
 
 LAPTOP = [Node(cpus=2, gpus=0)]
@@ -45,6 +53,33 @@ def test_the_defaults_use_what_there_is(nodes, num_workers, expected, at_once):
     chosen = size(nodes, num_workers=num_workers)
     assert chosen == expected
     assert trials_at_once(nodes, chosen, None) == at_once
+
+
+@pytest.mark.parametrize(
+    ("nodes", "group", "at_once"),
+    [
+        ([Node(64, 0, 10.1e9)], workers(2), 6),  # a machine of 16 GB, of which Ray keeps 30 % for objects
+        ([Node(64, 0, 10.1e9)], workers(2, num_workers=4), 2),
+        ([Node(64, 0, 200e9)], workers(2), 32),
+        ([Node(96, 8, 9.5e9)], workers(8, 1), 5),
+        ([Node(96, 8, 9.5e9), Node(96, 8, None)], workers(8, 1), 13),  # what is not known limits nothing
+        ([Node(2, 0, 0.5e9)], workers(2), 1),  # the estimate forbids no search
+        ([Node(8, 0, 2e9)], workers(2, num_workers=4), 1),
+    ],
+)
+def test_memory_counts_in_how_many_trials_run_at_once(nodes, group, at_once):
+    assert trials_at_once(nodes, group, None) == at_once
+    fit = room(nodes, group) // group.num_workers
+    assert trials_at_once(nodes, group, fit) == fit  # the user has the last word
+
+
+def test_what_memory_has_to_do_with_it_is_said():
+    nodes = [Node(64, 0, 10.1e9)]
+    said = memory_note(nodes, workers(2), None)
+    assert said == " (there is room for 32, and 10.1 GB of memory free for about 6; see --max-concurrent)"
+    assert memory_note(nodes, workers(2), 20) == " (the free memory of 10.1 GB is enough for about 6)"
+    assert memory_note(nodes, workers(2), 6) == memory_note([Node(64, 0, 200e9)], workers(2), None) == ""
+    assert memory_note([Node(64, 0)], workers(2), None) == ""
 
 
 def test_what_is_asked_for_is_kept():
@@ -127,7 +162,9 @@ available_node_types:
 
 
 def test_the_nodes_are_those_that_are_alive(cluster):
-    assert cluster([node_of_ray(8), node_of_ray(32, 4), node_of_ray(64, 8, alive=False)]) == [Node(8, 0), Node(32, 4)]
+    nodes = cluster([node_of_ray(8), node_of_ray(32, 4), node_of_ray(64, 8, alive=False)])
+    assert nodes == [Node(8, 0), Node(32, 4)]
+    assert [node.memory for node in nodes] == [1e9, 1e9]
 
 
 def test_nodes_that_the_autoscaler_can_add_count(cluster):
