@@ -10,6 +10,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+def open_to_all(folder: Path, mode: int = 0o755) -> Path:
+    """Lets every user into `folder`, and as far as it with its parents; takes nothing from anyone."""
+    for path, wanted in ((folder, mode), *((parent, 0o055) for parent in folder.parents)):
+        if (has := path.stat().st_mode) & wanted != wanted:
+            path.chmod(has | wanted)
+    return folder
+
+
 def as_user(uid: int, call: Callable[[], object]) -> str:
     """What `call` returns or raises in a process of that user's; only root's tests can be somebody else's."""
     read, write = os.pipe()

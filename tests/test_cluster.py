@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from processes import as_user
+from processes import as_user, open_to_all
 
 from search import cluster
 from search.cluster import LONGEST_TEMPORARY, prepare_folders, provide_token
@@ -83,8 +83,7 @@ def test_a_temporary_folder_that_cannot_be_written_is_refused_by_its_name(monkey
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 @pytest.mark.parametrize("name", ["ray", "_ray_lockfiles"])
 def test_beside_the_ray_of_another_user_a_search_has_a_folder_of_its_own(tmp_path, name, monkeypatch):
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o777)
+    open_to_all(tmp_path, 0o777)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     (tmp_path / name).mkdir(mode=0o755)
 
@@ -100,8 +99,7 @@ def test_beside_the_ray_of_another_user_a_search_has_a_folder_of_its_own(tmp_pat
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 def test_in_a_home_that_is_read_only_ray_has_its_token_from_the_environment(tmp_path):
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
+    open_to_all(tmp_path)
 
     def token() -> str:
         provide_token()

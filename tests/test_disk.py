@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from processes import as_user
+from processes import as_user, open_to_all
 
 from search import disk as search_disk
 from search.disk import DiskWatch, needed, needs
@@ -102,8 +102,7 @@ def closed(tmp_path):
 
 
 def test_a_folder_that_may_not_be_written_is_refused_with_the_option_to_change(closed):
-    for path in (closed.parent, closed.parent.parent):
-        path.chmod(0o755)
+    open_to_all(closed.parent)
     said = as_user(65534, lambda: disk.require_writable(closed / "run", "--results"))
     assert said.startswith(f"ValueError: {closed}/run cannot be written (Permission denied)") and "--results" in said
     assert as_user(65534, lambda: disk.require_writable(closed, "--out")).startswith("ValueError")  # it is there

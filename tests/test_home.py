@@ -5,7 +5,7 @@ import stat
 import tempfile
 
 import pytest
-from processes import as_user
+from processes import as_user, open_to_all
 
 from trainables.data import cache_dir
 from trainables.home import ensure_home
@@ -19,8 +19,7 @@ def nameless(tmp_path, monkeypatch):
     """A function that looks for a home as a user of no name, and says what then is in the environment."""
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "XDG_CACHE_HOME", "FINETUNE_SEARCH_CACHE"):
         monkeypatch.delenv(name, raising=False)
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o777)
+    open_to_all(tmp_path, 0o777)
 
     def look(home: str | None) -> list[str]:
         def in_child() -> str:

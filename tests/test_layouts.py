@@ -303,7 +303,7 @@ ERRORS = {
     "unlabelled validation images": (
         ["train/cat/1.jpg", "train/dog/1.jpg", "val/images/1.jpg", "val/labels.txt"],
         ".",
-        r"val has no class folders .* called as in .*/train \(cat/, dog/\)",
+        r"val has no class folders .* names of those in .*/train \(cat/, dog/\)",
     ),
     "two training folders": (
         [f"{part}/{name}/1.jpg" for part in ("train", "training", "val") for name in ("cat", "dog")],
@@ -313,7 +313,7 @@ ERRORS = {
     "the data set once more inside itself": (
         [f"{base}{name}/{n}.jpg" for base in ("", "PlantVillage/") for name in ("rust", "scab", "sound") for n in "12"],
         ".",
-        r"PlantVillage has folders .* beside it \(3 names \('rust', 'scab', 'sound'\)\): .* second copy",
+        r"PlantVillage contains folders .* beside it \(3 names \('rust', 'scab', 'sound'\)\): .* second copy",
     ),
     "folds": (
         [f"fold{n}/{name}/1.jpg" for n in (1, 2) for name in ("cat", "dog")],

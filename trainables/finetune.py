@@ -39,6 +39,7 @@ from trainables.plan import Step, plan_epoch
 from trainables.presize import STORAGES, PresizedImages, presize
 from trainables.recipe import Recipe, parse_value
 from trainables.weights import require_in_folder
+from trainables.wording import printable
 
 MIN_CPU_BF16_SIZE = 160
 """px; an EfficientNet-Lite trains no faster in bf16 on smaller images."""
@@ -422,7 +423,7 @@ def main() -> None:
             require_in_folder([recipe.arch], args.weights)
         found = find_images(args.data)
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"data: {found.describe()}", flush=True)
+            print(printable(f"data: {found.describe()}"), flush=True)
         sizes = recipe.presize, recipe.resize_method
         images = presize(found, *sizes, storage=args.cache, max_unreadable=args.max_unreadable)
     except ValueError as error:

@@ -208,7 +208,7 @@ def _refuse_deeper_classes(folder: Folder) -> None:
         again = beside & {inner.class_name.casefold() for inner in each.filled}
         if beside and 2 * len(again) >= len(beside):
             raise DataError(
-                f"{each.path} has folders in it that are called as those beside it "
+                f"{each.path} contains folders with the names of the folders beside it "
                 f"({some(sorted(again), 'name', 'names')}): it looks like a second copy of the data set inside itself. "
                 f"Remove it or move it away, or give {each.path} to use that copy."
             )
@@ -303,7 +303,7 @@ def _validation(train: Folder, classes: Folder, valid: Folder) -> Folder:
         level = level.filled[0]
     if not known & {each.class_name for each in level.filled}:
         raise DataError(
-            f"{valid.path} has no class folders with images that are called as in {train.path} "
+            f"{valid.path} has no class folders with images that have the names of those in {train.path} "
             f"({_names(classes.filled)}). Expected {valid.name}/<class>/*.jpg. Sort its images into such folders, or "
             f"give {train.path} to have a part of the training images set aside for validation."
         )

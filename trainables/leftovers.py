@@ -80,7 +80,7 @@ def refuse_lost_classes(parents: Iterable[Folder]) -> None:
         for suffix, count in suffixes.most_common(1):
             raise DataError(
                 f"{folder.path} looks like a class, but none of its images can be read: it has {count} {suffix} "
-                f"{'file' if count == 1 else 'files'} ({NEEDS[suffix]}). Or move the folder out of the data set."
+                f"{'file' if count == 1 else 'files'} ({NEEDS[suffix]}). Otherwise move the folder out of the data set."
             )
 
 
