@@ -5,6 +5,7 @@ one takes a second. `require_trainable` imports no torch; a child process does.
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from typing import Any
 
 from trainables.data import cache_dir
 from trainables.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 DECISIVE = ("arch", "head", "concat_pool", "image_size", "start_size")
 """The settings on which it depends whether a network can be built and trained."""
@@ -36,6 +39,8 @@ def require_trainable(recipes: Iterable[dict[str, Any]]) -> None:
     untried = [recipe for recipe in recipes if not _pass(recipe).exists()]
     if not untried:
         return
+    archs = ", ".join(dict.fromkeys(recipe["arch"] for recipe in untried))
+    logger.info("trying out whether these can be trained: %s", archs)
     package_root = str(Path(__file__).resolve().parents[1])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([package_root, os.environ.get("PYTHONPATH", "")])}
     child = subprocess.run(
@@ -47,7 +52,6 @@ def require_trainable(recipes: Iterable[dict[str, Any]]) -> None:
         check=False,
     )
     if child.returncode:
-        archs = ", ".join(dict.fromkeys(recipe["arch"] for recipe in untried))
         ended = f"{archs} could not be tried out: the process that does it ended with exit code {child.returncode}"
         raise ValueError(child.stdout.strip() or ended)
     with suppress(OSError):  # then they are tried again the next time
