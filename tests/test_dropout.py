@@ -71,8 +71,9 @@ def test_what_is_drawn_for_no_image_is_the_same_in_all_parts():
     shared = [module for module in model.modules() if isinstance(module, SharedDropout)]
     positions = torch.ones(6, 16)
     assert shared
-    whole, first, second = (
-        dropped(lambda x: shared[0](positions), BATCH, rows) for rows in (slice(0, 7), slice(0, 3), slice(3, 6))
-    )
+    parts = slice(0, 7), slice(0, 3), slice(3, 6)
+    whole, first, second = (dropped(lambda x: shared[0](positions), BATCH, rows) for rows in parts)
     assert (whole == 0).any()
     assert torch.equal(first, whole) and torch.equal(second, whole)
+    first, second = (dropped(lambda x: torch.rand(()), BATCH, rows) for rows in parts[1:])
+    assert first.shape == () and torch.equal(first, second)

@@ -48,14 +48,16 @@ class WholeBatch(TorchFunctionMode):
         keep = self.drawn(shape, lambda *size: torch.rand(size, device=x.device)) >= p
         return x * keep / (1 - p)
 
-    def bernoulli(self, function: Callable, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return x.copy_(self.drawn(x.shape, lambda *size: x.new_empty(size).bernoulli_(*args, **kwargs)))
+    def bernoulli(self, function: Callable, x: torch.Tensor, p: float = 0.5, **kwargs: Any) -> torch.Tensor:
+        if isinstance(p, torch.Tensor):
+            return NotImplemented
+        return x.copy_(self.drawn(x.shape, lambda *size: x.new_empty(size).bernoulli_(p, **kwargs)))
 
     def noise(self, function: Callable, *size: Any, **kwargs: Any) -> torch.Tensor:
         if "out" in kwargs or "size" in kwargs:
             return NotImplemented
         shape = size if isinstance(size[0], int) else size[0]
-        return self.drawn(tuple(shape), lambda *whole: function(*whole, **kwargs))
+        return self.drawn(tuple(shape), lambda *whole: function(whole, **kwargs))
 
 
 HANDLERS = {
