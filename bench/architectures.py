@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +34,11 @@ NUM_CLASSES, IMAGES_EACH, BATCH_SIZE = 3, 3, 4
 
 def families(members: int) -> dict[str, list[str]]:
     """Family (timm's module) -> its smallest members."""
-    found = defaultdict(list)
-    for arch in timm.list_models():
-        network = meta_network(arch)
-        found[type(network).__module__.rpartition(".")[2]].append((num_parameters(network), arch))
-    return {family: [arch for _, arch in sorted(of)[:members]] for family, of in sorted(found.items())}
+    found = {}
+    for family in timm.list_modules():
+        sizes = {arch: num_parameters(meta_network(arch)) for arch in timm.list_models(module=family)}
+        found[family] = sorted(sizes, key=sizes.get)[:members]
+    return {family: archs for family, archs in found.items() if archs}
 
 
 def meta_network(arch: str) -> nn.Module:

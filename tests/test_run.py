@@ -150,7 +150,7 @@ def test_an_architecture_that_does_not_train_is_refused_before_ray_starts(comman
     assert_refused(
         ended,
         "arch='resnet81' is not a timm architecture. Names like it: resnet",
-        "; arch=dla46x_c cannot be trained at image_size=48",
+        " arch=dla46x_c cannot be trained at image_size=48",
         "Choose image_size=32 or 64",
     )
     assert ended.stdout == "trying out whether these can be trained: resnet81, dla46x_c\n"

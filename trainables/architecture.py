@@ -75,7 +75,7 @@ def main() -> int:
                 try_out(Recipe(**recipe, presize=4096))
             except ValueError as error:
                 problems[recipe["arch"]] = " ".join(str(error).split())
-    print("; ".join(problems.values()))
+    print(" ".join(problems.values()))
     return 2 if problems else 0
 
 
@@ -110,7 +110,7 @@ def _problem(recipe: Recipe) -> str | None:
     except ValueError as error:
         return str(error).rstrip(".")
     except Exception as error:  # each network has its own way to fail
-        text = shorten(str(error), 100, placeholder="...")
+        text = shorten(str(error).rstrip("."), 100, placeholder="...")
         return f"the network stops with {type(error).__name__}{text and f' ({text})'}"
     return None
 
