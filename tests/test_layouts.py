@@ -178,6 +178,10 @@ DEEPER = {
         [f"images/{name}/{n}.jpg" for name in ("cat", "dog") for n in (1, 2)],
         [f"masks/{name}/{n}.png" for name in ("cat", "dog") for n in (1, 2)],
     ),
+    "masks beside the training images": (
+        [f"train/images/{name}/{n}.jpg" for name in ("cat", "dog") for n in (1, 2)],
+        [f"train/masks/{name}/{n}.png" for name in ("cat", "dog") for n in (1, 2)],
+    ),
     "a split one level deeper": ([f"data/{part}/{name}/1.jpg" for part in ("train", "val") for name in "ab"], []),
 }
 
@@ -315,10 +319,20 @@ ERRORS = {
         ".",
         r"PlantVillage contains folders .* beside it \(3 names \('rust', 'scab', 'sound'\)\): .* second copy",
     ),
+    "the training part once more inside itself": (
+        [f"{base}/{name}/{n}.jpg" for base in ("train", "train/birds", "val") for name in "abc" for n in "12"],
+        ".",
+        r"train/birds contains folders .* beside it",
+    ),
+    "folders in the classes of a training folder": (
+        [f"{part}/{name}/{n}/1.jpg" for part in ("train", "test") for name in ("cat", "dog") for n in "12"],
+        ".",
+        r"train can be read in two ways: .* cat/, dog/.*; or .* 1/, 2/\. Give '.*/train/\*' .* '.*/train/\*/\*'",
+    ),
     "folds": (
         [f"fold{n}/{name}/1.jpg" for n in (1, 2) for name in ("cat", "dog")],
         ".",
-        r"two ways: the classes are fold1/, fold2/.*; or .* one level deeper, cat/, dog/\. .*/\* .*/\*/\*",
+        r"two ways: the classes are fold1/, fold2/.*; or .* one level deeper, cat/, dog/\. .*/\*' .*/\*/\*'",
     ),
     "groups of classes": (
         ["animals/cat/1.jpg", "animals/dog/1.jpg", "vehicles/bus/1.jpg", "vehicles/car/1.jpg"],

@@ -125,12 +125,13 @@ def _read(folder: Folder) -> _Reading | None:
             folder,
             f"{loose} images are labelled by their names, such as {folder.images[0]!r}",
             f"{sorted_ones} images are labelled by the folders that they lie in ({_names(folder.filled)})",
-            "Move one of the two elsewhere, or give the path with /* at its end to use the folders",
+            f"Move one of the two elsewhere, or give '{folder.path}/*' to use the folders",
         )
     if reading := _split_folders(folder):
         return reading
     if inner := _container(folder):
         return _read(inner)
+    _refuse_copy_inside(folder)
     _refuse_deeper_classes(folder)
     return _class_folders([folder])
 
@@ -189,7 +190,7 @@ def _container(folder: Folder) -> Folder | None:
                 folder,
                 f"{_names(filled)} are the classes",
                 f"{inner.name}/ holds the data set, and the others do not belong to it",
-                f"Give the path with /* at its end for the first, or {inner.path} for the second",
+                f"Give '{folder.path}/*' for the first, or {inner.path} for the second",
             )
     return None
 
@@ -199,11 +200,10 @@ def _holds_classes(folder: Folder) -> bool:
     return bool(_breeds(folder) if folder.images else folder.filled)
 
 
-def _refuse_deeper_classes(folder: Folder) -> None:
-    """Raises `DataError` where the folders in `folder` may not be the classes."""
-    filled = folder.filled
-    names = {each.class_name.casefold() for each in filled}
-    for each in filled:
+def _refuse_copy_inside(folder: Folder) -> None:
+    """Raises `DataError` where one of the class folders in `folder` holds the other classes' folders."""
+    names = {each.class_name.casefold() for each in folder.filled}
+    for each in folder.filled:
         beside = names - {each.class_name.casefold()}
         again = beside & {inner.class_name.casefold() for inner in each.filled}
         if beside and 2 * len(again) >= len(beside):
@@ -212,13 +212,18 @@ def _refuse_deeper_classes(folder: Folder) -> None:
                 f"({some(sorted(again), 'name', 'names')}): it looks like a second copy of the data set inside itself. "
                 f"Remove it or move it away, or give {each.path} to use that copy."
             )
+
+
+def _refuse_deeper_classes(folder: Folder) -> None:
+    """Raises `DataError` where the folders in the folders of `folder` may be the classes."""
+    filled = folder.filled
     deeper = [inner for each in filled for inner in each.filled]
     if len(filled) > 1 and len(deeper) > len(filled) and not any(each.images for each in filled):
         raise _two_readings(
             folder,
             f"the classes are {_names(filled)}, whose images lie in further folders",
             f"the classes are the folders one level deeper, {_names(deeper)}",
-            "Give the path with /* at its end for the first, or with /*/* for the second",
+            f"Give '{folder.path}/*' for the first, or '{folder.path}/*/*' for the second",
         )
 
 
@@ -234,6 +239,7 @@ def _split_folders(folder: Folder) -> _Reading | None:
     if classes is None:
         _refuse_unlabelled_parts(folder, train, roles, others)
         return None  # a class may be called "train"
+    _refuse_copy_inside(classes)
     test_prefix = test.prefix if test and test.holds_images else ""
     if valid:
         validation = _validation(train, classes, valid)
@@ -250,8 +256,9 @@ def _split_folders(folder: Folder) -> _Reading | None:
             folder,
             f"{_names([train, *others])} are the classes",
             f"{train.name}/ is the training part of a split, with {_names(classes.filled)} as its classes",
-            f"Give the path with /* at its end for the first, or {train.path} for the second",
+            f"Give '{folder.path}/*' for the first, or {train.path} for the second",
         )
+    _refuse_deeper_classes(classes)
     return replace(_class_folders([classes]), test=test_prefix)
 
 
@@ -267,8 +274,8 @@ def _roles(folder: Folder) -> dict[str, Folder]:
     trains = [each for _, each in found["train"] if each.holds_images]
     if len(trains) > 1 and all(map(_class_level, trains)):
         raise DataError(
-            f"{folder.path} has several training folders, {_names(trains)}. Leave one there, or give the path with /* "
-            "at its end if these are the classes."
+            f"{folder.path} has several training folders, {_names(trains)}. Leave one there, or give "
+            f"'{folder.path}/*' if these are the classes."
         )
     chosen = {
         role: min(parts, key=lambda part: (not part[1].holds_images, part[0]))[1]
@@ -290,8 +297,8 @@ def _role(name: str) -> tuple[str, int, str]:
 
 def _class_level(folder: Folder) -> Folder | None:
     """The folder whose folders are the classes: `folder`, or what alone lies in it. None where nothing is sorted."""
-    while len(folder.filled) == 1 and not folder.images and folder.filled[0].filled and not folder.filled[0].images:
-        folder = folder.filled[0]
+    while not folder.images and (inner := _container(folder)) and not inner.images:
+        folder = inner
     loose = len(folder.images)
     return folder if folder.filled and loose <= FEW * len(folder.all_images) else None
 
@@ -319,14 +326,13 @@ def _refuse_unlabelled_parts(
     if train is None or not train.holds_images:
         raise DataError(
             f"{folder.path} has {_names(folder.filled)}, which look like parts of a split, but no training folder with "
-            "images. Add one called train, or give the path with /* at its end if these are the classes."
+            f"images. Add one called train, or give '{folder.path}/*' if these are the classes."
         )
     raise _two_readings(
         folder,
         f"{_names(folder.filled)} are the classes",
         "they are parts of a split whose images carry no labels",
-        "Give the path with /* at its end for the first; for the second, sort the images of each part into one folder "
-        "per class",
+        f"Give '{folder.path}/*' for the first; for the second, sort the images of each part into one folder per class",
     )
 
 
