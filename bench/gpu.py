@@ -115,7 +115,7 @@ def pipeline_rate(args: argparse.Namespace, images: PresizedImages) -> float:
     training = fine_tune(args, images, recipe_of(args, args.arch[0], args.precision[0], "unfrozen"))
 
     def epoch() -> None:
-        for batch in training._batches(list(training._steps(0))):
+        for _, batch in training._with_batches(training._steps(0)):
             training._normalized(batch)
 
     seconds = median(seconds_of(args.device, epoch, 4)[1:])
@@ -127,8 +127,7 @@ def measure(args: argparse.Namespace, images: PresizedImages, row: dict[str, Any
     """Fills `row`; what was measured before an error stays."""
     training = fine_tune(args, images, recipe_of(args, row["arch"], row["precision"], row["stage"]))
     with contextlib.closing(training):
-        [step] = itertools.islice(training._steps(0), 1)
-        [batch] = training._batches([step])
+        [(step, batch)] = training._with_batches(itertools.islice(training._steps(0), 1))
         training.network.train(frozen=training.frozen, train_bn=training.recipe.train_bn)
 
         def step_seconds(batch: torch.Tensor) -> tuple[float, float]:
