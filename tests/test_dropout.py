@@ -48,6 +48,13 @@ def test_dropout_of_a_batch_is_the_same_in_one_piece_or_shared_out(kind):
     assert not torch.equal(whole, again)  # each image has a mask of its own
 
 
+def test_it_is_known_whether_a_network_drew_anything():
+    for layer, drew in ((nn.Dropout(0.4), True), (nn.Dropout(0.0), False), (nn.Conv2d(6, 6, 1), False)):
+        with WholeBatch(slice(0, 7), 7) as whole_batch:
+            layer(BATCH)
+        assert whole_batch.has_drawn == drew
+
+
 def test_dropped_blocks_are_those_of_the_whole_batch():
     """What is kept is scaled by the part's share of it, so the values are others."""
     layer = DropBlock2d(0.3, block_size=3)

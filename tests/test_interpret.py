@@ -257,7 +257,7 @@ def test_options_choose_the_images(tmp_path, run, data, capsys):
 
     def said_first(*options: str) -> str:
         assert interpretation.main([*arguments, *options]) == 0
-        return "\n".join(capsys.readouterr().out.splitlines()[1:3])
+        return "\n".join(capsys.readouterr().out.splitlines()[:2])
 
     text = said_first("--model", str(run))  # a run's folder stands for its best model
     assert "12 images" in text and "(valid, split seed 3)" in text and "trained on" not in text

@@ -26,6 +26,7 @@ class WholeBatch(TorchFunctionMode):
     def __init__(self, rows: slice, batch_size: int) -> None:
         super().__init__()
         self.rows, self.batch_size = rows, batch_size
+        self.has_drawn = False
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         handler = HANDLERS.get(function)
@@ -34,6 +35,7 @@ class WholeBatch(TorchFunctionMode):
 
     def drawn(self, shape: tuple[int, ...], draw: Callable[..., torch.Tensor]) -> torch.Tensor:
         """This part's rows of what `draw` makes in the shape of the whole batch; `shape` is the part's."""
+        self.has_drawn = True
         each, rest = divmod(shape[0] if shape else 0, self.rows.stop - self.rows.start)
         if rest or not each:
             return draw(*shape)  # of no image in particular

@@ -13,9 +13,10 @@ import itertools
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,7 @@ class FineTune:
         groups = self.network.layer_groups(recipe.layer_groups)
         rates = schedule.stage_rates(recipe, len(groups), frozen=frozen)
         self.optimizer = optim.adamw(groups, rates, recipe)
+        self.draws = True  # as far as is known
         self.cycle = schedule.stage_cycle(recipe, frozen=frozen)
         self.stage_epochs = recipe.freeze_epochs if frozen else recipe.epochs
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
@@ -298,14 +300,17 @@ class FineTune:
 
     @contextmanager
     def _whole_batch(self, rows: slice, last: bool) -> Iterator[None]:
-        """Within it, `rows` of this worker's share see the whole batch's dropout, as do all parts until the last."""
+        """Within it, `rows` of this worker's share see the whole batch's dropout, as do all parts until the last.
+
+        A network that draws nothing for its images in a stage's first step is not watched in the others: being watched
+        costs microseconds a call.
+        """
         first = self.world.share(self.batch_size).start
         devices = [self.device] if self.device.type == "cuda" else []
-        with (
-            torch.random.fork_rng(devices, enabled=not last),
-            WholeBatch(slice(first + rows.start, first + rows.stop), self.batch_size),
-        ):
+        whole_batch = WholeBatch(slice(first + rows.start, first + rows.stop), self.batch_size)
+        with torch.random.fork_rng(devices, enabled=not last), whole_batch if self.draws else nullcontext():
             yield
+        self.draws = whole_batch.has_drawn
 
     def _steps(self, epoch: int) -> Iterator[Step]:
         return plan_epoch(self.recipe, self.train_indices, epoch=epoch, batch_size=self.batch_size, world=self.world)
@@ -423,7 +428,7 @@ def main() -> None:
             require_in_folder([recipe.arch], args.weights)
         found = find_images(args.data)
         if int(os.environ.get("RANK", 0)) == 0:
-            print(printable(f"data: {found.describe()}"), flush=True)
+            print(printable(f"data: {found.describe()}"), file=sys.stderr)
         sizes = recipe.presize, recipe.resize_method
         images = presize(found, *sizes, storage=args.cache, max_unreadable=args.max_unreadable)
     except ValueError as error:

@@ -7,6 +7,7 @@ import argparse
 import csv
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -277,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not least <= (value := getattr(args, name)) <= most:
             raise ValueError(f"--{name} is {value}; expected {least} to {most}.")
     model, folder = read_model(_model_path(args.model)), find_images(args.data)
-    print(printable(f"data: {folder.describe()}"), flush=True)
+    print(printable(f"data: {folder.describe()}"), file=sys.stderr)
     match_classes(folder.classes, model)  # before the images are presized, which takes its time
     record = read_split(model.path)
     part = part_of(folder, args.split, record, model.path)
