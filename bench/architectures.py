@@ -24,8 +24,8 @@ from PIL import Image
 from torch import nn
 
 from trainables.architecture import try_out
-from trainables.data import find_images
 from trainables.finetune import FineTune
+from trainables.layouts import find_images
 from trainables.presize import presize
 from trainables.recipe import Recipe
 

@@ -197,6 +197,8 @@ def resume_command(folder, address: str | None) -> str:
 def search_command(args: argparse.Namespace, *more: str) -> str:
     """The `search.run` that goes on from another command's --space, --data and --set; `more` words follow."""
     data = ["--data", args.data] if args.data else []
+    if args.max_unreadable != MAX_UNREADABLE:
+        data += ["--max-unreadable", args.max_unreadable]
     settings = [word for setting in args.set for word in ("--set", setting)]
     return shell_command("search.run", "--space", args.space, *data, *settings, *more)
 

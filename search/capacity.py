@@ -98,17 +98,17 @@ class Capacity:
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
         nodes, before = present_nodes(), self._present
-        self._present = self._room(nodes)
+        reachable = reachable_nodes(nodes, launched=self.launched)
+        # An autoscaler adds nodes for the CPUs that are asked for, not for memory: asking for fewer would stop it.
+        memory_counts = self.max_trials is None and len(reachable) == len(nodes)
+        self._present = self._room(nodes, memory_counts)
         if self._present != before:
             self._lost_nodes = self._present < before
-        self._reachable = self._room(reachable_nodes(nodes, launched=self.launched))
+        self._reachable = self._room(reachable, memory_counts)
         self._looked = time.monotonic()
 
-    def _room(self, nodes: list[Node]) -> int:
-        """Memory counts, unless the user has said how many trials run at once."""
-        if self.max_trials is not None:
-            return room(nodes, self.size)
-        return room_in_memory(nodes, self.size, self.largest)
+    def _room(self, nodes: list[Node], memory_counts: bool) -> int:
+        return room_in_memory(nodes, self.size, self.largest) if memory_counts else room(nodes, self.size)
 
 
 _capacities: dict[str, Capacity] = {}

@@ -22,7 +22,7 @@ from rich.text import Text
 from search.architectures import check_architectures
 from search.arguments import add_max_unreadable, search_command, source
 from search.cli import run_cli, say
-from search.prepare import space_of
+from search.prepare import say_depth, space_of
 from search.space import Space, space_names
 from trainables import augment, warp_cpu
 from trainables.data import DataError, ImageFolder
@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         return conclude([Finding(str(error), "", True)], args)
     out = output_folder(args.out or Path("results") / f"check-{args.space}")
     say(f"data: {folder.describe()}")
+    say_depth(folder)
     inspection = inspect_here(folder, recipe, space.split_seed)
     report(inspection, recipe, out / UNREADABLE)
     write_pictures(inspection, recipe, out)

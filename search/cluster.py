@@ -51,6 +51,7 @@ def prepare_folders() -> None:
     for variable in ("RAY_TMPDIR", "TMPDIR"):
         path = os.environ.get(variable, "")
         if len(os.fsencode(path)) > LONGEST_TEMPORARY:
+            require_writable(Path(path), variable)
             os.environ[variable] = short_name(path, variable)
     require_writable(temporary_folder(), "RAY_TMPDIR")
 

@@ -18,7 +18,8 @@ from PIL import Image
 
 from search.afterwards import told
 from search.run_record import RunRecord
-from trainables.image_file import UnreadableImage, read_image
+from trainables.checkpoint import PREPROCESSING_FILE
+from trainables.image_file import WHITE_16_BIT, UnreadableImage, read_image
 from trainables.layouts import split_level
 from trainables.model_folder import read_json
 from trainables.wording import last_line, printable
@@ -64,12 +65,13 @@ def read_analysis(run: RunRecord) -> ErrorAnalysis | None:
     try:
         if read_json(folder / OF) != read_json(best):
             return None
+        white = read_json(run.folder.best / PREPROCESSING_FILE).get("white_level", WHITE_16_BIT)
         with (folder / "confusion_matrix.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             (_, *classes), *rows = csv.reader(file)
         counts = np.array([row[1:] for row in rows], dtype=np.int64).reshape(len(classes), len(classes))
         with (folder / "top_losses.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             worst = [row for row, _ in zip(csv.DictReader(file), range(NUM_LOSSES), strict=False)]
-        losses = tuple(_loss(row, _images_of(run)) for row in worst)
+        losses = tuple(_loss(row, _images_of(run), white) for row in worst)
     except (OSError, ValueError, KeyError, TypeError, csv.Error):  # not there, or cut short by a kill
         return None
     return ErrorAnalysis(tuple(map(printable, classes)), counts, losses)
@@ -107,21 +109,21 @@ def _images_of(run: RunRecord) -> Path:
     return Path(split_level(str(run.command["data"]))[0])
 
 
-def _loss(row: dict[str, str], data: Path) -> Loss:
+def _loss(row: dict[str, str], data: Path, white: int) -> Loss:
     return Loss(
         path=printable(row["path"]),
         actual=printable(row["actual"]),
         predicted=printable(row["predicted"]),
         loss=float(row["loss"]),
         probability=float(row["probability"]),
-        image=_thumbnail(data / row["path"]),
+        image=_thumbnail(data / row["path"], white),
     )
 
 
-def _thumbnail(path: Path) -> str:
+def _thumbnail(path: Path, white: int) -> str:
     """The centre square of an image as a data URL; empty where it cannot be read."""
     try:
-        pixels = read_image(path, THUMBNAIL)
+        pixels = read_image(path, THUMBNAIL, white)
     except UnreadableImage:
         return ""
     height, width = pixels.shape[:2]

@@ -22,6 +22,7 @@ from search.files import replace_folder
 from search.model_folder import open_run
 from search.wording import percent
 from trainables.checkpoint import PREPROCESSING_FILE, SPLIT_FILE, WEIGHTS_FILE
+from trainables.data import MAX_UNREADABLE
 from trainables.model_folder import ModelFolder, read_json, read_model
 from trainables.predictor import load_model
 from trainables.wording import shell_command
@@ -194,6 +195,8 @@ def training_command(record: RunRecord, row: Any) -> str:
     words = ["--space", space["name"], "--trials", "1"]
     for name in ("data", "weights"):
         words += [f"--{name}", str(arguments[name])] if arguments.get(name) else []
+    if arguments.get("max_unreadable", MAX_UNREADABLE) != MAX_UNREADABLE:
+        words += ["--max-unreadable", str(arguments["max_unreadable"])]
     words += ["--seed", str(space["seed"])] if space.get("seed") is not None else []
     settings = (word for name, value in values.items() for word in ("--set", f"{name}={value}"))
     return shell_command("search.run", *words, *settings)

@@ -158,7 +158,8 @@ def check_export(
     preprocessing = predictor.preprocessing
     known = remaining(find_images(data), test_share, split_seed)
     sizes = preprocessing.presize, preprocessing.resize_method
-    images = presize(known, *sizes, storage=storage, max_unreadable=1)  # the run has read what it could
+    white = preprocessing.white_level
+    images = presize(known, *sizes, storage=storage, white_level=white, max_unreadable=1)  # the run read what it could
     if images.classes != predictor.labels:
         raise DataError(f"{data} holds other classes now: {len(images.classes)}, and {len(predictor.labels)} then.")
     valid = images.split(seed=split_seed)[1]

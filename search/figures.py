@@ -69,10 +69,13 @@ def end_times(run: RunRecord) -> pd.Series:
     ends = pd.to_datetime(run.epochs["finished_at"], utc=True)
     lasted = pd.to_timedelta(run.epochs["train_seconds"] + run.epochs["valid_seconds"], unit="s")
     since = ends - (ends - lasted).min()
-    for resume in run.command.get("resumes", []):
-        resumed = pd.Timestamp(resume["started_at"])
+    before = None  # the resume before
+    for resumed in (pd.Timestamp(resume["started_at"]) for resume in run.command.get("resumes", [])):
         if (ends < resumed).any():
-            since -= (ends >= resumed).astype(int) * (resumed - ends[ends < resumed].max())
+            idle_since = ends[ends < resumed].max()
+            idle_since = idle_since if before is None else max(idle_since, before)
+            since -= (ends >= resumed).astype(int) * (resumed - idle_since)
+        before = resumed
     minutes = since.dt.total_seconds() / 60
     return minutes.groupby(run.epochs["number"]).max()
 

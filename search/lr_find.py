@@ -63,7 +63,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     from search.architectures import check_architectures
-    from search.prepare import check_weights, find_data, presize_here, space_of
+    from search.prepare import check_weights, find_data, presize_here, say_depth, space_of
     from search.tuner import full_settings
     from trainables.disk import require_writable_file
     from trainables.recipe import Recipe
@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     require_writable_file(out)
     check_architectures(space)
     images = find_data(space, args)
+    say_depth(images)
     check_weights(space, args)
     presized = presize_here(space, images, args)
     first = f", after {recipe.freeze_epochs} frozen epochs" if stage == "unfrozen" and recipe.freeze_epochs else ""

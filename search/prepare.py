@@ -27,6 +27,12 @@ def find_data(space: Space, args: argparse.Namespace):
     return images
 
 
+def say_depth(images) -> None:
+    """Say how images of more than 8 bits are read, where they do not use all of their 16."""
+    if depth := images.describe_depth():
+        say(f"depth: {depth}")
+
+
 def check_weights(space: Space, args: argparse.Namespace) -> None:
     """Raises `WeightsError` where an architecture has none to start from."""
     from trainables.fetch import is_uri

@@ -57,8 +57,9 @@ def main(address: str) -> str:
         return f"the cluster at {at} wants another token than this process has. {TOKEN}"
     except ray.exceptions.RpcError as error:
         return f"what answers at {at} is no Ray cluster ({error}). {ADDRESS}"
-    except RuntimeError:
-        return f"none of the nodes of the cluster at {at} is this machine. Start the search on its head node."
+    except RuntimeError as error:
+        where = "Start the search on its head node."
+        return f"this machine is not found among the nodes of the cluster at {at} ({error}). {where}"
     return why_other_versions(client)
 
 
@@ -67,8 +68,10 @@ def why_other_versions(client) -> str:
     from ray._common.usage.usage_lib import get_cluster_metadata
     from ray._private.utils import check_version_info
 
+    if (metadata := get_cluster_metadata(client)) is None:  # a head that is coming up
+        return ""
     try:
-        check_version_info(get_cluster_metadata(client), "this machine")
+        check_version_info(metadata, "this machine")
     except RuntimeError as error:
         return f"{' '.join(str(error).split())}. {VERSIONS}"
     return ""

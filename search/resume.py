@@ -18,15 +18,16 @@ from typing import Any
 from search.arguments import source
 from search.run_folder import RunFolder
 from search.space import Space
+from search.wording import duration
 from trainables.disk import require_writable
 from trainables.model_folder import read_json
 from trainables.remote import shown
 
 HERE = ("resume", "trust", "address", "name", "results", "storage")
 """Arguments that may differ where a run goes on."""
-EXTENT = ("trials", "time_budget", "max_concurrent", "stall_timeout", "keep", "report")
+EXTENT = ("trials", "time_budget", "stall_timeout", "keep", "report")
 """Those that `--resume` may change for good: they change nothing about what is compared."""
-SIZES = ("workers_per_trial", "cpus_per_worker", "gpus_per_worker")
+SIZES = ("workers_per_trial", "cpus_per_worker", "gpus_per_worker", "max_concurrent")
 """Likewise, unless trials are compared by their seconds."""
 PLACES = ("data", "weights", "test_split")
 """Likewise, where the same files lie there."""
@@ -266,7 +267,7 @@ def changes(folder: RunFolder, args: argparse.Namespace) -> dict[str, tuple[Any,
 def said_changes(folder: RunFolder, args: argparse.Namespace) -> str:
     """Such as ", now with --trials 40 (20 before)"; empty where nothing changes."""
     found = changes(folder, args).items()
-    said = ", ".join(f"{_option(name)} {_shown(new)} ({_shown(old)} before)" for name, (old, new) in found)
+    said = ", ".join(f"{_option(name)} {_shown(new, name)} ({_shown(old, name)} before)" for name, (old, new) in found)
     return said and f", now with {said}"
 
 
@@ -274,7 +275,9 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, name: str = "") -> str:
+    if name in ("time_budget", "stall_timeout") and value is not None:
+        return duration(value)
     if isinstance(value, list):
         return " ".join(map(str, value)) or "not given"
     if value is None:
@@ -296,7 +299,7 @@ def history(folder: RunFolder, args: argparse.Namespace, argv: list[str]) -> dic
 
 
 def images_record(images, digest: str) -> dict[str, Any]:
-    """What tells a run's images from others. `names_digest` is what earlier versions kept as the digest."""
+    """What tells a run's images from others; `names_digest` leaves the sizes of files out."""
     from trainables.source import images_digest
 
     named = images_digest(images, sizes=False)
@@ -346,7 +349,7 @@ def _require_same_files(folder: RunFolder, now: Mapping[str, Any], changed: Iter
 def require_same(folder: RunFolder, space: Mapping[str, Any], images: Mapping[str, Any]) -> None:
     """Raises `ValueError`, with the difference, where a run's space or images are others now than when it began."""
     before = read_json(folder.command).get("images", images)
-    if before["digest"] != images["digest" if "names_digest" in before else "names_digest"]:
+    if before["digest"] != images["digest"]:
         raise ValueError(
             f"{folder}/ cannot go on, its images are others now: {_image_changes(before, images)}. Bring them back, or "
             "begin a new run."

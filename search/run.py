@@ -16,7 +16,7 @@ from typing import Any
 from search.arguments import method_of, parse_arguments, resume_command, workers_per_trial
 from search.cli import INTERRUPTED, Interruptible, run_cli, say
 from search.cluster import check_address, prepare_environment, start_ray
-from search.prepare import check_weights, find_data, pin, presize_here, setting_values, space_of
+from search.prepare import check_weights, find_data, pin, presize_here, say_depth, setting_values, space_of
 from search.space import Space
 from search.wording import duration
 from trainables.wording import many, shell_command
@@ -68,6 +68,7 @@ def search(args: argparse.Namespace, folder) -> int:
     check_architectures(space)
     mirror = mirror_of(args, folder)
     images = hold_out(find_data(space, args), args.test_split, space.split_seed, read=folder.test.is_file())
+    say_depth(images)
     digest = images_digest(images)
     known = images_record(images, digest)
     if args.resume:
@@ -184,7 +185,7 @@ def run(options, *, resume: bool) -> int:
     finally:
         ray.shutdown()
     if not search.interrupted:  # then --resume goes on with its trials
-        with errors_said("study"):
+        with errors_said("the study could not be brought up to date"):
             end_study(options.folder.journal, options.space.name)
     return conclude(options, seconds_spent(options.folder), interrupted=search.interrupted)
 
@@ -243,7 +244,7 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     from trainables import checkpoint
 
     rows = read_trials(options.folder.trials)
-    with errors_said("checkpoints"):
+    with errors_said("states of ended trials could not be removed"):
         for row in rows:
             if row["status"] != RUNNING:  # an epoch under way when the search ended has left its state
                 checkpoint.drop(options.folder.checkpoints / row["trial_id"])
@@ -254,7 +255,11 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
             say(PUBLISHED)
     else:
         console.print(leaderboard(rows, list(options.space.dimensions)))
-    say(f"{len(rows)} trials in {duration(seconds)}: {counts(rows)}")
+    say(f"{many(len(rows), 'trial')} in {duration(seconds)}: {counts(rows)}")
+    if options.time_budget and seconds >= options.time_budget and not interrupted:
+        say(
+            f"the time budget of {duration(options.time_budget)} is spent; --resume with a longer --time-budget goes on"
+        )
     if leaders(rows) and not interrupted:
         read_once(options.folder, options.data_digest)  # before the report, which shows it
     write_last_report(options, analysis=options.report == "full" and not interrupted)

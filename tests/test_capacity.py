@@ -55,6 +55,9 @@ def test_no_more_trials_start_than_the_memory_is_enough_for(cluster, tmp_path):
     found = capacity(tmp_path)
     assert found.has_room([1, 1], 1) and not found.has_room([1, 1, 1], 1)
     assert capacity(tmp_path, max_trials=40).has_room([1] * 30, 1)  # as the user says
+    cluster.more = [Node(64, 0)]  # an autoscaler adds it for CPUs that are asked for, whatever the memory is
+    assert capacity(tmp_path).has_room([1] * 60, 1)
+    cluster.more = []
     large = capacity(tmp_path, of_archs={"resnet101": 8})
     assert large.present == 8  # the largest trial waits for no nodes: the memory is only estimated
 

@@ -111,6 +111,8 @@ def test_truncated_files_are_listed_with_their_reasons_and_spoil_it(data, capsys
         (out_of(data) / "unreadable.txt").read_text().startswith("'blue_dog/0.jpg'\tOSError: image file is truncated")
     )
     assert "1 problem:\n  1. 2 of 60 images cannot be read, more than the 1 %" in text
+    tolerant, text_of_it = check(data, "--max-unreadable", "0.05", capsys=capsys)
+    assert tolerant == 0 and "--max-unreadable 0.05" in text_of_it.splitlines()[-1]
     assert "ready to train" not in text
     assert (out_of(data) / TRAIN_PICTURE).is_file(), "what can be read is pictured"
 

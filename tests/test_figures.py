@@ -43,6 +43,9 @@ def test_the_days_between_a_search_and_its_extension_do_not_count(tmp_path):
     begun = later[run.epochs["number"] >= 5].min() - pd.Timedelta(seconds=10)
     run.command["resumes"] = [{"started_at": begun.isoformat(), "argv": [], "changed": ["trials"]}]
     assert figures.end_times(run).tolist() == pytest.approx(before.tolist())
+    idle = {"started_at": (begun - pd.Timedelta(hours=9)).isoformat(), "argv": [], "changed": []}
+    run.command["resumes"].insert(0, idle)  # one that found nothing to do
+    assert figures.end_times(run).tolist() == pytest.approx(before.tolist())
 
 
 def test_every_trial_has_a_curve_and_the_stopped_ones_end_in_a_cross_with_the_rung(run):

@@ -304,11 +304,18 @@ def test_a_search_whose_test_goes_wrong_still_has_its_summary_its_report_and_its
     of_run = {"data": str(birds), "arguments": {"recipes": None, "test_split": 0.25, "address": None}}
     write_json(folder.command, json.loads(folder.command.read_text()) | of_run)
     space = SimpleNamespace(dimensions={"lr_max": None})
-    options = SimpleNamespace(folder=folder, recipes=(), space=space, report="tables", address=None)
+    options = SimpleNamespace(folder=folder, recipes=(), space=space, report="tables", address=None, time_budget=60.0)
     options.data_digest = images_digest(remaining(find_images(birds), 0.25, 0))
     assert conclude(options, 60.0, interrupted=False) == 0
     said = capsys.readouterr().out
-    for part in ("no test: KeyError", "10 trials in 1 min 0 s", "best: trial ", "report: ", "next: "):
+    for part in (
+        "no test: KeyError",
+        "the time budget of 1 min 0 s is spent",
+        "10 trials in 1 min 0 s",
+        "best: trial ",
+        "report: ",
+        "next: ",
+    ):
         assert part in said
     assert folder.report.is_file()
 

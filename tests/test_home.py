@@ -49,6 +49,13 @@ def test_a_home_that_is_there_or_can_be_made_stays(nameless, tmp_path):
         assert nameless(str(home))[1] == str(home)
 
 
+def test_a_home_of_somebody_else_that_is_closed_is_none(nameless, tmp_path):
+    (tmp_path / "closed" / "home").mkdir(parents=True, mode=0o700)
+    (tmp_path / "closed").chmod(0o700)
+    for home in ("closed", "closed/home"):
+        assert nameless(str(tmp_path / home))[1] == str(tmp_path / f"finetune-search-{NAMELESS}")
+
+
 @pytest.mark.parametrize("kind", ["folder", "link", "open"])
 def test_a_folder_that_somebody_else_has_put_there_is_no_home(nameless, tmp_path, kind):
     place = tmp_path / f"finetune-search-{NAMELESS}"

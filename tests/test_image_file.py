@@ -142,6 +142,21 @@ def test_fractions_are_scaled_from_black_to_white(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "map.tif", white=1)[0, :, 0], np.arange(256))
 
 
+def test_fractions_may_overshoot_and_maps_may_have_pixels_without_a_value(tmp_path):
+    for name, value in (
+        ("overshoot", 1.02),
+        ("infinite", np.inf),
+        ("none", np.nan),
+        ("nodata", -3.4e38),
+        ("high", 3.4e38),
+    ):
+        values = np.tile(np.linspace(0, 1, 256, dtype=np.float32), (8, 1))
+        values[0, 0] = value
+        Image.fromarray(values).save(tmp_path / f"{name}.tif")
+        assert white_level(tmp_path, [f"{name}.tif"]) == 1
+        assert read_image(tmp_path / f"{name}.tif", white=1)[4, 200].tolist() == [200] * 3
+
+
 def test_the_white_of_a_data_set_is_that_of_its_deepest_image_wherever_it_lies(tmp_path):
     for number in range(200):
         deep = np.full((4, 4), 3000 if number == 150 else 200, np.uint16)

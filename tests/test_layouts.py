@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -92,6 +93,20 @@ def test_a_test_folder_does_not_validate_and_is_offered_for_test_split(tmp_path,
     assert f"4 images, 2 classes in {tmp_path}/{train}; not used: 6 images in {outer}/" in found.describe()
     assert f"--test-split {tmp_path}/{outer} tests the winner on them" in found.describe()
     assert find_images(tmp_path / outer).classes == ("cat", "dog")  # which is what --test-split reads
+
+
+def test_test_images_without_labels_are_not_offered_for_test_split(tmp_path):
+    fill(tmp_path, *(f"train_images/{name}/{n}.jpg" for name in ("cat", "dog") for n in (1, 2)))
+    found = find_images(fill(tmp_path, *(f"test_images/{n}.jpg" for n in range(5))))
+    assert "5 images in test_images/" in found.describe() and "search.predict labels them" in found.describe()
+    assert "--test-split" not in found.describe()
+
+
+def test_a_class_called_mask_is_one_within_split_folders(tmp_path):
+    names = [
+        f"{part}/{name}/1.jpg" for part in ("train", "val") for name in ("mask", "no_mask/indoor", "no_mask/outdoor")
+    ]
+    assert find_images(fill(tmp_path, *names)).classes == ("mask", "no_mask")
 
 
 def test_a_test_folder_beside_a_validation_folder_is_named_too(tmp_path):
@@ -250,6 +265,37 @@ def test_folders_of_systems_are_no_classes_and_their_thumbnails_no_images(tmp_pa
     assert [unused.what for unused in found.unused] == ["2 hidden or system images"]
 
 
+def test_a_folder_of_the_system_that_nobody_may_open_is_no_obstacle(tmp_path, monkeypatch):
+    fill(
+        tmp_path, *(f"{name}/{n}.jpg" for name in ("cat", "dog") for n in (1, 2)), "lost+found/1.jpg", ".Trashes/1.jpg"
+    )
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name in ("lost+found", ".Trashes"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # the tests may run as root, who may read everything
+    assert len(find_images(tmp_path).paths) == 4
+
+
+def test_drawings_and_raw_files_beside_the_images_are_named_and_no_obstacle(tmp_path):
+    fill(tmp_path, *(f"{name}/{n}.jpg" for name in ("cat", "dog") for n in (1, 2)), "docs/plan.svg", "raw/1.NEF")
+    assert "1 .svg file ('docs/plan.svg'; convert them to PNG)" in find_images(tmp_path).describe()
+
+
+def test_folders_that_link_to_each_other_are_looked_at_once(tmp_path):
+    fill(tmp_path, *(f"{name}/{n}.jpg" for name in ("cat", "dog") for n in (1, 2)))
+    for a in range(12):
+        (tmp_path / "project" / str(a)).mkdir(parents=True)
+        for b in range(12):
+            (tmp_path / "project" / str(a) / f"to_{b}").symlink_to(f"../{b}")
+    started = time.perf_counter()
+    assert find_images(tmp_path).classes == ("cat", "dog")
+    assert time.perf_counter() - started < 20  # by all paths it would be years
+
+
 def test_two_spellings_of_one_name_are_one_class(tmp_path):
     composed, decomposed = "caf\u00e9", "cafe\u0301"
     found = find_images(fill(tmp_path, f"{composed}/1.jpg", f"{decomposed}/2.jpg", "tea/1.jpg", "tea/2.jpg"))
@@ -328,6 +374,46 @@ ERRORS = {
         [f"{part}/{name}/{n}/1.jpg" for part in ("train", "test") for name in ("cat", "dog") for n in "12"],
         ".",
         r"train can be read in two ways: .* cat/, dog/.*; or .* 1/, 2/\. Give '.*/train/\*' .* '.*/train/\*/\*'",
+    ),
+    "parts of a split without labels beside masks": (
+        ["train/1.jpg", "train/2.jpg", "test/1.jpg", "test/2.jpg", "train_masks/1.gif", "train_masks/2.gif"],
+        ".",
+        "two ways: test/, train/, train_masks/ are the classes; or they are parts of a split whose images carry no",
+    ),
+    "a test folder beside class folders": (
+        [f"{name}/{n}.jpg" for name in ("cat", "dog", "test") for n in "12"],
+        ".",
+        r"two ways: cat/, dog/, test/ are the classes; or test/ is a part of a split and no class\. .* move test/ else",
+    ),
+    "a split beside a test folder": (
+        [*(f"Plants/{part}/{name}/1.jpg" for part in ("train", "valid") for name in "ab"), "test/test/1.jpg"],
+        ".",
+        r"two ways: Plants/, test/ are the classes; or test/ is a part",
+    ),
+    "class and part in one name": (
+        [f"{name}_{part}/1.jpg" for name in ("cats", "dogs") for part in ("train", "test")],
+        ".",
+        r"two ways: .*; or they are parts of a split, of cats, dogs",
+    ),
+    "images and their masks": (
+        [f"{folder}/{n}.png" for folder in ("images", "masks") for n in "12"],
+        ".",
+        r"two ways: images/, masks/ are the classes; or it is a data set for segmentation",
+    ),
+    "a class called mask beside one with folders": (
+        ["mask/1.jpg", "mask/2.jpg", "no_mask/indoor/1.jpg", "no_mask/outdoor/1.jpg"],
+        ".",
+        r"two ways: mask/, no_mask/ are the classes; or no_mask/ holds the data set",
+    ),
+    "photos as the camera named them": (
+        ["IMG_1.jpg", "IMG_2.jpg", "DSC_1.jpg", "DSC_2.jpg"],
+        ".",
+        "do not tell two classes",
+    ),
+    "a class of which only a plugin reads the images beside one with folders": (
+        ["cat/a/1.jpg", "cat/b/1.jpg", "dog/1.heic", "dog/2.heic"],
+        ".",
+        r"dog looks like a class, .* 2 \.heic files",
     ),
     "folds": (
         [f"fold{n}/{name}/1.jpg" for n in (1, 2) for name in ("cat", "dog")],

@@ -281,7 +281,7 @@ def test_twelve_bits_keep_their_shades_in_every_storage(tmp_path, storage):
             Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / "data" / name / f"{n}.png")
     folder = find_images(tmp_path / "data")
     images = presize.presize(folder, 8, storage=storage)
-    assert (images.white_level, "up to 12 bits (4095 is white)" in folder.describe()) == (4095, True)
+    assert (images.white_level, folder.describe_depth().split(" use ")[1]) == (4095, "12 bits: 4095 becomes white")
     assert [images[i][0, 0].tolist() for i in (0, 2)] == [[1] * 3, [255] * 3]
 
 

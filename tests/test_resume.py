@@ -143,7 +143,7 @@ def test_a_search_goes_on_with_more_trials_and_whatever_else_changes_nothing_abo
     )  # fmt: skip
     assert (args.space, args.set) == ("quickstart", ["epochs=2"])
     said = said_changes(folder, args)
-    assert said.startswith(", now with --trials 40 (9 before), --time-budget 7200 (not given before), ")
+    assert said.startswith(", now with --trials 40 (9 before), --time-budget 2 h 0 min (not given before), ")
     assert said_changes(folder, resumed(folder)) == ""
 
 
@@ -257,15 +257,6 @@ def test_other_images_are_refused_with_the_difference(folder, images, difference
     with pytest.raises(ValueError, match="its images are others now") as refused:
         require_same(folder, SPACE, IMAGES | images)
     assert difference in str(refused.value)
-
-
-def test_a_run_of_an_earlier_version_which_knew_no_sizes_goes_on(folder):
-    command = json.loads(folder.command.read_text())
-    command["images"] = {"digest": "n", "count": 90, "classes": ["robin", "wren"]}
-    folder.command.write_text(json.dumps(command))
-    require_same(folder, SPACE, IMAGES)
-    with pytest.raises(ValueError, match="its images are others now"):
-        require_same(folder, SPACE, IMAGES | {"names_digest": "m"})
 
 
 def test_another_space_is_refused_with_the_difference(folder):

@@ -318,7 +318,7 @@ def test_commands_that_a_search_prints_can_be_pasted_where_results_has_a_space(t
         max_concurrent=1, keep=3, keep_first=False, weights=None, recipes=(), data_digest="", report="tables",
         address=None,
     )  # fmt: skip
-    announce(options, [])
+    announce(options, [Node(2, 0)])
     assert commands_in(capsys.readouterr().out) == {"search.dashboard": [str(path)]}
     assert conclude(options, 60.0, interrupted=False) == 0
     found = commands_in(capsys.readouterr().out)

@@ -36,7 +36,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        place = f" {error.filename}" if error.filename else ", or what the output goes to,"
+        place = f" {error.filename}" if error.filename else " the output"
         _give_up_output()  # what it may be of
         code = _refuse(f"The disk of{place} is full ({error.strerror}). Make room and run this again.")
     sys.exit(code)

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
@@ -63,17 +64,29 @@ class ImageFolder:
     split_folders: tuple[str, str] | None = None
     """The folders that train and that validate, as `base`; None where the folder has no split of its own."""
     unused: tuple[Unused, ...] = ()
-    white_level: int = 65535
-    """The value that is white in images of 16 bits, see `image_file.white_level`."""
 
     @property
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @cached_property
+    def white_level(self) -> int:
+        """The value that is white in those of more than 8 bits, see `image_file.white_level`; opens some of them."""
+        from trainables.image_file import white_level
+
+        return white_level(self.root, self.paths)
+
     @property
     def given(self) -> str:
         """The path that finds the same images again."""
         return f"{self.root}{self.stars}"
+
+    def describe_depth(self) -> str:
+        """How images of more than 8 bits become ones of 8; empty where there are none, or they use all of 16."""
+        if self.white_level == 65535:
+            return ""
+        used = "fractions" if self.white_level == 1 else f"{self.white_level.bit_length()} bits"
+        return f"images of more than 8 bits use {used}: {self.white_level} becomes white"
 
     def describe(self) -> str:
         """What a `data:` line says: layout, numbers, place, and what is not read."""
@@ -82,12 +95,9 @@ class ImageFolder:
             train, valid = (f" in {name}" for name in self.split_folders) if self.split_folders else ("", "")
             counts = len(self.valid) - sum(self.valid), sum(self.valid)
             split = f" ({counts[0]} for training{train}, {counts[1]} for validation{valid})"
-        deep = ""
-        if self.white_level != 65535:
-            deep = f", 16-bit images of up to {self.white_level.bit_length()} bits ({self.white_level} is white)"
         left_out = f"; not used: {', '.join(map(str, self.unused))}" if self.unused else ""
         return (
-            f"{self.layout} layout, {len(self.paths)} images{split}, {self.num_classes} classes{deep} in "
+            f"{self.layout} layout, {len(self.paths)} images{split}, {self.num_classes} classes in "
             f"{self.root / self.base}{left_out}"
         )
 

@@ -74,7 +74,7 @@ class Folder:
 
     @cached_property
     def holds_images(self) -> bool:
-        return bool(self.images) or any(folder.holds_images for folder in self.folders)
+        return any(folder.images for folder in self.walk())
 
     @cached_property
     def filled(self) -> list["Folder"]:

@@ -37,8 +37,8 @@ def _has_home() -> bool:
     home = Path(os.path.expanduser("~"))  # noqa: PTH111, the other one raises
     if home == Path("~"):
         return False
-    if home.is_dir() and home != Path("/"):
-        return True
-    while not home.exists():
+    if os.path.isdir(home) and home != Path("/"):  # noqa: PTH112, the other one raises where its parent is closed
+        return os.access(home, os.R_OK | os.X_OK)
+    while not os.path.exists(home):  # noqa: PTH110
         home = home.parent
     return os.access(home, os.W_OK)

@@ -17,6 +17,8 @@ T = TypeVar("T")
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 MAX_ASPECT = 4.0
 WHITE_16_BIT = 65535
+NO_DATA = 1e30
+"""Numbers as large as this mark pixels without a value in maps."""
 SAMPLED = 64
 """So many images tell how many of their 16 bits a data set uses."""
 ORIENTATION = 0x0112  # the EXIF tag
@@ -152,8 +154,12 @@ def _largest_value(file: Path | str | io.BytesIO) -> float:
         deep = _deep_pixels(image, file) if math.prod(image.size) <= MAX_PIXELS else None
     if deep is None:
         return 0
-    largest = float(np.nanmax(deep))
-    return largest if deep.dtype.kind == "f" and largest <= 1 else max(largest, 255)
+    if deep.dtype.kind != "f":
+        return max(float(deep.max()), 255)
+    values = deep[np.isfinite(deep) & (np.abs(deep) < NO_DATA)]
+    # Fractions may overshoot: resampling does that at edges.
+    largest = float(np.percentile(values, 99)) if values.size else 0
+    return largest if largest <= 1 else max(float(values.max()), 255)
 
 
 def _sample(paths: Sequence[str]) -> list[str]:
@@ -166,7 +172,7 @@ def _eight_bits(image: Image.Image, file: Path | str | io.BytesIO, white: int) -
     """`image` with 8 bits a channel."""
     if (deep := _deep_pixels(image, file)) is None:
         return image
-    scaled = np.clip(deep.astype(np.float64) * (255 / white), 0, 255)
+    scaled = np.nan_to_num(np.clip(deep.astype(np.float64) * (255 / white), 0, 255))
     shallow = Image.fromarray(np.rint(scaled).astype(np.uint8))
     with suppress(Exception):  # damaged EXIF data beside sound pixels
         shallow.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)

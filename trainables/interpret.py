@@ -284,7 +284,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     part = part_of(folder, args.split, record, model.path)
     require_writable(args.out, "--out")
     sizes = model.preprocessing.presize, model.preprocessing.resize_method
-    images = presize(part, *sizes, max_unreadable=1)  # those that validated the model are compared below
+    white = model.preprocessing.white_level
+    images = presize(
+        part, *sizes, white_level=white, max_unreadable=1
+    )  # those that validated the model are compared below
     indices = indices_of(images, args.split, record, model.path)
     found = interpret(model, images, indices, tta=args.tta)
     with _writing_to(args.out):

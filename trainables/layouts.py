@@ -14,14 +14,15 @@ from pathlib import Path
 
 from trainables.data import DataError, ImageFolder, check_classes, some
 from trainables.folder_tree import Folder
-from trainables.image_file import white_level
 from trainables.leftovers import LAYOUTS, nothing_found, refuse_lost_classes, unused
 
 logger = logging.getLogger(__name__)
 
 PETS_NAME = re.compile(r"(.+)_\d+\.jpe?g", re.IGNORECASE | re.DOTALL)
+CAMERA_NAME = re.compile(r"(img|dsc[nf]?|pxl|mvimg|vid|pict?|photo|image|screenshot|whatsapp image)?[ _-]?\d*", re.I)
+"""What cameras and phones, or numbers, make of the part before the last one; it tells no class."""
 ROLES = {
-    "train": ("train", "training", "trn"),
+    "train": ("train", "training", "trn", "trainval"),
     "valid": ("val", "valid", "validation", "eval", "evaluation", "dev"),
     "test": ("test", "testing", "tst", "holdout"),
 }
@@ -49,25 +50,6 @@ def find_images(root: Path | str) -> ImageFolder:
 
 def find_unchecked(root: Path | str) -> ImageFolder:
     """The same, whatever the number of images in a class."""
-    found = _find(root)
-    return replace(found, white_level=white_level(found.root, found.paths))
-
-
-def count_images(root: Path) -> int:
-    """How many labelled images lie in `root`, 0 where it is missing or damaged."""
-    try:
-        return len(_find(root).paths)
-    except DataError:
-        return 0
-
-
-def split_level(text: str) -> tuple[str, str]:
-    """A path or URI, and the `/*` at its end, if any."""
-    bare = re.sub(r"(/\*)+$", "", text)
-    return bare, text.removeprefix(bare)
-
-
-def _find(root: Path | str) -> ImageFolder:
     try:
         bare, stars = (str(root), "") if Path(root).expanduser().exists() else split_level(str(root))
         top = Folder(_existing_folder(bare))
@@ -80,6 +62,20 @@ def _find(root: Path | str) -> ImageFolder:
             f"The folder {error.filename or root} cannot be read ({error.strerror or error}). Every folder of a data "
             "set must be readable: change its permissions, or move it out of the data set."
         ) from error
+
+
+def count_images(root: Path) -> int:
+    """How many labelled images lie in `root`, 0 where it is missing or damaged."""
+    try:
+        return len(find_unchecked(root).paths)
+    except DataError:
+        return 0
+
+
+def split_level(text: str) -> tuple[str, str]:
+    """A path or URI, and the `/*` at its end, if any."""
+    bare = re.sub(r"(/\*)+$", "", text)
+    return bare, text.removeprefix(bare)
 
 
 def _existing_folder(path: str) -> Path:
@@ -112,6 +108,8 @@ class _Reading:
     """The folders that train and that validate, as `base`."""
     test: str = ""
     """A folder of test images, as `base`."""
+    test_has_classes: bool = False
+    """Whether they are sorted into folders of the same names as the classes."""
 
 
 def _read(folder: Folder) -> _Reading | None:
@@ -130,7 +128,9 @@ def _read(folder: Folder) -> _Reading | None:
     if reading := _split_folders(folder):
         return reading
     if inner := _container(folder):
+        refuse_lost_classes([folder])
         return _read(inner)
+    _refuse_unclear_container(folder)
     _refuse_copy_inside(folder)
     _refuse_deeper_classes(folder)
     return _class_folders([folder])
@@ -138,7 +138,8 @@ def _read(folder: Folder) -> _Reading | None:
 
 def _breeds(folder: Folder) -> dict[str, str]:
     """The breed that each image's name tells, `<breed>_<number>.jpg`; none where most tell none, or all the same."""
-    breeds = {name: match[1] for name in folder.images if (match := PETS_NAME.fullmatch(name))}
+    matches = ((name, PETS_NAME.fullmatch(name)) for name in folder.images)
+    breeds = {name: match[1] for name, match in matches if match and not CAMERA_NAME.fullmatch(match[1])}
     return breeds if len(set(breeds.values())) > 1 and 2 * len(breeds) > len(folder.images) else {}
 
 
@@ -180,19 +181,32 @@ def _parents(top: Folder, stars: str) -> list[Folder]:
 
 
 def _container(folder: Folder) -> Folder | None:
-    """The folder in `folder` that holds the data set, where only companions lie beside it."""
+    """The folder in `folder` that holds the data set: it is the only one, or called so beside its companions."""
     filled = [each for each in folder.filled if each.name.lower() not in COMPANIONS] or folder.filled
-    if len(filled) == 1:
-        return filled[0] if _holds_classes(filled[0]) else None
-    for inner in filled:
-        if inner.name.lower() in CONTAINERS and _holds_classes(inner):
+    if len(filled) > 1 or not filled or not _holds_classes(filled[0]):
+        return None
+    return filled[0] if len(folder.filled) == 1 or filled[0].name.lower() in CONTAINERS else None
+
+
+def _refuse_unclear_container(folder: Folder) -> None:
+    """Raises `DataError` where one of the folders in `folder` may hold the data set, or all may be parts of one."""
+    others = [each for each in folder.filled if each.name.lower() not in COMPANIONS]
+    containers = [each for each in others if each.name.lower() in CONTAINERS]
+    for inner in others if len(others) == 1 < len(folder.filled) else containers:
+        if _holds_classes(inner) and len(folder.filled) > 1:
             raise _two_readings(
                 folder,
-                f"{_names(filled)} are the classes",
+                f"{_names(folder.filled)} are the classes",
                 f"{inner.name}/ holds the data set, and the others do not belong to it",
                 f"Give '{folder.path}/*' for the first, or {inner.path} for the second",
             )
-    return None
+    if containers and len(folder.filled) > 1 and len(others) == len(containers):
+        raise _two_readings(
+            folder,
+            f"{_names(folder.filled)} are the classes",
+            "it is a data set for segmentation or detection, whose images carry no classes",
+            f"Give '{folder.path}/*' for the first; for the second, sort the images into one folder per class",
+        )
 
 
 def _holds_classes(folder: Folder) -> bool:
@@ -203,14 +217,14 @@ def _holds_classes(folder: Folder) -> bool:
 def _refuse_copy_inside(folder: Folder) -> None:
     """Raises `DataError` where one of the class folders in `folder` holds the other classes' folders."""
     names = {each.class_name.casefold() for each in folder.filled}
-    for each in folder.filled:
-        beside = names - {each.class_name.casefold()}
-        again = beside & {inner.class_name.casefold() for inner in each.filled}
-        if beside and 2 * len(again) >= len(beside):
+    for each in folder.filled if len(names) > 1 else ():
+        again = names & {inner.class_name.casefold() for inner in each.filled} - {each.class_name.casefold()}
+        if 2 * len(again) >= len(names) - 1:
             raise DataError(
                 f"{each.path} contains folders with the names of the folders beside it "
                 f"({some(sorted(again), 'name', 'names')}): it looks like a second copy of the data set inside itself. "
-                f"Remove it or move it away, or give {each.path} to use that copy."
+                f"Remove it or move it away; or give {each.path} to use that copy, or '{folder.path}/*' if {each.name} "
+                "is a class like the others."
             )
 
 
@@ -237,10 +251,13 @@ def _split_folders(folder: Folder) -> _Reading | None:
     others = [each for each in folder.filled if each not in roles.values() and each.name.lower() not in COMPANIONS]
     classes = _class_level(train) if train else None
     if classes is None:
-        _refuse_unlabelled_parts(folder, train, roles, others)
-        return None  # a class may be called "train"
+        _refuse_unlabelled_parts(folder, roles, others)
+        return None
     _refuse_copy_inside(classes)
     test_prefix = test.prefix if test and test.holds_images else ""
+    test_level = _class_level(test) if test else None
+    names = {each.class_name for each in classes.filled}
+    test_has_classes = test_level is not None and {each.class_name for each in test_level.filled} == names
     if valid:
         validation = _validation(train, classes, valid)
         return _Reading(
@@ -250,6 +267,7 @@ def _split_folders(folder: Folder) -> _Reading | None:
             parents=(classes, validation),
             split=(train.prefix, valid.prefix),
             test=test_prefix,
+            test_has_classes=test_has_classes,
         )
     if others and not test:
         raise _two_readings(
@@ -259,30 +277,35 @@ def _split_folders(folder: Folder) -> _Reading | None:
             f"Give '{folder.path}/*' for the first, or {train.path} for the second",
         )
     _refuse_deeper_classes(classes)
-    return replace(_class_folders([classes]), test=test_prefix)
+    return replace(_class_folders([classes]), test=test_prefix, test_has_classes=test_has_classes)
 
 
 def _roles(folder: Folder) -> dict[str, Folder]:
-    """The split folders in `folder` by their part. Raises `DataError` where several could be the training folder."""
-    found: dict[str, list[tuple[int, Folder]]] = {role: [] for role in ROLES}
-    rests = {each.prefix: _role(each.name) for each in folder.folders}
-    of_parts = {rest for role, _, rest in rests.values() if role}
-    for each in folder.folders:
-        role, place, rest = rests[each.prefix]
-        if role and (not rest or of_parts == {rest}):  # "birds_train" with "birds_test"; not "steam train", "test tube"
-            found[role].append((place, each))
-    trains = [each for _, each in found["train"] if each.holds_images]
+    """The split folders in `folder` by their part. Raises `DataError` where it is not clear which those are."""
+    named = [(each, *_role(each.name)) for each in folder.folders]
+    rests: dict[str, set[str]] = {}
+    for _, role, _, rest in named:
+        if role:
+            rests.setdefault(rest, set()).add(role)
+    shared = [rest for rest, roles in rests.items() if rest and len(roles) > 1]  # "birds_train" with "birds_test"
+    if len(shared) > 1:
+        raise _two_readings(
+            folder,
+            f"{_names(folder.filled)} are the classes",
+            f"they are parts of a split, of {', '.join(shared)}",
+            f"Give '{folder.path}/*' for the first; for the second, sort them into train/<class> and test/<class>",
+        )
+    found: dict[str, list[tuple[int, Folder]]] = {}
+    for each, role, place, rest in named:
+        if role and (not rest or list(rests) == shared):  # not "steam train"
+            found.setdefault(role, []).append((place, each))
+    trains = [each for _, each in found.get("train", []) if each.holds_images]
     if len(trains) > 1 and all(map(_class_level, trains)):
         raise DataError(
             f"{folder.path} has several training folders, {_names(trains)}. Leave one there, or give "
             f"'{folder.path}/*' if these are the classes."
         )
-    chosen = {
-        role: min(parts, key=lambda part: (not part[1].holds_images, part[0]))[1]
-        for role, parts in found.items()
-        if parts
-    }
-    return chosen if "train" in chosen or len(chosen) > 1 else {}
+    return {role: min(parts, key=lambda part: (not part[1].holds_images, part[0]))[1] for role, parts in found.items()}
 
 
 def _role(name: str) -> tuple[str, int, str]:
@@ -312,27 +335,33 @@ def _validation(train: Folder, classes: Folder, valid: Folder) -> Folder:
         raise DataError(
             f"{valid.path} has no class folders with images that have the names of those in {train.path} "
             f"({_names(classes.filled)}). Expected {valid.name}/<class>/*.jpg. Sort its images into such folders, or "
-            f"give {train.path} to have a part of the training images set aside for validation."
+            f"give {train.path} to have a part of the training images set aside for validation. Class names are "
+            "compared letter by letter."
         )
     return level
 
 
-def _refuse_unlabelled_parts(
-    folder: Folder, train: Folder | None, roles: dict[str, Folder], others: list[Folder]
-) -> None:
-    """Raises `DataError` where all folders have the names of a split's parts, but no training part with classes."""
-    if others or len(folder.filled) < 2:
-        return
-    if train is None or not train.holds_images:
+def _refuse_unlabelled_parts(folder: Folder, roles: dict[str, Folder], others: list[Folder]) -> None:
+    """Raises `DataError` where folders have the names of a split's parts, but no training part has classes."""
+    train = roles.get("train")
+    parts = [each for role, each in roles.items() if role != "train" and each.holds_images]
+    if not parts:
+        return  # a class may be called "train"
+    if train and train.holds_images:
+        second = "they are parts of a split whose images carry no labels"
+        choose = "for the second, sort the images of each part into one folder per class"
+    elif len(folder.filled) == 1:
+        return  # it is looked into
+    elif not others:
         raise DataError(
             f"{folder.path} has {_names(folder.filled)}, which look like parts of a split, but no training folder with "
             f"images. Add one called train, or give '{folder.path}/*' if these are the classes."
         )
+    else:
+        second = f"{_names(parts)} is a part of a split and no class"
+        choose = f"for the second, move {_names(parts)} elsewhere"
     raise _two_readings(
-        folder,
-        f"{_names(folder.filled)} are the classes",
-        "they are parts of a split whose images carry no labels",
-        f"Give '{folder.path}/*' for the first; for the second, sort the images of each part into one folder per class",
+        folder, f"{_names(folder.filled)} are the classes", second, f"Give '{folder.path}/*' for the first; {choose}"
     )
 
 
@@ -354,7 +383,7 @@ def _image_folder(top: Folder, reading: _Reading, stars: str) -> ImageFolder:
         base=reading.base,
         stars=stars,
         split_folders=reading.split,
-        unused=unused(top, paths, base=reading.base, test=reading.test),
+        unused=unused(top, paths, base=reading.base, test=reading.test, test_has_classes=reading.test_has_classes),
     )
 
 

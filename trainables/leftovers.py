@@ -3,6 +3,7 @@
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from trainables.data import DataError, Unused
@@ -23,18 +24,26 @@ NEEDS = {
     **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf"), "develop them to JPEG or TIFF"),
 }
 """Images that Pillow does not read by itself, by suffix, and what to do."""
+PHOTOS = (".heic", ".heif", ".avif", ".jxl", ".dcm")
+"""Those of them that people train on; raw files and drawings may lie beside the images."""
 NAMED = 3
 """So many files are named for each reason."""
 
 
-def unused(top: Folder, used: Sequence[str], *, base: str, test: str) -> tuple[Unused, ...]:
+def unused(top: Folder, used: Sequence[str], *, base: str, test: str, test_has_classes: bool) -> tuple[Unused, ...]:
     """What lies in `top` but not among the paths `used`: images by where they lie, other files by their suffix.
 
-    `base` is the folder that holds the classes, `test` one with test images.
+    `base` is the folder that holds the classes; `test` is one with test images, sorted into the same classes or not.
     """
+    advice = "they carry no labels of these classes; search.predict labels them"
+    if test_has_classes:
+        advice = f"--test-split {shlex.quote(str(top.path / test))} tests the winner on them"
     found: dict[tuple[str, str, str], list[str]] = {}
     for path in _unused_images(top, used):
-        found.setdefault(_of_image(path, top, base, test), []).append(path)
+        if test and path.startswith(test):
+            found.setdefault(("image", f" in {test}", advice), []).append(path)
+        else:
+            found.setdefault(("image", _place(path, base), ""), []).append(path)
     for folder in top.walk():
         for path in _system_images(folder):
             found.setdefault(("hidden or system image", "", ""), []).append(path)
@@ -61,23 +70,23 @@ def _unused_images(top: Folder, used: Iterable[str]) -> Iterator[str]:
 def _system_images(folder: Folder) -> Iterator[str]:
     yield from (f"{folder.prefix}{name}" for name in folder.system_images)
     for inner in folder.system_folders:
-        yield from inner.all_images
+        with suppress(OSError):  # lost+found is root's alone
+            yield from inner.all_images
 
 
-def _of_image(path: str, top: Folder, base: str, test: str) -> tuple[str, str, str]:
-    """What an image is that is not read, where it lies, and what to do."""
-    if test and path.startswith(test):
-        return "image", f" in {test}", f"--test-split {shlex.quote(str(top.path / test))} tests the winner on them"
+def _place(path: str, base: str) -> str:
+    """Where an image lies that is not read."""
     parent = base if path.startswith(base) else ""
     folder, slash, _ = path.removeprefix(parent).partition("/")
-    return "image", (f" in {parent}{folder}/" if slash else " without a label in the name or folder"), ""
+    return f" in {parent}{folder}/" if slash else " without a label in the name or folder"
 
 
 def refuse_lost_classes(parents: Iterable[Folder]) -> None:
-    """Raises `DataError` where a folder beside class folders has images, but none of a format that is read."""
+    """Raises `DataError` where a folder beside class folders has mostly photos, but of a format that is not read."""
     for folder in (each for parent in parents for each in parent.folders if not each.holds_images):
-        suffixes = Counter(suffix for inner in folder.walk() for suffix in _suffixes(inner) if suffix in NEEDS)
-        for suffix, count in suffixes.most_common(1):
+        suffixes = Counter(suffix for inner in folder.walk() for suffix in _suffixes(inner))
+        suffix, count = max(((each, suffixes[each]) for each in PHOTOS), key=lambda pair: pair[1])
+        if 2 * count > suffixes.total():
             raise DataError(
                 f"{folder.path} looks like a class, but none of its images can be read: it has {count} {suffix} "
                 f"{'file' if count == 1 else 'files'} ({NEEDS[suffix]}). Otherwise move the folder out of the data set."

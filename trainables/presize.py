@@ -55,6 +55,7 @@ def presize(
     *,
     storage: str = "auto",
     max_unreadable: float = MAX_UNREADABLE,
+    white_level: int | None = None,
     cache: Path | None = None,
     num_threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -67,6 +68,7 @@ def presize(
     keeps none and decodes the data set's own files each time; auto takes the memory map while it fits half of the
     memory and the disk, and jpeg beyond.
 
+    `white_level` is the value that becomes white in images of more than 8 bits, where it is not to be that of `folder`.
     `max_unreadable` is the share of the images that may be unreadable, 0 to 1; all of them are listed in a file beside
     the cache. `cache` is the folder of all caches (default: `caches_folder()`); `progress` is called with (images done,
     images in all) by the process that builds. Raises DataError where more images are unreadable, a class is left with
@@ -79,9 +81,10 @@ def presize(
     if not 0 <= max_unreadable <= 1:
         raise ValueError(f"max_unreadable is {max_unreadable}; expected a share from 0 to 1, such as 0.01.")
     caches = caches_folder() if cache is None else Path(cache)
-    content = f"{data.fingerprint(folder)} {folder.white_level} {size} {method} {FORMAT_VERSION}"
+    white_level = folder.white_level if white_level is None else white_level
+    content = f"{data.fingerprint(folder)} {white_level} {size} {method} {FORMAT_VERSION}"
     key = sha256(content.encode()).hexdigest()[:KEY_LENGTH]
-    job = _Job(folder, size, method, storage, caches, key, num_threads or data.num_cpus(), max_unreadable)
+    job = _Job(folder, size, method, white_level, storage, caches, key, num_threads or data.num_cpus(), max_unreadable)
     images = _open(job) or _build_once(job, progress)
     _require_few(job, dict.fromkeys(images.unreadable, ""))  # an earlier search may have tolerated more
     return images
@@ -96,6 +99,7 @@ class _Job:
     folder: ImageFolder
     size: int
     method: str
+    white_level: int
     storage: str
     """What was asked for, auto included, until one is chosen."""
     caches: Path
@@ -243,8 +247,8 @@ def _stored(job: _Job) -> Iterator[tuple[tuple[int, int], memoryview | bytes] | 
 
     def one(path: str) -> tuple[tuple[int, int], memoryview | bytes] | UnreadableImage:
         try:
-            file, white = job.folder.root / path, job.folder.white_level
-            image = resize(read_image(file, job.size, white), job.size, job.method)
+            image = read_image(job.folder.root / path, job.size, job.white_level)
+            image = resize(image, job.size, job.method)
         except UnreadableImage as error:
             return error
         return image.shape[:2], _encoded(image, job.storage)
@@ -313,7 +317,7 @@ def _write_index(job: _Job, folder: ImageFolder, built: _Built, target: Path) ->
         "format": FORMAT_VERSION,
         "root": str(folder.root.absolute()),
         "size": job.size,
-        "white_level": folder.white_level,
+        "white_level": job.white_level,
         "resize_method": job.method,
         "storage": job.storage,
         "layout": folder.layout,

@@ -47,7 +47,7 @@ def pinned_source(uri: str) -> str:
 
 def images_digest(images: ImageFolder, *, sizes: bool = True) -> str:
     """SHA-256 over classes, labels, relative paths and file sizes: the same on all nodes, whose copies differ in their
-    times. An image that is edited without changing its size keeps the digest. Earlier versions left `sizes` out."""
+    times. An image that is edited without changing its size keeps the digest."""
     described = ascii((images.classes, images.labels, images.paths, images.valid))
     if sizes:
         described += ascii(([_size(images.root / path) for path in images.paths], images.white_level))
