@@ -145,15 +145,9 @@ def test_a_seed_that_no_training_can_have_is_refused(command):
 
 
 def test_an_architecture_that_does_not_train_is_refused_before_ray_starts(command):
-    words = ("--set", "arch=resnet81,dla46x_c", "--set", "pretrained=false", "--set", "image_size=48")
-    ended = command("--space", "imagenette", *words, "--set", "start_size=0", "--set", "presize=64", timeout=120)
-    assert_refused(
-        ended,
-        "arch='resnet81' is not a timm architecture. Names like it: resnet",
-        " arch=dla46x_c cannot be trained at image_size=48",
-        "Choose image_size=32 or 64",
-    )
-    assert ended.stdout == "trying out whether these can be trained: resnet81, dla46x_c\n"
+    ended = command("--space", "imagenette", "--set", "arch=resnet81", "--set", "pretrained=false", timeout=120)
+    assert_refused(ended, "arch='resnet81' is not a timm architecture. Names like it: resnet")
+    assert ended.stdout == "trying out whether these can be trained: resnet81\n"
 
 
 def test_a_missing_folder_is_refused(command, tmp_path):
