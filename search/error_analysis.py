@@ -19,7 +19,8 @@ from PIL import Image
 from search.afterwards import told
 from search.run_record import RunRecord
 from trainables.checkpoint import PREPROCESSING_FILE
-from trainables.image_file import WHITE_16_BIT, UnreadableImage, read_image
+from trainables.data import WHITE_16_BIT
+from trainables.image_file import UnreadableImage, read_image
 from trainables.layouts import split_level
 from trainables.model_folder import read_json
 from trainables.wording import last_line, printable

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from opened import watched
 
 from search.arguments import parse_arguments
 from search.resume import (
@@ -210,7 +211,9 @@ def test_weights_and_test_images_elsewhere_must_be_the_same_files(tmp_path):
         (tmp_path / place / "w").mkdir()
         (tmp_path / place / "w" / "resnet18.safetensors").write_bytes(weights)
     folder = begun(tmp_path, ["--space", "quickstart", "--name", "mine", *paths["here"]])
-    files = recorded(folder, "--space", "quickstart", *paths["here"])
+    with watched((tmp_path / "here" / "t").glob("*/*.jpg"), bool) as opened:
+        files = recorded(folder, "--space", "quickstart", *paths["here"])
+    assert not opened  # nobody opens test images before the end
     command = json.loads(folder.command.read_text())
     folder.command.write_text(json.dumps(command | {"files": files}))
     goes_on = ["--resume", "--name", "mine"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainables.data import WHITE_16_BIT
 from trainables.disk import when_there_is_room
 
 WEIGHTS_FILE = "model.safetensors"
@@ -44,7 +45,7 @@ class Preprocessing:
     """Per RGB channel, of values in 0..1; taken off first."""
     std: tuple[float, float, float]
     """Per RGB channel; then divided by."""
-    white_level: int = 65535
+    white_level: int = WHITE_16_BIT
     """The value that becomes 255 in images of more than 8 bits, see `image_file.white_level`."""
 
 

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
+WHITE_16_BIT = 65535
 MAX_UNREADABLE = 0.01
 """So large a share of the images may be unreadable, where nothing else is asked for."""
 
@@ -83,7 +84,7 @@ class ImageFolder:
 
     def describe_depth(self) -> str:
         """How images of more than 8 bits become ones of 8; empty where there are none, or they use all of 16."""
-        if self.white_level == 65535:
+        if self.white_level == WHITE_16_BIT:
             return ""
         used = "fractions" if self.white_level == 1 else f"{self.white_level.bit_length()} bits"
         return f"images of more than 8 bits use {used}: {self.white_level} becomes white"

@@ -12,11 +12,12 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
+from trainables.data import WHITE_16_BIT
+
 T = TypeVar("T")
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 MAX_ASPECT = 4.0
-WHITE_16_BIT = 65535
 NO_DATA = 1e30
 """Numbers as large as this mark pixels without a value in maps."""
 SAMPLED = 64

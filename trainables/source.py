@@ -47,10 +47,10 @@ def pinned_source(uri: str) -> str:
 
 def images_digest(images: ImageFolder, *, sizes: bool = True) -> str:
     """SHA-256 over classes, labels, relative paths and file sizes: the same on all nodes, whose copies differ in their
-    times. An image that is edited without changing its size keeps the digest."""
+    times. An image that is edited without changing its size keeps the digest. Opens none of them."""
     described = ascii((images.classes, images.labels, images.paths, images.valid))
     if sizes:
-        described += ascii(([_size(images.root / path) for path in images.paths], images.white_level))
+        described += ascii([_size(images.root / path) for path in images.paths])
     return sha256(described.encode()).hexdigest()
 
 
