@@ -30,6 +30,7 @@ from trainables.fetch import is_uri
 from trainables.inspect_data import Copies, Finding, Inspection, find_folder, findings, inspect
 from trainables.layouts import split_level
 from trainables.presize import PresizedImages, caches_folder, presize
+from trainables.presized_images import write_unreadable
 from trainables.recipe import Recipe
 from trainables.source import folder_of
 from trainables.wording import printable
@@ -184,7 +185,7 @@ def report(inspection: Inspection, recipe: Recipe, unreadable: Path) -> None:
         say(enlarged(inspection, recipe))
         say(f"formats: {formats(inspection)}")
     if inspection.unreadable:
-        unreadable.write_text("".join(f"{file.path!a}\t{file.problem}\n" for file in inspection.unreadable))
+        write_unreadable(unreadable, {file.path: file.problem for file in inspection.unreadable})
     for line in (*unreadable_lines(inspection, unreadable), *copies_lines(inspection)):
         say(line)
 

@@ -63,9 +63,8 @@ class OptunaSearcher(Searcher):
         if self.method.target_seconds:
             self.first_configs += _each_arch(space, self.first_configs)
         self.numbers: dict[str, int] = {}  # Tune's trial id -> Optuna's trial number
-        self.retrained: dict[
-            str, tuple[str, int]
-        ] = {}  # Tune's ids of trials that are others' once more -> whose, seed
+        # Tune's ids of trials that are others' once more -> whose, and the seed.
+        self.retrained: dict[str, tuple[str, int]] = {}
         self.capacity = capacity
         self.live: dict[str, int] = {}  # Tune's trial id -> workers of a trial that has not ended
         self._next: tuple[optuna.Trial | None, Config] | None = None  # proposed, and waiting for room

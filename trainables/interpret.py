@@ -285,9 +285,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_writable(args.out, "--out")
     sizes = model.preprocessing.presize, model.preprocessing.resize_method
     white = model.preprocessing.white_level
-    images = presize(
-        part, *sizes, white_level=white, max_unreadable=1
-    )  # those that validated the model are compared below
+    # However many cannot be read: `indices_of` compares those that validated the model.
+    images = presize(part, *sizes, white_level=white, max_unreadable=1)
     indices = indices_of(images, args.split, record, model.path)
     found = interpret(model, images, indices, tta=args.tta)
     with _writing_to(args.out):

@@ -36,6 +36,7 @@ from trainables.presized_images import (
     DamagedCache,
     PresizedImages,
     unreadable_list,
+    write_unreadable,
 )
 
 logger = logging.getLogger(__name__)
@@ -280,8 +281,7 @@ def _leave_out(job: _Job, built: _Built) -> ImageFolder:
     folder, num_bad = job.folder, len(built.unreadable)
     if num_bad == 0:
         return folder
-    lines = [f"{path!a}\t{' '.join(reason.split())}\n" for path, reason in built.unreadable.items()]
-    unreadable_list(job.caches, job.key).write_text("".join(lines))
+    write_unreadable(unreadable_list(job.caches, job.key), built.unreadable)
     _require_few(job, built.unreadable)
     listed = _listed(job, built.unreadable)
     logger.warning("left out %d of %d images that cannot be read: %s", num_bad, len(folder.paths), listed)

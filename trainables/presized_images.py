@@ -7,6 +7,7 @@ images one after another) or `images.jpeg` (jpeg: likewise, compressed), or stil
 import io
 import json
 import math
+from collections.abc import Mapping
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -26,6 +27,11 @@ PIXEL_FILES = {MEMORY_MAP: "pixels.u8", JPEG: "images.jpeg"}
 def unreadable_list(caches: Path, key: str) -> Path:
     """The file with all images that a cache leaves out, a path and its reason on each line."""
     return caches / f"{key}.unreadable.txt"
+
+
+def write_unreadable(file: Path, unreadable: Mapping[str, str]) -> None:
+    """Lists unreadable images (path -> reason) in `file`, one on each line."""
+    file.write_text("".join(f"{path!a}\t{' '.join(reason.split())}\n" for path, reason in unreadable.items()))
 
 
 class DamagedCache(ValueError):
