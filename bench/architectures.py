@@ -3,9 +3,9 @@
     python bench/architectures.py [--families N] [--members N] [--size PX]
 
 Networks start from random weights, on a few drawn images, at --size and, where they do not take that, at the size that
-timm gives for them. Beside what happens the table has what `trainables.architecture` says before a search: whatever it
-lets pass must train (exit code 1 otherwise), and what it refuses is refused in one sentence. Writes architectures.json
-and architectures.md.
+timm gives for them. Beside what happens the table has what `trainables.network.architecture` says before a search:
+whatever it lets pass must train (exit code 1 otherwise), and what it refuses is refused in one sentence. Writes
+architectures.json and architectures.md.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from common import RESULTS, command_line, footer, hardware, versions, write
 from PIL import Image
 from torch import nn
 
-from trainables.architecture import try_out
-from trainables.finetune import FineTune
-from trainables.layouts import find_images
-from trainables.presize import presize
+from trainables.data.layouts import find_images
+from trainables.data.presize import presize
+from trainables.network.architecture import try_out
 from trainables.recipe import Recipe
+from trainables.training.fine_tune import FineTune
 
 NUM_CLASSES, IMAGES_EACH, BATCH_SIZE = 3, 3, 4
 

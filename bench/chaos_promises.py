@@ -99,7 +99,7 @@ def studys_problems(folder: Path, trials: list[Row]) -> list[str]:
     """The Optuna study must know how each trial ended."""
     from optuna.trial import TrialState
 
-    from search.run_record import load
+    from search.runs.run_record import load
 
     states = {"completed": TrialState.COMPLETE, "stopped early": TrialState.PRUNED, "failed": TrialState.FAIL}
     known = load(folder).study.trials

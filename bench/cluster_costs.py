@@ -223,9 +223,9 @@ def time_the_parts() -> None:
     from ray.tune.execution.tune_controller import TuneController
     from ray.tune.logger import TBXLoggerCallback
 
-    from search.results import ResultsTable
-    from search.scheduler import ProgressHalvingScheduler
-    from search.searcher import OptunaSearcher
+    from search.runs.results_table import ResultsTable
+    from search.tuning.early_stopping import ProgressHalvingScheduler
+    from search.tuning.searcher import OptunaSearcher
 
     for owner, part in ((ResultsTable, "table"), (TBXLoggerCallback, "tensorboard")):
         for event, kind in (("start", "trial"), ("complete", "trial"), ("result", "result")):
@@ -246,7 +246,7 @@ def measure_driver(args: argparse.Namespace, running: int, known: int) -> dict[s
     global _window
     from ray.tune.execution import tune_controller
 
-    from search.tuner import full_settings, import_tensorboardx
+    from search.tuning.tuner import import_tensorboardx
 
     import_tensorboardx()
     tune_controller.RayActorManager = ImmediateActors
@@ -256,7 +256,7 @@ def measure_driver(args: argparse.Namespace, running: int, known: int) -> dict[s
         options = search_options(Path(root), settings, trials=10**6, concurrent=running, seed=args.seed)
         options = replace(options, report="off")
         wanted = max(args.results, running)
-        _window = Window(running, known, wanted, full_settings(options.space))
+        _window = Window(running, known, wanted, options.space.full_settings)
         count_waits(os, "fsync")
         for name in ("flush", "close"):
             count_waits(sys.modules["tensorboardX"].SummaryWriter, name)

@@ -15,9 +15,9 @@ import numpy as np
 
 MB = 10**6
 SAVE_PERIOD = 1.0
-"""Seconds from the end of one save of Tune's state to the next, as `search.cluster` sets it."""
+"""Seconds from the end of one save of Tune's state to the next, as `search.cluster.connect` sets it."""
 PLACES = 1000
-"""Each trial's actor takes 0.001 of a resource that the head has one of, see `search.tuner`."""
+"""Each trial's actor takes 0.001 of a resource that the head has one of, see `search.tuning.tuner`."""
 MEMORY_SHARE = 0.95
 """With so much of the memory in use, Ray kills processes."""
 MOST = 10**6

@@ -49,7 +49,7 @@ class Elsewhere:
 
     def load(self, epoch_seconds: float, checkpoint_mb: float) -> int:
         """Holds from each trial's next epoch on; the id of this process."""
-        from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE
+        from trainables.training.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE
 
         size = int(checkpoint_mb * MB) // 3
         self.state = {WEIGHTS_FILE: bytes(size), PREPROCESSING_FILE: b"{}\n", TRAINING_FILE: bytes(2 * size)}
@@ -65,7 +65,7 @@ class Elsewhere:
         self.trials[slot] = [Recipe.from_dict(trial.recipe), epochs_done]
 
     async def run_epoch(self, slot: str):
-        from trainables.worker_group import Outcome
+        from trainables.ray.messages import Outcome
 
         await asyncio.sleep(self.epoch_seconds * random.uniform(0.9, 1.1))
         recipe, epochs_done = self.trials[slot]
@@ -82,7 +82,7 @@ class Elsewhere:
 
 def train_elsewhere() -> None:
     """Ray calls this in every process that it starts: a trial finds `Elsewhere` in the place of a host of its own."""
-    from trainables.trial import FineTuneTrial
+    from trainables.ray.trial import FineTuneTrial
 
     def start_host(trial: FineTuneTrial) -> None:
         import ray

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from trainables import worker
-from trainables.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE
-from trainables.worker_group import GroupSize
+from trainables.ray import worker
+from trainables.ray.worker_group import GroupSize
+from trainables.training.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE
 
 CPUS_TOLD = 4
 """What Ray is told that this machine has: two workers and, in Ray's own pattern, the function that starts them."""
@@ -25,7 +25,7 @@ class EmptyTraining:
     """Says what `FineTune` says after an epoch, at once. The error follows from the recipe, with noise of its own."""
 
     def __init__(self, recipe, images, *, load_pretrained: bool = True, **unused) -> None:
-        from trainables.distributed import World
+        from trainables.training.distributed import World
 
         self.recipe, self.world, self.epochs_done = recipe, World.current(), 0
 
@@ -96,7 +96,7 @@ def start_bare_ray(cache: Path) -> None:
 
 
 def _init_ray(cache: Path, **options) -> None:
-    from search.cluster import prepare_environment
+    from search.cluster.connect import prepare_environment
 
     os.environ["FINETUNE_SEARCH_CACHE"] = str(cache)
     prepare_environment(None)
@@ -120,10 +120,10 @@ def search_options(
     root: Path, settings: Sequence[str], *, trials: int, workers: int = 1, concurrent: int = 1, seed: int = 0
 ):
     """A search of the quickstart's dimensions as the command line would make it, in a folder of its own."""
-    from search.method import Method
-    from search.run_folder import RunFolder
-    from search.space import load_space
-    from search.tuner import RunOptions
+    from search.options.strategy import Method
+    from search.runs.paths import RunFolder
+    from search.spaces.space import load_space
+    from search.tuning.tuner import RunOptions
 
     space = load_space("quickstart")
     space = replace(space, seed=seed, settings=space.settings | {"seed": seed}).with_settings(settings)
@@ -138,16 +138,16 @@ def search_options(
 
 def pretend_room(workers: int) -> None:
     """The next searches of this process find a cluster with room for so many workers of one CPU."""
-    from search import capacity
-    from search.resources import Node
+    from search.cluster import concurrency
+    from search.cluster.resources import Node
 
-    capacity.present_nodes = lambda: [Node(cpus=workers, gpus=0)]
+    concurrency.present_nodes = lambda: [Node(cpus=workers, gpus=0)]
 
 
 def end_search_when(is_over: Callable[[], bool]) -> None:
     """The next search of this process ends as soon as `is_over()`, whatever its options say."""
-    from search import tuner
-    from search.results import TooManyFailures
+    from search.runs.results_table import TooManyFailures
+    from search.tuning import tuner
 
     class Over(TooManyFailures):
         def stop_all(self) -> bool:
@@ -158,9 +158,9 @@ def end_search_when(is_over: Callable[[], bool]) -> None:
 
 def run_search(options, on_end: Callable, on_result: Callable = lambda result: None) -> list[dict]:
     """The whole search; its table's rows. `on_end(now)` is called after each trial, `on_result` after each epoch."""
-    from search import tuner
-    from search.leaderboard import Leaderboard
-    from search.results import read_trials
+    from search.reporting.live_table import Leaderboard
+    from search.runs.results_table import read_trials
+    from search.tuning import tuner
 
     class Watched(Leaderboard):
         def on_trial_result(self, iteration: int, trials: list, trial, result: dict, **info) -> None:

@@ -28,12 +28,12 @@ from fastai.vision import all as fastai
 from fastai_side import DEVICE, train_fastai
 from parity import train_ours
 
-from trainables.finetune import FineTune, autocast_dtype
-from trainables.layouts import find_images
-from trainables.model import check_architecture
-from trainables.presize import PresizedImages, presize
+from trainables.data.layouts import find_images
+from trainables.data.presize import PresizedImages, presize
+from trainables.network.model import check_architecture
+from trainables.network.pretrained_weights import WeightsError, find_weights
 from trainables.recipe import Recipe
-from trainables.weights import WeightsError, find_weights
+from trainables.training.fine_tune import FineTune, autocast_dtype
 
 SIDES = {"ours": "this project", "ours_fp32": "this project, fp32", "fastai": "fastai, fp32"}
 STAGES = ("frozen", "unfrozen")

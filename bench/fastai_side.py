@@ -9,10 +9,10 @@ import torch
 from common import CPUS, epoch_row
 from fastai.vision import all as fastai
 
-from trainables import model
-from trainables.finetune import FineTune
-from trainables.presize import PresizedImages
+from trainables.data.presize import PresizedImages
+from trainables.network import model
 from trainables.recipe import Recipe
+from trainables.training.fine_tune import FineTune
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -31,11 +31,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the project is not installed
 
-from trainables.finetune import FineTune
-from trainables.layouts import find_images
-from trainables.model import check_architecture
-from trainables.presize import PresizedImages, presize
+from trainables.data.layouts import find_images
+from trainables.data.presize import PresizedImages, presize
+from trainables.network.model import check_architecture
 from trainables.recipe import Recipe
+from trainables.training.fine_tune import FineTune
 
 ARCHS = ["resnet18", "resnet34", "resnet50", "resnet101"]
 ARCHS += ["tf_efficientnet_lite0", "convnext_tiny", "vit_small_patch16_224"]

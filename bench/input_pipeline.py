@@ -29,13 +29,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import decode_image
 from torchvision.transforms import InterpolationMode, v2
 
-from trainables.data import ImageFolder
-from trainables.distributed import World
-from trainables.layouts import find_images
-from trainables.loader import BatchLoader, normalized
-from trainables.plan import plan_epoch
-from trainables.presize import PresizedImages, presize
+from trainables.batches.epoch_plan import plan_epoch
+from trainables.batches.loader import BatchLoader, normalized
+from trainables.data.labelled_images import ImageFolder
+from trainables.data.layouts import find_images
+from trainables.data.presize import PresizedImages, presize
 from trainables.recipe import Recipe
+from trainables.training.distributed import World
 
 NAMES = {
     "ours": "this project",

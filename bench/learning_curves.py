@@ -30,7 +30,7 @@ Config = dict[str, Any]
 
 def space():
     """The quickstart's. In fp32 everywhere, which is what it has on a CPU."""
-    from search.space import load_space
+    from search.spaces.space import load_space
 
     found = load_space("quickstart")
     return replace(found, settings=found.settings | {"seed": found.seed, "tta_views": 0, "precision": "fp32"})
@@ -41,7 +41,7 @@ def configurations(points: int, seed: int) -> list[Config]:
     every number of epochs."""
     import optuna
 
-    from search.searcher import as_params, propose
+    from search.tuning.searcher import as_params, propose
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     quickstart = space()
@@ -66,11 +66,11 @@ def train(job: tuple[int, Config, str]) -> tuple[int, Config, list[Config], str]
     """Number, configuration, an entry an epoch, and the reason where it diverged."""
     import torch
 
-    from trainables.datasets import prepare
-    from trainables.finetune import Diverged, FineTune
-    from trainables.layouts import find_images
-    from trainables.presize import presize
+    from trainables.data.datasets import prepare
+    from trainables.data.layouts import find_images
+    from trainables.data.presize import presize
     from trainables.recipe import Recipe
+    from trainables.training.fine_tune import Diverged, FineTune
 
     torch.set_num_threads(1)
     number, config, device = job

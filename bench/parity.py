@@ -25,10 +25,10 @@ from common import CPUS, EPOCH_COLUMNS, RESULTS, command_line, epoch_row, footer
 from fastai.vision import all as fastai
 from fastai_side import DEVICE, train_fastai
 
-from trainables.finetune import FineTune
-from trainables.layouts import find_images
-from trainables.presize import PresizedImages, presize
+from trainables.data.layouts import find_images
+from trainables.data.presize import PresizedImages, presize
 from trainables.recipe import Recipe
+from trainables.training.fine_tune import FineTune
 
 SIDES = ("ours", "fastai")
 

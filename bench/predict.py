@@ -25,8 +25,8 @@ import torch
 from common import RESULTS, command_line, draw_photos, footer, hardware, versions, write
 
 from search.predict import Predictor, find_files
-from trainables.loader import normalized
-from trainables.model import build
+from trainables.batches.loader import normalized
+from trainables.network.model import build
 from trainables.recipe import Recipe
 
 NUM_CLASSES = 37

@@ -17,12 +17,12 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.schedulers import TrialScheduler
 
-from search.annealed import lengths, new_searcher
-from search.figures import LEAST_FOR_IMPORTANCE, study_importances
-from search.method import Method
-from search.scheduler import Curve, ProgressHalvingScheduler, new_scheduler, rung_at
-from search.searcher import METRIC, OptunaSearcher
-from search.space import Space
+from search.options.strategy import Method
+from search.reporting.charts import LEAST_FOR_IMPORTANCE, study_importances
+from search.spaces.space import Space
+from search.tuning.early_stopping import Curve, ProgressHalvingScheduler, new_scheduler, rung_at
+from search.tuning.halving import lengths, new_searcher
+from search.tuning.searcher import METRIC, OptunaSearcher
 
 WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0)
 """What a dimension may weigh in the distance of two configurations."""

@@ -22,9 +22,9 @@ from learning_curves import FILE, space
 from quality_replay import CurveTable, Replay, Training, most_important, replay, replay_top_k
 from scipy.stats import kendalltau
 
-from search.figures import BEST_SHARE
-from search.method import Method
-from trainables.wording import many
+from search.options.strategy import Method
+from search.reporting.charts import BEST_SHARE
+from trainables.system.text import many
 
 BASELINE, TOP_K = "random", "random, top K after one epoch"
 MULTIVARIATE = "tpe as Optuna has it (multivariate), rungs"
@@ -209,7 +209,7 @@ configuration reaches on average: the difference is luck that a search takes for
 share of the {budget} after which the incumbent is within {NEAR:.0%} (absolute) of the error at which random search ends. Best one
 stopped: in so many searches the trial that would have ended best was not trained to its end. τ: Kendall's, between
 what is compared at the rungs and the error at the end, over all trainings of the table that reach a rung; a forecast is
-that which the search makes when its epochs are spent. The constants of search/forecast.py were chosen on this table.
+that which the search makes when its epochs are spent. The constants of search/tuning/forecast.py were chosen on this table.
 
 How much is chance: two trainings of the same configuration differ by {about["repeat_mean_difference"]:.1%} on average and rank
 configurations alike with τ = {about["repeat_kendall_tau"]:.2f} ({about["repeat_kendall_tau_longest"]:.2f} among the longest).

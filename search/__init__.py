@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import trainables  # noqa: F401, sees to it that there is a home folder before Ray looks for it
 
 if TYPE_CHECKING:
-    from search.run_record import RunRecord
+    from search.runs.run_record import RunRecord
 
 
 def load(path: Path | str) -> RunRecord:
-    """The tables, the study and the best recipe of a run; see `search.run_record.RunRecord`. Raises `ValueError`."""
-    from search.run_record import load  # not before it is wanted: commands import this package, too
+    """The `search.runs.run_record.RunRecord` of a run: its tables, study and best recipe. Raises `ValueError`."""
+    from search.runs.run_record import load  # not before it is wanted: commands import this package, too
 
     return load(path)

@@ -19,21 +19,21 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from search.architectures import check_architectures
-from search.arguments import add_max_unreadable, search_command, source
-from search.cli import run_cli, say
-from search.prepare import say_depth, space_of
-from search.space import Space, space_names
-from trainables import augment, warp_cpu
-from trainables.data import DataError, ImageFolder
-from trainables.fetch import is_uri
-from trainables.inspect_data import Copies, Finding, Inspection, find_folder, findings, inspect
-from trainables.layouts import split_level
-from trainables.presize import PresizedImages, caches_folder, presize
-from trainables.presized_images import write_unreadable
+from search.cli.messages import run_cli, say
+from search.options.arguments import add_max_unreadable, search_command, source
+from search.options.preparation import say_depth, space_of
+from search.spaces.architectures import check_architectures
+from search.spaces.space import Space, space_names
+from trainables.batches import augmentation, warp_cpu
+from trainables.data.fetch import is_uri
+from trainables.data.inspection import Copies, Finding, Inspection, find_folder, findings, inspect
+from trainables.data.labelled_images import DataError, ImageFolder
+from trainables.data.layouts import split_level
+from trainables.data.presize import PresizedImages, caches_folder, presize
+from trainables.data.presized_images import write_unreadable
+from trainables.data.source import folder_of
 from trainables.recipe import Recipe
-from trainables.source import folder_of
-from trainables.wording import printable
+from trainables.system.text import printable
 
 TRAIN_PICTURE, VALID_PICTURE = "train_batch.png", "valid_batch.png"
 UNREADABLE = "unreadable.txt"
@@ -110,8 +110,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def show_caches(*, clear_them: bool) -> int:
     """List, or remove, all presized images on this machine."""
-    from search.caches import caches_table, clear, find_caches
-    from search.wording import megabytes
+    from search.runs.caches import caches_table, clear, find_caches
+    from trainables.system.text import megabytes
 
     caches = find_caches(caches_folder())
     if not caches:
@@ -134,7 +134,7 @@ def console() -> Console:
 
 def data_root(space: Space, given: Path | str | None) -> Path:
     """The folder to look at; the space's own data set is made or downloaded first where it is missing."""
-    from trainables.datasets import DATASETS, locate, prepare_in_subprocess
+    from trainables.data.datasets import DATASETS, locate, prepare_in_subprocess
 
     if given is None:
         if not locate(space.dataset).exists():
@@ -286,7 +286,9 @@ def more(number: int) -> list[str]:
 
 def write_pictures(inspection: Inspection, recipe: Recipe, out: Path) -> None:
     """One training and one validation batch, as far as there are images for them."""
-    from trainables.pictures import save_grid  # matplotlib takes a second, which a wrong argument need not wait for
+    from trainables.inference.pictures import (
+        save_grid,  # matplotlib takes a second, which a wrong argument need not wait for
+    )
 
     parts = (
         (TRAIN_PICTURE, inspection.train, augmented, "training images, augmented"),
@@ -331,13 +333,13 @@ def presized(folder: ImageFolder, indices: np.ndarray, recipe: Recipe, cache: Pa
 
 def augmented(images: PresizedImages, recipe: Recipe) -> list[np.ndarray]:
     """A training batch: uint8 (image_size, image_size, 3) each."""
-    drawn = augment.draw(np.random.default_rng(recipe.seed), len(images), recipe)
+    drawn = augmentation.draw(np.random.default_rng(recipe.seed), len(images), recipe)
     return [warp_cpu.apply(images[i], drawn[i], recipe.image_size) for i in range(len(images))]
 
 
 def centred(images: PresizedImages, recipe: Recipe) -> list[np.ndarray]:
     """A validation batch: uint8 (image_size, image_size, 3) each."""
-    centre = augment.centre(len(images), recipe.resize_method)
+    centre = augmentation.centre(len(images), recipe.resize_method)
     return [warp_cpu.apply(images[i], centre[i], recipe.image_size) for i in range(len(images))]
 
 

@@ -12,15 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from search import page
-from search.cli import run_cli, say
-from search.figures import FAMILIES, Chart, end_times, importances, plain
-from search.files import write_atomically
-from search.results import COMPLETED, FAILED, STOPPED
-from search.run_record import RunRecord, load
-from search.wording import duration, percent
-from trainables.disk import require_writable_file
-from trainables.wording import many
+from search.cli.messages import run_cli, say
+from search.reporting import html_page
+from search.reporting.charts import FAMILIES, Chart, end_times, importances, plain
+from search.runs.atomic_files import write_atomically
+from search.runs.results_table import COMPLETED, FAILED, STOPPED
+from search.runs.run_record import RunRecord, load
+from trainables.system.full_disk import require_writable_file
+from trainables.system.text import duration, many, percent
 
 EXAMPLES = """
 examples:
@@ -164,7 +163,7 @@ def _rich(rows: list[list[str]]) -> Table:
 def render(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     """The comparison as one HTML file that opens without a network."""
     charts = [chart for chart in (incumbents(runs, names), weights(runs, names)) if chart is not None]
-    return page.render(
+    return html_page.render(
         "compare.html",
         charts,
         title=f"{many(len(runs), 'run')} compared",

@@ -19,11 +19,11 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from search.arguments import positive
-from search.cli import run_cli, say
-from search.model_folder import is_run
-from search.run_folder import RunFolder
-from trainables.model_folder import read_json
+from search.cli.messages import run_cli, say
+from search.options.arguments import positive
+from search.runs.paths import RunFolder
+from search.runs.trained_model import is_run
+from trainables.inference.model_folder import read_json
 
 LOCALHOST = "127.0.0.1"
 NAMES = (LOCALHOST, "localhost", "::1")

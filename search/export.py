@@ -15,20 +15,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search import export_formats
-from search.cli import run_cli
-from search.export_check import Differs, check_against_table
-from search.files import replace_folder
-from search.model_folder import open_run
-from search.wording import percent
-from trainables.checkpoint import PREPROCESSING_FILE, SPLIT_FILE, WEIGHTS_FILE
-from trainables.data import MAX_UNREADABLE
-from trainables.model_folder import ModelFolder, read_json, read_model
-from trainables.predictor import load_model
-from trainables.wording import shell_command
+from search.cli.messages import run_cli
+from search.exporting import export_formats
+from search.exporting.verification import Differs, check_against_table
+from search.runs.atomic_files import replace_folder
+from search.runs.trained_model import open_run
+from trainables.data.labelled_images import MAX_UNREADABLE
+from trainables.inference.model_folder import ModelFolder, read_json, read_model
+from trainables.inference.predictor import load_model
+from trainables.system.text import percent, shell_command
+from trainables.training.checkpoint import PREPROCESSING_FILE, SPLIT_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:  # Ray comes with it, which --help and the new process can do without
-    from search.run_record import RunRecord
+    from search.runs.run_record import RunRecord
 
 CONFIG_FILE, CARD_FILE = "config.json", "README.md"
 COPIED = (PREPROCESSING_FILE, "recipe.json", "labels.json", "metrics.json", SPLIT_FILE)
@@ -135,7 +134,7 @@ def export(
 
 
 def write_card(best: ModelFolder, metrics: dict[str, Any], run: Path, formats: tuple[str, ...], folder: Path) -> None:
-    from search.model_card import model_card
+    from search.exporting.model_card import model_card
 
     text = model_card(best, metrics, read_json(run / "command.json"), record_of(run), formats)
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
@@ -143,7 +142,7 @@ def write_card(best: ModelFolder, metrics: dict[str, Any], run: Path, formats: t
 
 def record_of(run: Path) -> RunRecord | None:
     """The run's tables, where it has them."""
-    from search.run_record import load
+    from search.runs.run_record import load
 
     try:
         return load(run)

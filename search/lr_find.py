@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.arguments import add_cache, add_max_unreadable, positive, search_command, source
-from search.cli import run_cli, say
-from search.space import Range, Space, space_names
-from trainables.wording import last_line
+from search.cli.messages import run_cli, say
+from search.options.arguments import add_cache, add_max_unreadable, positive, search_command, source
+from search.spaces.space import Range, Space, space_names
+from trainables.system.text import last_line
 
 if TYPE_CHECKING:
-    from trainables.lr_finder import Curve
-    from trainables.presize import PresizedImages
+    from trainables.data.presize import PresizedImages
+    from trainables.ray.worker_group import GroupSize
     from trainables.recipe import Recipe
-    from trainables.worker_group import GroupSize
+    from trainables.training.lr_finder import Curve
 
 STAGES = {"lr_max_frozen": "frozen", "lr_max": "unfrozen"}
 """The setting whose bounds a stage's curve narrows -> the stage."""
@@ -62,19 +62,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from search.architectures import check_architectures
-    from search.prepare import check_weights, find_data, presize_here, say_depth, space_of
-    from search.tuner import full_settings
-    from trainables.disk import require_writable_file
+    from search.options.preparation import check_weights, find_data, presize_here, say_depth, space_of
+    from search.spaces.architectures import check_architectures
+    from trainables.data.source import folder_of
     from trainables.recipe import Recipe
-    from trainables.source import folder_of
+    from trainables.system.full_disk import require_writable_file
 
     args = parse_arguments(argv)
     args.recipes = args.address = None
     if args.arch:
         args.set.append(f"arch={args.arch}")
     space = space_of(args)
-    space = replace(space, settings=full_settings(space), dimensions={})  # trial 0, and no other
+    space = replace(space, settings=space.full_settings, dimensions={})  # trial 0, and no other
     recipe = Recipe.from_dict(space.settings)
     stage = "unfrozen" if args.unfrozen or recipe.freeze_epochs == 0 else "frozen"
     out = args.out or Path("results") / f"lr_find-{recipe.arch}-{stage}.png"
@@ -120,7 +119,7 @@ def find(
 
     Raises `ValueError` where that training diverges.
     """
-    from trainables.finetune import Diverged, FineTune
+    from trainables.training.fine_tune import Diverged, FineTune
 
     training = FineTune(
         replace(recipe, tta_views=0),
@@ -146,7 +145,7 @@ def find(
 
 def draw(path: Path, curve: Curve, title: str, *, num_it: int = 100) -> dict[str, float]:
     """Write the curve as a picture; the suggestions. Raises `ValueError` where the curve is too short for them."""
-    from trainables.lr_finder import save_curve, suggestions
+    from trainables.training.lr_finder import save_curve, suggestions
 
     path.parent.mkdir(parents=True, exist_ok=True)
     found = suggestions(curve, num_it)
@@ -172,14 +171,13 @@ def narrowed_rates(
 ) -> list[str]:
     """Runs the finder once per architecture, on Ray's workers; the narrowed bounds as `--set`s.
 
-    `data` and `weights` are sources, see `trainables.source`; the curves are drawn into `folder`; `presizing` are
+    `data` and `weights` are sources, see `trainables.data.source`; the curves are drawn into `folder`; `presizing` are
     options of `presize`. Where the finder
     fails for an architecture, it says so and has no say.
     """
     import ray
 
-    from search.prepare import setting_values
-    from search.tuner import full_settings
+    from search.options.preparation import setting_values
 
     searched = {name: stage for name, stage in STAGES.items() if isinstance(space.dimensions.get(name), Range)}
     if not searched:
@@ -191,7 +189,7 @@ def narrowed_rates(
     options = {"split_seed": space.split_seed, "num_threads": max(1, int(size.cpus_per_worker))}
     options["device"] = "cuda" if size.gpus_per_worker else "cpu"
     arguments = data, digest, presizing, weights, list(searched.values()), options
-    running = {task.remote(full_settings(space) | {"arch": arch}, *arguments): arch for arch in archs}
+    running = {task.remote(space.full_settings | {"arch": arch}, *arguments): arch for arch in archs}
     suggested: dict[str, list[float]] = {name: [] for name in searched}
     while running:
         (done,), _ = ray.wait(list(running), num_returns=1)
@@ -214,9 +212,9 @@ def _find_on_worker(
 ) -> dict[str, Curve]:
     import torch
 
-    from trainables.presize import presize
+    from trainables.data.presize import presize
+    from trainables.data.source import folder_of, images_of
     from trainables.recipe import Recipe
-    from trainables.source import folder_of, images_of
 
     torch.set_num_threads(options["num_threads"])
     recipe = Recipe.from_dict(settings)

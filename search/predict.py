@@ -19,12 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from search.cli import run_cli
-from search.model_folder import open_model
-from trainables import predictor
-from trainables.image_file import SUFFIXES
-from trainables.predictor import Prediction
-from trainables.wording import printable
+from search.cli.messages import run_cli
+from search.runs.trained_model import Predictor, open_model
+from trainables.data.image_file import SUFFIXES
+from trainables.inference.predictor import Prediction
+from trainables.system.text import printable
 
 EXAMPLES = """
 examples:
@@ -39,13 +38,6 @@ examples:
 
 Exit code 0 if at least one image was labelled, 1 if none could be read, 2 if the model or an option is no good.
 """
-
-
-class Predictor(predictor.Predictor):
-    """Labels images with an exported folder's model or the best one of a run; see `trainables.predictor.Predictor`."""
-
-    def __init__(self, path: Path | str, **options) -> None:
-        super().__init__(open_model(path), **options)
 
 
 # --- The command line -------------------------------------------------------------------------------------------------

@@ -10,15 +10,14 @@ from typing import Any
 
 import pandas as pd
 
-from search import figures, held_out, page
-from search.cli import run_cli, say
-from search.error_analysis import ErrorAnalysis, analyse, read_analysis
-from search.files import write_atomically
-from search.results import COMPLETED, CONFIRMED, FAILED, RETRAINED, RUNNING, SCORES, STOPPED
-from search.run_record import RunRecord, load
-from search.wording import duration, percent
-from trainables.disk import require_writable_file
-from trainables.wording import many, shell_command
+from search.cli.messages import run_cli, say
+from search.reporting import charts, html_page, test_set
+from search.reporting.error_analysis import ErrorAnalysis, analyse, read_analysis
+from search.runs.atomic_files import write_atomically
+from search.runs.results_table import COMPLETED, CONFIRMED, FAILED, RETRAINED, RUNNING, SCORES, STOPPED
+from search.runs.run_record import RunRecord, load
+from trainables.system.full_disk import require_writable_file
+from trainables.system.text import duration, many, percent, shell_command
 
 STATUSES = (COMPLETED, RETRAINED, STOPPED, FAILED, RUNNING)
 
@@ -79,12 +78,12 @@ def _write(out: Path, text: str) -> None:
 def render(run: RunRecord, *, no_analysis: str = "") -> str:
     """The report as HTML. `no_analysis` says why the winner's errors are not in it."""
     found = read_analysis(run)
-    search_charts, winner_charts = figures.search_charts(run), winner_figures(run, found)
+    search_charts, winner_charts = charts.search_charts(run), winner_figures(run, found)
     cards = [_card("best-card", "Best", run.best, run)] if run.best is not None else []
     if run.first is not None and run.first.name != run.best.name:
         what = "Trial 0" if run.command.get("arguments", {}).get("recipes") else "Trial 0, the space's own recipe"
         cards.append(_card("first-card", what, run.first, run))
-    return page.render(
+    return html_page.render(
         "report.html",
         [*search_charts, *winner_charts],
         name=run.path.name,
@@ -94,7 +93,7 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
         running=bool((run.trials["status"] == RUNNING).any()),
         cards=cards,
         verdict=verdict(run),
-        test=held_out.lines(run.folder),
+        test=test_set.lines(run.folder),
         facts=facts(run),
         search_charts=[chart.name for chart in search_charts],
         winner_charts=[chart.name for chart in winner_charts],
@@ -112,9 +111,9 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
     )
 
 
-def winner_figures(run: RunRecord, found: ErrorAnalysis | None) -> list[figures.Chart]:
-    charts = [figures.confusion(found.counts, found.classes)] if found else []
-    return [*charts, figures.schedule(run.best_recipe)] if run.best_recipe else charts
+def winner_figures(run: RunRecord, found: ErrorAnalysis | None) -> list[charts.Chart]:
+    shown = [charts.confusion(found.counts, found.classes)] if found else []
+    return [*shown, charts.schedule(run.best_recipe)] if run.best_recipe else shown
 
 
 # --- What ran, and what came of it ------------------------------------------------------------------------------------
@@ -126,7 +125,7 @@ def headline(run: RunRecord) -> str:
         return "no trial has started yet"
     counts = run.trials["status"].value_counts()
     by_status = ", ".join(f"{counts[name]} {name}" for name in STATUSES if name in counts)
-    minutes = figures.end_times(run)
+    minutes = charts.end_times(run)
     took = f" in {duration(60 * minutes.max())}" if len(minutes) else ""
     return f"{many(len(run.trials), 'trial')}{took}: {by_status}"
 

@@ -13,13 +13,12 @@ from datetime import datetime
 from importlib.metadata import version
 from typing import Any
 
-from search.arguments import method_of, parse_arguments, resume_command, workers_per_trial
-from search.cli import INTERRUPTED, Interruptible, run_cli, say
-from search.cluster import check_address, prepare_environment, start_ray
-from search.prepare import check_weights, find_data, pin, presize_here, say_depth, setting_values, space_of
-from search.space import Space
-from search.wording import duration
-from trainables.wording import many, shell_command
+from search.cli.messages import INTERRUPTED, Interruptible, run_cli, say
+from search.cluster.connect import check_address, prepare_environment, start_ray
+from search.options.arguments import method_of, parse_arguments, resume_command, workers_per_trial
+from search.options.preparation import check_weights, find_data, pin, presize_here, say_depth, setting_values, space_of
+from search.spaces.space import Space
+from trainables.system.text import duration, many, shell_command
 
 PUBLISHED = "published: on the book's data, split and hardware; other images or settings give other errors"
 
@@ -29,14 +28,14 @@ def main() -> int:
     if args.describe:
         print(description(space_of(args)))
         return 0
-    from search.resume import alone_in, arguments_to_go_on, is_begun, said_changes
-    from search.run_folder import RunFolder
+    from search.runs.paths import RunFolder
+    from search.runs.resume import alone_in, arguments_to_go_on, is_begun, said_changes
 
     name = args.name or f"{args.space}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = RunFolder(args.results / name)
     with alone_in(folder):
         if args.resume and args.storage and not is_begun(folder):
-            from search.storage import bring_back
+            from search.runs.remote_copy import bring_back
 
             bring_back(args.storage, folder)
             args.trust = True  # it is this command that names the place
@@ -52,15 +51,14 @@ def search(args: argparse.Namespace, folder) -> int:
     check_address(args.address)
     show_progress()
     space, method = space_of(args), method_of(args)
-    from search.annealed import check_lengths
-    from search.architectures import check_architectures
-    from search.held_out import hold_out, source_of
-    from search.resume import arguments_record, images_record, require_same, require_whole, same_files
-    from search.tuner import RunOptions, full_settings
-    from trainables.source import images_digest
+    from search.reporting.test_set import hold_out, source_of
+    from search.runs.resume import arguments_record, images_record, require_same, require_whole, same_files
+    from search.spaces.architectures import check_architectures
+    from search.tuning.halving import check_lengths
+    from search.tuning.tuner import RunOptions
+    from trainables.data.source import images_digest
 
     as_asked = arguments_record(args)  # before the learning-rate finder narrows it
-    full_settings(space)
     if args.resume:
         require_whole(folder, space.dimensions)
     if method.scheduler == "annealed":
@@ -78,7 +76,7 @@ def search(args: argparse.Namespace, folder) -> int:
     pin(args)
     presize_here(space, images, args)
     nodes, ray_dashboard = start_ray(args.address)
-    from search.resources import hardware
+    from search.cluster.resources import hardware
 
     size, num_workers = sizes(args, nodes, setting_values(space, "arch"))
     source = source_of(args, space)
@@ -136,7 +134,7 @@ def mirror_of(args: argparse.Namespace, folder):
     """What copies the run to `--storage`, as a context; one that does nothing without it."""
     if args.storage is None:
         return nullcontext()
-    from search.storage import Mirror
+    from search.runs.remote_copy import Mirror
 
     return Mirror(folder, args.storage, resume=args.resume, resume_command=resume_command(folder, args.address))
 
@@ -146,7 +144,7 @@ def sizes(args: argparse.Namespace, nodes: list, archs: list[str]):
     even the nodes that the autoscaler can add have room, or a pattern is one of no architecture."""
     from dataclasses import replace
 
-    from search.resources import group_size, trials_at_once
+    from search.cluster.resources import group_size, trials_at_once
 
     num_workers, of_archs = workers_per_trial(args.workers_per_trial)
     for pattern in of_archs:
@@ -170,10 +168,10 @@ def sizes(args: argparse.Namespace, nodes: list, archs: list[str]):
 def run(options, *, resume: bool) -> int:
     import ray
 
-    from search.afterwards import errors_said
-    from search.searcher import end_study
-    from search.time_budget import seconds_spent
-    from search.tuner import new_tuner, restored_tuner
+    from search.cli.errors import errors_said
+    from search.runs.time_budget import seconds_spent
+    from search.tuning.searcher import end_study
+    from search.tuning.tuner import new_tuner, restored_tuner
 
     try:
         tuner = restored_tuner(options) if resume else new_tuner(options)
@@ -192,14 +190,14 @@ def run(options, *, resume: bool) -> int:
 
 def words_to_show(argv: list[str]) -> list[str]:
     """The command line for the report: its URIs without user, password and query."""
-    from trainables.remote import shown
+    from trainables.system.file_systems import shown
 
     return [re.sub(r"[a-z][a-z0-9]*://\S+", lambda uri: shown(uri[0]), word) for word in argv]
 
 
 def announce(options, nodes: list) -> None:
-    from search.disk import needs
-    from search.resources import memory_note, trials_at_once
+    from search.cluster.resources import memory_note, trials_at_once
+    from search.runs.disk_space import needs
 
     size, folder = options.group_size, options.folder
     note = memory_note(nodes, size, options.max_concurrent)
@@ -221,8 +219,8 @@ def announce(options, nodes: list) -> None:
 
 def largest_weights(options) -> int | None:
     """Bytes of the largest network's pretrained weights; None where some are not on this machine's disk."""
-    from trainables.source import folder_of
-    from trainables.weights import find_weights
+    from trainables.data.source import folder_of
+    from trainables.network.pretrained_weights import find_weights
 
     if setting_values(options.space, "pretrained") == [False]:
         return None
@@ -235,13 +233,13 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
     """The leaderboard, where things are, and what to do next. The exit code: 0 if there is a winner."""
     from rich.console import Console
 
-    from search.afterwards import errors_said
-    from search.held_out import lines, read_once
-    from search.leaderboard import counts, leaderboard, recipes_table
-    from search.results import FAILED, RUNNING, leaders, read_trials
-    from search.run_record import load
-    from search.summary import summary
-    from trainables import checkpoint
+    from search.cli.errors import errors_said
+    from search.reporting.live_table import counts, leaderboard, recipes_table
+    from search.reporting.summary import summary
+    from search.reporting.test_set import lines, read_once
+    from search.runs.results_table import FAILED, RUNNING, leaders, read_trials
+    from search.runs.run_record import load
+    from trainables.training import checkpoint
 
     rows = read_trials(options.folder.trials)
     with errors_said("states of ended trials could not be removed"):
@@ -286,13 +284,13 @@ def conclude(options, seconds: float, *, interrupted: bool) -> int:
 
 def ended_by_failures(options, rows: list) -> bool:
     """Says so where one trial after another failed and the search gave up."""
-    from search.results import FAILED, failures_in_a_row
-    from search.tuner import MOST_FAILURES
+    from search.runs.results_table import FAILED, failures_in_a_row
+    from trainables.ray.retry_limits import MAX_CONSECUTIVE_FAILURES
 
-    if failures_in_a_row(options.folder) < MOST_FAILURES:
+    if failures_in_a_row(options.folder) < MAX_CONSECUTIVE_FAILURES:
         return False
     last = [row for row in rows if row["status"] == FAILED][-1]
-    say(f"ended early: {MOST_FAILURES} trials failed, one after another; the last one: {last['reason']}")
+    say(f"ended early: {MAX_CONSECUTIVE_FAILURES} trials failed, one after another; the last one: {last['reason']}")
     return True
 
 
@@ -300,10 +298,10 @@ def write_last_report(options, *, analysis: bool) -> None:
     """The report of a search that has ended. Whatever goes wrong with it, the search has its results."""
     if options.report == "off":
         return
-    from search.afterwards import errors_said
-    from search.live_report import end_live_report
+    from search.cli.errors import errors_said
     from search.report import write_report
-    from search.run_record import load
+    from search.reporting.live_report import end_live_report
+    from search.runs.run_record import load
 
     end_live_report(options.folder)
     try:
@@ -317,9 +315,9 @@ def write_command(args: argparse.Namespace, options, **found: Any) -> None:
     """What ran, on what: for the report, and for `--resume`."""
     from uuid import uuid4
 
-    from search.files import write_atomically
-    from search.resume import arguments_record, history, signature
-    from trainables.model_folder import read_json
+    from search.runs.atomic_files import write_atomically
+    from search.runs.resume import arguments_record, history, signature
+    from trainables.inference.model_folder import read_json
 
     before = read_json(options.folder.command) if args.resume else {}
     run_id = before.get("run_id", uuid4().hex)

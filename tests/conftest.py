@@ -51,8 +51,8 @@ def colour_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def colour_images(colour_folder, search_cache):
     """The presized images of `colour_folder`, 48 px."""
-    from trainables.layouts import find_images
-    from trainables.presize import presize
+    from trainables.data.layouts import find_images
+    from trainables.data.presize import presize
 
     return presize(find_images(colour_folder), 48)
 

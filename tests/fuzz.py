@@ -2,7 +2,7 @@
 
 Whatever the bytes, an image is read or is an `UnreadableImage`, and a table is read or is a `ValueError` that says
 which line is damaged; neither takes long or much memory. What breaks that is kept as a file, and the exit code is 1.
-`tests/test_fuzz.py` does a little of it in every run of the tests.
+`tests/whole/test_fuzz.py` does a little of it in every run of the tests.
 """
 
 import argparse
@@ -34,7 +34,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the readers of this checkout, as a script, too
 
-from search.results import (
+from search.runs.csv_file import as_csv
+from search.runs.results_table import (
     COMPLETED,
     COSTS,
     EPOCH_COLUMNS,
@@ -49,10 +50,9 @@ from search.results import (
     read_epochs,
     read_trials,
 )
-from search.run_record import _read_table
-from search.table_file import as_csv
-from trainables import image_file
-from trainables.image_file import UnreadableImage, read_image
+from search.runs.run_record import _read_table
+from trainables.data import image_file
+from trainables.data.image_file import UnreadableImage, read_image
 
 MAX_SECONDS = 10
 """For one input."""

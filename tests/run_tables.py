@@ -12,7 +12,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from PIL import Image
 
-from search.results import COMPLETED, EPOCH_COLUMNS, FAILED, METRICS, STOPPED, as_csv
+from search.runs.results_table import COMPLETED, EPOCH_COLUMNS, FAILED, METRICS, STOPPED, as_csv
 from trainables.recipe import Recipe
 
 DIMENSIONS = {"arch": "resnet18, resnet34", "epochs": "1..3", "lr_max": "0.0001..0.01 (log)", "mixup_alpha": "0..0.4"}

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trainables.checkpoint import SPLIT_FILE, WEIGHTS_FILE, model_only, write
-from trainables.finetune import FineTune
-from trainables.held_out import remaining
-from trainables.layouts import find_images
-from trainables.presize import presize
+from trainables.data.held_out_images import remaining
+from trainables.data.layouts import find_images
+from trainables.data.presize import presize
+from trainables.data.source import images_digest
+from trainables.inference.split_record import split_file
 from trainables.recipe import Recipe
-from trainables.source import images_digest
-from trainables.split_record import split_file
+from trainables.training.checkpoint import SPLIT_FILE, WEIGHTS_FILE, model_only, write
+from trainables.training.fine_tune import FineTune
 
 COLOURS = {"blue_tit": (40, 60, 220), "robin": (220, 60, 40), "wren": (120, 160, 60)}
 SETTINGS = {

@@ -1,5 +1,5 @@
 """One trial: the recipe, the training loop and the warm workers that run it."""
 
-from trainables.home import ensure_home
+from trainables.system.machine import ensure_home
 
 ensure_home()

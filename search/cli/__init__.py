@@ -1,0 +1,1 @@
+"""What all commands share: messages, interrupts, errors, and numbers as people read them."""

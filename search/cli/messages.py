@@ -1,0 +1,51 @@
+"""What the commands of `python -m search.<name>` share beside their end: what they say, and how a search stops."""
+
+import os
+import signal
+
+from trainables.system.command_line import INTERRUPTED, run_cli
+from trainables.system.text import printable_lines
+
+__all__ = ["INTERRUPTED", "Interruptible", "run_cli", "say"]
+
+
+class Interruptible:
+    """Within it, the first Ctrl-C (or SIGTERM) asks Tune to save its state and return; a second one ends at once.
+
+    Tune then waits for the epochs under way. They are not wanted any more, so the wait is cut short.
+    """
+
+    PATIENCE = 6.0  # seconds, of which saving takes a fraction of one
+
+    def __init__(self) -> None:
+        self.interrupted = False
+
+    def __enter__(self) -> "Interruptible":
+        # Tune ends in good order on SIGUSR1, too, and leaves SIGINT to us by TUNE_DISABLE_SIGINT_HANDLER. Until it
+        # listens, a signal is a plain interrupt.
+        handlers = dict.fromkeys((signal.SIGUSR1, signal.SIGALRM), _interrupt)
+        handlers |= dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._pass_on)
+        self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        return self
+
+    def __exit__(self, error_type: type | None, *error: object) -> bool:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        return error_type is KeyboardInterrupt and self.interrupted
+
+    def _pass_on(self, number: int, frame: object) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print("ending the search: saving its state (again to end at once)", flush=True)
+        signal.setitimer(signal.ITIMER_REAL, self.PATIENCE)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def say(text: str) -> None:
+    print(printable_lines(text), flush=True)

@@ -1,0 +1,1 @@
+"""Ray: connecting to it, its resources, and the number of trials at once."""

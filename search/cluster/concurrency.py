@@ -1,0 +1,167 @@
+"""How many trials may run at once, as the cluster grows and shrinks."""
+
+import math
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from search.cli.messages import say
+from search.cluster.resources import Node, present_nodes, reachable_nodes, room, room_in_memory
+from trainables.ray.worker_group import IDLE_SECONDS, GroupSize
+from trainables.system.text import duration, many
+
+LOOK_SECONDS = 5.0
+"""How old what is known of the cluster may be."""
+REMIND_SECONDS = 120.0
+MOST_WAITING = 8
+"""At least so many workers may wait for nodes; where more nodes are up, as many as these have room for."""
+YIELD_SECONDS = IDLE_SECONDS + 10
+"""So long no new trial takes the workers of one that has ended, where others wait for that room: idle workers leave."""
+
+
+class Capacity:
+    """What the nodes of the connected cluster have room for, and what the search in `folder` asks of them.
+
+    Tune saves it with its state. A search that goes on, maybe in another place, takes up what its own start has found.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        size: GroupSize,
+        num_workers: Mapping[str, int],
+        max_trials: int | None = None,
+        *,
+        launched: bool = False,
+    ) -> None:
+        self.size = size
+        self.num_workers = num_workers  # of architectures by pattern, see `GroupSize`
+        self.max_trials = max_trials  # None: as many as fit
+        self.launched = launched  # see `reachable_nodes`
+        self.name = folder.name
+        self._looked = self._freed = -math.inf
+        self._present = 0
+        self._lost_nodes = False
+        _capacities[self.name] = self
+
+    def __reduce__(self) -> tuple:
+        return _capacity_of, (self.name,)
+
+    @property
+    def largest(self) -> int:
+        """Workers of the largest trial."""
+        return max([self.size.num_workers, *self.num_workers.values()])
+
+    def group_size(self, arch: str) -> GroupSize:
+        return self.size.for_arch(arch, self.num_workers)
+
+    def has_room(self, live: Collection[int], more: int) -> bool:
+        """Whether a trial of `more` workers may start beside those with `live` workers; the first one always may.
+
+        Some may wait for nodes, which is what makes an autoscaler add them.
+        """
+        if not live:
+            return True
+        if self.max_trials is not None and len(live) >= self.max_trials:
+            return False
+        wanted = sum(live) + more
+        if wanted <= self.present:
+            return True
+        most_waiting = max(MOST_WAITING, self.largest, self.present)
+        yields = time.monotonic() - self._freed < YIELD_SECONDS
+        return not yields and wanted <= min(self.reachable, self.present + most_waiting)
+
+    def note_end(self, live: Collection[int]) -> None:
+        """One of the trials with `live` workers has ended. Where others wait for room, they get it before a new one:
+        they may need more workers than it had, or be ones whose node was lost. Else it does not matter who waits.
+        """
+        if sum(live) > self.present and (self.num_workers or self._lost_nodes):
+            self._freed = time.monotonic()
+
+    @property
+    def present(self) -> int:
+        """Workers that the nodes which are up have room for."""
+        self._look()
+        return self._present
+
+    @property
+    def reachable(self) -> int:
+        """The same with the nodes that the autoscaler can add."""
+        self._look()
+        return self._reachable
+
+    def _look(self) -> None:
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return
+        nodes, before = present_nodes(), self._present
+        reachable = reachable_nodes(nodes, launched=self.launched)
+        # An autoscaler adds nodes for the CPUs that are asked for, not for memory: asking for fewer would stop it.
+        memory_counts = self.max_trials is None and len(reachable) == len(nodes)
+        self._present = self._room(nodes, memory_counts)
+        if self._present != before:
+            self._lost_nodes = self._present < before
+        self._reachable = self._room(reachable, memory_counts)
+        self._looked = time.monotonic()
+
+    def _room(self, nodes: list[Node], memory_counts: bool) -> int:
+        return room_in_memory(nodes, self.size, self.largest) if memory_counts else room(nodes, self.size)
+
+
+_capacities: dict[str, Capacity] = {}
+"""Of each search in this process, by its name."""
+
+
+def _capacity_of(name: str) -> Capacity:
+    return _capacities[name]
+
+
+class CapacityNews(tune.Callback):
+    """Says when trials wait for nodes, and when nodes come or go."""
+
+    def __init__(self, capacity: Capacity, settings: Mapping[str, Any]) -> None:
+        self.capacity = capacity
+        self.settings = settings  # of all trials, but for what is searched
+        self.told: int | None = None
+        self.waiting_since: float | None = None
+        self.reminded = 0.0
+
+    def setup(self, **info: Any) -> None:
+        self.told = self.waiting_since = None
+
+    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+        if not self.capacity.launched:
+            return
+        present = self.capacity.present
+        wanted = max(self.capacity.largest, self._workers(trials))
+        if present < wanted:
+            self._wait(present, wanted)
+        elif self.waiting_since is not None:
+            self.waiting_since = None
+            if present != self.told:
+                say(f"cluster: room for {many(present, 'worker')} now, the search goes on")
+        elif self.told is not None and present != self.told:
+            say(f"cluster: {'more' if present > self.told else 'fewer'} nodes, room for {many(present, 'worker')} now")
+        self.told = present
+
+    def _workers(self, trials: list) -> int:
+        """Of the trials under way."""
+        running = (self.settings | trial.config for trial in trials if trial.status == trial.RUNNING)
+        return sum(self.capacity.group_size(recipe["arch"]).num_workers for recipe in running)
+
+    def _wait(self, present: int, wanted: int) -> None:
+        now = time.monotonic()
+        if self.waiting_since is None or present != self.told:
+            self.waiting_since, self.reminded = self.waiting_since or now, now
+            say(waiting(present, self.capacity.reachable, wanted))
+        elif present < self.capacity.largest and now - self.reminded >= REMIND_SECONDS:
+            self.reminded = now
+            say(f"cluster: still waiting for nodes, for {duration(now - self.waiting_since)} now")
+
+
+def waiting(present: int, reachable: int, wanted: int) -> str:
+    """What a search says whose trials do not fit on the nodes that are up."""
+    adds = f"its autoscaler can make it {reachable}" if reachable > present else "they wait for nodes to come back"
+    return f"cluster: waiting for nodes. Trials need {many(wanted, 'worker')}, there is room for {present}; {adds}"

@@ -1,0 +1,1 @@
+"""Export formats, their verification and the model card."""

@@ -1,0 +1,233 @@
+"""The README.md of an export: what the model is, how to use it, what it was trained on, and how far to trust it."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import PurePath
+from typing import Any
+
+from search.exporting.export_formats import INPUT, ONNX_FILE, OPSET, OUTPUT, PROGRAM_FILE
+from search.reporting.test_set import read_test, said
+from search.runs.run_record import RunRecord
+from search.runs.statistics import wilson_interval
+from trainables.data.layouts import split_level
+from trainables.inference.model_folder import ModelFolder
+from trainables.recipe import spec_of
+from trainables.system.text import many, percent, printable
+
+OURS_SHELL = "python -m search.predict . photo.jpg --top 3"
+OURS = """
+from search.predict import Predictor
+
+print(Predictor(".").predict(["photo.jpg"])[0].labels[0])
+"""
+TIMM = """
+import timm
+import torch
+from PIL import Image
+
+model = timm.create_model("local-dir:.", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+with torch.inference_mode():
+    logits = model(transform(Image.open("photo.jpg").convert("RGB"))[None])
+print(model.pretrained_cfg["label_names"][int(logits[0].argmax())])
+"""
+READ = """
+import json
+
+import numpy as np
+from PIL import Image, ImageOps
+
+with open("labels.json", encoding="utf-8") as file:
+    labels = json.load(file)
+photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+%s
+photo = photo.resize(({side}, {side}), Image.Resampling.BILINEAR)
+images = np.asarray(photo, np.float32).transpose(2, 0, 1)[None] / 255
+"""
+SQUARES = {
+    "crop": "photo = ImageOps.fit(photo, ({presize}, {presize}), Image.Resampling.BILINEAR)",
+    "squish": "photo = photo.resize(({presize}, {presize}), Image.Resampling.BILINEAR)",
+    "pad": """photo = ImageOps.contain(photo, ({presize}, {presize}), Image.Resampling.BILINEAR)
+wide, high = ({presize} - side for side in photo.size)
+edges = (high // 2, high - high // 2), (wide // 2, wide - wide // 2), (0, 0)
+photo = Image.fromarray(np.pad(photo, edges, mode="reflect"))""",
+}
+"""How an image becomes a square of the presized side, by Pillow: nearly as in training."""
+ONNX = f"""
+import onnxruntime
+
+session = onnxruntime.InferenceSession("{ONNX_FILE}")
+(logits,) = session.run(["{OUTPUT}"], {{"{INPUT}": images}})
+print(labels[logits[0].argmax()])
+"""
+PROGRAM = f"""
+import torch
+
+model = torch.export.load("{PROGRAM_FILE}").module()
+print(labels[model(torch.from_numpy(images))[0].argmax()])
+"""
+METHODS = {
+    "crop": "its shorter side is resized to {presize} px and the centre square taken",
+    "squish": "it is squeezed to a square of {presize} px",
+    "pad": "its longer side is resized to {presize} px and the rest of a square filled by mirroring the edges",
+}
+MOST_LABELS = 200
+"""More would bury the rest of the card."""
+
+
+def model_card(
+    model: ModelFolder,
+    metrics: dict[str, Any],
+    command: dict[str, Any],
+    run: RunRecord | None,
+    formats: Sequence[str],
+) -> str:
+    """The card as Markdown; `run` tells the size of the splits and of the search, and may be missing."""
+    parts = [_front_matter(model), _summary(model, metrics, run), _use(model, formats)]
+    parts += [_data(model, command, run), _errors(metrics, run), LIMITS, _preprocessing(model)]
+    parts += [_recipe(model), _made_with(command)]
+    return "\n\n".join(parts) + "\n"
+
+
+def text(value: object) -> str:
+    """`value` in Markdown as it is, whatever it looks like, in one line."""
+    line = printable(" ".join(str(value).split()))
+    line = re.sub(r"(?<![^\W_])_|_(?![^\W_])|[\\*#\[\]~$]", r"\\\g<0>", line)
+    line = escape(line, quote=False).replace("|", "&#124;").replace("`", "&#96;")
+    # what GitHub and model hubs make links of by themselves
+    return line.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
+
+
+def _front_matter(model: ModelFolder) -> str:
+    """For model hubs: YAML, of which JSON is a part. No base model: the weights may have come from anywhere."""
+    fields = {
+        # the hubs show how to load it with this, which timm cannot do with another head
+        "library_name": "timm" if model.recipe.head == "linear" else "finetune-search",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "timm", "finetune-search"],
+        "metrics": ["accuracy"],
+    }
+    lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _summary(model: ModelFolder, metrics: dict[str, Any], run: RunRecord | None) -> str:
+    chosen = ""
+    if run is not None:
+        number, best = metrics.get("number"), None if run.best is None else run.best.name
+        which = "the best of" if number in (None, best) else f"trial {number} of"
+        chosen = f", {which} {many(len(run.completed), 'completed trial')} ({len(run.trials)} started)"
+    started = "from pretrained weights" if model.recipe.pretrained else "from scratch"
+    return (
+        f"# {text(model.recipe.arch)} for {len(model.labels)} classes\n\n"
+        f"An image classifier, fine-tuned {started}{chosen}: {percent(metrics['error_rate'])} wrong on its validation "
+        "images."
+    )
+
+
+def _use(model: ModelFolder, formats: Sequence[str]) -> str:
+    """Ways to load it; the code runs as it stands, beside this file and an image called photo.jpg."""
+    parts = ["## How to use it", "Run in this folder, beside an image called photo.jpg."]
+    parts += ["With the project that made it, which reads images as in training, in a shell or from Python:"]
+    parts += [_code(OURS_SHELL, "sh"), _code(OURS)]
+    if model.recipe.head == "linear":
+        parts += ["With timm:", _code(TIMM)]
+    else:
+        parts.append("timm cannot build its head (head=mlp); the other formats hold all of it.")
+    if {"onnx", "pt2"} & set(formats):
+        side = model.preprocessing.image_size
+        read = (READ % SQUARES[model.preprocessing.resize_method]).format(
+            side=side, presize=model.preprocessing.presize
+        )
+        parts += [
+            f"The other formats take RGB pixels in 0..1 that are **not** normalised, `{INPUT}`, float32 (batch, 3, "
+            f"{side}, {side}), for any number of images, and give `{OUTPUT}`, float32 (batch, {len(model.labels)}). "
+            "Read so, by Pillow, which rounds a little otherwise than training did:",
+            _code(read),
+        ]
+    if "onnx" in formats:
+        parts += [
+            f"and then with ONNX Runtime (opset {OPSET}; the labels are in the file's metadata, too):",
+            _code(ONNX),
+        ]
+    if "pt2" in formats:
+        parts += ["or with torch alone, of the version that wrote the file or a later one:", _code(PROGRAM)]
+    return "\n\n".join(parts)
+
+
+def _data(model: ModelFolder, command: dict[str, Any], run: RunRecord | None) -> str:
+    rows = [("data set", PurePath(split_level(command["data"])[0]).name), ("classes", str(len(model.labels)))]
+    if run is not None and run.num_train and run.num_valid:
+        rows += [("training images", run.num_train), ("validation images", run.num_valid)]
+    rows.append(("seed of the split, where the data has none of its own", command.get("split_seed", 0)))
+    shown = _table(("output", "class"), enumerate(model.labels[:MOST_LABELS]))
+    more = len(model.labels) - MOST_LABELS
+    rest = f"\n\nand {more} more, in labels.json" if more > 0 else ""
+    return f"## Data\n\n{_table(('', ''), rows)}\n\nClasses, in the order of the outputs:\n\n{shown}{rest}"
+
+
+def _errors(metrics: dict[str, Any], run: RunRecord | None) -> str:
+    error, tta = metrics["error_rate"], metrics.get("tta_error_rate")
+    rows = [("validation error", percent(error, 2))]
+    if run is not None and run.num_valid:
+        low, high = wilson_interval(error, run.num_valid)
+        rows.append(("95 % interval (Wilson)", f"{percent(low, 2)} to {percent(high, 2)}"))
+    if tta is not None and tta == tta:
+        rows.append(("with test-time augmentation", percent(tta, 2)))
+    if metrics.get("valid_loss") is not None:
+        rows.append(("validation loss", f"{metrics['valid_loss']:.4f}"))
+    trials = "" if run is None else f" {many(len(run.completed), 'completed trial')} of"
+    return (
+        f"## Error\n\n{_table(('', ''), rows)}\n\nThese same validation images chose this model among{trials} a "
+        "search, so the figures are optimistic: expect a somewhat larger error on new images of the same kind. The "
+        f"interval is that of the number of images, and does not allow for the choice.{_test(metrics, run)}"
+    )
+
+
+def _test(metrics: dict[str, Any], run: RunRecord | None) -> str:
+    """The error on images that the search did not know, where some were held out for that."""
+    tested = None if run is None else read_test(run.folder)
+    scores = [score for score in (tested["winner"], tested["trial_0"]) if score] if tested else []
+    if not (mine := [said(score) for score in scores if score["trial"] == metrics.get("number")]):
+        return ""
+    return f"\n\nOn test images, which the search did not know and which were read once, at its end, {mine[0]}."
+
+
+def _preprocessing(model: ModelFolder) -> str:
+    found = model.preprocessing
+    square = METHODS[found.resize_method].format(presize=found.presize)
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (found.mean, found.std))
+    return (
+        f"## Preprocessing\n\nAn image is turned upright (EXIF) and made RGB, {square}, and the square is resized to "
+        f"{found.image_size} px, all bilinear. Pixels in 0..1 are normalised by mean ({mean}) and standard deviation "
+        f"({std}), per RGB channel; inside the model in the ONNX and pt2 formats, outside of it for timm."
+    )
+
+
+LIMITS = """## Limits
+
+The model answers with one of its classes whatever the image shows, and its probabilities are not calibrated. Of images
+of another kind than those it was trained on, by camera, place, crop or time, nothing is known. What its training images
+or pretrained weights are biased to, it is too."""
+
+
+def _recipe(model: ModelFolder) -> str:
+    rows = [(name, value, spec_of(name).metadata["doc"]) for name, value in model.recipe.to_dict().items()]
+    return f"## Recipe\n\n{_table(('setting', 'value', 'meaning'), rows)}"
+
+
+def _made_with(command: dict[str, Any]) -> str:
+    rows = list(command.get("versions", {}).items())
+    rows += [(name, value) for name, value in command.get("hardware", {}).items() if not isinstance(value, list)]
+    return f"## Made with\n\n{_table(('', ''), rows)}" if rows else "## Made with\n\nfinetune-search"
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(text, row))} |" for row in rows)])
+
+
+def _code(source: str, language: str = "python") -> str:
+    return f"```{language}\n{source.strip()}\n```"

@@ -1,0 +1,1 @@
+"""What a search is asked for, and the checks that need no Ray."""

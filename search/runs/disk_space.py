@@ -1,0 +1,66 @@
+"""The disk of a run: what the search will need of it, and waiting while it is full."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from search.cli.messages import say
+from search.runs.paths import RunFolder
+from trainables.ray.trial import table_id
+from trainables.system.full_disk import LOOK_SECONDS
+from trainables.system.text import megabytes
+
+RESERVE = 32_000_000
+"""Bytes that tables, journal, report and Tune's state may take between two looks."""
+STATE = 3
+"""A training's state is so many times its weights: AdamW keeps two numbers for each."""
+
+
+def needed(weights: int, *, at_once: int, kept: int) -> int:
+    """Bytes that a search can take at most beside the cache: each trial's state twice while a new one takes the old
+    one's place, and the kept models."""
+    return weights * (2 * STATE * at_once + kept) + RESERVE
+
+
+def needs(folder: RunFolder, weights: int | None, *, at_once: int, kept: int) -> str:
+    """What a search says of its disk as it starts; `weights` are the bytes of the largest network, where known."""
+    free = free_bytes(folder.path)
+    if weights is None:
+        return f"disk: {megabytes(free)} free; what a trial takes is known when its first epoch is done"
+    wanted = needed(weights, at_once=at_once, kept=kept)
+    short = "" if free > wanted else ": TOO LITTLE, the search will wait for room"
+    return f"disk: up to {megabytes(wanted)} for checkpoints and {kept} models, {megabytes(free)} free{short}"
+
+
+def free_bytes(folder: Path) -> int:
+    """On the disk of a folder that may not be there yet."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+class DiskWatch(tune.Callback):
+    """Lets the search wait while its disk has no room for the next checkpoints, before anything fails of that."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.largest_state = 0  # bytes
+
+    def on_trial_result(self, iteration: int, trials: list, trial, result: dict[str, Any], **info: Any) -> None:
+        state = self.folder.checkpoints / table_id(trial)
+        size = sum(file.stat().st_size for file in state.glob("epoch_*/*"))
+        self.largest_state = max(self.largest_state, size)
+
+    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+        running = sum(trial.status == trial.RUNNING for trial in trials)
+        wanted = RESERVE + self.largest_state * max(1, running)
+        if (free := free_bytes(self.folder.path)) >= wanted:
+            return
+        say(
+            f"DISK FULL: {megabytes(free)} left for {self.folder}/, which needs {megabytes(wanted)}. The search waits, "
+            "and nothing is lost. Make room, and it goes on by itself; or end it (Ctrl-C), and go on with it later."
+        )
+        while free_bytes(self.folder.path) < wanted:
+            time.sleep(LOOK_SECONDS)
+        say("disk: there is room again, the search goes on")

@@ -1,0 +1,68 @@
+"""The models that a run keeps: of its best trials in `models/<number>/`, the very best one also in `best/`."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from search.runs.atomic_files import link_or_copy, replace_folder
+from search.runs.paths import RunFolder
+from trainables.system.full_disk import when_there_is_room
+from trainables.training.checkpoint import PREPROCESSING_FILE, SPLIT_FILE, WEIGHTS_FILE
+
+
+class KeptModels:
+    """Folders with a model's weights, preprocessing, split, recipe, labels and metrics. A file's content is on the disk
+    once, in however many of them it is."""
+
+    def __init__(self, folder: RunFolder, *, first: bool) -> None:
+        self.folder = folder
+        self.first = first  # trial 0, too, in `first/`
+
+    def add(self, checkpoint: Path, *, kept: list[int], **parts: Any) -> None:
+        """A trial has completed, and these are to be `kept` now, the best one first. `parts` are contents of JSON files
+        by name; `metrics` has its number."""
+        number = parts["metrics"]["number"]
+
+        def fill(folder: Path) -> None:
+            for name in (WEIGHTS_FILE, PREPROCESSING_FILE):
+                link_or_copy(checkpoint / name, folder / name)
+            if (checkpoint / SPLIT_FILE).is_file():  # none of a trial that another version trained
+                link_or_copy(checkpoint / SPLIT_FILE, folder / SPLIT_FILE)
+            for name, content in parts.items():
+                (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+        if self.first and number == 0:
+            _replace(self.folder.first, fill)
+        if number in kept:
+            _replace(self.folder.models / str(number), fill)
+        if number == kept[0]:
+            _replace(self.folder.best, fill)
+
+    def retain(self, kept: list[int]) -> None:
+        """These trials keep their models, the best one first, and no others do."""
+        if self.folder.models.is_dir():
+            for folder in self.folder.models.iterdir():
+                if folder.name not in map(str, kept):
+                    shutil.rmtree(folder)
+        if kept and self._best() != kept[0]:
+            self._make_best(self.folder.models / str(kept[0]))
+
+    def _best(self) -> int | None:
+        metrics = self.folder.best / "metrics.json"
+        return json.loads(metrics.read_text())["number"] if metrics.is_file() else None
+
+    def _make_best(self, model: Path) -> None:
+        if not model.is_dir():  # of a run that another version began
+            return
+
+        def fill(folder: Path) -> None:
+            for file in model.iterdir():
+                link_or_copy(file, folder / file.name)
+
+        _replace(self.folder.best, fill)
+
+
+def _replace(folder: Path, fill: Callable[[Path], None]) -> None:
+    when_there_is_room(lambda: replace_folder(folder, fill), folder)

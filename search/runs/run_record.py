@@ -1,0 +1,135 @@
+"""What a run left, for a notebook, the report and the comparison: tables as pandas frames, study, best recipe."""
+
+import io
+import math
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from search.runs.csv_file import Kind, as_csv, read_table
+from search.runs.paths import RunFolder
+from search.runs.results_table import COMPLETED, CONFIRMED, EPOCH_KINDS, EPOCH_NEEDED, SCORES, TRIAL_KINDS, TRIAL_NEEDED
+from search.runs.statistics import lead, wilson_interval
+from search.runs.trained_model import is_run
+from trainables.inference.model_folder import read_json, read_model
+from trainables.recipe import Recipe
+from trainables.system.text import shell_command
+
+
+def load(path: Path | str) -> "RunRecord":
+    """The run in `path`, while it goes on or after its end. Raises `ValueError` where there is none, or a damaged one.
+
+    Nothing in the folder is executed, so a run of somebody else's may be loaded.
+    """
+    path = Path(path).expanduser()
+    if not is_run(path):
+        what = "is no run: it has no command.json" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {what}. Expected the folder of a run, such as results/<name>.")
+    return RunRecord(path)
+
+
+class RunRecord:
+    """The tables are as they were when this was made, see `results/README.md` for their columns."""
+
+    def __init__(self, path: Path) -> None:
+        self.folder = RunFolder(path)
+        self.path = self.folder.path
+        self.command: dict[str, Any] = read_json(self.folder.command)
+        self.space: dict[str, Any] = read_json(self.folder.space)
+        self.dimensions = list(self.space["dimensions"])
+        trials = _read_table(self.folder.trials, TRIAL_KINDS, TRIAL_NEEDED, key="number")
+        self.trials = trials.set_index("number", drop=False).rename_axis(None)
+        """A row a trial, by its number."""
+        self.epochs = _read_table(self.folder.epochs, EPOCH_KINDS, EPOCH_NEEDED)
+        """A row an epoch; `number` is its trial's."""
+        self.stops = self.folder.stop_reasons()
+        """Why trials were stopped early, by Tune's trial id."""
+
+    @property
+    def completed(self) -> pd.DataFrame:
+        """The completed trials, best first: lowest mean error rate of the retrainings, those without them last; then
+        lowest error rate, ties by validation loss."""
+        by = [name for name in (CONFIRMED, "error_rate", "valid_loss") if name in self.trials]
+        return self.trials[self.trials["status"] == COMPLETED].sort_values(by, kind="stable")
+
+    @property
+    def best(self) -> pd.Series | None:
+        """The winner's row, or None before a trial has completed."""
+        return None if self.completed.empty else self.completed.iloc[0]
+
+    @property
+    def first(self) -> pd.Series | None:
+        """The row of trial 0, the space's own recipe, or None unless it completed."""
+        return self.completed.loc[0] if 0 in self.completed.index else None
+
+    @property
+    def best_recipe(self) -> Recipe | None:
+        """Every hyperparameter of the winner."""
+        return read_model(self.folder.best).recipe if self.folder.best.is_dir() else None
+
+    @property
+    def later_commands(self) -> list[str]:
+        """The commands that have changed what the run is to do since it was begun, such as one for more trials."""
+        resumes = [resume for resume in self.command.get("resumes", []) if resume["changed"]]
+        return [shell_command("search.run", *resume["argv"]) for resume in resumes]
+
+    @property
+    def labels(self) -> list[str]:
+        """Class names; none before a trial has completed."""
+        return list(read_model(self.folder.best).labels) if self.folder.best.is_dir() else []
+
+    @property
+    def num_train(self) -> int | None:
+        """Training images, or None before the first epoch."""
+        return self._num_images("train_images")
+
+    @property
+    def num_valid(self) -> int | None:
+        """Validation images, or None before the first epoch."""
+        return self._num_images("valid_images")
+
+    def _num_images(self, column: str) -> int | None:
+        return int(self.epochs[column].iloc[-1]) if column in self.epochs and len(self.epochs) else None
+
+    def interval(self, row: pd.Series) -> tuple[float, float] | None:
+        """The 95 % Wilson interval of a trial's validation error; None where it has none."""
+        error = row["error_rate"]
+        return wilson_interval(error, self.num_valid) if self.num_valid and not math.isnan(error) else None
+
+    @property
+    def lead(self) -> str:
+        """What the winner's lead on trial 0 is worth, in words; empty without both. Where one was trained again, that
+        mean counts instead of the one training."""
+        best, first = self.best, self.first
+        if first is None or best.name == first.name or not self.num_valid:
+            return ""
+        error, firsts = (
+            row["error_rate"] if math.isnan(confirmed := row.get(CONFIRMED, math.nan)) else confirmed
+            for row in (best, first)
+        )
+        return lead(error, firsts, self.num_valid, len(self.completed))
+
+    @cached_property
+    def study(self) -> optuna.Study:
+        """The Optuna study as it is in the run's journal. Raises `ValueError` where there is none yet."""
+        if not self.folder.journal.is_file():  # Optuna would begin one
+            raise ValueError(f"{self.folder} has no study yet: no trial has started.")
+        storage = JournalStorage(JournalFileBackend(str(self.folder.journal)))
+        return optuna.load_study(study_name=self.space["name"], storage=storage)
+
+
+def _read_table(path: Path, kinds: dict[str, Kind], needed: Iterable[str], key: str | None = None) -> pd.DataFrame:
+    """Only an empty field is missing; `none` is the name of a setting's value. Raises `ValueError`."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no {path.name} yet: its first trial has not started.")
+    columns, rows = read_table(path, kinds, needed, key)
+    table = pd.read_csv(io.StringIO(as_csv(columns, rows)), keep_default_na=False, na_values=[""])
+    # A column without a value has no type of its own.
+    table = table.astype({name: float for name in SCORES if name in table})
+    return table.assign(reason=table["reason"].astype(object).fillna("")) if "reason" in table else table

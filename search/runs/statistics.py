@@ -1,0 +1,51 @@
+"""How sure error rates are that were seen in so many images, and whether one is lower by more than noise."""
+
+import math
+from statistics import NormalDist
+
+from trainables.system.text import many
+
+Interval = tuple[float, float]
+
+
+def wilson_interval(error_rate: float, num_images: int, level: float = 0.95) -> Interval:
+    """The interval of a share seen in `num_images` images (Wilson 1927), both ends in 0..1.
+
+    Raises `ValueError` where there are no images or the share is none.
+    """
+    if num_images < 1 or not 0 <= error_rate <= 1:
+        raise ValueError(f"error_rate is {error_rate} of {num_images} images; expected 0 to 1 of 1 or more images.")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    spread = z**2 / num_images
+    centre = error_rate + spread / 2
+    half = math.sqrt(error_rate * (1 - error_rate) * spread + spread**2 / 4)
+    return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
+
+
+def difference_interval(error_rate: float, other: float, num_images: int, level: float = 0.95) -> Interval:
+    """The interval of `other` - `error_rate`, each seen in `num_images` images (Newcombe 1998, method 10).
+
+    It takes the images for different ones. Where they are the same, it is wider than it had to be.
+    """
+    low, high = wilson_interval(error_rate, num_images, level)
+    other_low, other_high = wilson_interval(other, num_images, level)
+    difference = other - error_rate
+    return (
+        difference - math.hypot(other - other_low, high - error_rate),
+        difference + math.hypot(other_high - other, error_rate - low),
+    )
+
+
+def lead(winner: float, first: float, num_images: int, num_trials: int) -> str:
+    """What the winner's lead on trial 0 is worth, in words, where it is the best of `num_trials`.
+
+    The luckiest of many looks better than it is. So each of them gets its share of the 5 % (Bonferroni), and trial 0,
+    which was there before, makes one less.
+    """
+    others = max(1, num_trials - 1)
+    low, high = difference_interval(winner, first, num_images, 1 - 0.05 / others)
+    chosen = f", corrected for the choice among {many(others, 'trial')}" if others > 1 else ""
+    interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}{chosen}"
+    verdict = "more than noise" if low > 0 else "this may be noise"
+    points, side = 100 * abs(first - winner), "better" if winner <= first else "worse"
+    return f"{points:.1f} points {side} than trial 0 ({interval}): {verdict}"

@@ -1,0 +1,59 @@
+"""The file that keeps the Optuna study, and what kills and full disks may do to it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+from trainables.system.full_disk import when_there_is_room
+
+
+def open_journal(path: Path) -> JournalStorage:
+    """The storage in `path`, for the search that writes to it. Raises `ValueError` where it is damaged."""
+    if path.is_file():
+        mend(path)
+    # Optuna's own choice is a symbolic link, which not every file system has.
+    return JournalStorage(_WholeLines(str(path), lock_obj=JournalFileOpenLock(str(path))))
+
+
+class _WholeLines(JournalFileBackend):
+    """Optuna's, which would leave half a line on a full disk."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        path = Path(self._file_path)
+        size = path.stat().st_size
+
+        def append() -> None:
+            try:
+                super(_WholeLines, self).append_logs(logs)
+            except OSError:
+                os.truncate(path, size)
+                raise
+
+        when_there_is_room(append, path)
+
+
+def mend(path: Path) -> None:
+    """Cut off a last line that was being written when the machine stopped: Optuna would write on in it. Raises
+    `ValueError` where the journal is damaged further up."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = 0
+    for number, line in enumerate(lines, start=1):
+        if not _is_whole(line):
+            if number < len(lines):
+                raise ValueError(
+                    f"{path} is damaged: line {number} is no JSON. Bring it back from a copy, or begin a new run."
+                )
+            os.truncate(path, whole)
+        whole += len(line)
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return line.endswith(b"\n")

@@ -1,0 +1,48 @@
+"""Which networks of a space are tried out before Ray starts, see `trainables.network.architecture`."""
+
+import itertools
+from typing import Any
+
+from search.spaces.space import Range, Space, load_space, space_names
+from trainables.network.architecture import DECISIVE, require_trainable
+from trainables.recipe import Recipe
+
+
+def check_architectures(space: Space) -> None:
+    """Raises `ValueError` that names each architecture that cannot be trained as `space` says, and why.
+
+    Those of the spaces that come with this project take every size and head.
+    """
+    require_trainable(to_try(space))
+
+
+def to_try(space: Space) -> list[dict[str, Any]]:
+    """The decisive settings of the recipes to try: of each architecture all heads at one size, and all sizes."""
+    defaults = Recipe.from_dict(space.settings).to_dict()
+    values = {name: _values(space, name, defaults[name]) for name in DECISIVE}
+    found = []
+    for arch in [arch for arch in values.pop("arch") if arch not in known()]:
+        first = {"arch": arch, **{name: of[0] for name, of in values.items()}}
+        heads = itertools.product(values["head"], values["concat_pool"])
+        found += [first | {"head": head, "concat_pool": concat_pool} for head, concat_pool in heads]
+        sizes = itertools.product(values["image_size"], values["start_size"])
+        found += [first | {"image_size": size, "start_size": start} for size, start in sizes]
+    return [recipe for place, recipe in enumerate(found) if recipe not in found[:place]]
+
+
+def _values(space: Space, name: str, default: Any) -> tuple:
+    """All values of a choice; of a range its ends, and a number that is a multiple of nothing."""
+    dimension = space.dimensions.get(name)
+    if isinstance(dimension, Range):
+        low, high = int(dimension.low), int(dimension.high)
+        return tuple(dict.fromkeys((*[0] * dimension.off, low, min(low + 1, high), high)))
+    return dimension.values if dimension else (default,)
+
+
+def known() -> set[str]:
+    """The architectures of the spaces that come with this project."""
+    archs = set()
+    for space in map(load_space, space_names()):
+        archs |= {space.settings["arch"], *getattr(space.dimensions.get("arch"), "values", ())}
+        archs |= {recipe.settings.get("arch") for recipes in space.recipes.values() for recipe in recipes}
+    return archs

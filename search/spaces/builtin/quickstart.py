@@ -1,0 +1,35 @@
+"""The pets space at a size that fits two CPU cores, on drawn animals and with small pretrained networks."""
+
+from search.spaces import fastai_book
+from search.spaces.space import Choice, Range, Space
+
+ARCHS = {"resnet34.tv_in1k": "tf_efficientnet_lite0", "resnet50.tv_in1k": "tf_efficientnet_lite2"}
+SIZES = {"batch_size": 32, "presize": 160, "image_size": 96}
+
+SPACE = Space(
+    name="quickstart",
+    doc="drawn animals (12 breeds, made on first use) from pretrained EfficientNet-Lites, for two CPU cores",
+    dataset="quickstart",
+    settings={
+        "arch": "tf_efficientnet_lite0",
+        "epochs": 2,
+        "freeze_epochs": 1,
+        **SIZES,
+        "lr_max_frozen": 2e-3,
+        "lr_max": 1e-3,
+        "lr_ratio": 100.0,
+    },
+    dimensions={
+        "arch": Choice(("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")),
+        "image_size": Choice((96, 112, 128)),
+        "epochs": Range(1, 3),
+        "lr_max_frozen": Range(5e-4, 2e-2, log=True),
+        "lr_max": Range(1e-4, 1e-2, log=True),
+        "lr_ratio": Range(3, 1000, log=True),
+        "mixup_alpha": Range(0.0, 0.4),
+        "smoothing": Range(0.0, 0.2),
+    },
+    recipes={"book": tuple(fastai_book.scaled_down(recipe, ARCHS, **SIZES) for recipe in fastai_book.PETS)},
+    num_trials=10,
+    seed=6,
+)

@@ -1,0 +1,82 @@
+"""Early termination by complete short recipes: a config is trained anew for longer where it was good.
+
+Half-way through a one-cycle schedule the rate is high and the metric says little. A short schedule that has run to its
+end says more. Asynchronous successive halving (Li et al. 2020) over `epochs`, each rung from the pretrained weights.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from search.options.strategy import Method
+from search.spaces.space import Choice, Dimension, Space
+from search.tuning.searcher import FORGOTTEN, OptunaSearcher, as_params, config_of, propose
+
+FACTOR = 3
+"""From one length to the next, and one in so many goes on."""
+
+Config = dict[str, Any]
+
+
+def lengths(epochs: Dimension) -> list[int]:
+    """Epochs of the rungs, shortest first: the most that there are, and the most that are a third of the next rung's
+    at most, as long as there are any."""
+    if isinstance(epochs, Choice):
+        allowed = {value for value in epochs.values if value > 0}
+    else:
+        allowed = set(range(max(1, int(epochs.low)), int(epochs.high) + 1))
+    found = [max(allowed)]
+    while shorter := [length for length in allowed if length * FACTOR <= found[0]]:
+        found.insert(0, max(shorter))
+    return found
+
+
+def check_lengths(space: Space) -> None:
+    """Raises `ValueError` where trials could not begin short."""
+    epochs = space.dimensions.get("epochs")
+    if epochs is None or len(lengths(epochs)) < 2:
+        given = f"epochs {'is ' + str(space.settings['epochs']) if epochs is None else 'are ' + str(epochs)}"
+        raise ValueError(
+            f"--scheduler annealed: {given}, but trials begin with a third of the longest. Search epochs "
+            f"(--set epochs=2..6), the most at least {FACTOR} times the fewest, or take another --scheduler."
+        )
+
+
+def promotion(done: Iterable[tuple[Config, float]], rungs: Sequence[int], taken: Iterable[Config]) -> Config | None:
+    """The best config that is among the best third of its length and has not gone on, with the next length; or None.
+
+    `done` are configs and errors of completed trials, `taken` the configs of all trials there have been.
+    """
+    done, taken = list(done), list(taken)
+    for epochs, longer in reversed(list(pairwise(rungs))):
+        here = sorted((error, i) for i, (config, error) in enumerate(done) if config["epochs"] == epochs)
+        for _, i in here[: len(here) // FACTOR]:
+            config = done[i][0] | {"epochs": longer}
+            if config not in taken:
+                return config
+    return None
+
+
+class AnnealedSearcher(OptunaSearcher):
+    """Proposes the shortest length, and longer ones to configs that were good at it. Each is a trial of its own."""
+
+    def _ask(self) -> tuple[optuna.Trial, Config]:
+        if len(self.numbers) < len(self.first_configs):
+            return super()._ask()
+        rungs = lengths(self.space.dimensions["epochs"])
+        known = (t for t in self.study.get_trials(deepcopy=False) if t.user_attrs.get("failure") != FORGOTTEN)
+        trials = [(t, config_of(self.space, t.params)) for t in known]
+        done = [(config, t.values[0]) for t, config in trials if t.state == optuna.trial.TrialState.COMPLETE]
+        config = promotion(done, rungs, [config for _, config in trials]) or {"epochs": rungs[0]}
+        self.study.enqueue_trial(as_params(self.space, config))
+        trial = self.study.ask()
+        return trial, propose(trial, self.space)
+
+
+def new_searcher(space: Space, journal: Path, *, seed: int, method: Method, **options: Any) -> OptunaSearcher:
+    """Who proposes by `method`; `options` are those of `OptunaSearcher`."""
+    kind = AnnealedSearcher if method.scheduler == "annealed" else OptunaSearcher
+    return kind(space, journal, seed=seed, method=method, **options)

@@ -1,0 +1,13 @@
+"""`--confirm K`: the best K configs of a search are trained again with new seeds, and ranked by the mean of these."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from search.options.strategy import CONFIRM_SEEDS
+from trainables.ray.trial import RETRAINS
+
+
+def retrainings(best: Iterable[tuple[str, dict[str, Any]]], seed: int) -> list[dict[str, Any]]:
+    """Configs of all retrainings, the best trial's first; no trial of the search had a seed above `seed`."""
+    seeds = range(seed + 1, seed + 1 + CONFIRM_SEEDS)
+    return [config | {"seed": new, RETRAINS: trial_id} for trial_id, config in best for new in seeds]

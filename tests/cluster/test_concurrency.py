@@ -1,0 +1,174 @@
+"""How many trials may run at once as nodes come and go, and what a search says of it (real nodes: test_clusters.py)."""
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+
+from search.cluster import concurrency as module
+from search.cluster.concurrency import Capacity, CapacityNews
+from search.cluster.resources import Node
+from trainables.ray.worker_group import GroupSize
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """The cluster's nodes, and a clock that a test sets."""
+    world = SimpleNamespace(present=[Node(2, 0)], more=[], now=1000.0)
+    monkeypatch.setattr(module, "present_nodes", lambda: world.present)
+    monkeypatch.setattr(module, "reachable_nodes", lambda present, launched: present + world.more * launched)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: world.now))
+
+    def become(*nodes: Node) -> None:
+        world.present, world.now = list(nodes), world.now + module.LOOK_SECONDS
+
+    world.become = become
+    return world
+
+
+def capacity(tmp_path, num_workers=1, of_archs=None, max_trials=None) -> Capacity:
+    return Capacity(tmp_path, GroupSize(num_workers=num_workers), of_archs or {}, max_trials, launched=True)
+
+
+def test_as_many_workers_run_as_the_nodes_have_room_for(cluster, tmp_path):
+    cluster.present = [Node(2, 0), Node(3, 0)]
+    found = capacity(tmp_path)
+    assert found.has_room([2, 2], 1)
+    assert not found.has_room([2, 2], 2)
+    assert not found.has_room([2, 2, 1], 1)
+
+
+def test_the_first_trial_always_may_start(cluster, tmp_path):
+    cluster.present = []
+    assert capacity(tmp_path).has_room([], 4)
+
+
+def test_a_limit_of_trials_counts_trials_and_asks_for_no_more_than_there_is(cluster, tmp_path):
+    found = capacity(tmp_path, max_trials=2)
+    assert found.has_room([1], 1)
+    assert not found.has_room([1], 2)
+    assert not found.has_room([1, 1], 0)
+
+
+def test_no_more_trials_start_than_the_memory_is_enough_for(cluster, tmp_path):
+    cluster.present = [Node(64, 0, memory=5e9)]
+    found = capacity(tmp_path)
+    assert found.has_room([1, 1], 1) and not found.has_room([1, 1, 1], 1)
+    assert capacity(tmp_path, max_trials=40).has_room([1] * 30, 1)  # as the user says
+    cluster.more = [Node(64, 0)]  # an autoscaler adds it for CPUs that are asked for, whatever the memory is
+    assert capacity(tmp_path).has_room([1] * 60, 1)
+    cluster.more = []
+    large = capacity(tmp_path, of_archs={"resnet101": 8})
+    assert large.present == 8  # the largest trial waits for no nodes: the memory is only estimated
+
+
+def test_some_trials_wait_for_nodes_that_the_autoscaler_can_add_and_more_once_it_has(cluster, tmp_path):
+    cluster.present, cluster.more = [], 100 * [Node(1, 0)]
+    found = capacity(tmp_path)
+    most = module.MOST_WAITING
+    assert found.has_room([1] * (most - 1), 1) and not found.has_room([1] * most, 1)
+    cluster.become(*20 * [Node(1, 0)])
+    assert found.has_room([1] * 39, 1) and not found.has_room([1] * 40, 1)
+    cluster.more = []
+    cluster.become(*20 * [Node(1, 0)])
+    assert found.has_room([1] * 19, 1) and not found.has_room([1] * 20, 1)
+
+
+def test_a_trial_that_waits_for_room_gets_it_before_a_new_one(cluster, tmp_path):
+    cluster.more = [Node(8, 0)]
+    found = capacity(tmp_path, of_archs={"resnet101": 2})
+    assert found.has_room([1, 1], 2)
+    found.note_end([1, 1, 2])
+    assert not found.has_room([1, 2], 1)
+    assert found.has_room([1], 1)  # room for both
+    cluster.now += module.YIELD_SECONDS
+    assert found.has_room([1, 2], 1)
+
+
+def test_a_trial_whose_node_was_lost_gets_room_before_a_new_one(cluster, tmp_path):
+    cluster.present, cluster.more = [Node(2, 0), Node(2, 0)], [Node(8, 0)]
+    found = capacity(tmp_path)
+    found.note_end([1, 1, 1, 1, 1])
+    assert found.has_room([1, 1, 1, 1], 1)  # of trials that have not begun it does not matter which one waits
+    cluster.become(Node(2, 0))
+    found.note_end([1, 1, 1, 1])
+    assert not found.has_room([1, 1, 1], 1)
+
+
+def test_trials_that_end_all_the_time_do_not_keep_a_cluster_from_growing(cluster, tmp_path):
+    cluster.more = [Node(8, 0)]
+    found = capacity(tmp_path, of_archs={"resnet101": 2})
+    found.note_end([1, 1])
+    assert found.has_room([1], 2)
+
+
+def test_room_follows_the_nodes_that_come_and_go(cluster, tmp_path):
+    found = capacity(tmp_path)
+    assert not found.has_room([1, 1], 1)
+    cluster.become(Node(2, 0), Node(2, 0))
+    assert found.has_room([1, 1], 1)
+    cluster.become(Node(1, 0))
+    assert not found.has_room([1], 1)
+
+
+def test_some_architectures_need_more_workers(cluster, tmp_path):
+    found = capacity(tmp_path, of_archs={"resnet101*": 4, "resnet101d": 2})
+    archs = ("resnet101.tv_in1k", "resnet18.tv_in1k", "resnet101d")
+    assert [found.group_size(arch).num_workers for arch in archs] == [4, 1, 2]
+    assert found.largest == 4
+
+
+def test_a_restored_search_takes_up_the_capacity_of_its_own_start_wherever_its_folder_is(cluster, tmp_path):
+    before = pickle.dumps(capacity(tmp_path / "here" / "run"))
+    now = capacity(tmp_path / "there" / "run", num_workers=2)
+    assert pickle.loads(before) is now
+
+
+SETTINGS = {"arch": "resnet18"}
+
+
+def steps(news: CapacityNews, capsys, *trials) -> str:
+    news.on_step_begin(0, list(trials))
+    return capsys.readouterr().out
+
+
+def trial(status: str, **config):
+    return SimpleNamespace(status=status, config=config, RUNNING="RUNNING")
+
+
+def test_a_search_says_what_it_waits_for_again_and_again_and_when_it_goes_on(cluster, tmp_path, capsys):
+    cluster.present, cluster.more = [Node(1, 0)], [Node(4, 0)]
+    news = CapacityNews(capacity(tmp_path, num_workers=2), SETTINGS)
+    waits = steps(news, capsys)
+    assert "waiting for nodes. Trials need 2 workers, there is room for 1; its autoscaler can make it 5" in waits
+    assert steps(news, capsys) == ""
+    cluster.now += module.REMIND_SECONDS
+    assert "still waiting for nodes, for 2 min" in steps(news, capsys)
+    cluster.become(Node(1, 0), Node(4, 0))
+    assert "room for 5 workers now, the search goes on" in steps(news, capsys)
+
+
+def test_trials_that_run_already_are_waited_for_too(cluster, tmp_path, capsys):
+    news = CapacityNews(capacity(tmp_path, of_archs={"resnet101": 2}), SETTINGS)
+    assert steps(news, capsys, trial("RUNNING", arch="resnet101"), trial("TERMINATED")) == ""
+    waits = steps(news, capsys, trial("RUNNING", arch="resnet101"), trial("RUNNING"))
+    assert "Trials need 3 workers, there is room for 2; they wait for nodes to come back" in waits
+    cluster.now += 2 * module.REMIND_SECONDS
+    assert steps(news, capsys, trial("RUNNING", arch="resnet101"), trial("RUNNING")) == ""  # the others go on
+    assert steps(news, capsys, trial("RUNNING")) == ""
+
+
+def test_a_search_on_one_machine_says_nothing_of_nodes(cluster, tmp_path, capsys):
+    alone = Capacity(tmp_path, GroupSize(num_workers=8), {})
+    assert steps(CapacityNews(alone, SETTINGS), capsys, trial("RUNNING")) == ""
+
+
+def test_a_search_says_when_nodes_come_and_go(cluster, tmp_path, capsys):
+    news = CapacityNews(capacity(tmp_path), SETTINGS)
+    said = [steps(news, capsys)]
+    for nodes in ([Node(2, 0), Node(2, 0)], [Node(1, 0)], [Node(1, 0)]):
+        cluster.become(*nodes)
+        said.append(steps(news, capsys))
+    assert said[0] == said[3] == ""
+    assert "more nodes, room for 4 workers now" in said[1]
+    assert "fewer nodes, room for 1 worker now" in said[2]

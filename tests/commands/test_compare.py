@@ -1,0 +1,97 @@
+"""Runs side by side: the figures are the runs' own, and what is not comparable is said."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_tables import write_run
+
+from search import compare
+from search.runs.run_record import load
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two runs on the same images: one of ten trials, one of 40 that do worse."""
+    root = tmp_path_factory.mktemp("runs")
+    first, second = write_run(root / "a" / "pets"), write_run(root / "b" / "pets", num_trials=40, shift=0.2)
+    command = json.loads((second / "command.json").read_text())
+    (second / "command.json").write_text(json.dumps(command | {"data": str(first / "images")}))
+    return first, second
+
+
+def cells(table, row):
+    return dict(zip(table[0], table[row], strict=True))
+
+
+def test_each_run_has_its_best_error_and_its_budget(folders):
+    runs = [load(folder) for folder in folders]
+    table = compare.tables(runs, ["a", "b"])["Best error and budget"]
+    for i, run in enumerate(runs, 1):
+        shown = cells(table, i)
+        assert shown["best"] == f"{100 * run.best['error_rate']:.1f} % (trial {run.best.name})"
+        assert shown["epochs"] == str(len(run.epochs))
+        assert shown["trial 0"] == f"{100 * run.first['error_rate']:.1f} %"
+    assert cells(table, 1)["trials"] == "10: 7 completed, 2 stopped early, 1 failed"
+    assert cells(table, 1)["trained"] == "4 min 20 s"  # 26 epochs of ten seconds
+
+
+def test_importance_and_recipes_stand_side_by_side(folders):
+    runs = [load(folder) for folder in folders]
+    importance, recipes = list(compare.tables(runs, ["a", "b"]).values())[1:]
+    assert importance[0] == recipes[0] == ["setting", "a", "b"]
+    assert [row[0] for row in recipes[1:]] == runs[0].dimensions
+    assert recipes[1][1:] == [run.best["arch"] for run in runs]
+    assert sum(int(row[2].removesuffix(" %")) for row in importance[1:]) == pytest.approx(100, abs=2)
+
+
+def test_the_command_prints_it_and_writes_a_page(folders, tmp_path):
+    out = tmp_path / "compare.html"
+    command = [sys.executable, "-m", "search.compare", *map(str, folders), "--out", str(out)]
+    child = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert child.returncode == 0, child.stderr
+    assert "a/pets" in child.stdout and "b/pets" in child.stdout and "warning" not in child.stdout
+    html = out.read_text()
+    assert html.count('<td class="text">a/pets</td>') == 1
+    assert 'id="incumbents"' in html and 'id="importances"' in html
+
+
+def test_runs_on_other_images_are_not_comparable_and_that_is_said(folders, tmp_path):
+    other = write_run(tmp_path / "other")
+    said = compare.warnings([load(folders[0]), load(other)], ["a", "other"])
+    assert len(said) == 1 and "not comparable" in said[0] and str(other / "images") in said[0]
+    assert compare.warnings([load(folder) for folder in folders], ["a", "b"]) == []
+
+
+def test_a_run_without_a_winner_is_shown_as_such(folders, tmp_path):
+    empty = load(write_run(tmp_path / "empty", num_trials=0))
+    table = compare.tables([load(folders[0]), empty], ["a", "empty"])["Best error and budget"]
+    assert cells(table, 2)["best"] == "none completed" and cells(table, 2)["trials"] == "0"
+    assert "empty" in compare.render([load(folders[0]), empty], ["a", "empty"])
+
+
+def test_the_same_run_twice_and_a_run_alone_are_refused(folders, capsys):
+    with pytest.raises(ValueError, match="is given twice"):
+        compare.main([str(folders[0]), str(folders[0])])
+    with pytest.raises(SystemExit):
+        compare.main([str(folders[0])])
+    assert "needs two runs or more" in capsys.readouterr().err
+
+
+def test_a_comparison_that_cannot_be_written_is_refused_before_it_is_made(folders, tmp_path, capsys):
+    (tmp_path / "taken").touch()
+    with pytest.raises(ValueError, match=r"cannot be written .* --out"):
+        compare.main([*map(str, folders), "--out", str(tmp_path / "taken" / "compare.html")])
+    assert not capsys.readouterr().out
+
+
+def test_names_are_text_not_markup(tmp_path, capsys):
+    folders = [write_run(tmp_path / name) for name in ("[bold]a", "<b>b")]
+    assert compare.main([*map(str, folders), "--out", str(tmp_path / "out.html")]) == 0
+    assert "[bold]a" in capsys.readouterr().out
+    html = (tmp_path / "out.html").read_text()
+    assert "<b>b" not in html and "&lt;b&gt;b" in html

@@ -1,0 +1,228 @@
+"""The report as a file: it is there, small, of one piece, and says what the tables say, whatever state a run is in."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from run_tables import write_run
+from tiny_run import make_run
+
+from search import report
+from search.reporting import error_analysis
+from search.runs.results_table import COMPLETED
+from search.runs.run_record import load
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Page(HTMLParser):
+    """The texts of a page's elements that have an id, and every address that is loaded."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.rows: list[list[str]] = []
+        self.in_table = False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.addresses += [given[name] for name in ("src", "href") if name in given]
+        if tag == "table":
+            self.in_table = given.get("id") == "trials-table"
+        elif tag == "tr" and self.in_table:
+            self.rows.append([])
+        elif tag in ("td", "th") and self.in_table:
+            self.rows[-1].append("")
+
+    def handle_data(self, data):
+        if self.in_table and self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data.strip()
+
+    def handle_endtag(self, tag):
+        if tag == "table":
+            self.in_table = False
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return load(write_run(tmp_path_factory.mktemp("runs") / "ten"))
+
+
+def test_the_table_has_a_row_per_trial_best_first_and_failures_come_with_reasons(run):
+    html = report.render(run)
+    header, *rows = Page(html).rows
+    assert header[:4] == ["trial", "status", "epochs", "error"] and header[-1] == "reason"
+    assert sorted(int(row[0]) for row in rows) == list(range(10))
+    assert int(rows[0][0]) == run.best.name
+    errors = [float(row[3].removesuffix(" %")) for row in rows if row[3]]
+    assert errors == sorted(errors)
+    assert rows[-1][1] == "failed" and rows[-1][-1] == "loss is nan"
+    assert "<li>trial 5: loss is nan</li>" in html
+
+
+def test_the_winner_stands_beside_trial_0_with_both_intervals(run):
+    html = report.render(run)
+    low, high = run.interval(run.best)
+    assert f"95 % interval {100 * low:.1f} % to {100 * high:.1f} %" in html
+    assert 'id="best-card"' in html and 'id="first-card"' in html
+    assert "this may be noise" in html
+    assert "best of 7 trials on the same 20 images" in html
+
+
+def test_what_ran_can_be_run_again(run):
+    html = report.render(run)
+    assert "python -m search.run --space pets --set arch=resnet18,resnet34" in html
+    assert "python 3.11.7, ray 2.60.0" in html
+
+
+def test_what_an_extended_search_ran_is_how_it_was_begun_and_then_extended(tmp_path):
+    folder = write_run(tmp_path / "run")
+    command = json.loads((folder / "command.json").read_text())
+    resumes = [{"argv": ["--resume", "--name", "run"], "started_at": "2026-01-02T00:00:00+00:00", "changed": []}]
+    resumes += [resumes[0] | {"argv": ["--resume", "--name", "run", "--trials", "40"], "changed": ["trials"]}]
+    (folder / "command.json").write_text(json.dumps(command | {"resumes": resumes}))
+    html = report.render(load(folder))
+    assert (
+        '<pre id="command">python -m search.run --space pets --set arch=resnet18,resnet34\n'
+        "python -m search.run --resume --name run --trials 40</pre>"
+    ) in html
+    assert "2026-01-01 00:00 +0000" in html  # when it was begun
+    assert "AMD EPYC, 2 CPUs, 24 GiB; Ray: 1 node of 2 CPUs<" in html
+    assert "80 to train on, 20 to validate of 3 classes; seed 0" in html
+
+
+def test_it_is_one_file_under_8_mb_that_loads_nothing(run, tmp_path):
+    out = tmp_path / "now.html"
+    report.write_report(run, out, analysis=False)
+    assert out.stat().st_size < 8e6
+    addresses = Page(out.read_text()).addresses
+    assert addresses and all(address.startswith("data:") for address in addresses)
+    assert "default-src &#39;none&#39;; script-src &#39;sha256-" in out.read_text()
+
+
+def test_top_losses_show_the_image_where_it_is_here(run):
+    found = error_analysis.read_analysis(run)
+    assert found.most_confused() == [("cat", "dog", 2)]
+    here, gone = found.losses
+    assert here.image.startswith("data:image/jpeg;base64,") and gone.image == ""
+    assert (here.actual, here.predicted, here.loss) == ("cat", "dog", 2.5)
+    html = report.render(run)
+    assert html.count('<img src="data:image/jpeg') == 1 and "gone.jpg" in html
+
+
+def test_names_of_others_are_shown_not_run(tmp_path):
+    labels = ["<script>alert(1)</script>", 'a"b', "</td>"]
+    html = report.render(
+        load(write_run(tmp_path / "run", labels=labels, reason="</script><img src=x onerror=alert(2)>"))
+    )
+    assert "<script>alert" not in html and "<img src=x" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    scripts = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', html, flags=re.DOTALL)
+    assert scripts and all(json.loads(script)["data"] for script in scripts)
+
+
+def test_names_that_are_no_valid_utf8_do_not_cost_the_report(tmp_path):
+    folder = write_run(tmp_path / "run")
+    for name in ("confusion_matrix.csv", "top_losses.csv"):
+        file = folder / "interpretation" / name
+        file.write_bytes(file.read_bytes().replace(b"dog", b"d\xffg"))
+    report.write_report(load(folder), tmp_path / "now.html", analysis=False)
+    assert "d\\udcffg" in (tmp_path / "now.html").read_text()
+
+
+def test_of_named_recipes_the_first_is_not_called_the_spaces_own(tmp_path):
+    folder = write_run(tmp_path / "run")
+    command = json.loads((folder / "command.json").read_text())
+    (folder / "command.json").write_text(json.dumps(command | {"arguments": {"recipes": "book"}}))
+    html = report.render(load(folder))
+    assert 'id="first-card"' in html and "the space&#39;s own recipe" not in html
+
+
+@pytest.mark.parametrize("num_trials", [0, 1, 4])
+def test_an_early_report_says_what_is_missing(tmp_path, num_trials):
+    html = report.render(load(write_run(tmp_path / "run", num_trials=num_trials)))
+    assert ("No trial has started yet." in html) == (num_trials == 0)
+    assert ('id="winner"' in html) == (num_trials > 0)
+
+
+def test_a_search_in_which_nothing_completed_has_a_report_without_a_winner(tmp_path):
+    folder = write_run(tmp_path / "run", num_trials=6)
+    table = (folder / "trials.csv").read_text()
+    (folder / "trials.csv").write_text(table.replace(COMPLETED, "running"))
+    html = report.render(load(folder))
+    assert "No trial has completed, so there is no winner yet." in html
+    assert "The search was still going on when this was written" in html
+
+
+def test_a_thousand_trials_are_still_one_small_file_in_seconds(tmp_path):
+    run = load(write_run(tmp_path / "run", num_trials=1000))
+    started = time.monotonic()
+    html = report.render(run)
+    assert time.monotonic() - started < 60  # 2 s here; a search of a thousand trials has a thousand-row table
+    assert len(html) < 8e6 and len(Page(html).rows) == 1001
+
+
+def test_an_analysis_of_an_earlier_winner_is_not_shown(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "best" / "metrics.json").write_text('{"trial_id": "t99"}')
+    assert error_analysis.read_analysis(load(folder)) is None
+    (folder / "best" / "metrics.json").write_bytes((folder / "interpretation" / "metrics.json").read_bytes())
+    (folder / "interpretation" / "confusion_matrix.csv").write_text("actual,cat\ncat,")  # cut short by a kill
+    assert error_analysis.read_analysis(load(folder)) is None
+
+
+def test_the_winners_errors_are_looked_at_once_with_the_images_of_its_validation(tmp_path, cache, data, capfd):
+    folder = write_run(tmp_path / "run")
+    for made in ("best", "interpretation"):
+        (folder / made).rename(tmp_path / made)
+    command = json.loads((folder / "command.json").read_text())
+    make_run(folder, data)  # a real model
+    (folder / "command.json").write_text(json.dumps(command | {"data": str(data), "split_seed": 3}))
+    assert report.main([str(folder)]) == 0
+    assert "labelling the validation images with trial" in capfd.readouterr().out
+    found = error_analysis.read_analysis(load(folder))
+    metrics = json.loads((folder / "best" / "metrics.json").read_text())
+    assert found.counts.sum() == 12
+    assert found.counts.sum() - found.counts.trace() == round(12 * metrics["error_rate"])
+    assert all(loss.image for loss in found.losses)
+    before = (folder / "interpretation" / "top_losses.csv").stat().st_mtime_ns
+    assert report.main([str(folder)]) == 0
+    assert "labelling" not in capfd.readouterr().out
+    assert (folder / "interpretation" / "top_losses.csv").stat().st_mtime_ns == before
+
+
+def test_without_the_images_the_report_says_why_it_has_no_confusion_matrix(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "interpretation" / "metrics.json").unlink()
+    (folder / "images").rename(tmp_path / "elsewhere")
+    assert report.main([str(folder)]) == 0
+    html = (folder / "report.html").read_text()
+    assert "are not on this machine" in html and 'id="confusion"' not in html
+
+
+def test_what_is_no_run_is_one_paragraph_and_exit_code_2(tmp_path):
+    command = [sys.executable, "-m", "search.report", str(tmp_path)]
+    child = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert child.returncode == 2
+    assert child.stderr.startswith(f"error: {tmp_path} is no run") and child.stderr.count("\n") == 1
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_images_are_labelled(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "analyse", lambda *found: pytest.fail("labels the images first"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot be written \(it is a file\)"):
+        report.main([str(run.path), "--out", str(tmp_path / "file" / "now.html"), "--no-analysis"])
+
+
+def test_a_report_is_written_whatever_keeps_the_winners_errors_from_being_looked_at(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "interpretation" / "top_losses.csv").write_text("path,predicted,actual,loss,probability\n0.jpg,cat\n")
+    (folder / "best" / "metrics.json").unlink()
+    report.write_report(load(folder), folder / "report.html", analysis=True)
+    assert "could not be looked at: " in (folder / "report.html").read_text()

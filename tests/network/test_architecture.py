@@ -1,0 +1,99 @@
+"""Architectures of all kinds: they train, or a sentence says before the search why not."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from search import check
+from search.spaces.architectures import known, to_try
+from search.spaces.space import load_space
+from trainables import finetune
+from trainables.network import architecture
+from trainables.network.architecture import require_trainable, try_out
+from trainables.recipe import Recipe
+from trainables.training.fine_tune import FineTune
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+KINDS = {
+    "two heads, no groups of timm's, one size": "pit_ti_distilled_224",
+    "a convolution as head": "dla46x_c",
+    "no norms": "test_nfnet",
+    "stochastic depth and a small stem": "starnet_s050",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_network_that_passes_trains_in_both_stages(colour_images, kind):
+    settings = {"arch": KINDS[kind], "pretrained": False, "presize": 48, "image_size": 32, "batch_size": 12}
+    recipe = Recipe(**settings, freeze_epochs=1, epochs=1, tta_views=0)
+    try_out(recipe)
+    training = FineTune(recipe, colour_images)
+    groups = training.network.layer_groups("blocks")
+    assert len(groups) >= 3
+    assert {id(parameter) for parameter in groups[-1]} == {id(p) for p in training.network.classifier.parameters()}
+    assert [training.run_epoch()["stage"] for _ in range(2)] == ["frozen", "unfrozen"]
+    training.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"arch": "resnet81"}, "arch='resnet81' is not a timm architecture. Names like it: resnet18"),
+        (
+            {"arch": "dla46x_c", "image_size": 48},
+            r"arch=dla46x_c cannot be trained at image_size=48: the network stops with RuntimeError \(Sizes of tensors "
+            r".*\)\. Choose image_size=32 or 64 or another architecture",
+        ),
+        ({"arch": "gemma4_vit_167m_enc"}, "has no classifier, it only makes features. Choose another architecture"),
+        ({"arch": "pit_ti_distilled_224", "head": "mlp"}, "has 2 classifiers; expected head=linear"),
+        ({"arch": "test_vit", "concat_pool": True}, "does not take these options"),
+        ({"arch": "test_vit", "start_size": 64}, "at start_size=64: test_vit takes images of one size only"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_with_the_reason_and_what_to_choose(settings, problem):
+    with pytest.raises(ValueError) as error:
+        try_out(Recipe(**settings))
+    assert re.search(problem, str(error.value))
+    assert "\n" not in str(error.value)
+
+
+def test_the_projects_own_architectures_start_no_process(monkeypatch):
+    monkeypatch.setattr(architecture.subprocess, "run", lambda *args, **kwargs: pytest.fail("started a process"))
+    for name in ("quickstart", "pets", "imagenette"):
+        assert load_space(name).settings["arch"] in known()
+        require_trainable(to_try(load_space(name)))
+        require_trainable(to_try(load_space(name).of_recipes("book")))
+
+
+def test_all_heads_and_sizes_of_other_architectures_are_tried():
+    space = load_space("pets").with_settings(["arch=resnet34.tv_in1k,convnext_atto", "image_size=96..224"])
+    tried = to_try(space)
+    assert {recipe["arch"] for recipe in tried} == {"convnext_atto"}
+    assert {recipe["head"] for recipe in tried} == {"linear", "mlp"}
+    assert {recipe["image_size"] for recipe in tried} == {96, 97, 224}
+
+
+def test_what_has_passed_is_not_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_SEARCH_CACHE", str(tmp_path))
+    recipe = {"arch": "test_resnet", "head": "linear", "concat_pool": False, "image_size": 32, "start_size": 0}
+    require_trainable([recipe])
+    monkeypatch.setattr(architecture.subprocess, "run", lambda *args, **kwargs: pytest.fail("started a process"))
+    require_trainable([recipe])
+
+
+WRONG = ["--set", "arch=resnet81", "--set", "pretrained=false", "--data", str(Path(__file__).parent)]
+
+
+def test_images_are_not_called_ready_for_an_architecture_that_there_is_not(search_cache):
+    with pytest.raises(ValueError, match="arch='resnet81' is not a timm architecture"):
+        check.main(["--space", "pets", *WRONG])
+
+
+def test_a_training_without_a_search_refuses_a_wrong_architecture(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["finetune", *WRONG])
+    with pytest.raises(SystemExit):
+        finetune.main()
+    assert "error: arch='resnet81' is not a timm architecture" in capsys.readouterr().err

@@ -1,0 +1,171 @@
+"""The charts of a report: they draw what the tables say, and their captions say it in words."""
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+from run_tables import DISTRIBUTIONS, write_run
+
+from search.reporting import charts
+from search.runs.run_record import load
+from trainables.recipe import Recipe
+
+SWITCHED = optuna.distributions.CategoricalDistribution([True, False])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return load(write_run(tmp_path_factory.mktemp("runs") / "ten"))
+
+
+def trace(chart, name):
+    return next(trace for trace in chart.figure.data if trace.name == name)
+
+
+def test_the_incumbent_only_ever_gets_better_and_ends_at_the_winner(run):
+    chart = charts.incumbent(run)
+    errors = trace(chart, "best so far").y
+    assert list(errors) == sorted(errors, reverse=True)
+    assert errors[-1] == run.best["error_rate"] < errors[0]
+    assert f"the best so far is trial {run.best.name} with {100 * run.best['error_rate']:.1f} %" in chart.caption
+
+
+def test_time_counts_from_the_start_of_the_first_epoch(run):
+    assert charts.end_times(run)[0] == pytest.approx(20 / 60)  # two epochs of ten seconds
+
+
+def test_the_days_between_a_search_and_its_extension_do_not_count(tmp_path):
+    run = load(write_run(tmp_path / "run"))
+    before = charts.end_times(run)
+    later = pd.to_datetime(run.epochs["finished_at"]) + pd.to_timedelta((run.epochs["number"] >= 5) * 86400, unit="s")
+    run.epochs["finished_at"] = [moment.isoformat() for moment in later]
+    assert charts.end_times(run)[9] > 24 * 60
+    begun = later[run.epochs["number"] >= 5].min() - pd.Timedelta(seconds=10)
+    run.command["resumes"] = [{"started_at": begun.isoformat(), "argv": [], "changed": ["trials"]}]
+    assert charts.end_times(run).tolist() == pytest.approx(before.tolist())
+    idle = {"started_at": (begun - pd.Timedelta(hours=9)).isoformat(), "argv": [], "changed": []}
+    run.command["resumes"].insert(0, idle)  # one that found nothing to do
+    assert charts.end_times(run).tolist() == pytest.approx(before.tolist())
+
+
+def test_every_trial_has_a_curve_and_the_stopped_ones_end_in_a_cross_with_the_rung(run):
+    chart = charts.learning_curves(run)
+    drawn = sum(len(t.x) - list(t.x).count(None) for t in chart.figure.data if t.mode == "lines+markers")
+    assert drawn == len(run.epochs)
+    crosses = trace(chart, "where it was stopped")
+    assert list(crosses.text) == [f"trial {n}: error_rate 0.5000 above the cut-off 0.4000 of rung 50 %" for n in (3, 8)]
+    assert "2 trials ended early: 2 at rung 50 % of the unfrozen stage" in chart.caption
+
+
+def test_parallel_coordinates_pass_the_best_trial_last_and_name_both_ends_of_an_axis(run):
+    chart = charts.parallel_coordinates(run)
+    best = trace(chart, "best quarter")
+    assert {text for text in best.text if text} >= {f"trial {run.best.name}"}
+    scored = run.trials["error_rate"].dropna()
+    said = {note.text for note in chart.figure.layout.annotations}
+    assert {f"{scored.min():.3g}", f"{scored.max():.3g}", "resnet18", "resnet34"} <= said
+    assert all(0 <= y <= 1 for t in chart.figure.data for y in t.y if y is not None)
+    assert list(chart.figure.layout.xaxis.ticktext) == [*run.dimensions, "error_rate"]
+
+
+def test_what_moves_the_error_is_the_most_important(tmp_path):
+    shares = charts.importances(load(write_run(tmp_path / "run", num_trials=60)))
+    assert next(iter(shares)) == "lr_max"
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_ten_trials_are_enough_to_see_that_the_network_decides():
+    params = [{"arch": ("resnet18", "resnet34")[n % 2], "lr_max": 10 ** (-4 + 0.2 * n)} for n in range(10)]
+    study = study_of(params, [0.5 - 0.3 * (n % 2) + 0.001 * (3 * n % 10) for n in range(10)])
+    assert charts.study_importances(study)["arch"] > 0.9
+    assert charts.study_importances(study, best_share=0.1)["arch"] < 0.1  # Optuna's own: a single trial
+
+
+def study_of(params: list[dict], errors: list[float]) -> optuna.Study:
+    study = optuna.create_study()
+    for given, error in zip(params, errors, strict=True):
+        searched = {name: DISTRIBUTIONS.get(name, SWITCHED) for name in given}
+        study.add_trial(optuna.trial.create_trial(params=given, distributions=searched, value=error))
+    return study
+
+
+def test_where_the_worst_error_is_that_of_many_the_better_ones_are_told_from_them():
+    params = [{"arch": "resnet34" if n < 3 else "resnet18", "epochs": 1 + n % 3} for n in range(10)]
+    assert charts.study_importances(study_of(params, [0.02, 0.03, 0.02] + 7 * [0.5]))["arch"] > 0.8
+    with pytest.raises(ValueError, match="the same error"):
+        charts.study_importances(study_of(params, 10 * [0.0]))
+
+
+def test_whether_a_setting_is_off_is_part_of_what_it_matters():
+    off, on = {"mixup_alpha > 0": False}, {"mixup_alpha > 0": True, "mixup_alpha": 0.2}
+    params = [{"epochs": 1 + n % 3} | (off if n % 2 else on) for n in range(12)]
+    shares = charts.study_importances(study_of(params, [0.2 + 0.2 * (n % 2) + 0.001 * n for n in range(12)]))
+    assert list(shares) == ["mixup_alpha", "epochs"] and sum(shares.values()) == pytest.approx(1)
+
+
+def test_a_winner_by_its_mean_is_not_taken_for_the_lowest_error(tmp_path):
+    folder = write_run(tmp_path / "run")
+    lowest, second = load(folder).completed.index[:2]
+    table = pd.read_csv(folder / "trials.csv", keep_default_na=False, na_values=[""], index_col=0)
+    table.loc[[lowest, second], "confirmed_error_rate"] = 0.4, 0.3
+    table.to_csv(folder / "trials.csv")
+    run = load(folder)
+    assert run.best.name == second and f"trial {lowest} with" in charts.incumbent(run).caption
+
+
+def test_the_front_holds_no_trial_that_another_beats_in_both(run):
+    front = charts.pareto_front(run.completed)
+    for _, row in run.completed.iterrows():
+        better = front[(front["seconds"] <= row["seconds"]) & (front["error_rate"] <= row["error_rate"])]
+        assert len(better)
+    assert (front["error_rate"].diff().dropna() < 0).all() and (front["seconds"].diff().dropna() > 0).all()
+
+
+def test_rates_and_momentum_are_those_of_the_one_cycle_schedule():
+    recipe = Recipe.from_dict({"freeze_epochs": 1, "epochs": 3, "lr_max": 0.01, "lr_ratio": 100, "pct_start": 0.3})
+    epochs, earliest, head, momentum = map(np.asarray, charts.schedule_curves(recipe, points=1000))
+    unfrozen = epochs >= 1
+    assert head[unfrozen].max() == pytest.approx(0.01, rel=1e-3)
+    assert earliest[unfrozen].max() == pytest.approx(0.0001, rel=1e-3)
+    assert epochs[unfrozen][head[unfrozen].argmax()] == pytest.approx(1 + 0.3 * 3, abs=0.01)
+    assert head[~unfrozen].max() == pytest.approx(recipe.lr_max_frozen, rel=1e-3)
+    assert momentum.min() == pytest.approx(recipe.mom_low, abs=1e-4) and momentum[0] == recipe.mom_high
+
+
+def test_without_a_frozen_stage_the_schedule_starts_unfrozen():
+    recipe = Recipe.from_dict({"freeze_epochs": 0, "epochs": 2})
+    epochs, *_ = charts.schedule_curves(recipe)
+    assert epochs[0] == 0 and max(epochs) < 2
+    assert "frozen up to" not in charts.schedule(recipe).caption.replace("unfrozen up to", "")
+
+
+def test_a_confusion_matrix_of_many_classes_shows_those_with_the_most_errors():
+    counts = 3 * np.eye(100, dtype=np.int64)
+    counts[7, 93] = 5
+    names = [f"class {i}" for i in range(100)]
+    chart = charts.confusion(counts, names)
+    shown = list(chart.figure.layout.xaxis.ticktext)
+    assert len(shown) == 40 and {"class 7", "class 93"} <= set(shown)
+    wrong = trace(chart, "wrong")
+    assert wrong.z[shown.index("class 7")][shown.index("class 93")] == 5 / 8
+    assert "5 of 305 validation images are wrong" in chart.caption
+
+
+def test_names_are_text_not_markup(tmp_path):
+    run = load(write_run(tmp_path / "run", arch="<b>bold</b>"))
+    for chart in [*charts.search_charts(run), charts.confusion(np.eye(1, dtype=np.int64), ["<a href='x'>"])]:
+        assert "<b>" not in chart.figure.to_json().replace("\\u003c", "<")
+        assert "<a " not in chart.figure.to_json().replace("\\u003c", "<")
+
+
+@pytest.mark.parametrize("num_trials", [0, 1, 2])
+def test_of_few_trials_is_drawn_what_there_is(tmp_path, num_trials):
+    names = [chart.name for chart in charts.search_charts(load(write_run(tmp_path / "run", num_trials=num_trials)))]
+    expected = {0: [], 1: ["incumbent", "learning-curves", "cost"]}
+    assert names == expected.get(num_trials, ["incumbent", "learning-curves", "parallel", "cost"])
+
+
+def test_long_names_are_shortened_where_they_differ():
+    assert charts.shortened(["tf_efficientnet_lite0", "tf_efficientnet_lite2"]) == ["…0", "…2"]
+    assert charts.shortened(["resnet18", "resnet34"]) == ["resnet18", "resnet34"]
+    assert charts.shortened(["a_very_long_architecture"]) == ["a_very_long_…"]

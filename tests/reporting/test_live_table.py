@@ -1,0 +1,185 @@
+"""What a person at a terminal sees: a live table with bars and the time left, that fits the terminal it is in."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import time
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny_run import draw_images
+
+from search.reporting.live_table import Leaderboard, leaderboard
+from search.runs.paths import RunFolder
+from search.runs.results_table import COMPLETED, FAILED, RUNNING, STOPPED
+from search.runs.time_budget import TimeBudget
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Table:
+    """The results table as the leaderboard sees it."""
+
+    dimensions = (
+        "arch",
+        "lr_max",
+        "a_setting_with_a_long_name",
+        "another_setting_with_a_long_name",
+        "one_more_of_them",
+    )
+
+    def __init__(self, *statuses: str) -> None:
+        self.rows = {f"t{number}": row(number, status) for number, status in enumerate(statuses)}
+
+
+def row(number: int, status: str) -> dict:
+    done = {COMPLETED: 4, STOPPED: 2, FAILED: 1, RUNNING: number % 4}[status]
+    return {
+        "number": number,
+        "status": status,
+        "epochs_done": done,
+        "epochs_total": 4,
+        "error_rate": (number % 100) / 100,
+        "valid_loss": 0.5,
+        "seconds": 12.0,
+        "arch": "tf_efficientnet_lite0",
+        "lr_max": 0.00123456,
+        **dict.fromkeys(Table.dimensions[2:], 0.25),
+    }
+
+
+def drawn(board: Leaderboard, *, width: int = 100, height: int = 30) -> str:
+    """One picture of the live table."""
+    out = StringIO()
+    board.console = Console(file=out, width=width, height=height, force_terminal=True, color_system=None)
+    board.console.print(board._render())
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+
+
+def board_of(*statuses: str, num_trials: int = 10, time_budget: float | None = None) -> Leaderboard:
+    board = Leaderboard(Table(*statuses), num_trials=num_trials, time_budget=time_budget)
+    board.ended_before = 0
+    return board
+
+
+def test_a_running_trial_has_a_bar_of_its_epochs_and_a_completed_one_its_status():
+    lines = drawn(board_of(COMPLETED, RUNNING, FAILED, RUNNING)).splitlines()
+    assert lines[0].split() == ["trial", "status", "epochs", "error", "loss", "seconds", "recipe"]
+    one, three, best = lines[1:4]
+    assert one.split()[0] == "1" and "1/4" in one and three.split()[0] == "3" and "3/4" in three
+    assert one.count("━") < three.count("━") <= 10
+    assert "completed" in best and "0.0 %" in best
+    assert not any("failed" in line for line in lines)
+
+
+def test_below_are_a_bar_of_all_trials_the_incumbent_and_the_time_left():
+    board = board_of(COMPLETED, COMPLETED, STOPPED, RUNNING)
+    board.started = time.monotonic() - 90
+    bar, summary = drawn(board).splitlines()[-2:]
+    assert 28 <= len(bar.strip()) <= 32  # three of ten trials, of 100 columns
+    assert summary == "3/10 trials ended, best error 0.0 % (trial 0), 1 min 30 s gone, about 3 min 30 s left"
+
+
+def test_a_time_budget_ends_the_search_sooner_than_its_trials():
+    board = board_of(COMPLETED, RUNNING, time_budget=120)
+    board.started = time.monotonic() - 100
+    assert "about 19 s left" in drawn(board) or "about 20 s left" in drawn(board)
+
+
+def test_what_earlier_starts_have_spent_counts_for_the_time_budget(tmp_path):
+    board = board_of(COMPLETED, RUNNING, time_budget=120)
+    board.table.folder = RunFolder(tmp_path / "run")
+    TimeBudget(board.table.folder, 120).spent = 60.0
+    board.setup()
+    assert "1 min 0 s gone, about 1 min 0 s left" in drawn(board) or "about 59 s left" in drawn(board)
+
+
+def test_before_the_first_end_nobody_knows_the_time_left():
+    assert "0/10 trials ended, no trial completed yet, 0 s gone" in drawn(board_of(RUNNING))
+    assert "left" not in drawn(board_of(RUNNING))
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (60, 12), (200, 60)])
+def test_it_is_never_wider_or_higher_than_the_terminal(width, height):
+    statuses = [RUNNING] * 40 + [COMPLETED] * 40
+    lines = drawn(board_of(*statuses, num_trials=1000), width=width, height=height).splitlines()
+    assert len(lines) < height and max(map(len, lines)) <= width
+    more = re.search(r"and (\d+) more running", "\n".join(lines))
+    shown = sum("━" in line and "/4" in line for line in lines)
+    assert shown + int(more[1] if more else 0) == 40
+    assert any("completed" in line for line in lines)
+    assert lines[0].split()[:6] == ["trial", "status", "epochs", "error", "loss", "seconds"]
+
+
+def test_a_thousand_trials_cost_no_time():
+    board = board_of(*[COMPLETED] * 990, *[RUNNING] * 10, num_trials=1000)
+    started = time.perf_counter()
+    for _ in range(10):
+        drawn(board)
+    assert time.perf_counter() - started < 2  # 0.1 s here; it is drawn twice a second
+
+
+def test_the_final_table_has_the_best_first_and_no_bars():
+    out = StringIO()
+    Console(file=out, width=100).print(leaderboard(list(Table(*[COMPLETED] * 12, RUNNING).rows.values()), ["arch"]))
+    lines = out.getvalue().splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [str(n) for n in range(8)]
+    assert "━" not in out.getvalue()
+
+
+@pytest.mark.ray
+def test_a_search_in_a_terminal_draws_the_live_table_and_ends_with_the_leaderboard(tmp_path, search_cache):
+    data = draw_images(tmp_path / "data")
+    settings = "pretrained=false presize=40 image_size=32 batch_size=4 arch=test_resnet.r160_in1k,test_vit.r160_in1k"
+    settings += " epochs=8 lr_ratio=10 lr_max_frozen=0.002 lr_max=0.001 mixup_alpha=0 smoothing=0.1"
+    command = [sys.executable, "-m", "search.run", "--space", "quickstart", "--data", data, "--trials", 2]
+    command += [
+        "--max-concurrent",
+        1,
+        "--cpus-per-worker",
+        1,
+        "--results",
+        tmp_path,
+        "--name",
+        "live",
+        "--report",
+        "off",
+    ]
+    command += [word for setting in settings.split() for word in ("--set", setting)]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    environment = os.environ | {"TERM": "xterm-256color"}
+    environment.pop("NO_COLOR", None)
+    child = subprocess.Popen(
+        [*map(str, command)], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    text = _all_of(ours)
+    assert child.wait(60) == 0, text
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    assert "\x1b[?25l" in text and "\x1b[?25h" in text  # the cursor was hidden, and is back
+    assert re.search(r"1/2 trials ended, best error \d+\.\d % \(trial 0\), .* gone, about .* left", plain)
+    assert re.search(r"^ +0 +━+.* +[1-8]/9 ", plain, re.MULTILINE)
+    last = plain[plain.rindex("trial  status") :]
+    assert "2 trials in" in last and "2 completed" in last and last.count("━") == 0
+
+
+def _all_of(descriptor: int) -> str:
+    """What is written to a terminal until it is closed."""
+    chunks = []
+    while True:
+        try:
+            chunk = os.read(descriptor, 65536)
+        except OSError:  # Linux's way to say that nobody writes any more
+            break
+        if not chunk:
+            break
+        chunks.append(chunk)
+    return b"".join(chunks).decode(errors="replace")

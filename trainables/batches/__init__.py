@@ -1,0 +1,1 @@
+"""From presized images to augmented batches."""

@@ -1,0 +1,35 @@
+"""Test-time augmentation as fastai's `Learner.tta`: probabilities averaged over augmented views and the centre view."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from trainables.batches import augmentation
+from trainables.recipe import Recipe
+
+
+def average(views: torch.Tensor, centre: torch.Tensor, beta: float) -> torch.Tensor:
+    """Probabilities (n, classes) from augmented `views` (v, n, classes) and the `centre` view (n, classes).
+
+    `beta` is the weight of the centre view beside the mean of the others.
+    """
+    return torch.lerp(views.mean(dim=0), centre, beta)
+
+
+def predict(
+    logits: Callable[[augmentation.Augmentations], torch.Tensor],
+    recipe: Recipe,
+    n: int,
+    *,
+    views: int,
+    rows: slice = slice(None),
+) -> torch.Tensor:
+    """Averaged probabilities (rows, classes) of n images; `logits` labels `rows` of them as augmented for each view.
+
+    The views are drawn for all n images from the recipe's seed, so that each worker can label its own rows.
+    """
+    rng = np.random.default_rng([recipe.seed, recipe.total_epochs, n])
+    augmented = [logits(augmentation.draw(rng, n, recipe)[rows]).softmax(dim=1) for _ in range(views)]
+    centre = logits(augmentation.centre(n, recipe.resize_method)[rows]).softmax(dim=1)
+    return average(torch.stack(augmented), centre, recipe.tta_beta)

@@ -1,0 +1,1 @@
+"""From a folder or a URI to labelled, presized images. Imports no torch."""

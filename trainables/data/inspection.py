@@ -1,0 +1,291 @@
+"""Looks at every image of a data set before anything is trained on it: what is there, and what would spoil a training.
+
+Imports no torch. Reading (`inspect_files`) is apart from judging (`findings`), which needs no disk.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import file_digest
+from pathlib import Path
+
+import numpy as np
+
+from trainables.data import labelled_images
+from trainables.data.image_file import UnreadableImage, decode
+from trainables.data.labelled_images import MAX_UNREADABLE, DataError, ImageFolder
+from trainables.data.layouts import find_images, find_unchecked
+
+FEW_TRAINING_IMAGES = 10  # a class with fewer is warned of
+MAX_IMBALANCE = 10.0  # largest / smallest class that needs no warning
+NAMED = 5  # examples in a finding's text
+FILES_AT_ONCE = 1024  # handed to the threads together, so that a huge data set needs no huge queue
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """What reading one image told."""
+
+    path: str
+    """As in `ImageFolder.paths`."""
+    digest: bytes = b""
+    """SHA-256 of the file's bytes; empty where it is unreadable."""
+    format: str = ""
+    """Pillow's name for what the bytes are, whatever the suffix says."""
+    width: int = 0
+    height: int = 0
+    """Pixels, upright."""
+    problem: str = ""
+    """Why it cannot be read, or empty."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that the user should know, and what to do about it."""
+
+    text: str
+    remedy: str
+    spoils: bool
+    """Whether training on the data would fail or mislead; otherwise a warning."""
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Readable images with the same bytes, as indices into `Inspection.files`."""
+
+    indices: tuple[int, ...]
+    across_splits: bool
+    labels: tuple[int, ...]
+    """Sorted, each once; more than one is a contradiction."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The data set, what reading its images told (in the order of `folder.paths`), and the split that trials will use.
+
+    Unreadable images are in neither `train` nor `valid` (sorted indices), as in a presized cache.
+    """
+
+    folder: ImageFolder
+    files: tuple[ImageFile, ...]
+    train: np.ndarray
+    valid: np.ndarray
+
+    @cached_property
+    def readable(self) -> list[int]:
+        return [i for i, file in enumerate(self.files) if not file.problem]
+
+    @cached_property
+    def unreadable(self) -> list[ImageFile]:
+        return [file for file in self.files if file.problem]
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """(classes, 2) readable images for training and for validation."""
+        labels = np.asarray(self.folder.labels, dtype=np.int64)
+        parts = (np.bincount(labels[part], minlength=self.folder.num_classes) for part in (self.train, self.valid))
+        return np.stack(list(parts), axis=1)
+
+    @cached_property
+    def sides(self) -> np.ndarray:
+        """(readable images, 2) width and height in pixels."""
+        return np.array([(self.files[i].width, self.files[i].height) for i in self.readable]).reshape(-1, 2)
+
+    @cached_property
+    def copies(self) -> list[Copies]:
+        """Every content that more than one file holds."""
+        by_content = defaultdict(list)
+        for i in self.readable:
+            by_content[self.files[i].digest].append(i)
+        valid = set(self.valid.tolist())
+        return [
+            Copies(
+                indices=tuple(same),
+                across_splits=len({i in valid for i in same}) == 2,
+                labels=tuple(sorted({self.folder.labels[i] for i in same})),
+            )
+            for same in by_content.values()
+            if len(same) > 1
+        ]
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+
+def find_folder(root: Path | str) -> ImageFolder:
+    """`find_images`, but classes that are too small are no error: `findings` names them all.
+
+    Raises DataError where there is nothing that can be looked at.
+    """
+    try:
+        return find_images(root)
+    except DataError:
+        return find_unchecked(root)
+
+
+def inspect(
+    folder: ImageFolder,
+    *,
+    size: int,
+    split_seed: int = 0,
+    num_threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Inspection:
+    """Reads every image as presizing to `size` pixels would, and splits the readable ones as a search does.
+
+    `progress` is called with (images done, images in all).
+    """
+    files = inspect_files(folder, size=size, num_threads=num_threads, progress=progress)
+    train, valid = split_readable(folder, files, split_seed)
+    return Inspection(folder, files, train, valid)
+
+
+def inspect_files(
+    folder: ImageFolder,
+    *,
+    size: int,
+    num_threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[ImageFile, ...]:
+    """Entry i tells of `folder.paths[i]`. Pillow and hashlib release the GIL, so threads do."""
+    files: list[ImageFile] = []
+    with ThreadPoolExecutor(num_threads or os.cpu_count(), thread_name_prefix="inspect") as pool:
+        for start in range(0, len(folder.paths), FILES_AT_ONCE):
+            paths = folder.paths[start : start + FILES_AT_ONCE]
+            for file in pool.map(lambda path: inspect_file(folder, path, size), paths):
+                files.append(file)
+                if progress:
+                    progress(len(files), len(folder.paths))
+    return tuple(files)
+
+
+def inspect_file(folder: ImageFolder, path: str, size: int) -> ImageFile:
+    """Unreadable is exactly what a presized cache leaves out."""
+    file = folder.root / path
+    try:
+        image = decode(file, size, folder.white_level)
+        with file.open("rb") as content:
+            digest = file_digest(content, "sha256").digest()
+        return ImageFile(path, digest, image.format, image.width, image.height)
+    except (UnreadableImage, OSError) as error:
+        return ImageFile(path, problem=_reason(error, file))
+
+
+def _reason(error: Exception, file: Path) -> str:
+    """In one line, without the path that stands before it anyway."""
+    return " ".join(str(error).replace(f" {str(file)!r}", "").split()).rstrip(":")
+
+
+def split_readable(folder: ImageFolder, files: Sequence[ImageFile], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices of the readable training and validation images; the split is that of `PresizedImages.split`."""
+    readable = np.array([i for i, file in enumerate(files) if not file.problem], dtype=np.int64)
+    if folder.valid is not None:
+        valid = np.asarray(folder.valid, dtype=bool)[readable]
+        return readable[~valid], readable[valid]
+    train, valid = labelled_images.split(np.asarray(folder.labels, dtype=np.int64)[readable], seed=seed)
+    return readable[train], readable[valid]
+
+
+# --- Judging ----------------------------------------------------------------------------------------------------------
+
+
+def findings(inspection: Inspection, max_unreadable: float = MAX_UNREADABLE) -> list[Finding]:
+    """Problems first, then warnings; `max_unreadable` is the share that a search tolerates."""
+    found = [
+        *_of_files(inspection, max_unreadable),
+        *_of_copies(inspection),
+        *_of_classes(inspection),
+        *_of_balance(inspection),
+    ]
+    return sorted(found, key=lambda finding: not finding.spoils)
+
+
+def _of_files(inspection: Inspection, max_unreadable: float) -> list[Finding]:
+    bad, total = len(inspection.unreadable), len(inspection.files)
+    if bad == 0:
+        return []
+    files = f"{bad} of {total} images cannot be read"
+    if bad > max_unreadable * total:
+        text = f"{files}, more than the {100 * max_unreadable:g} % that --max-unreadable tolerates"
+        return [Finding(text, "repair or remove them, or tolerate a larger share", True)]
+    return [Finding(f"{files} and will be left out", "repair or remove them if they matter", False)]
+
+
+def _of_copies(inspection: Inspection) -> list[Finding]:
+    contradictions = [copies for copies in inspection.copies if len(copies.labels) > 1]
+    across = [copies for copies in inspection.copies if copies.across_splits]
+    within = [copies for copies in inspection.copies if not copies.across_splits and len(copies.labels) == 1]
+    found = []
+    if contradictions:
+        text = f"{_number(contradictions, 'image lies', 'images lie')} under more than one class"
+        found.append(Finding(text, "keep each in its true class and remove the other copies", True))
+    if across:
+        text = f"{_number(across, 'image is', 'images are')} both in training and in validation, as exact copies"
+        remedy = "remove all copies but one; until then the validation error looks better than it is"
+        found.append(Finding(text, remedy, True))
+    if within:
+        text = f"{_number(within, 'image is', 'images are')} there more than once within one class and split"
+        found.append(Finding(text, "remove the copies, unless they are meant to weigh more", False))
+    return found
+
+
+def _of_classes(inspection: Inspection) -> list[Finding]:
+    """The same rules as `data.check_classes`, all of them at once."""
+    classes, (train, valid) = inspection.folder.classes, inspection.counts.T
+    found = []
+    if len(classes) < 2:
+        remedy = "a classifier needs two or more: give the folder that holds the class folders"
+        found.append(Finding(f"there is only one class, {classes[0]!r}", remedy, True))
+    tiny = train + valid < 2
+    if tiny.any():
+        text = f"{_named(classes, tiny)} fewer than two readable images"
+        remedy = "add images there, or remove what there is; each class needs one to train on and one to validate on"
+        found.append(Finding(text, remedy, True))
+    untrained = (train == 0) & ~tiny
+    if untrained.any():
+        remedy = "add images in training folders of the same names; names are compared letter by letter"
+        found.append(Finding(f"{_named(classes, untrained)} validation images but no training image", remedy, True))
+    if valid.sum() == 0:
+        remedy = "add readable images to the validation folder"
+        if inspection.folder.valid is None:
+            remedy = "add images: a fifth of them is set aside for validation, and these are too few"
+        found.append(Finding("there is no validation image", remedy, True))
+    elif (unseen := (valid == 0) & ~tiny).any():
+        remedy = "add images there: until then the validation error tells nothing about it"
+        found.append(Finding(f"{_named(classes, unseen)} no validation image", remedy, False))
+    return found
+
+
+def _of_balance(inspection: Inspection) -> list[Finding]:
+    classes, train = inspection.folder.classes, inspection.counts[:, 0]
+    found = []
+    few = (train > 0) & (train < FEW_TRAINING_IMAGES)
+    if few.any():
+        remedy = "add images there, and do not expect many right answers until then"
+        found.append(Finding(f"{_named(classes, few)} fewer than {FEW_TRAINING_IMAGES} training images", remedy, False))
+    trained = np.flatnonzero(train)
+    if len(trained) == 0:
+        return found
+    small, large = trained[np.argmin(train[trained])], trained[np.argmax(train[trained])]
+    if train[large] > MAX_IMBALANCE * train[small]:
+        text = (
+            f"the classes are far from equal: {classes[large]!r} has {train[large]} training images and "
+            f"{classes[small]!r} has {train[small]}, {train[large] / train[small]:.0f} times fewer"
+        )
+        remedy = "add images to the small classes; the error rate tells mostly about the large ones"
+        found.append(Finding(text, remedy, False))
+    return found
+
+
+def _number(things: Sequence, one: str, many: str) -> str:
+    return f"{len(things)} {one if len(things) == 1 else many}"
+
+
+def _named(classes: Sequence[str], chosen: np.ndarray) -> str:
+    """ "2 classes ('a', 'b') have": the classes where the mask `chosen` holds, at most NAMED of them by name."""
+    names = [classes[i] for i in np.flatnonzero(chosen)]
+    shown = ", ".join(map(repr, names[:NAMED])) + (", ..." if len(names) > NAMED else "")
+    return f"{_number(names, 'class', 'classes')} ({shown}) {'has' if len(names) == 1 else 'have'}"

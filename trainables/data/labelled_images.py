@@ -1,0 +1,180 @@
+"""Labelled images as everybody passes them on, their split into training and validation, and what names their content.
+
+Imports no torch: the search driver uses this module. `layouts` finds the images.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from trainables.data.image_file import WHITE_16_BIT, white_level
+from trainables.system.text import some
+
+MAX_UNREADABLE = 0.01
+"""So large a share of the images may be unreadable, where nothing else is asked for."""
+
+
+class DataError(ValueError):
+    """The images cannot be used as they are; the message is one paragraph for the user."""
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Files of a data set that are not read, all for one reason."""
+
+    what: str
+    """Such as "2 images in extra/"."""
+    advice: str
+    """How to use them, or empty."""
+    count: int
+    names: tuple[str, ...]
+    """The first of them, relative to the data set's folder."""
+
+    def __str__(self) -> str:
+        names = ", ".join(map(repr, self.names)) + (", ..." if self.count > len(self.names) else "")
+        advice = f"; {self.advice}" if self.advice else ""
+        return f"{self.what} ({names}{advice})"
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The labelled images of one folder; entry i of `paths`, `labels` and `valid` describes the same image."""
+
+    root: Path
+    layout: str
+    """"Oxford Pets", "class folders" or "split folders"."""
+    paths: tuple[str, ...]
+    """POSIX paths relative to `root`, sorted."""
+    labels: tuple[int, ...]
+    classes: tuple[str, ...]
+    """Class names, sorted; a label is an index into them."""
+    valid: tuple[bool, ...] | None = None
+    """Which images the folder itself sets aside for validation (split folders), or None."""
+    base: str = ""
+    """The folder in `root` that holds the classes or the split folders: empty, or with / at its end."""
+    stars: str = ""
+    """The `/*` that the user gave behind `root` to say where the classes lie, see `layouts`."""
+    split_folders: tuple[str, str] | None = None
+    """The folders that train and that validate, as `base`; None where the folder has no split of its own."""
+    unused: tuple[Unused, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @cached_property
+    def white_level(self) -> int:
+        """The value that is white in those of more than 8 bits, see `image_file.white_level`; opens some of them."""
+        return white_level(self.root, self.paths)
+
+    @property
+    def given(self) -> str:
+        """The path that finds the same images again."""
+        return f"{self.root}{self.stars}"
+
+    def describe_depth(self) -> str:
+        """How images of more than 8 bits become ones of 8; empty where there are none, or they use all of 16."""
+        if self.white_level == WHITE_16_BIT:
+            return ""
+        used = "fractions" if self.white_level == 1 else f"{self.white_level.bit_length()} bits"
+        return f"images of more than 8 bits use {used}: {self.white_level} becomes white"
+
+    def describe(self) -> str:
+        """What a `data:` line says: layout, numbers, place, and what is not read."""
+        split = ""
+        if self.valid is not None:
+            train, valid = (f" in {name}" for name in self.split_folders) if self.split_folders else ("", "")
+            counts = len(self.valid) - sum(self.valid), sum(self.valid)
+            split = f" ({counts[0]} for training{train}, {counts[1]} for validation{valid})"
+        left_out = f"; not used: {', '.join(map(str, self.unused))}" if self.unused else ""
+        return (
+            f"{self.layout} layout, {len(self.paths)} images{split}, {self.num_classes} classes in "
+            f"{self.root / self.base}{left_out}"
+        )
+
+
+# --- Checking and naming ----------------------------------------------------------------------------------------------
+
+
+def check_classes(folder: ImageFolder, left_out: int = 0) -> None:
+    """Raises DataError unless there are two classes or more, each with two images or more and one for training."""
+    after = f" ({left_out} unreadable left out)" if left_out else ""
+    if folder.num_classes < 2:
+        raise DataError(
+            f"{folder.root} ({folder.layout} layout) has only one class, {folder.classes[0]!r}, and a classifier needs "
+            "two or more. Give the folder that holds the class folders."
+        )
+    labels = np.asarray(folder.labels)
+    counts = np.bincount(labels, minlength=folder.num_classes)
+    if small := [name for name, count in zip(folder.classes, counts, strict=True) if count < 2]:
+        raise DataError(
+            f"{folder.root} has fewer than two images{after} in {some(small, 'class', 'classes')}, and each class "
+            "needs one to train on and one to validate on. Add images to these classes or remove them."
+        )
+    if folder.valid is None:
+        return
+    valid = np.asarray(folder.valid)
+    trained = np.bincount(labels[~valid], minlength=folder.num_classes)
+    if missing := [name for name, count in zip(folder.classes, trained, strict=True) if count == 0]:
+        raise DataError(
+            f"{folder.root} has validation images but no training images{after} of "
+            f"{some(missing, 'class', 'classes')}. Each class needs a folder of the same name, with images, in the "
+            "training folder; class names are compared letter by letter."
+        )
+    if not valid.any():
+        raise DataError(f"{folder.root} has no validation images{after}. Add images to its validation folder.")
+
+
+# --- Splitting and naming the content ---------------------------------------------------------------------------------
+
+
+def split(
+    labels: Sequence[int] | np.ndarray, *, valid_fraction: float = 0.2, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices of the training and the validation images, drawn at random within each class.
+
+    Validation gets round(valid_fraction * n) images, shared among the classes by largest remainder; the last image of a
+    class always trains, so it gets fewer where most classes are tiny. The same on every machine: only PCG64's doubles
+    and stable sorts are used.
+    """
+    if not 0 < valid_fraction < 1:
+        raise ValueError(f"valid_fraction is {valid_fraction}; expected a number between 0 and 1, such as 0.2.")
+    labels = np.asarray(labels, dtype=np.int64)
+    rng = np.random.default_rng(seed)
+    order = np.argsort(rng.random(len(labels)), kind="stable")
+    counts = np.bincount(labels)
+    most = np.maximum(counts - 1, 0)
+    share = valid_fraction * counts
+    quota = np.minimum(np.floor(share).astype(np.int64), most)
+    # Ties between remainders are broken by the seed, so that no class is favoured for its name.
+    by_remainder = np.lexsort((rng.random(len(counts)), quota - share))
+    missing = min(round(valid_fraction * len(labels)), int(most.sum())) - int(quota.sum())
+    while missing > 0:
+        open_classes = [label for label in by_remainder if quota[label] < most[label]][:missing]
+        quota[open_classes] += 1
+        missing -= len(open_classes)
+    in_class = labels[order]
+    valid = [order[in_class == label][: quota[label]] for label in range(len(counts))]
+    valid = np.sort(np.concatenate(valid)) if valid else np.empty(0, dtype=np.int64)
+    return np.setdiff1d(np.arange(len(labels)), valid), valid
+
+
+def fingerprint(folder: ImageFolder) -> str:
+    """SHA-256 over classes, labels, relative paths, sizes and modification times of the images.
+
+    The modification time stands in for the content: an edited image is noticed without reading every byte. `root` is
+    left out, so a data set that moves with its times (mv, rsync -a, cp -p) keeps its fingerprint.
+    """
+    digest = sha256(ascii((folder.classes, folder.valid)).encode())
+    for path, label in zip(folder.paths, folder.labels, strict=True):
+        try:
+            status = (folder.root / path).stat()
+            size, changed = status.st_size, status.st_mtime_ns
+        except OSError:  # a broken link: presize counts it as unreadable
+            size, changed = -1, -1
+        digest.update(f"{path!a} {label} {size} {changed}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,155 @@
+"""Presized images as everybody reads them: a folder with an index, and pixels in one of three storages.
+
+`index.json` (sizes, labels, names) has its checksum in `index.sha256`. The pixels are in `pixels.u8` (memory-map: RGB
+images one after another) or `images.jpeg` (jpeg: likewise, compressed), or still in the data set alone (off).
+"""
+
+import io
+import json
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from trainables.data import labelled_images
+from trainables.data.image_file import UnreadableImage, read_image, resize
+
+KEY_LENGTH = 32  # of the name of a cache, before its storage
+INDEX_FILE, CHECKSUM_FILE = "index.json", "index.sha256"
+MEMORY_MAP, JPEG, OFF = "memory-map", "jpeg", "off"
+PIXEL_FILES = {MEMORY_MAP: "pixels.u8", JPEG: "images.jpeg"}
+
+
+def unreadable_list(caches: Path, key: str) -> Path:
+    """The file with all images that a cache leaves out, a path and its reason on each line."""
+    return caches / f"{key}.unreadable.txt"
+
+
+def write_unreadable(file: Path, unreadable: Mapping[str, str]) -> None:
+    """Lists unreadable images (path -> reason) in `file`, one on each line."""
+    file.write_text("".join(f"{path!a}\t{' '.join(reason.split())}\n" for path, reason in unreadable.items()))
+
+
+class DamagedCache(ValueError):
+    """A cache folder that does not hold what its index and checksum promise."""
+
+
+class PresizedImages:
+    """All readable images of a data set, presized, read-only and shared with every process that opens the same folder.
+
+    `images[i]` is uint8 (height, width, 3); from a memory map it is a view, not a copy. Pickles as its path. Raises
+    DamagedCache.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        index = read_index(self.path)
+        try:
+            shapes = zip(index["heights"], index["widths"], strict=True)
+            self.shapes = [(height, width, 3) for height, width in shapes]
+            """(height, width, 3) of each image."""
+            self.labels = np.asarray(index["labels"], dtype=np.int64)
+            self.paths: tuple[str, ...] = tuple(index["paths"])
+            self.classes: tuple[str, ...] = tuple(index["classes"])
+            self.unreadable: tuple[str, ...] = tuple(index["unreadable"])
+            self.layout: str = index["layout"]
+            self.root = Path(index["root"])
+            self.size: int = index["size"]
+            self.white_level: int = index["white_level"]
+            """As in `ImageFolder`."""
+            self.method: str = index["resize_method"]
+            self.storage: str = index["storage"]
+            self.nbytes: int = index["nbytes"]
+            """Bytes that the pixels take on disk."""
+            self._valid = None if index["valid"] is None else np.asarray(index["valid"], dtype=bool)
+            self.offsets = [0, *np.cumsum(index["lengths"], dtype=np.int64).tolist()]
+            """Where the bytes of each image begin, and the end of the last one."""
+            self.bytes = None if self.storage == OFF else _mapped(self.path / PIXEL_FILES[self.storage])
+            """All that is stored, flat uint8; None where nothing is."""
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise DamagedCache(f"{self.path}: {error}") from error
+        self._check_sizes()
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        shape = self.shapes[index]
+        index = index if index >= 0 else index + len(self)
+        if self.storage == OFF:
+            return self._decoded(index)
+        stored = self.bytes[self.offsets[index] : self.offsets[index + 1]]
+        return self._decompressed(index, stored) if self.storage == JPEG else stored.reshape(shape)
+
+    def __reduce__(self):
+        return PresizedImages, (self.path,)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over what a training needs to be the same on all nodes: paths, labels, classes and sizes."""
+        described = ascii((self.paths, self.labels.tolist(), self.classes, self.shapes, self.white_level))
+        return sha256(described.encode()).hexdigest()
+
+    @property
+    def unreadable_list(self) -> Path:
+        """Where the images that were left out are listed, each with its reason."""
+        return unreadable_list(self.path.parent, self.path.name[:KEY_LENGTH])
+
+    def split(self, seed: int = 0, valid_fraction: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
+        """Indices for training and validation: the data set's own split, or a random one within each class."""
+        if self._valid is not None:
+            return np.flatnonzero(~self._valid), np.flatnonzero(self._valid)
+        return labelled_images.split(self.labels, valid_fraction=valid_fraction, seed=seed)
+
+    def _check_sizes(self) -> None:
+        stored = 0 if self.bytes is None else len(self.bytes)
+        if not stored == self.nbytes == self.offsets[-1]:
+            raise DamagedCache(f"{self.path}: the images take {stored} bytes, expected {self.offsets[-1]}")
+        shapes_fit = self.storage != MEMORY_MAP or np.diff(self.offsets).tolist() == list(map(math.prod, self.shapes))
+        if len(self.offsets) != len(self) + 1 or not shapes_fit:
+            raise DamagedCache(f"{self.path}: the index gives other sizes than there are bytes")
+
+    def _decompressed(self, index: int, stored: np.ndarray) -> np.ndarray:
+        try:
+            image = np.asarray(Image.open(io.BytesIO(stored), formats=("JPEG",)))
+            if image.shape != self.shapes[index]:
+                raise ValueError(f"its shape is {image.shape}, expected {self.shapes[index]}")
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
+            raise DamagedCache(
+                f"{self.path}: the stored {self.paths[index]!r} cannot be decoded ({error}). Remove this folder: it is "
+                "built again when it is next needed."
+            ) from error
+        return image
+
+    def _decoded(self, index: int) -> np.ndarray:
+        file = self.root / self.paths[index]
+        try:
+            image = resize(read_image(file, self.size, self.white_level), self.size, self.method)
+        except UnreadableImage as error:
+            raise labelled_images.DataError(
+                f"{file} could be read when the search began, and cannot be now: {error}"
+            ) from error
+        if image.shape != self.shapes[index]:
+            raise labelled_images.DataError(
+                f"{file} has another size than when the search began. Leave the images as they are."
+            )
+        return image
+
+
+def read_index(path: Path) -> dict:
+    """The index of the cache in `path`; raises DamagedCache where it is not what was written."""
+    try:
+        text = (path / INDEX_FILE).read_bytes()
+        if sha256(text).hexdigest() != (path / CHECKSUM_FILE).read_text():
+            raise ValueError(f"{INDEX_FILE} does not match its checksum")
+        return json.loads(text)
+    except (OSError, ValueError) as error:
+        raise DamagedCache(f"{path}: {error}") from error
+
+
+def _mapped(file: Path) -> np.ndarray:
+    return np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))

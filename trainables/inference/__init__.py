@@ -1,0 +1,1 @@
+"""Using a trained model: its folder, predictions and interpretation."""

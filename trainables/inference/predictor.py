@@ -1,0 +1,232 @@
+"""Labels images with a trained model, as validation did in training. Imports torch only when a model is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainables.inference.model_folder import ModelFolder
+from trainables.system.machine import num_cpus
+from trainables.training.checkpoint import Preprocessing
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+    from trainables.batches.augmentation import Augmentations
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image: labels from the most to the least probable, and their probabilities."""
+
+    path: Path
+    labels: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    problem: str = ""
+    """Why the image could not be read; then there are no labels."""
+
+
+class Predictor:
+    """Labels images as validation did in training.
+
+    `device` defaults to a GPU where there is one. `tta` adds so many augmented views of each image to its centre view
+    (test-time augmentation). Raises `ValueError` where the folder holds no model that can be loaded.
+    """
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        *,
+        device: torch.device | str | None = None,
+        batch_size: int = 64,
+        num_threads: int | None = None,
+        tta: int = 0,
+    ) -> None:
+        import torch
+
+        from trainables.training.fine_tune import autocast_dtype
+
+        self.recipe = folder.recipe
+        self.labels = folder.labels
+        self.tta = tta
+        self.device = _device(device)
+        self.batch_size = batch_size
+        self.num_threads = num_threads or num_cpus()
+        self.preprocessing = folder.preprocessing
+        self.model = load_model(folder).eval().to(self.device, memory_format=torch.channels_last)
+        self.mean, self.std = (
+            255 * torch.tensor(values, device=self.device).view(1, 3, 1, 1)
+            for values in (self.preprocessing.mean, self.preprocessing.std)
+        )
+        self.amp_dtype = autocast_dtype(folder.recipe, self.device)
+
+    def predict(self, images: Path | str | Iterable[Path | str], *, top: int | None = None) -> list[Prediction]:
+        """One prediction per image file, in the given order; of those that cannot be read it is the `problem`.
+
+        `images` is the path of one file, or several paths. Raises `ValueError` for anything else.
+        """
+        return list(self.predict_each(images, top=top))
+
+    def predict_each(
+        self, images: Path | str | Iterable[Path | str], *, top: int | None = None
+    ) -> Iterator[Prediction]:
+        """The same one by one, as the batches are done."""
+        files = PresizedFiles(_paths(images), self.preprocessing)
+        top = min(top or len(self.labels), len(self.labels))
+        rows = (row for batch in self.probabilities(files) for row in zip(*_best(batch, top), strict=True))
+        for index, (probabilities, indices) in enumerate(rows):
+            if problem := files.problems.pop(index, ""):
+                yield Prediction(files.paths[index], problem=problem)
+            else:
+                labels = tuple(self.labels[i] for i in indices)
+                yield Prediction(files.paths[index], labels, tuple(probabilities))
+
+    def probabilities(self, images: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
+        """Probabilities (n, classes) of presized images, batch by batch, averaged over views with `tta`."""
+        from trainables.batches import tta
+
+        if not self.tta:
+            yield from (logits.softmax(dim=1) for logits in self.logits(images))
+            return
+        for chunk in self._chunks(images):
+            once = _Once(images, chunk)
+            yield tta.predict(
+                lambda views, chunk=once: next(self.logits(chunk, views)), self.recipe, len(once), views=self.tta
+            )
+
+    def logits(
+        self, images: Sequence[np.ndarray], augmentations: Augmentations | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Logits (n, classes) of presized images (h, w, 3) uint8, batch by batch."""
+        import torch
+
+        for batch in self.batches(images, augmentations):
+            with torch.inference_mode():
+                yield self.forward(self.model, batch)
+
+    def batches(
+        self, images: Sequence[np.ndarray], augmentations: Augmentations | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Presized images as uint8 batches (n, 3, image_size, image_size), made by threads ahead of their use.
+
+        `augmentations` of all the images default to the centre view.
+        """
+        import numpy as np
+
+        from trainables.batches import augmentation
+        from trainables.batches.loader import BatchLoader
+
+        if augmentations is None:
+            augmentations = augmentation.centre(len(images), self.preprocessing.resize_method)
+        plans = ((np.asarray(chunk), augmentations[np.asarray(chunk)]) for chunk in self._chunks(images))
+        loader = BatchLoader(images, num_threads=self.num_threads)
+        try:
+            yield from loader.batches(plans, self.preprocessing.image_size, self.device)
+        finally:
+            loader.close()
+
+    def _chunks(self, images: Sequence[np.ndarray]) -> Iterator[range]:
+        return (range(i, min(i + self.batch_size, len(images))) for i in range(0, len(images), self.batch_size))
+
+    def forward(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        """Float logits of a uint8 batch, in the precision of the training's validation."""
+        import torch
+
+        from trainables.batches.loader import normalized
+
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            return model(normalized(batch, self.mean, self.std)).float()
+
+
+def load_model(folder: ModelFolder) -> nn.Module:
+    """The trained network on the CPU, whatever its head. Raises `ValueError`."""
+    import safetensors.torch
+    import torch
+    from safetensors import SafetensorError
+
+    from trainables.network.model import build
+
+    with torch.random.fork_rng(devices=[]):  # build seeds it
+        network = build(folder.recipe, len(folder.labels), load_pretrained=False)
+    try:
+        network.model.load_state_dict(safetensors.torch.load_file(folder.weights))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder.weights} does not hold the model of the recipe beside it: {reason}") from error
+    return network.model
+
+
+class PresizedFiles:
+    """Image files as presized images, decoded when asked for. One that cannot be read is black, its reason kept."""
+
+    def __init__(self, paths: list[Path], preprocessing: Preprocessing) -> None:
+        self.paths = paths
+        self.size = preprocessing.presize
+        self.method = preprocessing.resize_method
+        self.white_level = preprocessing.white_level
+        self.problems: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        import numpy as np
+
+        from trainables.data.image_file import UnreadableImage, read_image, resize
+
+        try:
+            image = read_image(self.paths[index], self.size, self.white_level)
+            return resize(image, self.size, self.method)
+        except UnreadableImage as error:
+            self.problems[int(index)] = str(error)
+            return np.zeros((self.size, self.size, 3), np.uint8)
+
+
+class _Once:
+    """Some of `images`, each made when first asked for and then kept, for the views of one batch."""
+
+    def __init__(self, images: Sequence[np.ndarray], indices: range) -> None:
+        self.images = images
+        self.indices = indices
+        self.made: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if index not in self.made:
+            self.made[index] = self.images[self.indices[index]]
+        return self.made[index]
+
+
+def _paths(images: Path | str | Iterable[Path | str]) -> list[Path]:
+    """Raises `ValueError` for what is neither a path nor several."""
+    several = isinstance(images, Iterable) and not isinstance(images, str | bytes | os.PathLike)
+    given = list(images) if several else [images]
+    if wrong := [image for image in given if not isinstance(image, str | os.PathLike)]:
+        raise ValueError(
+            "predict takes the path of an image file or several paths, 'cat.jpg' or ['cat.jpg', 'dog.jpg'], and "
+            f"{type(wrong[0]).__name__} is no path. Save images that are in memory as files first."
+        )
+    return [Path(image) for image in given]
+
+
+def _best(probabilities: torch.Tensor, top: int) -> tuple[list[list[float]], list[list[int]]]:
+    best = probabilities.topk(top, dim=1)
+    return best.values.tolist(), best.indices.tolist()
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch's words for a wrong name and for a missing GPU
+        raise ValueError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,50 @@
+"""Fetches weights from timm's hub into its cache, as a child process of `pretrained_weights.require_weights`."""
+
+import argparse
+import os
+import socket
+import sys
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from trainables.network.pretrained_weights import no_weights_message
+
+
+def main() -> None:
+    """Fetch weights from timm's hub into its cache."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("arch", nargs="+")
+    args = parser.parse_args()
+    unreachable = _hub_unreachable()
+    if unreachable:
+        # The hub's client would retry for most of a minute; offline it looks into its cache and says so at once.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    import timm
+
+    from trainables.network.model import check_architecture
+
+    for arch in args.arch:
+        try:
+            check_architecture(arch)
+            timm.create_model(arch, pretrained=True)
+        except ValueError as error:
+            print(error)
+            sys.exit(2)
+        except Exception as error:  # the hub's clients raise all kinds; the message names which
+            print(no_weights_message(arch, unreachable or error))
+            sys.exit(2)
+
+
+def _hub_unreachable() -> OSError | None:
+    if getproxies().get("https"):
+        return None  # names are the proxy's to find
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        return OSError(f"{host} is not to be found ({error.strerror})")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""The network of one trial: a timm backbone, its head, its layer groups, and the pretrained weights in it."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from trainables.network.dropout import share_position_dropout
+from trainables.network.pretrained_weights import (
+    WeightsError,
+    WeightsFile,
+    find_weights,
+    in_timm_names,
+    no_weights_message,
+)
+from trainables.recipe import Recipe
+
+FASTAI_NORMS = (_BatchNorm, _InstanceNorm, nn.LayerNorm)
+"""What fastai trains in a frozen backbone."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model with what training and prediction must know of it."""
+
+    model: nn.Module
+    mean: tuple[float, float, float]  # per RGB channel, of pixels in 0..1
+    std: tuple[float, float, float]
+
+    @property
+    def classifier(self) -> nn.Module:
+        """The module that maps pooled features to classes; a list of them where the network averages several."""
+        modules = [self.model.get_submodule(name) for name in classifier_names(self.model)]
+        return modules[0] if len(modules) == 1 else nn.ModuleList(modules)
+
+    def layer_groups(self, kind: str) -> list[list[nn.Parameter]]:
+        """Parameters from the earliest layers to the head, which is the last group.
+
+        `kind` blocks cuts the backbone where timm's `group_matcher` (coarse) does, so every timm architecture has
+        groups; fastai cuts a ResNet after its second stage, as fastai's `_resnet_split`, and no other backbone.
+        """
+        parameters = dict(self.model.named_parameters())
+        head = tuple(f"{name}." for name in classifier_names(self.model))
+        body = [name for name in parameters if not name.startswith(head)]
+        groups = _by_depth(self.model, body) if kind == "blocks" else _as_fastai(self.model, body)
+        groups.append([name for name in parameters if name.startswith(head)])
+        return [[parameters[name] for name in names] for names in groups if names]
+
+    def freeze_backbone(self, train_bn: str) -> None:
+        """Train the head, and with `train_bn` always the backbone's norms; autograd computes no more."""
+        self.model.requires_grad_(False)
+        if train_bn == "always":
+            for module in self.model.modules():
+                if isinstance(module, FASTAI_NORMS):
+                    module.requires_grad_(True)
+        self.classifier.requires_grad_(True)
+
+    def unfreeze(self) -> None:
+        self.model.requires_grad_(True)
+
+    def train(self, *, frozen: bool, train_bn: str) -> None:
+        """Training mode; a frozen backbone whose batch norms do not train stays in evaluation mode."""
+        self.model.train(not frozen or train_bn == "always")
+        if train_bn == "never":
+            for module in _batch_norms(self.model):
+                module.eval()
+        self.classifier.train()
+
+    def with_model(self, model: nn.Module) -> "Network":
+        return dataclasses.replace(self, model=model)
+
+
+def build(recipe: Recipe, num_classes: int, weights: Path | None = None, *, load_pretrained: bool = True) -> Network:
+    """The network of a recipe, with fresh head; `load_pretrained=False` where a checkpoint will be loaded over it.
+
+    Raises `ValueError` for an architecture or a pooling that timm does not have, `WeightsError` where there are no
+    weights or they are not those of the architecture.
+    """
+    check_architecture(recipe.arch)
+    torch.manual_seed(recipe.seed)  # for the head's first weights
+    source = find_weights(recipe.arch, weights) if recipe.pretrained else None
+    options = {"num_classes": num_classes}
+    if recipe.concat_pool:
+        options["global_pool"] = "catavgmax"
+    if timm.get_pretrained_cfg_value(recipe.arch, "fixed_input_size"):
+        if recipe.start_size:
+            raise ValueError(f"{recipe.arch} takes images of one size only, expected start_size=0")
+        options["img_size"] = recipe.image_size  # transformers with position embeddings; timm resizes pretrained ones
+    if recipe.pretrained and load_pretrained:
+        options["pretrained"] = True
+        if source:
+            options["pretrained_cfg_overlay"] = {"file": str(in_timm_names(source))}
+    model = _create(recipe, options, source)
+    share_position_dropout(model)
+    for module in _batch_norms(model):
+        module.momentum = recipe.bn_momentum
+    if recipe.head == "mlp":
+        _replace_classifier(model, recipe, num_classes)
+    elif recipe.pretrained:
+        # From zeros (Kolesnikov et al. 2020) all classes start alike; some timm heads start so large that the first
+        # epochs only unlearn them.
+        for name in classifier_names(model):
+            for parameter in model.get_submodule(name).parameters():
+                nn.init.zeros_(parameter)
+    mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    if source and source.mean:
+        mean, std = source.mean, source.std
+    return Network(model, tuple(mean), tuple(std))
+
+
+def check_architecture(arch: str) -> None:
+    """Raises `ValueError`, naming what there is, where timm has no such architecture or weight tag."""
+    name, _, tag = arch.partition(".")
+    if not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models(), n=8)
+        raise ValueError(f"arch={arch!r} is not a timm architecture. Names like it: {', '.join(near) or 'none'}.")
+    tagged = timm.models.get_arch_pretrained_cfgs(name)
+    if tag and tagged and arch not in tagged:
+        raise ValueError(f"arch={arch!r} has an unknown weight tag. Known: {', '.join(tagged)}.")
+
+
+def _create(recipe: Recipe, options: dict, source: WeightsFile | None) -> nn.Module:
+    try:
+        model = timm.create_model(recipe.arch, **options)
+    except AssertionError as error:
+        raise ValueError(f"{recipe.arch} does not take these options {options}: {error}") from error
+    except Exception as error:
+        if not options.get("pretrained"):
+            raise
+        if source is None:
+            raise WeightsError(no_weights_message(recipe.arch, error)) from error
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(f"{source.path} cannot be loaded into {recipe.arch}: {reason}") from error
+    if options.get("pretrained") and source:
+        _check_names(model, source)
+    return model
+
+
+def _check_names(model: nn.Module, source: WeightsFile) -> None:
+    """Refuse a file that has nothing of `model`; timm would only log it, and the training would start from scratch."""
+    with safe_open(in_timm_names(source), framework="pt") as file:
+        names = set(file.keys())
+    if names.isdisjoint(model.state_dict()):
+        arch = model.pretrained_cfg["architecture"]
+        raise WeightsError(
+            f"{source.path} holds none of the parameters of {arch}, expected timm's names such as "
+            f"{next(iter(model.state_dict()))}; it has {', '.join(sorted(names)[:3])}"
+        )
+
+
+def classifier_names(model: nn.Module) -> list[str]:
+    """Dotted names of the modules that map pooled features to classes: one, or several whose logits are averaged."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    names = [names] if isinstance(names, str) else list(names)
+    modules = dict(model.named_modules())
+    if not names or not all(name in modules for name in names):
+        arch = model.pretrained_cfg.get("architecture")
+        raise ValueError(f"{arch} has no classifier, it only makes features")
+    return names
+
+
+def _by_depth(model: nn.Module, names: list[str]) -> list[list[str]]:
+    body = set(names)
+    try:
+        matcher = model.group_matcher(coarse=True)
+    except (AttributeError, AssertionError):  # some of timm's have none, and RDNet no coarse one
+        return [list(group) for _, group in itertools.groupby(names, key=_part_of)]
+    groups = timm.models.group_parameters(model, matcher).values()
+    return [[name for name in group if name in body] for group in groups]
+
+
+def _part_of(name: str) -> str:
+    """The part of a network that a parameter belongs to: stem, stages.0, stages.1 and the like."""
+    first, second, *_ = [*name.split("."), ""]
+    return f"{first}.{second}" if second.isdigit() else first
+
+
+def _as_fastai(model: nn.Module, names: list[str]) -> list[list[str]]:
+    if not isinstance(model, timm.models.ResNet):
+        return [names]
+    late = [name for name in names if name.startswith(("layer3.", "layer4."))]
+    return [[name for name in names if name not in late], late]
+
+
+def _batch_norms(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if isinstance(module, _BatchNorm))
+
+
+def _replace_classifier(model: nn.Module, recipe: Recipe, num_classes: int) -> None:
+    first, *others = classifier_names(model)
+    linear = model.get_submodule(first)
+    if others or not isinstance(linear, nn.Linear):
+        has = f"{1 + len(others)} classifiers" if others else type(linear).__name__
+        raise ValueError(
+            f"head=mlp needs a linear classifier to replace, but {recipe.arch} has {has}; expected head=linear"
+        )
+    model.set_submodule(first, mlp_head(linear.in_features, num_classes, recipe))
+
+
+def mlp_head(in_features: int, num_classes: int, recipe: Recipe) -> nn.Sequential:
+    """fastai's `create_head` after the pooling, initialised alike: twice norm, dropout and linear, a ReLU between."""
+    head = nn.Sequential(
+        nn.BatchNorm1d(in_features),
+        nn.Dropout(recipe.dropout / 2),
+        nn.Linear(in_features, recipe.hidden, bias=False),
+        nn.ReLU(inplace=True),
+        nn.BatchNorm1d(recipe.hidden),
+        nn.Dropout(recipe.dropout),
+        nn.Linear(recipe.hidden, num_classes, bias=False),
+    )
+    for layer in head:
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight)
+        elif isinstance(layer, nn.BatchNorm1d):
+            nn.init.constant_(layer.bias, 1e-3)
+    return head

@@ -1,0 +1,148 @@
+"""How the workers of a group reach each other: on the address by which their node joined the cluster, and on no other.
+
+gloo listens on the address of the host name, which is 127.0.1.1 on many Linux systems (Debian's /etc/hosts): workers on
+other machines wait for it in vain. NCCL looks at the network interfaces itself.
+
+Ray Train's own `TorchTrainer` does the same but for that, and more slowly: the process that starts a group and the one
+that watches it import torch before the workers can, one more process waits for data sets that nobody has, and another
+one asks the dashboard every second whether the group is alive (see `search.cluster.abandoned_room`).
+"""
+
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from datetime import timedelta
+
+import ray
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+INTERFACE = "GLOO_SOCKET_IFNAME"
+COLLECTIVE_SECONDS = 1800.0
+"""So long a worker waits for the others in a collective."""
+LEAVE_SECONDS = 30.0
+"""So long workers may take to leave their process group."""
+
+
+class GroupTrainer(DataParallelTrainer):
+    """Ray Train's, without Ray Data and without its placement group cleaner."""
+
+    def _create_default_callbacks(self) -> list:
+        unwanted = DatasetsCallback | PlacementGroupCleanerCallback
+        callbacks = super()._create_default_callbacks()
+        return [FreesFailedStart(), *(callback for callback in callbacks if not isinstance(callback, unwanted))]
+
+
+class FreesFailedStart(WorkerGroupCallback):
+    """Frees the room of workers that were lost while they met, before others are started.
+
+    Ray Train 2.60 forgets it (`WorkerGroup._start` cleans up only what has not "started", which it says before the
+    backend has), and then waits for that very room. Comes before the callback that starts the backend.
+    """
+
+    _room = None
+
+    def after_worker_group_start(self, worker_group) -> None:
+        self._room = worker_group.get_worker_group_state().placement_group_handle
+
+    def before_worker_group_start(self, worker_group_context) -> None:
+        if self._room is not None:
+            self._room.shutdown()  # again, where the workers have ended since
+            self._room = None
+
+
+@dataclass
+class ProcessGroup(BackendConfig):
+    """The backend of torch's process group: gloo or nccl."""
+
+    backend: str
+
+    @property
+    def backend_cls(self):
+        return _ProcessGroupBackend
+
+    @property
+    def train_func_context(self):
+        return on_own_device
+
+
+class _ProcessGroupBackend(Backend):
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group, backend_config: ProcessGroup) -> None:
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        place = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        size = len(worker_group)
+        ray.get([worker_group.execute_single_async(rank, enter, backend_config.backend, rank, size, place)
+                 for rank in range(size)])  # fmt: skip
+
+    def on_shutdown(self, worker_group, backend_config: ProcessGroup) -> None:
+        ray.wait(
+            left := worker_group.execute_async(leave, len(worker_group) > 1),
+            num_returns=len(left),
+            timeout=LEAVE_SECONDS,
+        )
+
+
+def on_own_device():
+    """A context in which this worker's GPU is torch's default one."""
+    from ray.train.torch.config import TorchConfigContextManager
+
+    return TorchConfigContextManager()
+
+
+def enter(backend: str, rank: int, size: int, place: dict[str, str]) -> None:
+    """Join the process group that meets at `place`."""
+    import torch.distributed as dist
+    from ray.train.torch import config
+
+    use_node_interface()
+    os.environ.update(place)
+    config._set_torch_distributed_env_vars()
+    timeout = timedelta(seconds=COLLECTIVE_SECONDS)
+    store = meeting_place(place["MASTER_ADDR"], int(place["MASTER_PORT"]), rank, size, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def meeting_place(address: str, port: int, rank: int, size: int, timeout: timedelta):
+    """torch's store, whose server, by itself, would listen on all addresses of its machine."""
+    import torch.distributed as dist
+
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listens = socket.create_server((address, port), family=family).detach() if rank == 0 else None
+    return dist.TCPStore(address, port, size, rank == 0, timeout, master_listen_fd=listens)
+
+
+def leave(several: bool) -> None:
+    from ray.train.torch import config
+
+    config._shutdown_torch(destroy_process_group=several)
+
+
+def use_node_interface() -> None:
+    """Tell gloo, in this worker, the interface to use; a user's own choice stays."""
+    if INTERFACE not in os.environ and (name := interface_of(ray.util.get_node_ip_address())):
+        os.environ[INTERFACE] = name
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the network interface that has an IPv4 address, or None where none has or the system is no Linux."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    get_address = 0x8915  # SIOCGIFADDR, see netdevice(7)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                found = fcntl.ioctl(probe, get_address, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # it is down, or has no such address
+                continue
+            if socket.inet_ntoa(found[20:24]) == address:
+                return name
+    return None

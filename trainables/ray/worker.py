@@ -1,0 +1,199 @@
+"""A worker of a group: what Ray Train runs in each of its processes, see `worker_group`."""
+
+import gc
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+from trainables.data.held_out_images import Remaining
+from trainables.ray.messages import Command, Outcome, TrialSpec
+from trainables.recipe import Recipe
+from trainables.system.text import many
+from trainables.training.checkpoint import SPLIT_FILE, Files
+
+logger = logging.getLogger(__name__)
+
+SIGN_SECONDS = 1.0
+"""So often, at most, a worker gives a sign of its progress."""
+
+
+def serve(config: dict[str, Any]) -> None:
+    """The train function: run the host's commands until it says that there are no more."""
+    import ray.train
+    import torch
+
+    torch.set_num_threads(config["num_threads"])
+    host, context = config["host"], ray.train.get_context()
+    rank, several = context.get_world_rank(), context.get_world_size() > 1
+    slot = _Slot(host, config["num_threads"])
+    myself = ray.get_runtime_context()
+    ray.get(host.join.remote(rank, myself.get_node_id(), myself.current_actor))
+    number = 0
+    while (command := ray.get(host.next_command.remote(rank, number))) is not None:
+        number = command.number
+        outcome, reusable = slot.run(command)
+        if rank == 0 or outcome.failure or outcome.split_batches:
+            ray.get(host.deliver.remote(number, outcome))
+        if several and not reusable:
+            # The other workers may be waiting for this one inside a collective; only a restart frees them.
+            raise RuntimeError(outcome.failure or "out of memory")
+
+
+class _Slot:
+    """One worker's side of a trial slot: the training in progress."""
+
+    def __init__(self, host, num_threads: int) -> None:
+        self.host = host
+        self.num_threads = num_threads
+        self.training = None
+        self.trial_id = None
+        self.split: Files = {}  # how its images were split
+        self.number = 0  # of the command
+        self.last_sign = 0.0
+        self.idle_since = time.perf_counter()
+
+    def run(self, command: Command) -> tuple[Outcome, bool]:
+        """The outcome, and whether this worker's group can take the next command as it is."""
+        from trainables.training.fine_tune import Diverged
+
+        try:
+            self.number = command.number
+            if not self._has(command):
+                with self._signs_of_life():
+                    self._prepare(command)
+            overhead = time.perf_counter() - self.idle_since
+            metrics = self.training.run_epoch()
+            self.idle_since = time.perf_counter()
+            # Every worker has the state; only the first one's is wanted.
+            state = self.training.state() | self.split if self.training.world.rank == 0 else None
+            metrics |= {"overhead_seconds": overhead, "batch_parts": command.batch_parts}
+            return Outcome(metrics, state), True
+        except Diverged as error:  # the losses are summed over the workers, so all of them are here
+            self._drop()
+            return Outcome(failure=f"diverged: {error}"), True
+        except Exception as error:  # anything else fails the trial and is shown; the search goes on
+            if is_of_lost_worker(error):
+                raise  # not the trial's fault: Ray Train restarts the group, and the command is repeated
+            if is_out_of_memory(error):
+                outcome = self._out_of_memory(error)
+                self._drop()
+                return outcome, False
+            logger.exception("trial %s failed", command.trial.trial_id)
+            self._drop()
+            return Outcome(failure=f"{type(error).__name__}: {error}"), False
+
+    def _has(self, command: Command) -> bool:
+        """Whether the trial of `command` is in memory, at the epoch that it starts from."""
+        same = self.training is not None and self.trial_id == command.trial.trial_id
+        return same and self.training.epochs_done == command.epochs_done
+
+    def _out_of_memory(self, error: Exception) -> Outcome:
+        if self.training is None:
+            return Outcome(failure=f"out of memory before its first step: {error}")
+        if self.training.can_split_further:
+            logger.warning("trial %s: out of memory, its batches go in more parts", self.trial_id)
+            return Outcome(split_batches=True)
+        images = many(self.training.fewest_images, "image")
+        return Outcome(failure=f"out of memory even with {images} at a time: {error}")
+
+    @contextmanager
+    def _signs_of_life(self) -> Iterator[None]:
+        """Within it, signs come by themselves: fetching and presizing images may take hours."""
+        over = threading.Event()
+
+        def give() -> None:
+            while not over.wait(SIGN_SECONDS):
+                self._give_sign()
+
+        thread = threading.Thread(target=give, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _give_sign(self) -> None:
+        """Of progress, not more often than the host needs it."""
+        now = time.monotonic()
+        if now - self.last_sign >= SIGN_SECONDS:
+            self.last_sign = now
+            self.host.progress.remote(self.number)
+
+    def _prepare(self, command: Command) -> None:
+        """Bring the trial of `command` into memory, at the epoch that it starts from."""
+        import ray.train
+        import ray.train.torch
+
+        from trainables.data.source import folder_of
+        from trainables.training.fine_tune import FineTune
+
+        trial = command.trial
+        self._drop()
+        if command.batch_parts > 1:
+            gc.collect()  # what ran out of memory may hang together in cycles
+        recipe = Recipe.from_dict(trial.recipe)
+        images = _presized_images(trial, recipe.presize, recipe.resize_method)
+        weights = folder_of(trial.weights) if trial.weights else None
+        ray.get(self.host.meet.remote(ray.train.get_context().get_world_rank(), command.number))
+        self.training = FineTune(
+            recipe,
+            images,
+            weights=weights,
+            device=ray.train.torch.get_device(),
+            num_threads=self.num_threads,
+            split_seed=trial.split_seed,
+            load_pretrained=command.epochs_done == 0,
+            batch_parts=command.batch_parts,
+            on_progress=self._give_sign,
+        )
+        share = trial.data.share if isinstance(trial.data, Remaining) else None
+        self.split = _split_of(images, trial.data_digest, trial.split_seed, share)
+        if command.epochs_done:
+            self.training.load_state(ray.get(self.host.state.remote()))
+        self.trial_id = trial.trial_id
+
+    def _drop(self) -> None:
+        if self.training is not None:
+            self.training.close()
+        self.training = None
+
+
+def is_of_lost_worker(error: Exception) -> bool:
+    """Whether a collective failed, as it does where another worker of the group is gone."""
+    import torch.distributed
+
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)  # gloo raises plain RuntimeErrors
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of the GPU or the CPU; torch says the latter with a plain RuntimeError."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(text in str(error) for text in ("DefaultCPUAllocator", "_STATUS_ALLOC_FAILED", "out of memory"))
+
+
+def _split_of(images, digest: str | None, seed: int, test_share: float | None) -> Files:
+    """The file that tells whoever gets the model which images validated it; none where the images have no digest."""
+    from trainables.inference.split_record import split_file
+
+    return {SPLIT_FILE: split_file(images, digest, seed=seed, test_share=test_share)} if digest else {}
+
+
+def _presized_images(trial: TrialSpec, size: int, method: str):
+    """The images of a trial; those of the trial before are not opened again."""
+    return _presized(trial.data, trial.data_digest, size, method, trial.cache, trial.max_unreadable)
+
+
+@lru_cache(maxsize=4)
+def _presized(data: str | Remaining, digest: str | None, size: int, method: str, storage: str, max_unreadable: float):
+    from trainables.data.presize import presize
+    from trainables.data.source import images_of
+
+    return presize(images_of(data, digest), size, method, storage=storage, max_unreadable=max_unreadable)

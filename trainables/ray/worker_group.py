@@ -1,0 +1,275 @@
+"""Warm worker groups: one Ray Train run whose workers serve one trial after another.
+
+A trial talks to a `GroupHost`, an actor that runs one trainer of Ray Train for as long as the search lasts. Its train
+function (`worker.serve`) is a loop that asks the host for commands: "train the next epoch of this trial". Starting a
+worker (process, imports, process group) is paid once per slot of the search instead of once per trial.
+
+The host keeps the trial's last state, so when Ray Train restarts a group whose worker was lost, the new workers rebuild
+the trial and repeat the command. Workers that make no progress any more are killed, and so are lost.
+"""
+
+import asyncio
+import fnmatch
+import math
+import shutil
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+
+from trainables.ray.messages import Command, Outcome, TrialSpec
+from trainables.ray.retry_limits import MAX_LOST_NODES, MAX_START_FAILURES, MAX_TRIES
+from trainables.training.checkpoint import Files
+
+IDLE_SECONDS = 30.0
+"""Workers that have had nothing to do for so long leave, and others can have their CPUs and GPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSize:
+    """The workers of one trial and what each of them reserves."""
+
+    num_workers: int = 1
+    cpus_per_worker: float = 1
+    gpus_per_worker: int = 0
+
+    def for_arch(self, arch: str, num_workers: Mapping[str, int]) -> "GroupSize":
+        """The size for an architecture; `num_workers` has those of patterns such as resnet101*, the last one counts."""
+        found = [count for pattern, count in num_workers.items() if fnmatch.fnmatchcase(arch, pattern)]
+        return replace(self, num_workers=found[-1]) if found else self
+
+
+class GroupEnded(RuntimeError):
+    """The worker group is gone and will not come back by itself."""
+
+
+class GroupReleased(GroupEnded):
+    """It was idle and left its resources to others."""
+
+
+def living_nodes() -> dict[str, dict[str, float]]:
+    """Node id -> all resources of the node."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+
+
+class GroupHost:
+    """Async actor between a trial slot and its workers."""
+
+    def __init__(self, size: GroupSize, stall_timeout: float = math.inf) -> None:
+        self._stall_timeout = stall_timeout  # seconds
+        self._trial: TrialSpec | None = None
+        self._epochs_done = 0
+        self._state: Files | None = None
+        self._command: Command | None = None
+        self._num_workers = size.num_workers
+        self._tries = self._lost_nodes = 0
+        self._why_lost = ""
+        self._batch_parts = 1
+        self._workers: dict[int, Any] = {}  # actors by rank
+        self._last_sign: float | None = None  # of progress in the command, or when it was taken; None before that
+        self._taken = 0
+        self._numbers = 0
+        self._closing = False
+        self._nodes: set[str] = set()
+        self._met: set[int] = set()  # workers that have the images of the command
+        self._idle: asyncio.TimerHandle | None = None
+        self._changed = asyncio.Condition()
+        self._run_ended = asyncio.Event()
+        self._outcome: asyncio.Future | None = None
+        self._loop = asyncio.get_event_loop()
+        myself = ray.get_runtime_context().current_actor
+        threading.Thread(target=self._run_trainer, args=(size, myself), daemon=True).start()
+        self._loop.call_soon_threadsafe(self._rest)
+
+    # Called by the trial.
+
+    async def node(self) -> str:
+        """Where this actor is."""
+        return ray.get_runtime_context().get_node_id()
+
+    async def begin(self, trial: TrialSpec, epochs_done: int, state: Files | None) -> None:
+        """Make `trial` the current one, at the end of `epochs_done` epochs with `state`."""
+        if self._closing:
+            raise GroupReleased("the worker group was idle and has left")
+        self._trial, self._epochs_done, self._state = trial, epochs_done, state
+        self._batch_parts = 1
+
+    async def run_epoch(self) -> Outcome:
+        """Train the current trial's next epoch. Raises `GroupEnded` where there are no workers any more."""
+        if self._closing:
+            raise GroupReleased("the worker group was idle and has left")
+        self._idle.cancel()
+        self._tries = self._lost_nodes = 0
+        self._why_lost = ""
+        self._outcome = self._outcome_of_ended_group() or self._loop.create_future()
+        await self._give_command()
+        outcome = await self._watched(self._outcome)
+        self._rest()
+        if outcome.failure is None:
+            self._epochs_done += 1
+            self._state = outcome.state
+        return outcome
+
+    async def _give_command(self) -> None:
+        self._numbers += 1
+        self._met.clear()
+        self._last_sign = None
+        self._command = Command(self._numbers, self._trial, self._epochs_done, self._batch_parts)
+        await self._notify()
+
+    async def _watched(self, outcome: asyncio.Future) -> Outcome:
+        """The outcome, once it is there. Workers that make no progress are killed: Ray Train starts others."""
+        looks = None if math.isinf(self._stall_timeout) else max(0.1, self._stall_timeout / 10)
+        while not (await asyncio.wait({outcome}, timeout=looks))[0]:
+            if self._last_sign is not None and self._loop.time() - self._last_sign > self._stall_timeout:
+                self._last_sign = None
+                self._why_lost = f"no progress for {self._stall_timeout:g} s"
+                for worker in self._workers.values():
+                    ray.kill(worker)
+        return outcome.result()
+
+    def _rest(self) -> None:
+        self._idle = self._loop.call_later(IDLE_SECONDS, lambda: self._loop.create_task(self._release()))
+
+    async def _release(self) -> None:
+        if self._command is None:
+            await self.close()
+
+    async def close(self) -> None:
+        """Let the workers leave their loop, which ends the Ray Train run."""
+        self._closing = True
+        await self._notify()
+
+    async def ended(self) -> None:
+        """Wait until the Ray Train run has ended and its resources are free."""
+        await self._run_ended.wait()
+
+    # Called by the workers.
+
+    async def join(self, rank: int, node: str, worker: Any = None) -> None:
+        """A worker (an actor) (re)entered its loop on `node`. If the first one had taken a command, that lost its
+        workers."""
+        self._workers[rank] = worker
+        self._last_sign = None
+        before = set(self._nodes)
+        self._nodes.add(node)
+        self._met.discard(rank)
+        if rank != 0 or self._command is None or self._command.number != self._taken:
+            return
+        gone = before - living_nodes().keys()
+        self._nodes -= gone
+        self._tries += not gone
+        self._lost_nodes += bool(gone)
+        if self._tries >= MAX_TRIES or self._lost_nodes >= MAX_LOST_NODES:
+            times, epoch = self._tries + self._lost_nodes, self._command.epochs_done + 1
+            why = f" (the last time: {self._why_lost})" if self._why_lost else ""
+            failure = f"lost its workers {times} times in epoch {epoch}{why}"
+            self._resolve(self._command.number, Outcome(failure=failure))
+        self._why_lost = ""
+
+    async def next_command(self, rank: int, after: int) -> Command | None:
+        """Wait for a command numbered above `after`; None tells the worker to leave."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._closing or (self._command and self._command.number > after))
+        if self._closing:
+            return None
+        if rank == 0:
+            self._taken = self._command.number
+            self._last_sign = self._loop.time()
+        return self._command
+
+    async def meet(self, rank: int, number: int) -> None:
+        """Wait until all workers have the images of a command. One may fetch and presize them for hours, while
+        collectives time out."""
+        if number != self._numbers:
+            return
+        self._met.add(rank)
+        await self._notify()
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._closing or number != self._numbers or len(self._met) == self._num_workers
+            )
+
+    async def state(self) -> Files | None:
+        """The current trial's last state, for a worker that has to build the trial."""
+        return self._state
+
+    async def progress(self, number: int) -> None:
+        """A sign that the workers of a command are at work."""
+        if number == self._numbers:
+            self._last_sign = self._loop.time()
+
+    async def deliver(self, number: int, outcome: Outcome) -> None:
+        if not outcome.split_batches:
+            self._resolve(number, outcome)
+        elif self._command is not None and self._command.number == number:  # other workers may have said so before
+            self._batch_parts *= 2
+            await self._give_command()
+
+    def _resolve(self, number: int, outcome: Outcome) -> None:
+        if self._command is not None and self._command.number == number and not self._outcome.done():
+            self._command = None
+            self._outcome.set_result(outcome)
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    # The Ray Train run, in its own thread.
+
+    _ended: str | None = None
+
+    def _run_trainer(self, size: GroupSize, myself) -> None:
+        from ray import train
+        from ray._private import worker
+
+        from trainables.ray.process_group import GroupTrainer, ProcessGroup
+        from trainables.ray.worker import serve
+
+        # Ray Train wants a folder for checkpoints, but a trial's state travels through the object store. This process
+        # may be killed, so the folder lies in that of Ray's session.
+        storage = tempfile.mkdtemp(prefix="worker_group_", dir=worker._global_node.get_session_dir_path())
+        resources = {"CPU": size.cpus_per_worker}
+        if size.gpus_per_worker:
+            resources["GPU"] = size.gpus_per_worker
+        trainer = GroupTrainer(
+            serve,
+            train_loop_config={"host": myself, "num_threads": max(1, int(size.cpus_per_worker))},
+            backend_config=ProcessGroup(backend="nccl" if size.gpus_per_worker else "gloo"),
+            scaling_config=train.ScalingConfig(
+                num_workers=size.num_workers,
+                use_gpu=bool(size.gpus_per_worker),
+                resources_per_worker=resources,
+                placement_strategy="PACK",
+            ),
+            run_config=train.RunConfig(
+                name="worker_group",
+                storage_path=storage,
+                # Failures count per command, see `join`; Ray counts the workers that die before they come there.
+                failure_config=train.FailureConfig(max_failures=-1, controller_failure_limit=MAX_START_FAILURES),
+            ),
+        )
+        try:
+            trainer.fit()
+            ended = "the worker group left its loop"
+        except Exception as error:  # whatever ended Ray Train's run ends the group, and the trial must hear of it
+            ended = f"the worker group ended: {error}"
+        finally:
+            shutil.rmtree(storage, ignore_errors=True)
+        self._loop.call_soon_threadsafe(self._end, ended)
+
+    def _end(self, reason: str) -> None:
+        self._ended = reason
+        self._run_ended.set()
+        if self._outcome is not None and not self._outcome.done():
+            self._outcome.set_exception(GroupEnded(reason))
+
+    def _outcome_of_ended_group(self) -> asyncio.Future | None:
+        if self._ended is None:
+            return None
+        future = self._loop.create_future()
+        future.set_exception(GroupEnded(self._ended))
+        return future

@@ -1,0 +1,68 @@
+"""What all commands share, with Ray or without: how they print, and how they end."""
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from trainables.system.full_disk import FULL
+from trainables.system.text import printable_lines
+
+BAD_INPUT = 2
+INTERRUPTED = 128 + signal.SIGINT
+
+
+def run_cli(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a command and exits with the code that it returns.
+
+    What the user can mend (`ValueError`: data, weights, settings, arguments; a full disk) is one paragraph on stderr
+    and exit code 2. Ctrl-C exits with 130 and a reader that closed the pipe ends the command, both without a word.
+    Anything else is a bug and keeps its traceback.
+    """
+    never_fail_to_print()
+    try:
+        require_system()
+        code = main()
+        sys.stdout.flush()
+    except ValueError as error:
+        code = _refuse(error)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:  # such as `... | head`
+        code = 1
+        _give_up_output()
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        place = f" {error.filename}" if error.filename else " the output"
+        _give_up_output()  # what it may be of
+        code = _refuse(f"The disk of{place} is full ({error.strerror}). Make room and run this again.")
+    sys.exit(code)
+
+
+def never_fail_to_print() -> None:
+    """A terminal or a pipe may know no more than ASCII: what it does not know is printed as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def require_system() -> None:
+    """Raises `ValueError` on Windows, which has neither the locks nor the signals that a search relies on."""
+    if sys.platform == "win32":
+        raise ValueError(
+            "finetune-search runs on Linux and macOS, not on Windows itself. Windows runs Linux programs in WSL "
+            "(wsl --install): install and start it there."
+        )
+
+
+def _refuse(why: object) -> int:
+    print(printable_lines(f"error: {why}"), file=sys.stderr)
+    return BAD_INPUT
+
+
+def _give_up_output() -> None:
+    """Python flushes stdout once more at its end, which must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
