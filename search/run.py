@@ -119,7 +119,14 @@ def search(args: argparse.Namespace, folder) -> int:
 
 def show_progress() -> None:
     """Say what is logged of fetching, of waiting, and what was noticed of the images. Presizing has a bar."""
-    for name in ("architecture", "data", "disk", "fetch", "weights"):
+    for name in (
+        "data.fetch",
+        "data.layouts",
+        "network.architecture",
+        "network.pretrained_weights",
+        "system.cache",
+        "system.full_disk",
+    ):
         logger = logging.getLogger(f"trainables.{name}")
         logger.setLevel(logging.INFO)
         logger.addHandler(_Sayer())

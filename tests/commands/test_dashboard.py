@@ -37,7 +37,7 @@ class Served:
             "signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL)"
         )
         code = f"import signal, sys; {defaults}; {preamble}; "
-        code += "from search import cli, dashboard; cli.run_cli(dashboard.main)"
+        code += "from search import dashboard; dashboard.run_cli(dashboard.main)"
         ports = ("--port", 18080, "--tensorboard-port", 16006)
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, *map(str, (folder, *ports, *arguments))],

@@ -209,7 +209,7 @@ def test_what_is_asked_for_wrongly_is_said_before_any_work(tmp_path, data):
     run = make_run(tmp_path / "run", data, epochs=1)
     with pytest.raises(ValueError, match=r"--format tflite is unknown. Known: safetensors, onnx, pt2"):
         export.main([str(run), "--out", str(tmp_path / "out"), "--format", "onnx,tflite"])
-    code = "import sys; sys.modules['onnxruntime'] = None; from search import cli, export; cli.run_cli(export.main)"
+    code = "import sys; sys.modules['onnxruntime'] = None; from search import export; export.run_cli(export.main)"
     command = [sys.executable, "-c", code, run, "--out", tmp_path / "out", "--format", "onnx"]
     child = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
     assert child.returncode == 2 and not child.stdout

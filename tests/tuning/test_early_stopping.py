@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
+from search.runs.paths import RunFolder
 from search.spaces.space import Range, Space
-from search.tuning.early_stopping import ProgressHalvingScheduler, cut_off, new_scheduler, rung_at, stop_reasons
+from search.tuning.early_stopping import ProgressHalvingScheduler, cut_off, new_scheduler, rung_at
 
 SPACE = Space(
     name="small",
@@ -23,6 +24,10 @@ STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE
 @pytest.fixture
 def state_file(tmp_path):
     return tmp_path / "rungs.json"
+
+
+def reasons(state_file) -> dict[str, str]:
+    return RunFolder(state_file.parent).stop_reasons()
 
 
 @pytest.fixture
@@ -120,11 +125,13 @@ def test_results_that_are_no_numbers_neither_stop_nor_count(scheduler, state_fil
 def test_a_stop_says_why(scheduler, state_file):
     for name, error in (("a", 0.1), ("b", 0.2), ("c", 0.3), ("d", 0.5)):
         report(scheduler, name, 60, error)
-    assert stop_reasons(state_file) == {"d": "error_rate 0.5000 above the cut-off 0.2600 of rung 60 %"}
+    assert reasons(state_file) == {
+        "d": "error_rate 0.5000 above the cut-off 0.2600 of rung 60 %"
+    }
 
 
 def test_nothing_was_stopped_where_nothing_is_on_record(tmp_path):
-    assert stop_reasons(tmp_path / "none.json") == {}
+    assert RunFolder(tmp_path).stop_reasons() == {}
 
 
 def test_a_search_that_goes_on_knows_the_rungs_of_before(scheduler, state_file):
@@ -134,7 +141,7 @@ def test_a_search_that_goes_on_knows_the_rungs_of_before(scheduler, state_file):
     assert later.curves == scheduler.curves
     assert report(later, "b", 60, 0.9) == CONTINUE  # recorded already
     assert report(later, "e", 60, 0.5) == STOP
-    assert set(stop_reasons(state_file)) == {"d", "e"}
+    assert set(reasons(state_file)) == {"d", "e"}
 
 
 def test_rungs_and_share_can_be_chosen(state_file):
@@ -158,7 +165,7 @@ def test_a_trial_is_judged_by_how_it_is_expected_to_end(scheduler, state_file):
     with_high_rates_that_end_best(scheduler)
     assert report(scheduler, "high", 60, 0.39, epochs=5, lr_max=1e-2) == CONTINUE  # worse than all
     assert report(scheduler, "low", 60, 0.31, epochs=5, lr_max=1e-4) == STOP
-    assert stop_reasons(state_file)["low"].startswith("error_rate 0.3100, 0.24")
+    assert reasons(state_file)["low"].startswith("error_rate 0.3100, 0.24")
 
 
 def test_how_trials_ended_is_known_to_a_search_that_goes_on(scheduler, state_file):
@@ -223,7 +230,7 @@ def test_median_stopping_ends_what_is_worse_than_half_at_any_time(state_file):
     assert report(scheduler, "d", 25, 0.19) == STOP
     assert report(scheduler, "e", 25, 0.12) == CONTINUE
     assert report(scheduler, "e", 95, 0.3) == STOP
-    assert stop_reasons(state_file)["d"] == "error_rate 0.1900 above the cut-off 0.1800 of rung 20 %"
+    assert reasons(state_file)["d"] == "error_rate 0.1900 above the cut-off 0.1800 of rung 20 %"
 
 
 @pytest.mark.parametrize("name", ["none", "annealed"])

@@ -108,7 +108,7 @@ def prepare_in_subprocess(name: str) -> Path:
     except DataError:
         if name not in DATASETS or not DATASETS[name].url:
             raise
-    package_root = str(Path(__file__).resolve().parents[1])
+    package_root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([package_root, os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "trainables.data.datasets", name]
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True, errors="replace", env=environment)

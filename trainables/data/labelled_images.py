@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from trainables.data.image_file import WHITE_16_BIT, white_level
 from trainables.system.text import some
 
 MAX_UNREADABLE = 0.01
@@ -69,6 +68,8 @@ class ImageFolder:
     @cached_property
     def white_level(self) -> int:
         """The value that is white in those of more than 8 bits, see `image_file.white_level`; opens some of them."""
+        from trainables.data.image_file import white_level
+
         return white_level(self.root, self.paths)
 
     @property
@@ -78,6 +79,8 @@ class ImageFolder:
 
     def describe_depth(self) -> str:
         """How images of more than 8 bits become ones of 8; empty where there are none, or they use all of 16."""
+        from trainables.data.image_file import WHITE_16_BIT
+
         if self.white_level == WHITE_16_BIT:
             return ""
         used = "fractions" if self.white_level == 1 else f"{self.white_level.bit_length()} bits"

@@ -41,7 +41,7 @@ def require_trainable(recipes: Iterable[dict[str, Any]]) -> None:
         return
     archs = ", ".join(dict.fromkeys(recipe["arch"] for recipe in untried))
     logger.info("trying out whether these can be trained: %s", archs)
-    package_root = str(Path(__file__).resolve().parents[1])
+    package_root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([package_root, os.environ.get("PYTHONPATH", "")])}
     child = subprocess.run(
         [sys.executable, "-m", "trainables.network.architecture"],

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainables.data.image_file import WHITE_16_BIT
 from trainables.system.full_disk import when_there_is_room
 
 WEIGHTS_FILE = "model.safetensors"
@@ -45,7 +44,7 @@ class Preprocessing:
     """Per RGB channel, of values in 0..1; taken off first."""
     std: tuple[float, float, float]
     """Per RGB channel; then divided by."""
-    white_level: int = WHITE_16_BIT
+    white_level: int = 65535  # `image_file.WHITE_16_BIT`, whose module imports Pillow
     """The value that becomes 255 in images of more than 8 bits, see `image_file.white_level`."""
 
 
