@@ -120,7 +120,7 @@ def search_options(
     root: Path, settings: Sequence[str], *, trials: int, workers: int = 1, concurrent: int = 1, seed: int = 0
 ):
     """A search of the quickstart's dimensions as the command line would make it, in a folder of its own."""
-    from search.options.strategy import Method
+    from search.options.strategy import Strategy
     from search.runs.paths import RunFolder
     from search.spaces.space import load_space
     from search.tuning.tuner import RunOptions
@@ -131,7 +131,7 @@ def search_options(
     return RunOptions(
         space=space, folder=RunFolder(root / "run"), data=str(draw_images(root / "images")), weights=None,
         cache="auto",
-        labels=["dark", "light"], group_size=size, num_trials=trials, time_budget=None, method=Method(),
+        labels=["dark", "light"], group_size=size, num_trials=trials, time_budget=None, strategy=Strategy(),
         max_concurrent=concurrent,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.schedulers import TrialScheduler
 
-from search.options.strategy import Method
+from search.options.strategy import Strategy
 from search.reporting.charts import LEAST_FOR_IMPORTANCE, study_importances
 from search.spaces.space import Space
 from search.tuning.early_stopping import Curve, ProgressHalvingScheduler, new_scheduler, rung_at
@@ -199,7 +199,7 @@ class Replay:
 
 
 def replay(
-    method: Method,
+    strategy: Strategy,
     table: CurveTable,
     *,
     seed: int,
@@ -208,19 +208,19 @@ def replay(
     sampler: BaseSampler | None = None,
     forecasts: bool = True,
 ) -> Replay:
-    """A search by `method`, of `slots` trials at once, until `budget` epochs are spent; or one with another `sampler`,
-    or with rungs that forecast nothing."""
+    """A search by `strategy`, of `slots` trials at once, until `budget` epochs are spent; or one with another
+    `sampler`, or with rungs that forecast nothing."""
     with _journal() as journal:
-        searcher = new_searcher(table.space, journal, seed=seed, method=method)
+        searcher = new_searcher(table.space, journal, seed=seed, strategy=strategy)
         searcher.sampler = sampler or searcher.sampler
-        scheduler = new_scheduler(method.scheduler, METRIC, table.space, journal.with_name("rungs.json"))
+        scheduler = new_scheduler(strategy.scheduler, METRIC, table.space, journal.with_name("rungs.json"))
         if isinstance(scheduler, ProgressHalvingScheduler):
             scheduler.forecasts &= forecasts
         done = _run(searcher, scheduler, table, np.random.default_rng(seed), slots, budget)
         done.completed = searcher.study.get_trials(states=[TrialState.COMPLETE])
         if isinstance(scheduler, ProgressHalvingScheduler):
             done.rung_and_final = rung_and_final(scheduler, table)
-    if method.scheduler == "annealed":
+    if strategy.scheduler == "halving":
         _mark_left_short(done, table)
         done.rung_and_final = short_and_long(table)
     return done
@@ -230,7 +230,9 @@ def replay_top_k(table: CurveTable, *, seed: int, budget: int) -> Replay:
     """Two thirds of the budget for the first epochs of random configs, the rest for those best after it."""
     rng, done = np.random.default_rng(seed), Replay()
     with _journal() as journal:
-        searcher = OptunaSearcher(table.space, journal, seed=seed, method=Method(searcher="random", scheduler="none"))
+        searcher = OptunaSearcher(
+            table.space, journal, seed=seed, strategy=Strategy(searcher="random", scheduler="none")
+        )
         for number in range(2 * budget // 3):
             done.trials.append(_answered(searcher.suggest(str(number)), table, rng))
             done.run_epoch(done.trials[-1])
@@ -292,7 +294,7 @@ def _ends(number: int, done: Replay, searcher: OptunaSearcher, scheduler: TrialS
 
 
 def _mark_left_short(done: Replay, table: CurveTable) -> None:
-    """With annealed rungs, to be stopped is to be trained for the shortest length only."""
+    """With halving, to be stopped is to be trained for the shortest length only."""
     shortest, *_, longest = lengths(table.space.dimensions["epochs"])
     full = [trial.config for trial in done.trials if trial.config["epochs"] == longest]
     for trial in done.trials:
@@ -323,7 +325,7 @@ def rung_and_final(scheduler: ProgressHalvingScheduler, table: CurveTable) -> li
 
 
 def short_and_long(table: CurveTable) -> list[tuple[float, float]]:
-    """Final errors of the shortest trainings, which are the first of the annealed rungs, and of the longest ones of the
+    """Final errors of the shortest trainings, which are the first of the halving, and of the longest ones of the
     same configurations."""
     shortest, *_, longest = lengths(table.space.dimensions["epochs"])
     return [(short.error_rate[-1], long.error_rate[-1]) for short, long in table.pairs(shortest, longest)]

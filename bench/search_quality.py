@@ -22,26 +22,26 @@ from learning_curves import FILE, space
 from quality_replay import CurveTable, Replay, Training, most_important, replay, replay_top_k
 from scipy.stats import kendalltau
 
-from search.options.strategy import Method
+from search.options.strategy import Strategy
 from search.reporting.charts import BEST_SHARE
 from trainables.system.text import many
 
 BASELINE, TOP_K = "random", "random, top K after one epoch"
 MULTIVARIATE = "tpe as Optuna has it (multivariate), rungs"
 BY_ERROR_NOW = "tpe, rungs that forecast nothing"
-METHODS: dict[str, Method | None] = {
-    BASELINE: Method(searcher="random", scheduler="none"),
+METHODS: dict[str, Strategy | None] = {
+    BASELINE: Strategy(searcher="random", scheduler="none"),
     TOP_K: None,
-    "tpe": Method(scheduler="none"),
-    "tpe, rungs": Method(scheduler="rungs"),
-    BY_ERROR_NOW: Method(scheduler="rungs"),
-    "tpe, annealed": Method(scheduler="annealed"),
-    "tpe, median": Method(scheduler="median"),
-    MULTIVARIATE: Method(scheduler="rungs"),
-    "gp": Method(searcher="gp", scheduler="none"),
-    "cmaes": Method(searcher="cmaes", scheduler="none"),
+    "tpe": Strategy(scheduler="none"),
+    "tpe, rungs": Strategy(scheduler="rungs"),
+    BY_ERROR_NOW: Strategy(scheduler="rungs"),
+    "tpe, halving": Strategy(scheduler="halving"),
+    "tpe, median": Strategy(scheduler="median"),
+    MULTIVARIATE: Strategy(scheduler="rungs"),
+    "gp": Strategy(searcher="gp", scheduler="none"),
+    "cmaes": Strategy(searcher="cmaes", scheduler="none"),
 }
-DEFAULT = next(name for name, method in METHODS.items() if method == Method())
+DEFAULT = next(name for name, method in METHODS.items() if method == Strategy())
 SLOTS = (1, 4)
 BEST_SHARES = {"better half": BEST_SHARE, "best tenth": 0.1}
 """What importance tells from all trials: as a search has it, and as Optuna has it by itself."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from search.cli.messages import INTERRUPTED, Interruptible, run_cli, say
 from search.cluster.connect import check_address, prepare_environment, start_ray
-from search.options.arguments import method_of, parse_arguments, resume_command, workers_per_trial
+from search.options.arguments import parse_arguments, resume_command, strategy_of, workers_per_trial
 from search.options.preparation import check_weights, find_data, pin, presize_here, say_depth, setting_values, space_of
 from search.spaces.space import Space
 from trainables.system.text import duration, many, shell_command
@@ -50,7 +50,7 @@ def search(args: argparse.Namespace, folder) -> int:
     prepare_environment(args.address)
     check_address(args.address)
     show_progress()
-    space, method = space_of(args), method_of(args)
+    space, strategy = space_of(args), strategy_of(args)
     from search.reporting.test_set import hold_out, source_of
     from search.runs.resume import arguments_record, images_record, require_same, require_whole, same_files
     from search.spaces.architectures import check_architectures
@@ -61,7 +61,7 @@ def search(args: argparse.Namespace, folder) -> int:
     as_asked = arguments_record(args)  # before the learning-rate finder narrows it
     if args.resume:
         require_whole(folder, space.dimensions)
-    if method.scheduler == "annealed":
+    if strategy.scheduler == "halving":
         check_lengths(space)
     check_architectures(space)
     mirror = mirror_of(args, folder)
@@ -101,7 +101,7 @@ def search(args: argparse.Namespace, folder) -> int:
         num_workers=num_workers,
         num_trials=args.trials or space.num_trials,
         time_budget=args.time_budget,
-        method=method,
+        strategy=strategy,
         max_concurrent=None if args.max_concurrent in ("auto", None) else args.max_concurrent,
         address=args.address,
         recipes=space.recipes[args.recipes] if args.recipes else (),
@@ -340,7 +340,7 @@ def write_command(args: argparse.Namespace, options, **found: Any) -> None:
         "group_size": asdict(options.group_size),
         "num_workers": options.num_workers,
         "max_concurrent": options.max_concurrent,
-        "method": asdict(options.method),
+        "method": asdict(options.strategy),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         **found | {name: before[name] for name in ("asked", "images") if name in before},
     }

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from search.options.strategy import CONFIRM_SEEDS, OBJECTIVES, SCHEDULERS, SEARCHERS, Method
+from search.options.strategy import CONFIRM_SEEDS, OBJECTIVES, SCHEDULERS, SEARCHERS, Strategy
 from search.spaces.space import space_names
 from trainables.data.fetch import is_uri
 from trainables.data.labelled_images import MAX_UNREADABLE
@@ -77,7 +77,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     ))  # fmt: skip
     how.add_argument("--scheduler", choices=SCHEDULERS, help=(
         "which trials end early: rungs = those that, late in their schedule, are expected to end badly; median = those "
-        "that are worse than the median at any time; annealed = none, but all except the space's own recipes begin "
+        "that are worse than the median at any time; halving = none, but all except the space's own recipes begin "
         "short, and the best third of a length is trained anew with the next one; none; default rungs, and none with "
         "--objective error,seconds"
     ))  # fmt: skip
@@ -161,13 +161,13 @@ def given(parser: argparse.ArgumentParser, argv: list[str] | None) -> list[str]:
     return list(vars(parser.parse_args(argv)))
 
 
-def method_of(args: argparse.Namespace) -> Method:
+def strategy_of(args: argparse.Namespace) -> Strategy:
     """Raises `ValueError` where its parts do not fit each other."""
     if args.recipes:  # all are proposed already, and none ends early
-        return Method(searcher="random", scheduler="none", confirm=args.confirm)
+        return Strategy(searcher="random", scheduler="none", confirm=args.confirm)
     default = "rungs" if args.objective == "error" else "none"
     names = ("searcher", "objective", "target_seconds", "confirm")
-    return Method(scheduler=args.scheduler or default, **{name: getattr(args, name) for name in names})
+    return Strategy(scheduler=args.scheduler or default, **{name: getattr(args, name) for name in names})
 
 
 def add_cache(parser) -> None:

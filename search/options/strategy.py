@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 
 SEARCHERS = ("tpe", "random", "gp", "cmaes")
-SCHEDULERS = ("rungs", "annealed", "median", "none")
+SCHEDULERS = ("rungs", "halving", "median", "none")
 OBJECTIVES = ("error", "error,seconds")
 CONFIRM_SEEDS = 3
 """So often each of the best configs is trained again with `--confirm`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Strategy:
     """Raises `ValueError` where its parts do not fit each other."""
 
     searcher: str = "tpe"
@@ -31,9 +31,9 @@ class Method:
                 f"--objective {self.objective}: --scheduler {self.scheduler} ends trials by their error, and a quick "
                 "one of a higher error may be what is wanted. Leave --scheduler out."
             )
-        if self.target_seconds and self.scheduler == "annealed":
+        if self.target_seconds and self.scheduler == "halving":
             raise ValueError(
-                "--target-seconds: --scheduler annealed trains what was good at first for longer, whatever it takes. "
+                "--target-seconds: --scheduler halving trains what was good at first for longer, whatever it takes. "
                 "Take rungs, median or none."
             )
         if self.target_seconds and self.searcher not in ("tpe", "gp"):

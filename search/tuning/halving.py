@@ -11,7 +11,7 @@ from typing import Any
 
 import optuna
 
-from search.options.strategy import Method
+from search.options.strategy import Strategy
 from search.spaces.space import Choice, Dimension, Space
 from search.tuning.searcher import FORGOTTEN, OptunaSearcher, as_params, config_of, propose
 
@@ -40,7 +40,7 @@ def check_lengths(space: Space) -> None:
     if epochs is None or len(lengths(epochs)) < 2:
         given = f"epochs {'is ' + str(space.settings['epochs']) if epochs is None else 'are ' + str(epochs)}"
         raise ValueError(
-            f"--scheduler annealed: {given}, but trials begin with a third of the longest. Search epochs "
+            f"--scheduler halving: {given}, but trials begin with a third of the longest. Search epochs "
             f"(--set epochs=2..6), the most at least {FACTOR} times the fewest, or take another --scheduler."
         )
 
@@ -60,7 +60,7 @@ def promotion(done: Iterable[tuple[Config, float]], rungs: Sequence[int], taken:
     return None
 
 
-class AnnealedSearcher(OptunaSearcher):
+class HalvingSearcher(OptunaSearcher):
     """Proposes the shortest length, and longer ones to configs that were good at it. Each is a trial of its own."""
 
     def _ask(self) -> tuple[optuna.Trial, Config]:
@@ -76,7 +76,7 @@ class AnnealedSearcher(OptunaSearcher):
         return trial, propose(trial, self.space)
 
 
-def new_searcher(space: Space, journal: Path, *, seed: int, method: Method, **options: Any) -> OptunaSearcher:
-    """Who proposes by `method`; `options` are those of `OptunaSearcher`."""
-    kind = AnnealedSearcher if method.scheduler == "annealed" else OptunaSearcher
-    return kind(space, journal, seed=seed, method=method, **options)
+def new_searcher(space: Space, journal: Path, *, seed: int, strategy: Strategy, **options: Any) -> OptunaSearcher:
+    """Who proposes by `strategy`; `options` are those of `OptunaSearcher`."""
+    kind = HalvingSearcher if strategy.scheduler == "halving" else OptunaSearcher
+    return kind(space, journal, seed=seed, strategy=strategy, **options)

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from search.cluster.concurrency import Capacity
-from search.options.strategy import Method
+from search.options.strategy import Strategy
 from search.runs.study_journal import open_journal
 from search.spaces.space import SWITCH, Choice, Dimension, Space, ends
 from search.tuning.retraining import retrainings
@@ -39,8 +39,8 @@ class OptunaSearcher(Searcher):
     Where `capacity` has no room for the next trial it proposes none; Tune asks again. A trial that needs many workers
     keeps its turn: smaller ones do not go before it.
 
-    After `num_trials` proposals, and when these have ended, the best `method.confirm` are trained again, but for those
-    that were already before the search was extended.
+    After `num_trials` proposals, and when these have ended, the best `strategy.confirm` are trained again, except
+    those that already were before the search was extended.
     """
 
     def __init__(
@@ -49,18 +49,18 @@ class OptunaSearcher(Searcher):
         journal: Path,
         *,
         seed: int,
-        method: Method | None = None,
+        strategy: Strategy | None = None,
         capacity: Capacity | None = None,
         num_trials: int | None = None,
     ) -> None:
         super().__init__(metric=METRIC, mode="min")
         self.space = space
         self.journal = Path(journal)
-        self.method = method or Method()
-        self.sampler = _sampler(self.method, seed)
+        self.strategy = strategy or Strategy()
+        self.sampler = _sampler(self.strategy, seed)
         self.num_trials = num_trials
         self.first_configs = space.first_configs()
-        if self.method.target_seconds:
+        if self.strategy.target_seconds:
             self.first_configs += _each_arch(space, self.first_configs)
         self.numbers: dict[str, int] = {}  # Tune's trial id -> Optuna's trial number
         # Tune's ids of trials that are others' once more -> whose, and the seed.
@@ -79,7 +79,7 @@ class OptunaSearcher(Searcher):
                 storage=open_journal(self.journal),
                 study_name=self.space.name,
                 sampler=self.sampler,
-                directions=["minimize"] * self.method.num_objectives,
+                directions=["minimize"] * self.strategy.num_objectives,
                 load_if_exists=True,
             )
             if known and not self.numbers:  # a kill came before Tune had saved anything
@@ -115,7 +115,7 @@ class OptunaSearcher(Searcher):
         shown = len(self.numbers)
         if not len(self.space.first_configs()) <= shown < len(self.first_configs):
             return
-        archs, limit = self.space.dimensions["arch"].values, self.method.target_seconds
+        archs, limit = self.space.dimensions["arch"].values, self.strategy.target_seconds
         trials = self.study.get_trials(deepcopy=False)
         slow = [archs.index(t.params["arch"]) for t in trials if t.user_attrs.get(_SECONDS, 0) > limit]
         left = [c for c in self.first_configs[shown:] if archs.index(c["arch"]) < min(slow, default=len(archs))]
@@ -125,7 +125,7 @@ class OptunaSearcher(Searcher):
         """One of the best once more. The choice among all trials waits for the last of them."""
         if set(self.live) & set(self.numbers):
             return None
-        done, best = self.retrained.values(), self._ranked()[: self.method.confirm]
+        done, best = self.retrained.values(), self._ranked()[: self.strategy.confirm]
         todo = [c for c in retrainings(best, self._last_seed()) if (c[RETRAINS], c["seed"]) not in done]
         if not todo:
             return Searcher.FINISHED
@@ -186,8 +186,8 @@ class OptunaSearcher(Searcher):
         seconds = result[_SECONDS] * result["epochs_total"] / result["epoch"]
         trial.set_user_attr(_SECONDS, seconds)  # of the whole training, also where it was stopped
         trial.set_user_attr(_LOSS, result[_LOSS])
-        if self.method.target_seconds:
-            trial.set_constraint(_SECONDS, seconds - self.method.target_seconds)
+        if self.strategy.target_seconds:
+            trial.set_constraint(_SECONDS, seconds - self.strategy.target_seconds)
         if finished:
             self.study.tell(trial, [result[METRIC], seconds][: len(self.study.directions)])
         else:
@@ -201,7 +201,7 @@ class OptunaSearcher(Searcher):
 
     def most_left(self) -> int:
         """So many trials are still to be proposed, at most: of the best, some may have been trained again before."""
-        return max(0, self.num_trials - len(self.numbers)) + self.method.num_retrainings
+        return max(0, self.num_trials - len(self.numbers)) + self.strategy.num_retrainings
 
     def save(self, checkpoint_path: str) -> None:
         """The study is in its journal already; what is left is the sampler's random state and who is who."""
@@ -315,13 +315,13 @@ def _each_arch(space: Space, first: Sequence[Config]) -> list[Config]:
 # --- Samplers ---------------------------------------------------------------------------------------------------------
 
 
-def _sampler(method: Method, seed: int) -> BaseSampler:
+def _sampler(strategy: Strategy, seed: int) -> BaseSampler:
     common = {"seed": seed, "n_startup_trials": STARTUP_TRIALS}
-    if method.searcher == "random":
+    if strategy.searcher == "random":
         return optuna.samplers.RandomSampler(seed=seed)
-    if method.searcher == "gp":
+    if strategy.searcher == "gp":
         return optuna.samplers.GPSampler(**common, warn_independent_sampling=False)
-    if method.searcher == "cmaes":
+    if strategy.searcher == "cmaes":
         return optuna.samplers.CmaEsSampler(**common, warn_independent_sampling=False)
     # One dimension at a time: measured to find more than Optuna 5's default, see results/bench/search_quality.md.
     return optuna.samplers.TPESampler(**common, multivariate=False, group=False)

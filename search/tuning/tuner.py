@@ -11,7 +11,7 @@ from ray.tune.stopper import CombinedStopper
 
 from search.cluster.abandoned_room import AbandonedRoom
 from search.cluster.concurrency import Capacity, CapacityNews
-from search.options.strategy import Method
+from search.options.strategy import Strategy
 from search.reporting.live_report import LiveReport
 from search.reporting.live_table import Leaderboard
 from search.runs.disk_space import DiskWatch
@@ -46,7 +46,7 @@ class RunOptions:
     num_workers: dict[str, int] = field(default_factory=dict)  # of architectures by pattern, see `GroupSize`
     num_trials: int
     time_budget: float | None  # seconds
-    method: Method
+    strategy: Strategy
     max_concurrent: int | None  # None: as many as fit, also when the cluster grows or shrinks
     address: str | None = None  # of a Ray cluster that was there before
     recipes: tuple[NamedRecipe, ...] = ()  # the trials are these and no others
@@ -65,8 +65,8 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
         dimensions=list(options.space.dimensions),
         pinned=list(options.space.pinned),
         labels=options.labels,
-        confirm=options.method.confirm,
-        front=options.method.num_objectives > 1,
+        confirm=options.strategy.confirm,
+        front=options.strategy.num_objectives > 1,
         keep=options.keep,
         keep_first=options.keep_first,
     )
@@ -74,7 +74,7 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
     budget = TimeBudget(options.folder, options.time_budget)
     capacity = capacity_of(options)
     live_report = [] if options.report == "off" else [LiveReport(options.folder)]
-    num_samples = options.num_trials + options.method.num_retrainings
+    num_samples = options.num_trials + options.strategy.num_retrainings
     leaderboard = Leaderboard(table, num_trials=num_samples, time_budget=options.time_budget)
     return tune.Tuner(
         trainable(options, settings),
@@ -84,13 +84,13 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
                     options.space,
                     options.folder.journal,
                     seed=options.space.seed,
-                    method=options.method,
+                    strategy=options.strategy,
                     capacity=capacity,
                     num_trials=options.num_trials,
                 ),
                 budget,
             ),
-            scheduler=new_scheduler(options.method.scheduler, METRIC, options.space, options.folder.rungs),
+            scheduler=new_scheduler(options.strategy.scheduler, METRIC, options.space, options.folder.rungs),
             num_samples=num_samples,
             reuse_actors=True,
             trial_name_creator=table_id,

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from search.options.strategy import Method
+from search.options.strategy import Strategy
 from search.spaces.space import Choice, Range, Space
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +88,7 @@ def test_a_dimension_without_influence_weighs_nothing(table):
 @pytest.mark.parametrize("slots", [1, 4])
 def test_a_replay_spends_its_budget_and_gives_the_same_trials_again(table, slots):
     once, again = (
-        quality_replay.replay(Method(scheduler="rungs"), table, seed=3, slots=slots, budget=40) for _ in range(2)
+        quality_replay.replay(Strategy(scheduler="rungs"), table, seed=3, slots=slots, budget=40) for _ in range(2)
     )
     assert once.epochs == sum(trial.epochs_done for trial in once.trials) == 40
     assert [trial.config for trial in once.trials] == [trial.config for trial in again.trials]
@@ -103,7 +103,7 @@ def test_rungs_stop_bad_trials_and_none_stops_none(table):
         name: sum(
             trial.stopped
             for trial in quality_replay.replay(
-                Method(searcher="random", scheduler=name), table, seed=0, slots=1, budget=120
+                Strategy(searcher="random", scheduler=name), table, seed=0, slots=1, budget=120
             ).trials
         )
         for name in ("rungs", "median", "none")
@@ -111,8 +111,8 @@ def test_rungs_stop_bad_trials_and_none_stops_none(table):
     assert stopped["rungs"] > 0 < stopped["median"] and stopped["none"] == 0
 
 
-def test_annealed_rungs_train_the_best_third_for_longer(table):
-    done = quality_replay.replay(Method(searcher="random", scheduler="annealed"), table, seed=0, slots=1, budget=60)
+def test_halving_trains_the_best_third_for_longer(table):
+    done = quality_replay.replay(Strategy(searcher="random", scheduler="halving"), table, seed=0, slots=1, budget=60)
     longest = [trial.config for trial in done.trials if trial.config["epochs"] == 3]
     short = [trial.config for trial in done.trials if trial.config["epochs"] == 1]
     assert 0 < len(longest) <= len(short) / 3
@@ -132,10 +132,10 @@ def test_where_the_rung_shows_the_end_tau_is_1_and_what_it_says_is_what_the_curv
     pairs = quality_replay.short_and_long(table)
     assert search_quality.tau(*zip(*pairs, strict=True)) == pytest.approx(1)
     again = {"table": table, "seed": 0, "slots": 1, "budget": 60}
-    plain = quality_replay.replay(Method(scheduler="rungs"), **again, forecasts=False).rung_and_final
+    plain = quality_replay.replay(Strategy(scheduler="rungs"), **again, forecasts=False).rung_and_final
     assert len(plain) == 16  # the trainings of three epochs
     assert {round(rung - final, 6) for rung, final in plain} == {0.1}  # the last epoch but one
-    assert quality_replay.replay(Method(scheduler="none"), **again).rung_and_final == []
+    assert quality_replay.replay(Strategy(scheduler="none"), **again).rung_and_final == []
 
 
 def test_a_forecast_knows_more_of_the_end_than_the_rung_does():
@@ -145,7 +145,7 @@ def test_a_forecast_knows_more_of_the_end_than_the_rung_does():
     curves.loc[at_rung, "error_rate"] += 0.3 * np.log10(curves["lr_max"] / 1e-4)
     again = {"table": quality_replay.CurveTable(curves, SPACE), "seed": 0, "slots": 1, "budget": 120}
     plain, forecast = (
-        quality_replay.replay(Method(scheduler="rungs"), **again, forecasts=forecasts).rung_and_final
+        quality_replay.replay(Strategy(scheduler="rungs"), **again, forecasts=forecasts).rung_and_final
         for forecasts in (False, True)
     )
     tau_plain, tau_forecast = (search_quality.tau(*zip(*pairs, strict=True)) for pairs in (plain, forecast))
@@ -154,7 +154,7 @@ def test_a_forecast_knows_more_of_the_end_than_the_rung_does():
 
 def test_the_setting_that_decides_is_known_and_named(table):
     assert table.decisive() == "lr_max"
-    done = quality_replay.replay(Method(searcher="random", scheduler="none"), table, seed=0, slots=1, budget=120)
+    done = quality_replay.replay(Strategy(searcher="random", scheduler="none"), table, seed=0, slots=1, budget=120)
     assert len(done.completed) == sum(trial.completed for trial in done.trials)
     assert quality_replay.most_important(done.completed, 0.5) == "lr_max"
     assert quality_replay.most_important(done.completed[:4], 0.5) is None
@@ -162,17 +162,17 @@ def test_the_setting_that_decides_is_known_and_named(table):
 
 def test_the_benchmark_runs_and_writes_its_results(tmp_path):
     command = [sys.executable, str(ROOT / "bench/search_quality.py"), "--seeds", "2", "--budget", "16"]
-    command += ["--methods", "tpe", "tpe, annealed", search_quality.TOP_K, "--jobs", "1", "--out", str(tmp_path)]
+    command += ["--methods", "tpe", "tpe, halving", search_quality.TOP_K, "--jobs", "1", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "search_quality.json").read_text())
-    assert {"random", "random, 4 at once", "tpe", "tpe, annealed, 4 at once", search_quality.TOP_K} <= set(
+    assert {"random", "random, 4 at once", "tpe", "tpe, halving, 4 at once", search_quality.TOP_K} <= set(
         result["methods"]
     )
     for row in result["methods"].values():
         assert 0 < row["final_error_median"] < 1 and 0 <= row["best_stopped_share"] <= 1
     assert result["methods"]["tpe"]["kendall_tau"] is None
-    assert result["methods"]["tpe, annealed"]["kendall_tau"] > 0.3
+    assert result["methods"]["tpe, halving"]["kendall_tau"] > 0.3
     assert result["table"]["configurations"] >= 150
     assert result["importance"]["decisive"] == "lr_max"
     assert (tmp_path / "search_quality.png").stat().st_size > 10_000

@@ -79,7 +79,7 @@ def test_help_shows_every_option_and_how_to_begin(command):
     for option in options.split():
         assert f"--{option}" in text
     assert "python -m search.run --space quickstart" in text
-    assert "annealed" in text
+    assert "halving" in text
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("--space", "pets", "--describe"), ("--trials", "0")])

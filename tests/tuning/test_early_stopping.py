@@ -233,7 +233,7 @@ def test_median_stopping_ends_what_is_worse_than_half_at_any_time(state_file):
     assert reasons(state_file)["d"] == "error_rate 0.1900 above the cut-off 0.1800 of rung 20 %"
 
 
-@pytest.mark.parametrize("name", ["none", "annealed"])
+@pytest.mark.parametrize("name", ["none", "halving"])
 def test_without_rungs_nothing_is_stopped(name, state_file):
     scheduler = new_scheduler(name, "error_rate", SPACE, state_file)
     assert [report(scheduler, str(i), 80, i / 10) for i in range(10)] == [CONTINUE] * 10

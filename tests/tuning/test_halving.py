@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from test_searcher import SPACE, on_record, result
 
-from search.options.strategy import Method
+from search.options.strategy import Strategy
 from search.spaces.space import Choice, Range
-from search.tuning.halving import AnnealedSearcher, check_lengths, lengths, promotion
+from search.tuning.halving import HalvingSearcher, check_lengths, lengths, promotion
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_the_longest_goes_first():
 
 def test_a_config_that_was_good_short_is_trained_long_from_the_start(tmp_path):
     space = replace(SPACE, first=())
-    searcher = AnnealedSearcher(space, tmp_path / "journal", seed=0, method=Method(scheduler="annealed"))
+    searcher = HalvingSearcher(space, tmp_path / "journal", seed=0, strategy=Strategy(scheduler="halving"))
     configs = [searcher.suggest("t0")]
     assert configs[0]["epochs"] == 3  # trial 0 is the space's own recipe as it is
     searcher.on_trial_complete("t0", result=result(3, 3, 0.3))
@@ -58,14 +58,14 @@ def test_a_config_that_was_good_short_is_trained_long_from_the_start(tmp_path):
 
 @pytest.mark.parametrize("text", ["epochs=2", "epochs=4,6", "epochs=3..8"])
 def test_where_trials_cannot_begin_short_the_search_does_not_begin(text):
-    with pytest.raises(ValueError, match=r"--scheduler annealed: epochs (is|are) .*at least 3 times the fewest"):
+    with pytest.raises(ValueError, match=r"--scheduler halving: epochs (is|are) .*at least 3 times the fewest"):
         check_lengths(SPACE.with_settings([text]))
     check_lengths(SPACE)
 
 
 def test_a_promotion_that_a_kill_made_forget_is_made_again(tmp_path):
-    made = {"seed": 0, "method": Method(scheduler="annealed")}
-    searcher = AnnealedSearcher(replace(SPACE, first=()), tmp_path / "journal", **made)
+    made = {"seed": 0, "strategy": Strategy(scheduler="halving")}
+    searcher = HalvingSearcher(replace(SPACE, first=()), tmp_path / "journal", **made)
     searcher.suggest("t0")
     searcher.on_trial_complete("t0", result=result(3, 3, 0.3))
     for i, error in enumerate((0.5, 0.2, 0.4), start=1):
@@ -73,6 +73,6 @@ def test_a_promotion_that_a_kill_made_forget_is_made_again(tmp_path):
         searcher.on_trial_complete(f"t{i}", result=result(3, 3, error))
     searcher.save(str(tmp_path / "state"))
     promoted = searcher.suggest("t4")
-    restored = AnnealedSearcher(replace(SPACE, first=()), tmp_path / "journal", **made)
+    restored = HalvingSearcher(replace(SPACE, first=()), tmp_path / "journal", **made)
     restored.restore(str(tmp_path / "state"))
     assert restored.suggest("t4") == promoted

@@ -13,7 +13,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from search.options.strategy import SEARCHERS, Method
+from search.options.strategy import SEARCHERS, Strategy
 from search.runs.paths import RunFolder
 from search.runs.time_budget import TimeBudget
 from search.spaces.space import Choice, Range, Space
@@ -48,7 +48,7 @@ def searcher(journal):
 
 
 def made(journal, *, seed: int = 0, space: Space = SPACE, num_trials: int | None = None, **method) -> OptunaSearcher:
-    return OptunaSearcher(space, journal, method=Method(**method), seed=seed, num_trials=num_trials)
+    return OptunaSearcher(space, journal, strategy=Strategy(**method), seed=seed, num_trials=num_trials)
 
 
 def result(epoch: int, total: int, error_rate: float, **more) -> dict:
@@ -414,7 +414,7 @@ def generator_of(journal, num_trials: int, *, time_budget: float | None = None, 
     """As `new_tuner` and Tune make it for a search."""
     searcher = made(journal, num_trials=num_trials, confirm=confirm)
     generator = Resumable(searcher, TimeBudget(FOLDER, time_budget))
-    generator._total_samples = num_trials + searcher.method.num_retrainings
+    generator._total_samples = num_trials + searcher.strategy.num_retrainings
     return generator
 
 
