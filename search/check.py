@@ -19,9 +19,10 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from search.cli.messages import run_cli, say
-from search.options.arguments import add_max_unreadable, search_command, source
+from search.cli.messages import command_name, run_cli, say
+from search.options.arguments import add_max_unreadable, search_command
 from search.options.preparation import say_depth, space_of
+from search.options.search_options import folder_or_uri
 from search.spaces.architectures import check_architectures
 from search.spaces.space import Space, space_names
 from trainables.batches import augmentation, warp_cpu
@@ -61,13 +62,15 @@ argument is no good.
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m search.check",
+        prog=command_name("search.check"),
         description="Look at the images before training on them.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--space", metavar="SPACE", help=f"the search space: {', '.join(space_names())}")
-    parser.add_argument("--data", type=source, metavar="DIR|URI", help="labelled images instead of the space's own")
+    parser.add_argument(
+        "--data", type=folder_or_uri, metavar="DIR|URI", help="labelled images instead of the space's own"
+    )
     add_max_unreadable(parser)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=(
         "a setting, as in search.run; presize, image_size and the augmentation show in the pictures; repeatable"
@@ -79,7 +82,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cache", nargs="?", choices=("list", "clear"), const="list", help=(
         "list or remove all presized images that this machine keeps, and look at nothing else"
     ))  # fmt: skip
-    parser.set_defaults(recipes=None)  # a search's argument that `space_of` reads, too
     args = parser.parse_args(argv)
     if not args.space and not args.cache:
         parser.error(f"--space is needed: one of {', '.join(space_names())}")
@@ -90,7 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.cache:
         return show_caches(clear_them=args.cache == "clear")
-    space = space_of(args)
+    given = {"data": args.data, "settings": args.set, "max_unreadable": args.max_unreadable}
+    next_command = search_command(args.space, **given)
+    space = space_of(args.space, args.set, seed=args.seed)
     check_architectures(space)
     recipe = Recipe.from_dict(space.settings)
     root = data_root(space, args.data)
@@ -98,14 +102,14 @@ def main(argv: list[str] | None = None) -> int:
         folder = find_folder(root)
     except DataError as error:
         say(f"data: {root}")
-        return conclude([Finding(str(error), "", True)], args)
+        return conclude([Finding(str(error), "", True)], next_command)
     out = output_folder(args.out or Path("results") / f"check-{args.space}")
     say(f"data: {folder.describe()}")
     say_depth(folder)
     inspection = inspect_here(folder, recipe, space.split_seed)
     report(inspection, recipe, out / UNREADABLE)
     write_pictures(inspection, recipe, out)
-    return conclude(findings(inspection, args.max_unreadable), args)
+    return conclude(findings(inspection, args.max_unreadable), next_command)
 
 
 def show_caches(*, clear_them: bool) -> int:
@@ -346,7 +350,7 @@ def centred(images: PresizedImages, recipe: Recipe) -> list[np.ndarray]:
 # --- The verdict ------------------------------------------------------------------------------------------------------
 
 
-def conclude(found: list[Finding], args: argparse.Namespace) -> int:
+def conclude(found: list[Finding], next_command: str) -> int:
     """Warnings, problems, and what to do; the exit code."""
     problems = [finding for finding in found if finding.spoils]
     for finding in found:
@@ -357,7 +361,7 @@ def conclude(found: list[Finding], args: argparse.Namespace) -> int:
         for number, finding in enumerate(problems, start=1):
             say(f"  {number}. {sentence(finding)}")
         return 1
-    say(f"ready to train. Next: {search_command(args)}")
+    say(f"ready to train. Next: {next_command}")
     return 0
 
 

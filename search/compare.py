@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from search.cli.messages import run_cli, say
+from search.cli.messages import command_name, run_cli, say
 from search.reporting import html_page
 from search.reporting.charts import FAMILIES, Chart, end_times, importances, plain
 from search.runs.atomic_files import write_atomically
@@ -51,7 +51,7 @@ HEADINGS = Line("run", "best", "95 % interval", "trial 0", "trials", "epochs", "
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m search.compare",
+        prog=command_name("search.compare"),
         description="Put runs side by side: best error, budget, importance of the settings, and the winners' recipes.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -130,11 +130,11 @@ def line(run: RunRecord, name: str) -> Line:
 
 def warnings(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
     """Why the errors of these runs may not be comparable."""
-    splits = {(run.command["data"], run.command["split_seed"], run.num_valid) for run in runs}
+    splits = {(run.command.data, run.command.split_seed, run.num_valid) for run in runs}
     if len(splits) == 1:
         return []
     said = "; ".join(
-        f"{name}: {run.command['data']}, seed {run.command['split_seed']}, {run.num_valid or 'unknown'} images"
+        f"{name}: {run.command.data}, seed {run.command.split_seed}, {run.num_valid or 'unknown'} images"
         for name, run in zip(names, runs, strict=True)
     )
     return [f"the runs did not validate on the same images, so their errors are not comparable ({said})"]

@@ -19,11 +19,11 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from search.cli.messages import run_cli, say
+from search.cli.messages import command_name, run_cli, say
 from search.options.arguments import positive
+from search.runs.command import CommandRecord
 from search.runs.paths import RunFolder
 from search.runs.trained_model import is_run
-from trainables.inference.model_folder import read_json
 
 LOCALHOST = "127.0.0.1"
 NAMES = (LOCALHOST, "localhost", "::1")
@@ -46,7 +46,7 @@ an option is no good.
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m search.dashboard",
+        prog=command_name("search.dashboard"),
         description="Show a run's study in optuna-dashboard, its curves in TensorBoard, and its report.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -247,7 +247,7 @@ def _end_with_stdin() -> None:
 
 def ray_dashboard(folder: RunFolder) -> str:
     """The address that Ray had when the run started, if somebody listens there now."""
-    address = read_json(folder.command).get("ray_dashboard", "")
+    address = CommandRecord.load(folder.path).ray_dashboard
     host, _, port = address.rpartition(":")
     with contextlib.suppress(OSError, ValueError):
         socket.create_connection((host, int(port)), timeout=1).close()

@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.cli.messages import run_cli
+from search.cli.messages import command_name, run_cli
 from search.exporting import export_formats
 from search.exporting.verification import Differs, check_against_table
 from search.runs.atomic_files import replace_folder
+from search.runs.command import CommandRecord
 from search.runs.trained_model import open_run
 from trainables.data.labelled_images import MAX_UNREADABLE
 from trainables.inference.model_folder import ModelFolder, read_json, read_model
@@ -57,7 +58,7 @@ DIR but after success.
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m search.export",
+        prog=command_name("search.export"),
         description="Write the best model of a run to a folder that timm and search.predict load, and check it.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -136,7 +137,7 @@ def export(
 def write_card(best: ModelFolder, metrics: dict[str, Any], run: Path, formats: tuple[str, ...], folder: Path) -> None:
     from search.exporting.model_card import model_card
 
-    text = model_card(best, metrics, read_json(run / "command.json"), record_of(run), formats)
+    text = model_card(best, metrics, CommandRecord.load(run), record_of(run), formats)
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
@@ -186,16 +187,16 @@ def kept_models(record: RunRecord, best: int | None) -> dict[int, Path]:
 
 def training_command(record: RunRecord, row: Any) -> str:
     """The search of one trial that repeats the recipe of a row; `trainables.finetune` leaves no weights."""
-    arguments, space = record.command.get("arguments", {}), record.space
+    options, space = record.command.arguments, record.space
     settings = space.get("settings", {})
     # Of named recipes the space's own dimensions are settings like others, and searched unless all are pinned.
-    names = list(settings) if arguments.get("recipes") else [*record.dimensions, *space.get("pinned", [])]
+    names = list(settings) if options.recipes else [*record.dimensions, *space.get("pinned", [])]
     values = {name: row[name] if name in row else settings[name] for name in dict.fromkeys(names) if name != "seed"}
     words = ["--space", space["name"], "--trials", "1"]
-    for name in ("data", "weights"):
-        words += [f"--{name}", str(arguments[name])] if arguments.get(name) else []
-    if arguments.get("max_unreadable", MAX_UNREADABLE) != MAX_UNREADABLE:
-        words += ["--max-unreadable", str(arguments["max_unreadable"])]
+    for name, value in (("data", options.data), ("weights", options.weights)):
+        words += [f"--{name}", str(value)] if value else []
+    if options.max_unreadable != MAX_UNREADABLE:
+        words += ["--max-unreadable", str(options.max_unreadable)]
     words += ["--seed", str(space["seed"])] if space.get("seed") is not None else []
     settings = (word for name, value in values.items() for word in ("--set", f"{name}={value}"))
     return shell_command("search.run", *words, *settings)

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.cli.messages import run_cli, say
-from search.options.arguments import add_cache, add_max_unreadable, positive, search_command, source
+from search.cli.messages import command_name, run_cli, say
+from search.options.arguments import add_cache, add_max_unreadable, positive, search_command
+from search.options.search_options import folder_or_uri
 from search.spaces.space import Range, Space, space_names
 from trainables.system.text import last_line
 
@@ -40,14 +41,14 @@ default), steep, minimum (a tenth of the rate with the lowest loss) and slide.
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m search.lr_find",
+        prog=command_name("search.lr_find"),
         description="Find a learning rate: the loss over exponentially growing rates, and what it suggests.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--space", required=True, metavar="SPACE", help=f"the search space: {', '.join(space_names())}")
-    parser.add_argument("--data", type=source, metavar="DIR|URI", help="labelled images (default: the space's)")
-    parser.add_argument("--weights", type=source, metavar="DIR|URI", help=(
+    parser.add_argument("--data", type=folder_or_uri, metavar="DIR|URI", help="labelled images (default: the space's)")
+    parser.add_argument("--weights", type=folder_or_uri, metavar="DIR|URI", help=(
         "<arch>.safetensors files; installed packages and timm's hub are only searched without it"
     ))  # fmt: skip
     parser.add_argument("--arch", help="timm architecture (default: the space's own)")
@@ -69,20 +70,18 @@ def main(argv: list[str] | None = None) -> int:
     from trainables.system.full_disk import require_writable_file
 
     args = parse_arguments(argv)
-    args.recipes = args.address = None
-    if args.arch:
-        args.set.append(f"arch={args.arch}")
-    space = space_of(args)
+    settings = [*args.set, *([f"arch={args.arch}"] if args.arch else [])]
+    space = space_of(args.space, settings, seed=args.seed)
     space = replace(space, settings=space.full_settings, dimensions={})  # trial 0, and no other
     recipe = Recipe.from_dict(space.settings)
     stage = "unfrozen" if args.unfrozen or recipe.freeze_epochs == 0 else "frozen"
     out = args.out or Path("results") / f"lr_find-{recipe.arch}-{stage}.png"
     require_writable_file(out)
     check_architectures(space)
-    images = find_data(space, args)
+    images = find_data(space, args.data)
     say_depth(images)
-    check_weights(space, args)
-    presized = presize_here(space, images, args)
+    check_weights(space, args.weights)
+    presized = presize_here(space, images, cache=args.cache, max_unreadable=args.max_unreadable)
     first = f", after {recipe.freeze_epochs} frozen epochs" if stage == "unfrozen" and recipe.freeze_epochs else ""
     say(f"{recipe.arch}, {stage}{first}: {args.num_it} steps of {recipe.batch_size} images")
     options = {"num_it": args.num_it, "split_seed": space.split_seed, "device": best_device()}
@@ -94,7 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     setting = next(name for name, its_stage in STAGES.items() if its_stage == stage)
     trusted = trusted_rates(found)
     say(f"curve: {out}")
-    say(f"next: {search_command(args, '--set', f'{setting}={_range(min(trusted), max(trusted))}')}")
+    settings.append(f"{setting}={_range(min(trusted), max(trusted))}")
+    command = search_command(args.space, data=args.data, settings=settings, max_unreadable=args.max_unreadable)
+    say(f"next: {command}")
     return 0
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from search.cli.messages import run_cli
+from search.cli.messages import command_name, run_cli
 from search.runs.trained_model import Predictor, open_model
 from trainables.data.image_file import SUFFIXES
 from trainables.inference.predictor import Prediction
@@ -45,7 +45,7 @@ Exit code 0 if at least one image was labelled, 1 if none could be read, 2 if th
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m search.predict",
+        prog=command_name("search.predict"),
         description="Label images with an exported model, or with the best model of a run.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -3,17 +3,19 @@
 import argparse
 import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from search.cli.messages import run_cli, say
+from search.cli.messages import command_name, run_cli, say
 from search.reporting import charts, html_page, test_set
 from search.reporting.error_analysis import ErrorAnalysis, analyse, read_analysis
 from search.runs.atomic_files import write_atomically
+from search.runs.command import CommandRecord
 from search.runs.results_table import COMPLETED, CONFIRMED, FAILED, RETRAINED, RUNNING, SCORES, STOPPED
 from search.runs.run_record import RunRecord, load
 from trainables.system.full_disk import require_writable_file
@@ -34,7 +36,7 @@ Exit code 0, or 2 if the run or an option is no good.
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m search.report",
+        prog=command_name("search.report"),
         description="Write a run as one HTML file: winner, charts, errors, table, failures, and how to run it again.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -81,7 +83,7 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
     search_charts, winner_charts = charts.search_charts(run), winner_figures(run, found)
     cards = [_card("best-card", "Best", run.best, run)] if run.best is not None else []
     if run.first is not None and run.first.name != run.best.name:
-        what = "Trial 0" if run.command.get("arguments", {}).get("recipes") else "Trial 0, the space's own recipe"
+        what = "Trial 0" if run.command.arguments.recipes else "Trial 0, the space's own recipe"
         cards.append(_card("first-card", what, run.first, run))
     return html_page.render(
         "report.html",
@@ -105,7 +107,7 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
         rows=table(run),
         statuses=sorted(run.trials["status"].unique()),
         failures=list(run.trials.loc[run.trials["status"] == FAILED, "reason"].items()),
-        command=shell_command("search.run", *run.command.get("argv", [])),
+        command=shell_command("search.run", *run.command.argv),
         later_commands=run.later_commands,
         environment=environment(run),
     )
@@ -160,20 +162,21 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
     last = run.epochs["finished_at"].max() if len(run.epochs) else ""
     dimensions = "; ".join(f"{name} {values}" for name, values in run.space["dimensions"].items())
     found = [
-        ("started", _moment(run.command.get("started_at", ""))),
+        ("started", _moment(run.command.started_at)),
         ("last epoch ended", _moment(last)),
-        ("images", str(run.command["data"])),
+        ("images", run.command.data),
         ("split", _split(run)),
         ("searched", dimensions),
-        ("method", _method(run)),
+        ("strategy", _strategy(run)),
         ("a trial", _trial_size(run.command)),
     ]
     return [(term, text) for term, text in found if text]
 
 
-def _method(run: RunRecord) -> str:
+def _strategy(run: RunRecord) -> str:
     """Such as "searcher tpe, scheduler rungs, objective error, seed 6"."""
-    known = {name: value for name, value in run.command.get("method", {}).items() if value}
+    strategy = asdict(run.command.strategy) if run.command.strategy else {}
+    known = {name: value for name, value in strategy.items() if value}
     return ", ".join(
         f"{name.replace('_', ' ')} {value}" for name, value in (known | {"seed": run.space["seed"]}).items()
     )
@@ -183,11 +186,11 @@ def _split(run: RunRecord) -> str:
     if not run.num_train or not run.num_valid:
         return ""
     classes = f" of {len(run.labels)} classes" if run.labels else ""
-    return f"{run.num_train} to train on, {run.num_valid} to validate{classes}; seed {run.command['split_seed']}"
+    return f"{run.num_train} to train on, {run.num_valid} to validate{classes}; seed {run.command.split_seed}"
 
 
-def _trial_size(command: dict[str, Any]) -> str:
-    size, at_once = command.get("group_size"), command.get("max_concurrent", 1) or "as many as fit"
+def _trial_size(command: CommandRecord) -> str:
+    size, at_once = command.group_size, command.max_concurrent or "as many as fit"
     if not size:
         return ""
     gpus = f" and {size['gpus_per_worker']} GPUs" if size["gpus_per_worker"] else ""
@@ -196,11 +199,11 @@ def _trial_size(command: dict[str, Any]) -> str:
 
 def environment(run: RunRecord) -> list[tuple[str, str]]:
     """Versions and hardware, as terms and texts."""
-    versions = ", ".join(f"{name} {version}" for name, version in run.command.get("versions", {}).items())
-    return [("versions", versions), ("hardware", _hardware(run.command.get("hardware", {})))]
+    versions = ", ".join(f"{name} {version}" for name, version in run.command.versions.items())
+    return [("versions", versions), ("hardware", _hardware(run.command.hardware))]
 
 
-def _hardware(known: dict[str, Any]) -> str:
+def _hardware(known: Mapping[str, Any]) -> str:
     """Such as "AMD EPYC, 2 CPUs, 24 GiB; 2 nodes of 16 CPUs and 8 GPUs (H100)"."""
     parts = [str(known[name]) for name in ("processor", "system") if name in known]
     parts += [f"{known[name]} {unit}" for name, unit in (("cpus", "CPUs"), ("memory_gib", "GiB")) if name in known]

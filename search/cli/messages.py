@@ -1,12 +1,19 @@
 """What the commands of `python -m search.<name>` share beside their end: what they say, and how a search stops."""
 
+import logging
 import os
 import signal
+import sys
+from pathlib import Path
 
 from trainables.system.command_line import INTERRUPTED, run_cli
 from trainables.system.text import printable_lines
 
-__all__ = ["INTERRUPTED", "Interruptible", "run_cli", "say"]
+__all__ = ["INTERRUPTED", "Interruptible", "command_name", "run_cli", "say"]
+
+LOGGERS = ("data.fetch", "data.layouts", "network.architecture", "network.pretrained_weights")
+LOGGERS += ("system.cache", "system.full_disk")
+"""Modules of `trainables` whose log is shown to the user."""
 
 
 class Interruptible:
@@ -47,5 +54,27 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def command_name(module: str) -> str:
+    """How the user started the command of `module`, such as `search.run`: its own module, `search`, or the script."""
+    started = Path(sys.argv[0])
+    name = module.rpartition(".")[2].replace("_", "-")
+    if started.name == "finetune-search":
+        return f"finetune-search {name}"
+    return f"python -m search {name}" if started.parts[-2:] == ("search", "__main__.py") else f"python -m {module}"
+
+
 def say(text: str) -> None:
     print(printable_lines(text), flush=True)
+
+
+def show_progress() -> None:
+    """Print what is logged about fetching, waiting and the images. Presizing has a progress bar."""
+    for name in LOGGERS:
+        logger = logging.getLogger(f"trainables.{name}")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(_Sayer())
+
+
+class _Sayer(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -23,14 +22,14 @@ YIELD_SECONDS = IDLE_SECONDS + 10
 
 
 class Capacity:
-    """What the nodes of the connected cluster have room for, and what the search in `folder` asks of them.
+    """What the nodes of the connected cluster have room for, and what the search of one run asks of them.
 
     Tune saves it with its state. A search that goes on, maybe in another place, takes up what its own start has found.
     """
 
     def __init__(
         self,
-        folder: Path,
+        run_id: str,
         size: GroupSize,
         num_workers: Mapping[str, int],
         max_trials: int | None = None,
@@ -41,14 +40,14 @@ class Capacity:
         self.num_workers = num_workers  # of architectures by pattern, see `GroupSize`
         self.max_trials = max_trials  # None: as many as fit
         self.launched = launched  # see `reachable_nodes`
-        self.name = folder.name
+        self.run_id = run_id
         self._looked = self._freed = -math.inf
         self._present = 0
         self._lost_nodes = False
-        _capacities[self.name] = self
+        _capacities[run_id] = self
 
     def __reduce__(self) -> tuple:
-        return _capacity_of, (self.name,)
+        return _capacity_of, (self.run_id,)
 
     @property
     def largest(self) -> int:
@@ -111,11 +110,11 @@ class Capacity:
 
 
 _capacities: dict[str, Capacity] = {}
-"""Of each search in this process, by its name."""
+"""Of each search in this process, by its run's id."""
 
 
-def _capacity_of(name: str) -> Capacity:
-    return _capacities[name]
+def _capacity_of(run_id: str) -> Capacity:
+    return _capacities[run_id]
 
 
 class CapacityNews(tune.Callback):

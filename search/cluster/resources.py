@@ -1,13 +1,15 @@
 """From what the cluster has to the workers of a trial and the number of trials at once."""
 
+import fnmatch
 import math
 import os
 import platform
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from search.options.search_options import SearchOptions
 from trainables.ray.worker_group import GroupSize
 
 WORKER_MEMORY = 1.0e9
@@ -159,3 +161,22 @@ def _processor() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
+
+
+def sizes(options: SearchOptions, nodes: list[Node], archs: list[str]) -> tuple[GroupSize, dict[str, int]]:
+    """The size of a trial's worker group, and the workers of some of the architectures. Raises `ValueError` where not
+    even the nodes that the autoscaler can add have room, or a pattern matches no architecture."""
+    num_workers, by_arch = options.num_workers
+    for pattern in by_arch:
+        if not fnmatch.filter(archs, pattern):
+            raise ValueError(f"--workers-per-trial {pattern}={by_arch[pattern]} matches none of {', '.join(archs)}")
+    counts = [num_workers, *by_arch.values()]
+    largest = group_size(
+        nodes,
+        num_workers=max(counts),
+        cpus_per_worker=options.cpus_per_worker,
+        gpus_per_worker=options.gpus_per_worker,
+    )
+    trials_at_once(nodes, largest, None)
+    trials_at_once(nodes, replace(largest, num_workers=min(counts)), options.max_concurrent)
+    return replace(largest, num_workers=num_workers), by_arch

@@ -9,6 +9,7 @@ from typing import Any
 
 from search.exporting.export_formats import INPUT, ONNX_FILE, OPSET, OUTPUT, PROGRAM_FILE
 from search.reporting.test_set import read_test, said
+from search.runs.command import CommandRecord
 from search.runs.run_record import RunRecord
 from search.runs.statistics import wilson_interval
 from trainables.data.layouts import split_level
@@ -80,7 +81,7 @@ MOST_LABELS = 200
 def model_card(
     model: ModelFolder,
     metrics: dict[str, Any],
-    command: dict[str, Any],
+    command: CommandRecord,
     run: RunRecord | None,
     formats: Sequence[str],
 ) -> str:
@@ -157,11 +158,11 @@ def _use(model: ModelFolder, formats: Sequence[str]) -> str:
     return "\n\n".join(parts)
 
 
-def _data(model: ModelFolder, command: dict[str, Any], run: RunRecord | None) -> str:
-    rows = [("data set", PurePath(split_level(command["data"])[0]).name), ("classes", str(len(model.labels)))]
+def _data(model: ModelFolder, command: CommandRecord, run: RunRecord | None) -> str:
+    rows = [("data set", PurePath(split_level(command.data)[0]).name), ("classes", str(len(model.labels)))]
     if run is not None and run.num_train and run.num_valid:
         rows += [("training images", run.num_train), ("validation images", run.num_valid)]
-    rows.append(("seed of the split, where the data has none of its own", command.get("split_seed", 0)))
+    rows.append(("seed of the split, where the data has none of its own", command.split_seed))
     shown = _table(("output", "class"), enumerate(model.labels[:MOST_LABELS]))
     more = len(model.labels) - MOST_LABELS
     rest = f"\n\nand {more} more, in labels.json" if more > 0 else ""
@@ -218,9 +219,9 @@ def _recipe(model: ModelFolder) -> str:
     return f"## Recipe\n\n{_table(('setting', 'value', 'meaning'), rows)}"
 
 
-def _made_with(command: dict[str, Any]) -> str:
-    rows = list(command.get("versions", {}).items())
-    rows += [(name, value) for name, value in command.get("hardware", {}).items() if not isinstance(value, list)]
+def _made_with(command: CommandRecord) -> str:
+    rows = list(command.versions.items())
+    rows += [(name, value) for name, value in command.hardware.items() if not isinstance(value, list)]
     return f"## Made with\n\n{_table(('', ''), rows)}" if rows else "## Made with\n\nfinetune-search"
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from search.exporting import export_formats
+from search.runs.command import CommandRecord
 from search.runs.trained_model import Predictor
-from trainables.data.held_out_images import share_of
 from trainables.data.labelled_images import DataError
 from trainables.data.layouts import split_level
-from trainables.inference.model_folder import read_json
 from trainables.system.new_process import in_new_process
 from trainables.system.text import percent
 
@@ -52,22 +51,21 @@ def check_against_table(
 ) -> None:
     """Load `folder` in a new process and compare it with the `checkpoint` of the run that it was exported from, and its
     errors with those in the run's table, `metrics`. Raises `Differs`; prints what it finds."""
-    command = read_json(run / "command.json")
-    data = Path(command["data"])
+    command = CommandRecord.load(run)
+    data = Path(command.data)
     if not Path(split_level(str(data))[0]).is_dir():
         print(f"warning: not checked against the table: the run's images, {data}, are not here", file=sys.stderr)
         return
     print(f"checking on the validation images of {data}", flush=True)
     try:
-        storage = command.get("arguments", {}).get("cache", "auto")
-        split = command["split_seed"], share_of(command)
-        found = in_new_process(check_export, folder, checkpoint, data, *split, storage, formats)
+        split = command.split_seed, command.arguments.held_out_share
+        found = in_new_process(check_export, folder, checkpoint, data, *split, command.arguments.cache, formats)
     except DataError as error:
         print(
             f"warning: not checked against the table, as the run's images are no longer there. {error}", file=sys.stderr
         )
         return
-    trained_on_gpu = bool(command.get("group_size", {}).get("gpus_per_worker"))
+    trained_on_gpu = bool(command.group_size.get("gpus_per_worker"))
     for way in found.ways:
         require_same(way, found, metrics["error_rate"], trained_on_gpu, data)
     print(outcome(found, metrics["error_rate"]))

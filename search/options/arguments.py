@@ -2,12 +2,14 @@
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from search.options.strategy import CONFIRM_SEEDS, OBJECTIVES, SCHEDULERS, SEARCHERS, Strategy
+from search.cli.messages import command_name
+from search.options.search_options import SearchOptions, absolute, folder_or_uri
+from search.options.strategy import CONFIRM_SEEDS, OBJECTIVES, SCHEDULERS, SEARCHERS
 from search.spaces.space import space_names
-from trainables.data.fetch import is_uri
 from trainables.data.labelled_images import MAX_UNREADABLE
 from trainables.system.file_systems import shown
 from trainables.system.text import shell_command
@@ -21,11 +23,11 @@ examples:
   python -m search.run --space pets --set arch=resnet18.tv_in1k,resnet34.tv_in1k --set epochs=3..6 --set image_size=160
       choose the architectures, narrow the epochs, pin the image size
   python -m search.run --resume --name NAME
-      go on with a search that was interrupted
+      resume a search that was interrupted
   python -m search.run --resume --name NAME --trials 40
       extend a search, also one that has ended, to 40 trials in all
   python -m search.run --resume --name NAME --storage s3://bucket/runs --address auto
-      go on with it on another cluster, from the copy that --storage had made of it there
+      resume it on another cluster, from the copy that --storage made of it
   python -m search.run --space pets --recipes book
       the runs of fastai's book, each once, with the published errors beside ours
   python -m search.run --space pets --describe
@@ -33,184 +35,175 @@ examples:
 """
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+Group = argparse._ArgumentGroup | argparse.ArgumentParser
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> SearchOptions:
     parser = argparse.ArgumentParser(
-        prog="python -m search.run",
+        prog=command_name("search.run"),
         description="Fine-tune many image classifiers, stop the hopeless ones early, keep the best.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = parser.add_argument_group("what to search")
-    what.add_argument("--space", metavar="SPACE", help=f"the search space: {', '.join(space_names())}")
-    what.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=(
+    _add_what(parser.add_argument_group("what to search"))
+    _add_how(parser.add_argument_group("how"))
+    _add_where(parser.add_argument_group("on what"))
+    _add_results(parser.add_argument_group("results"))
+    values = vars(parser.parse_args(argv))
+    lists = {name: tuple(values[name]) for name in ("set", "workers_per_trial")}
+    try:
+        return SearchOptions(**values | lists, given=_given(parser, argv))
+    except ValueError as error:
+        hint = f": one of {', '.join(space_names())}" if values["space"] is None and not values["resume"] else ""
+        parser.error(f"{error}{hint}")
+
+
+def _given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> frozenset[str]:
+    """The arguments that the command line names, even with their default."""
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return frozenset(vars(parser.parse_args(argv)))
+
+
+def _add_what(group: Group) -> None:
+    group.add_argument("--space", metavar="SPACE", help=f"the search space: {', '.join(space_names())}")
+    group.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=(
         "pin a setting (epochs=5), narrow or add a dimension (epochs=3..8, arch=resnet18,resnet34, or "
         "mixup_alpha=0,0.1..0.4 for off or a number); repeatable"
     ))  # fmt: skip
-    what.add_argument(
-        "--data", type=source, metavar="DIR|URI", help=(
-            "labelled images instead of the space's own: a folder that every node has, or the s3://, gs:// or https:// "
-            "address of a folder or an archive, which every node fetches once; with '/*' at its end the folders in it "
-            "are the classes, with '/*/*' those one level deeper"
-        ))  # fmt: skip
-    what.add_argument(
-        "--weights", type=source, metavar="DIR|URI", help=(
-            "<arch>.safetensors files for every architecture, likewise; installed packages and timm's hub are only "
-            "searched without it"
-        ))  # fmt: skip
-    what.add_argument("--test-split", type=_test_split, metavar="SHARE|DIR", help=(
+    group.add_argument("--data", type=folder_or_uri, metavar="DIR|URI", help=(
+        "labelled images instead of the space's own: a folder that every node has, or the s3://, gs:// or https:// "
+        "address of a folder or an archive, which every node fetches once; with '/*' at its end the folders in it "
+        "are the classes, with '/*/*' those one level deeper"
+    ))  # fmt: skip
+    group.add_argument("--weights", type=folder_or_uri, metavar="DIR|URI", help=(
+        "a folder or URI with an <arch>.safetensors file for every architecture; without it, installed packages and "
+        "timm's hub are searched"
+    ))  # fmt: skip
+    group.add_argument("--test-split", type=_test_split, metavar="SHARE|DIR", help=(
         "hold out this share of every class (0.2), or take a folder of other images of the same classes; they are "
         "opened once, at the end, to test the winner and trial 0"
     ))  # fmt: skip
-    what.add_argument("--recipes", metavar="NAME", help=(
-        "run just the space's recipes of that name, such as book, each once and to its end; --searcher and "
-        "--scheduler have no say"
+    group.add_argument("--recipes", metavar="NAME", help=(
+        "run only the space's recipes of that name, such as book, each once and to its end; ignores --searcher and "
+        "--scheduler"
     ))  # fmt: skip
-    what.add_argument("--describe", action="store_true", help="print the space and all settings, and stop")
-    how = parser.add_argument_group("how")
-    how.add_argument("--trials", type=positive, metavar="N", help="how many trials in all (default: the space's)")
-    how.add_argument("--time-budget", type=_seconds, metavar="30m", help=(
-        "stop after this time (90s, 30m, 8h) of searching; what a search that was resumed has spent before counts"
+    group.add_argument("--describe", action="store_true", help="print the space and all settings, and stop")
+    add_max_unreadable(group)
+
+
+def _add_how(group: Group) -> None:
+    group.add_argument("--trials", type=positive, metavar="N", help="total number of trials (default: the space's)")
+    group.add_argument("--time-budget", type=_seconds, metavar="30m", help=(
+        "stop after searching this long (90s, 30m, 8h); time spent before a resume counts"
     ))  # fmt: skip
-    how.add_argument("--searcher", choices=SEARCHERS, default="tpe", help=(
-        "who proposes, of Optuna's samplers: tpe (default), random, gp = Gaussian process, cmaes; gp and cmaes draw at "
-        "random what not every trial has, such as mixup_alpha=0,0.1..0.4, and cmaes also choices, such as arch"
+    group.add_argument("--searcher", choices=SEARCHERS, default="tpe", help=(
+        "Optuna's sampler that proposes trials: tpe (default), random, gp = Gaussian process, cmaes; gp and cmaes "
+        "sample at random what not every trial has, such as mixup_alpha=0,0.1..0.4, and cmaes also choices, such as "
+        "arch"
     ))  # fmt: skip
-    how.add_argument("--scheduler", choices=SCHEDULERS, help=(
+    group.add_argument("--scheduler", choices=SCHEDULERS, help=(
         "which trials end early: rungs = those that, late in their schedule, are expected to end badly; median = those "
-        "that are worse than the median at any time; halving = none, but all except the space's own recipes begin "
-        "short, and the best third of a length is trained anew with the next one; none; default rungs, and none with "
-        "--objective error,seconds"
+        "that are worse than the median at any time; halving = none, but all except the space's own recipes start "
+        "short, and the best third of each length is trained again with the next one; none; default rungs, and none "
+        "with --objective error,seconds"
     ))  # fmt: skip
-    how.add_argument("--objective", choices=OBJECTIVES, default="error", help=(
-        "what is to be small: the validation error, or that and the seconds of training, whose Pareto front the table "
-        "then marks; default error"
+    group.add_argument("--objective", choices=OBJECTIVES, default="error", help=(
+        "what is minimised: the validation error, or both the error and the seconds of training, whose Pareto front "
+        "the table then marks; default error"
     ))  # fmt: skip
-    how.add_argument("--target-seconds", type=_seconds, metavar="90s", help=(
-        "prefer trials whose training takes no longer; begins with a trial of each architecture, in the order of the "
-        "space, but those after one that takes longer"
+    group.add_argument("--target-seconds", type=_seconds, metavar="90s", help=(
+        "prefer trials that train no longer than this; starts with one trial of each architecture, in the order of the "
+        "space, and skips those after the first one that takes longer"
     ))  # fmt: skip
-    how.add_argument("--confirm", type=positive, default=0, metavar="K", help=(
-        f"train the best K configs again in the end, each with {CONFIRM_SEEDS} new seeds; the mean decides who has won"
+    group.add_argument("--confirm", type=positive, default=0, metavar="K", help=(
+        f"at the end, train the best K configs again, each with {CONFIRM_SEEDS} new seeds; the mean decides the winner"
     ))  # fmt: skip
-    how.add_argument("--lr-range", choices=("space", "auto"), default="space", help=(
+    group.add_argument("--lr-range", choices=("space", "auto"), default="space", help=(
         "bounds of the learning rates: the space's own, or narrowed by the learning-rate finder, which then runs once "
         "per architecture; default space"
     ))  # fmt: skip
-    how.add_argument("--seed", type=int, metavar="N", help="seed of proposals and trainings (default: the space's)")
-    where = parser.add_argument_group("on what")
-    where.add_argument("--address", help=(
+    group.add_argument("--seed", type=int, metavar="N", help="seed of proposals and trainings (default: the space's)")
+
+
+def _add_where(group: Group) -> None:
+    group.add_argument("--address", help=(
         "Ray cluster: auto (RAY_ADDRESS, or the one on this machine), or host:port; default: start Ray on this machine"
     ))  # fmt: skip
-    where.add_argument("--workers-per-trial", type=_workers, action="append", metavar="N", help=(
+    group.add_argument("--workers-per-trial", type=_workers, action="append", default=[], metavar="N", help=(
         "DDP workers (default 1), or ARCH=N for some architectures ('resnet101*=4'); repeatable"
     ))  # fmt: skip
-    where.add_argument(
-        "--cpus-per-worker", type=_above_zero, metavar="N", help="default: a GPU's share of a node, or 2"
-    )
-    where.add_argument("--gpus-per-worker", type=_whole, metavar="N", help="whole GPUs; default: 1 where there are any")
-    where.add_argument("--max-concurrent", type=_auto_or_positive, default="auto", metavar="N", help=(
-        "trials at once, or auto (default): what CPUs, GPUs and memory are enough for, as nodes come and go"
+    group.add_argument("--cpus-per-worker", type=_above_zero, metavar="N", help=(
+        "default: a GPU's share of a node, or 2"
     ))  # fmt: skip
-    where.add_argument("--stall-timeout", type=_seconds, default=600.0, metavar="10m", help=(
-        "workers that train no batch for so long are taken for hung and started anew; their trial goes on from its "
-        "last epoch; default 10m"
+    group.add_argument("--gpus-per-worker", type=_whole, metavar="N", help="whole GPUs; default: 1 where there are any")
+    group.add_argument("--max-concurrent", type=_auto_or_positive, metavar="N", help=(
+        "concurrent trials, or auto (default): as many as CPUs, GPUs and memory allow, as nodes come and go"
     ))  # fmt: skip
-    add_max_unreadable(what)
-    add_cache(where)
-    out = parser.add_argument_group("results")
-    out.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results/")
-    out.add_argument("--name", help="the run's folder in there (default: space and time)")
-    out.add_argument("--storage", type=_storage, metavar="URI", help=(
-        "an s3://, gs:// or file:// address; <URI>/<name>/ gets a copy of everything as the search goes, from which "
-        "--resume --storage goes on with it on another head node"
+    group.add_argument("--stall-timeout", type=_seconds, default=600.0, metavar="10m", help=(
+        "workers that train no batch for this long count as hung and are restarted; their trial resumes from its last "
+        "epoch; default 10m"
     ))  # fmt: skip
-    out.add_argument("--keep", type=positive, default=3, metavar="N", help=(
-        "how many of the best trials keep their weights, for search.export --trial; default 3"
-    ))  # fmt: skip
-    out.add_argument("--report", choices=("full", "tables", "off"), default="full", help=(
-        "write report.html as the search goes and at its end: full labels the validation images with the winner, for "
-        "its confusion matrix and top losses, tables leaves that out; default full"
-    ))  # fmt: skip
-    out.add_argument("--resume", action="store_true", help=(
-        "go on with the run called --name, options as they were; the command that began it does so, too. More --trials "
-        "or a longer --time-budget extend it. --keep, --report, --max-concurrent, --stall-timeout and the workers' "
-        "options may change, too, and --data, --weights and a folder of --test-split where the same files lie there"
-    ))  # fmt: skip
-    out.add_argument("--trust", action="store_true", help=(
-        "resume a run that somebody else began, or you on another machine: what its files say is executed"
-    ))  # fmt: skip
-    args = parser.parse_args(argv)
-    args.given = given(parser, argv)
-    if args.space is None and not args.resume:
-        parser.error(f"--space is needed: one of {', '.join(space_names())}")
-    if args.recipes and args.trials:
-        parser.error("--trials has no say: --recipes runs each of the recipes once")
-    if args.recipes and args.lr_range == "auto":
-        parser.error("--lr-range auto has nothing to narrow: --recipes gives every trial its rates")
-    if args.recipes and (args.target_seconds or args.objective != "error"):
-        parser.error("--objective and --target-seconds have no say: --recipes runs each of the recipes once")
-    if args.resume and args.name is None:
-        parser.error("--resume needs --name, the folder of the run to go on with")
-    return args
+    add_cache(group)
 
 
-def given(parser: argparse.ArgumentParser, argv: list[str] | None) -> list[str]:
-    """The arguments that the command line names, be it with their default."""
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return list(vars(parser.parse_args(argv)))
+def _add_results(group: Group) -> None:
+    group.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results/")
+    group.add_argument("--name", help="the run's folder in there (default: space and time)")
+    group.add_argument("--storage", type=_storage, metavar="URI", help=(
+        "an s3://, gs:// or file:// address; the run is copied to <URI>/<name>/ during the search, and --resume "
+        "--storage resumes it from there on another head node"
+    ))  # fmt: skip
+    group.add_argument("--keep", type=positive, default=3, metavar="N", help=(
+        "number of best trials that keep their weights, for search.export --trial; default 3"
+    ))  # fmt: skip
+    group.add_argument("--report", choices=("full", "tables", "off"), default="full", help=(
+        "write report.html during the search and at its end: full labels the validation images with the winner, for "
+        "its confusion matrix and top losses, tables skips that; default full"
+    ))  # fmt: skip
+    group.add_argument("--resume", action="store_true", help=(
+        "resume the run called --name with its options; the command that began it resumes it, too. More --trials or a "
+        "longer --time-budget extend it. --keep, --report, --max-concurrent, --stall-timeout and the workers' options "
+        "may change, too, and --data, --weights and a folder of --test-split if the same files are there"
+    ))  # fmt: skip
+    group.add_argument("--trust", action="store_true", help=(
+        "resume a run that another user began, or you on another machine: code in its files is executed"
+    ))  # fmt: skip
 
 
-def strategy_of(args: argparse.Namespace) -> Strategy:
-    """Raises `ValueError` where its parts do not fit each other."""
-    if args.recipes:  # all are proposed already, and none ends early
-        return Strategy(searcher="random", scheduler="none", confirm=args.confirm)
-    default = "rungs" if args.objective == "error" else "none"
-    names = ("searcher", "objective", "target_seconds", "confirm")
-    return Strategy(scheduler=args.scheduler or default, **{name: getattr(args, name) for name in names})
-
-
-def add_cache(parser) -> None:
-    """`--cache`, as all commands have it that train."""
-    parser.add_argument("--cache", choices=("auto", "memory-map", "jpeg", "off"), default="auto", help=(
+def add_cache(group: Group) -> None:
+    """`--cache`, for all commands that train."""
+    group.add_argument("--cache", choices=("auto", "memory-map", "jpeg", "off"), default="auto", help=(
         "how each node keeps the presized images: as pixels that all trials share, as smaller JPEGs, or not at all; "
         "default auto: pixels while they fit half of the memory and the disk, then JPEGs"
     ))  # fmt: skip
 
 
-def add_max_unreadable(parser) -> None:
-    """`--max-unreadable`, as all commands have it that read images to train on."""
-    parser.add_argument("--max-unreadable", type=_share, default=MAX_UNREADABLE, metavar="SHARE", help=(
+def add_max_unreadable(group: Group) -> None:
+    """`--max-unreadable`, for all commands that read images to train on."""
+    group.add_argument("--max-unreadable", type=_share, default=MAX_UNREADABLE, metavar="SHARE", help=(
         "the share of the images that may be unreadable; they are skipped, and listed in a file; default "
         f"{MAX_UNREADABLE:g}"
     ))  # fmt: skip
 
 
-def resume_command(folder, address: str | None) -> str:
-    """The command that goes on with an interrupted run."""
-    words = ["--resume", "--name", folder.path.name]
-    if folder.path.parent != Path("results").absolute():
-        words += ["--results", folder.path.parent]
+def resume_command(run: Path, address: str | None) -> str:
+    """The command that resumes the interrupted run in a folder."""
+    words = ["--resume", "--name", run.name]
+    if run.parent != Path("results").absolute():
+        words += ["--results", str(run.parent)]
     return shell_command("search.run", *words, *(["--address", address] if address else []))
 
 
-def search_command(args: argparse.Namespace, *more: str) -> str:
-    """The `search.run` that goes on from another command's --space, --data and --set; `more` words follow."""
-    data = ["--data", args.data] if args.data else []
-    if args.max_unreadable != MAX_UNREADABLE:
-        data += ["--max-unreadable", args.max_unreadable]
-    settings = [word for setting in args.set for word in ("--set", setting)]
-    return shell_command("search.run", "--space", args.space, *data, *settings, *more)
+def search_command(space: str, *, data: Path | str | None, settings: Sequence[str], max_unreadable: float) -> str:
+    """The `search.run` that follows another command with its space, data and settings."""
+    words = ["--space", space, *(["--data", str(data)] if data else [])]
+    if max_unreadable != MAX_UNREADABLE:
+        words += ["--max-unreadable", str(max_unreadable)]
+    return shell_command("search.run", *words, *(word for setting in settings for word in ("--set", setting)))
 
 
-def absolute(text: str) -> Path:
-    """Workers, and a search that is resumed, may be in another folder."""
-    return Path(text).expanduser().absolute()
-
-
-def source(text: str) -> Path | str:
-    """A folder, or a URI as it is."""
-    return text if is_uri(text) else absolute(text)
+# --- Types ------------------------------------------------------------------------------------------------------------
 
 
 def _test_split(text: str) -> float | Path:
@@ -237,21 +230,15 @@ def _storage(text: str) -> str:
     parts = urlsplit(text)
     if parts.scheme not in ("s3", "gs", "file") or not parts.netloc + parts.path.strip("/"):
         raise argparse.ArgumentTypeError(
-            f"{shown(text)!r} is no place in an object store: expected s3://bucket/path, gs://bucket/path or file:///path"
+            f"{shown(text)!r} is not an address in an object store: expected s3://bucket/path, gs://bucket/path or "
+            "file:///path"
         )
     if "@" in parts.netloc:
         raise argparse.ArgumentTypeError(
-            f"{shown(text)} came with a key, and the address is kept in the run's files. Give the key by the "
-            "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or by the node's role"
+            f"{shown(text)} contains a key, and the address is kept in the run's files. Pass the key in the "
+            "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or use the node's role"
         )
     return text
-
-
-def workers_per_trial(asked: list[str] | None) -> tuple[int, dict[str, int]]:
-    """The workers of a trial, and those of some architectures by their pattern."""
-    parts = [text.rpartition("=") for text in asked or []]
-    everywhere = [int(count) for pattern, _, count in parts if not pattern]
-    return everywhere[-1] if everywhere else 1, {pattern: int(count) for pattern, _, count in parts if pattern}
 
 
 def _workers(text: str) -> str:
@@ -262,8 +249,8 @@ def _workers(text: str) -> str:
     return text
 
 
-def _auto_or_positive(text: str) -> int | str:
-    return text if text == "auto" else positive(text)
+def _auto_or_positive(text: str) -> int | None:
+    return None if text == "auto" else positive(text)
 
 
 def positive(text: str) -> int:

@@ -69,7 +69,7 @@ def end_times(run: RunRecord) -> pd.Series:
     lasted = pd.to_timedelta(run.epochs["train_seconds"] + run.epochs["valid_seconds"], unit="s")
     since = ends - (ends - lasted).min()
     before = None  # the resume before
-    for resumed in (pd.Timestamp(resume["started_at"]) for resume in run.command.get("resumes", [])):
+    for resumed in (pd.Timestamp(resume.started_at) for resume in run.command.resumes):
         if (ends < resumed).any():
             idle_since = ends[ends < resumed].max()
             idle_since = idle_since if before is None else max(idle_since, before)

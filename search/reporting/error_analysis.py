@@ -89,7 +89,7 @@ def analyse(run: RunRecord) -> str:
 
 
 def _analyse(run: RunRecord) -> str:
-    data = run.command["data"]
+    data = run.command.data
     if not _images_of(run).is_dir():
         return f"The images, {data}, are not on this machine, so the winner's errors could not be looked at."
     folder, of = run.folder.interpretation, read_json(run.folder.best / OF)
@@ -106,7 +106,7 @@ def _analyse(run: RunRecord) -> str:
 
 
 def _images_of(run: RunRecord) -> Path:
-    return Path(split_level(str(run.command["data"]))[0])
+    return Path(split_level(run.command.data)[0])
 
 
 def _loss(row: dict[str, str], data: Path, white: int) -> Loss:

@@ -17,7 +17,7 @@ SHOWN = 4
 
 def summary(run: RunRecord) -> list[str]:
     """The winner, whether its lead is more than noise, the Pareto front, and which settings mattered."""
-    recipes = run.command["arguments"]["recipes"]
+    recipes = run.command.arguments.recipes
     lines = [f"best: {_winner(run.best)}{'' if recipes else _beside(run)}"]
     if run.lead and not recipes:
         lines.append(f"noise: {run.lead}")
@@ -47,7 +47,7 @@ def _beside(run: RunRecord) -> str:
 
 def _unconfirmed(run: RunRecord) -> str:
     """Where `--confirm` was not done to its end, that it was not."""
-    wanted = min(run.command["arguments"].get("confirm", 0), len(run.completed))
+    wanted = min(run.command.arguments.confirm, len(run.completed))
     best = run.completed.sort_values(["error_rate", "valid_loss", "number"])[:wanted]
     done = int(best[CONFIRMED].notna().sum()) if wanted else 0
     if done == wanted:

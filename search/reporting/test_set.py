@@ -1,6 +1,5 @@
 """`--test-split`: images held out of a whole search and read once at its end, for the winner and for trial 0."""
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from search.cli.errors import errors_said, told
 from search.cli.messages import say
 from search.options.arguments import resume_command
+from search.runs.command import CommandRecord
 from search.runs.statistics import wilson_interval
-from search.spaces.space import Space
 from trainables.data.held_out_images import Remaining, held_share, remaining, set_aside
 from trainables.data.labelled_images import DataError, ImageFolder
 from trainables.data.layouts import find_images, find_unchecked
@@ -41,10 +40,10 @@ def hold_out(
     return remaining(images, held_share(test_split), seed)
 
 
-def source_of(args: argparse.Namespace, space: Space) -> str | Remaining:
-    """Where every node has the images from that the search may know."""
-    source, held = str(args.data or space.dataset), held_share(args.test_split)
-    return source if held is None else Remaining(source, held, space.split_seed)
+def source_of(source: str, test_split: float | Path | None, seed: int) -> str | Remaining:
+    """Where every node gets the images from that the search may know."""
+    share = held_share(test_split)
+    return source if share is None else Remaining(source, share, seed)
 
 
 def held_out(images: ImageFolder, test_split: float | Path | str, seed: int) -> ImageFolder:
@@ -82,10 +81,10 @@ def read_once(folder: "RunFolder", digest: str | None) -> None:
     """
     from search.runs.atomic_files import write_atomically
 
-    command = read_json(folder.command)
-    if command["arguments"]["test_split"] is None or folder.test.is_file():
+    command = CommandRecord.load(folder.path)
+    if command.arguments.test_split is None or folder.test.is_file():
         return
-    once_more = resume_command(folder, command["arguments"]["address"])
+    once_more = resume_command(folder.path, command.arguments.address)
     try:
         with errors_said("no test", once_more):
             outcome = measure(folder, _test_images(command, digest))
@@ -94,15 +93,15 @@ def read_once(folder: "RunFolder", digest: str | None) -> None:
         say(f"test left out. Once more: {once_more}")
 
 
-def _test_images(command: dict[str, Any], digest: str | None) -> ImageFolder:
+def _test_images(command: CommandRecord, digest: str | None) -> ImageFolder:
     from trainables.data.source import images_digest
 
-    images, test_split, seed = find_images(command["data"]), command["arguments"]["test_split"], command["split_seed"]
-    if images_digest(remaining(images, held_share(test_split), seed)) != digest:
+    images, options, seed = find_images(command.data), command.arguments, command.split_seed
+    if images_digest(remaining(images, options.held_out_share, seed)) != digest:
         raise DataError(
             f"the images in {images.root} are others than when the search began, so some may have been trained on"
         )
-    return held_out(images, test_split, seed)
+    return held_out(images, options.test_split, seed)
 
 
 def measure(folder: "RunFolder", test: ImageFolder) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from typing import Any
 from ray import tune
 
 from search.cli.messages import say
+from search.options.preparation import setting_values
 from search.runs.paths import RunFolder
+from search.spaces.space import Space
 from trainables.ray.trial import table_id
 from trainables.system.full_disk import LOOK_SECONDS
 from trainables.system.text import megabytes
@@ -33,6 +35,18 @@ def needs(folder: RunFolder, weights: int | None, *, at_once: int, kept: int) ->
     wanted = needed(weights, at_once=at_once, kept=kept)
     short = "" if free > wanted else ": TOO LITTLE, the search will wait for room"
     return f"disk: up to {megabytes(wanted)} for checkpoints and {kept} models, {megabytes(free)} free{short}"
+
+
+def largest_weights(space: Space, weights: str | None) -> int | None:
+    """Bytes of the largest network's pretrained weights; None where some are not on this machine's disk."""
+    from trainables.data.source import folder_of
+    from trainables.network.pretrained_weights import find_weights
+
+    if setting_values(space, "pretrained") == [False]:
+        return None
+    folder = folder_of(weights) if weights else None
+    files = [find_weights(arch, folder) for arch in setting_values(space, "arch")]
+    return max(file.path.stat().st_size for file in files) if all(files) else None
 
 
 def free_bytes(folder: Path) -> int:

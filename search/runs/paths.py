@@ -2,18 +2,21 @@
 
 import json
 import os
+from functools import cached_property
 from pathlib import Path
+
+from search.runs.command import FILE, CommandRecord
 
 
 class RunFolder:
     """Its paths; none of them needs to exist."""
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path).resolve()  # Tune pickles it, and a search may go on from another folder
+        self.path = Path(path).resolve()  # Tune pickles it, and a search may be resumed from another folder
         self.trials = self.path / "trials.csv"
         self.epochs = self.path / "epochs.csv"
         self.space = self.path / "space.json"
-        self.command = self.path / "command.json"
+        self.command = self.path / FILE
         self.models = self.path / "models"
         self.best = self.path / "best"
         self.first = self.path / "first"
@@ -26,10 +29,16 @@ class RunFolder:
         self.report = self.path / "report.html"
         self.tune = self.path / "tune"
 
+    @cached_property
+    def run_id(self) -> str:
+        """What tells this run from others, also those of its name elsewhere. It stays when the folder moves, and a
+        pickle keeps it. The path in a folder without a record."""
+        return (self.command.is_file() and CommandRecord.load(self.path).run_id) or str(self.path)
+
     def __str__(self) -> str:
-        """The path as a person would type it here."""
+        """The path as a user would type it here."""
         return os.path.relpath(self.path) if self.path.is_relative_to(Path.cwd()) else str(self.path)
 
     def stop_reasons(self) -> dict[str, str]:
-        """Why trials were stopped early, by trial id, as the scheduler left it in its state file."""
-        return json.loads(self.rungs.read_text())["reasons"] if self.rungs.is_file() else {}
+        """Why trials were stopped early, by trial id, as the scheduler keeps it in its state file."""
+        return dict(json.loads(self.rungs.read_text())["reasons"]) if self.rungs.is_file() else {}

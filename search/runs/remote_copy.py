@@ -235,11 +235,11 @@ class Mirror:
 
     def __enter__(self) -> "Mirror":
         say(f"storage: the run is copied to {self.remote} as it goes")
-        _mirrors[self.folder.path] = self
+        _mirrors[self.folder.run_id] = self
         return self
 
     def __exit__(self, error_type: type | None, *error: object) -> None:
-        del _mirrors[self.folder.path]
+        del _mirrors[self.folder.run_id]
         if error_type is not KeyboardInterrupt:  # who asks twice wants no wait
             self.finish()
 
@@ -355,8 +355,8 @@ def _is_shown(name: str) -> bool:
     return not name.startswith(CHECKPOINTS)
 
 
-_mirrors: dict[Path, Mirror] = {}
-"""Of the searches in this process, by folder."""
+_mirrors: dict[str, Mirror] = {}
+"""Of the searches in this process, by run id."""
 
 
 class Mirroring(tune.Callback):
@@ -366,5 +366,5 @@ class Mirroring(tune.Callback):
         self.folder = folder
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
-        if mirror := _mirrors.get(self.folder.path):
+        if mirror := _mirrors.get(self.folder.run_id):
             mirror.step(Path(trials[0].local_experiment_path) if trials else None)

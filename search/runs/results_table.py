@@ -121,7 +121,7 @@ class ResultsTable(tune.Callback):
         self.repeating: set[str] = set()  # trials that had ended before a kill, of which Tune has not taken note
         self.failures_in_a_row = 0
         """How many trials have failed without another end between them, since this start of the search."""
-        _tables[folder.path.name] = self
+        _tables[folder.run_id] = self
 
     def __reduce__(self) -> tuple:
         """Tune saves its callbacks and its stopper apart from each other, the latter once a second. The rows are on
@@ -309,11 +309,11 @@ class ResultsTable(tune.Callback):
 
 
 _tables: dict[str, ResultsTable] = {}
-"""The table of each run in this process, by the run's name: its folder may lie elsewhere now."""
+"""The table of each run in this process, by its id: the folder may have moved."""
 
 
 def _table_of(folder: RunFolder, given: dict[str, Any]) -> ResultsTable:
-    return _tables.get(folder.path.name) or ResultsTable(folder, **given)
+    return _tables.get(folder.run_id) or ResultsTable(folder, **given)
 
 
 def fail(row: Row, reason: str) -> None:
@@ -324,7 +324,7 @@ def fail(row: Row, reason: str) -> None:
 
 def failures_in_a_row(folder: RunFolder) -> int:
     """How many trials have failed, one after another, since the last one that did not, in this start of a search."""
-    table = _tables.get(folder.path.name)
+    table = _tables.get(folder.run_id)
     return table.failures_in_a_row if table else 0
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from search.runs.command import CommandRecord
 from search.runs.csv_file import Kind, as_csv, read_table
 from search.runs.paths import RunFolder
 from search.runs.results_table import COMPLETED, CONFIRMED, EPOCH_KINDS, EPOCH_NEEDED, SCORES, TRIAL_KINDS, TRIAL_NEEDED
@@ -40,7 +41,7 @@ class RunRecord:
     def __init__(self, path: Path) -> None:
         self.folder = RunFolder(path)
         self.path = self.folder.path
-        self.command: dict[str, Any] = read_json(self.folder.command)
+        self.command = CommandRecord.load(self.path)
         self.space: dict[str, Any] = read_json(self.folder.space)
         self.dimensions = list(self.space["dimensions"])
         trials = _read_table(self.folder.trials, TRIAL_KINDS, TRIAL_NEEDED, key="number")
@@ -76,8 +77,7 @@ class RunRecord:
     @property
     def later_commands(self) -> list[str]:
         """The commands that have changed what the run is to do since it was begun, such as one for more trials."""
-        resumes = [resume for resume in self.command.get("resumes", []) if resume["changed"]]
-        return [shell_command("search.run", *resume["argv"]) for resume in resumes]
+        return [shell_command("search.run", *resume.argv) for resume in self.command.resumes if resume.changed]
 
     @property
     def labels(self) -> list[str]:

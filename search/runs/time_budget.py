@@ -1,6 +1,7 @@
-"""`--time-budget`: how long a search has gone on, all its starts together, and when that is enough."""
+"""`--time-budget`: how long a search has run in all its starts together, and when that is enough."""
 
 import time
+from typing import Any
 
 from ray import tune
 
@@ -10,20 +11,20 @@ from search.runs.paths import RunFolder
 class TimeBudget(tune.Stopper):
     """Counts the seconds of a search, and ends it after `limit` of them; never where that is None.
 
-    Tune saves it with its state and brings it back as it was saved. The limit is that of this start all the same.
+    Tune saves it with its state and restores it; the limit is still that of this start.
     """
 
     def __init__(self, folder: RunFolder, limit: float | None) -> None:
         self.folder = folder
         self.limit = limit
         self.spent = 0.0
-        self.looked: float | None = None
-        _budgets[folder.path.name] = self
+        self.checked_at: float | None = None
+        _budgets[folder.run_id] = self
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _budget_of, (self.folder, self.limit, self.spent)
 
-    def __call__(self, trial_id: str, result: dict) -> bool:
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
@@ -31,22 +32,22 @@ class TimeBudget(tune.Stopper):
 
     def is_over(self) -> bool:
         now = time.monotonic()
-        self.spent += now - (self.looked or now)
-        self.looked = now
+        self.spent += now - (self.checked_at or now)
+        self.checked_at = now
         return self.limit is not None and self.spent >= self.limit
 
 
 _budgets: dict[str, TimeBudget] = {}
-"""Of each search in this process, by the run's name: its folder may lie elsewhere now."""
+"""Of each search in this process, by its run's id: the folder may have moved."""
 
 
 def _budget_of(folder: RunFolder, limit: float | None, spent: float) -> TimeBudget:
-    budget = _budgets.get(folder.path.name) or TimeBudget(folder, limit)
+    budget = _budgets.get(folder.run_id) or TimeBudget(folder, limit)
     budget.spent = max(budget.spent, spent)
     return budget
 
 
 def seconds_spent(folder: RunFolder) -> float:
-    """How long a search that this process has started has gone on, the starts before it included."""
-    budget = _budgets.get(folder.path.name)
+    """How long a search of this process has run, earlier starts included."""
+    budget = _budgets.get(folder.run_id)
     return budget.spent if budget else 0.0

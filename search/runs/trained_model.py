@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from search.options.arguments import resume_command
-from search.runs.paths import RunFolder
 from trainables.inference import predictor
 from trainables.inference.model_folder import ModelFolder, read_model
 from trainables.training.checkpoint import PREPROCESSING_FILE
@@ -34,7 +33,7 @@ def open_run(path: Path) -> ModelFolder:
     if not (path / "best").is_dir():
         raise ValueError(
             f"{path} has no best model yet: no trial has completed. See {path / 'trials.csv'} for how its trials fare, "
-            f"or go on with it: {resume_command(RunFolder(path), None)}"
+            f"or resume it: {resume_command(path.resolve(), None)}"
         )
     return read_model(path / "best")
 

@@ -5,7 +5,7 @@ import itertools
 import math
 import pkgutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
 from typing import Any
 
@@ -200,6 +200,28 @@ class Space:
         dimensions = {setting: Choice(found) for setting, found in values.items() if len(found) > 1}
         space = replace(base, settings=configs[0], dimensions=dimensions, first=tuple(configs[1:]), recipes=recipes)
         return replace(space, num_trials=len(space.first_configs()))
+
+    def to_record(self) -> dict[str, Any]:
+        """The space as a run's space.json keeps it."""
+        record = asdict(self) | {"dimensions": {name: str(of) for name, of in self.dimensions.items()}}
+        del record["recipes"]  # what could have run
+        return record
+
+    def describe(self) -> str:
+        """The dimensions, and every setting with its default in this space."""
+        defaults = Recipe.from_dict(self.settings).to_dict()
+        lines = [f"{self.name}: {self.doc}", "", "searched:"]
+        lines += [f"  {name:18} {dimension}" for name, dimension in self.dimensions.items()]
+        if self.recipes:
+            lines += ["", "recipes:"]
+            lines += [f"  {name:18} {recipe.name}" for name, found in self.recipes.items() for recipe in found]
+        lines += ["", "all settings, with this space's default:"]
+        for spec in fields(Recipe):
+            meta, kind = spec.metadata, getattr(spec.type, "__name__", str(spec.type))
+            numbers = kind if meta["low"] is None else f"{kind} {meta['low']:g}..{meta['high']:g}"
+            allowed = ", ".join(meta["choices"]) or numbers
+            lines.append(f"  {spec.name:18} {defaults[spec.name]!s:22} {meta['doc']} [{allowed}]")
+        return "\n".join(lines)
 
     def _parse(self, text: str) -> tuple[str, Any]:
         """The name in a `--set`, and its value or `Dimension`."""

@@ -161,7 +161,7 @@ def restored_tuner(options: RunOptions) -> tune.Tuner:
 
 def capacity_of(options: RunOptions) -> Capacity:
     return Capacity(
-        options.folder.path,
+        options.folder.run_id,
         options.group_size,
         options.num_workers,
         options.max_concurrent,

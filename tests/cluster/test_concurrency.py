@@ -27,7 +27,7 @@ def cluster(monkeypatch):
 
 
 def capacity(tmp_path, num_workers=1, of_archs=None, max_trials=None) -> Capacity:
-    return Capacity(tmp_path, GroupSize(num_workers=num_workers), of_archs or {}, max_trials, launched=True)
+    return Capacity("run", GroupSize(num_workers=num_workers), of_archs or {}, max_trials, launched=True)
 
 
 def test_as_many_workers_run_as_the_nodes_have_room_for(cluster, tmp_path):
@@ -159,7 +159,7 @@ def test_trials_that_run_already_are_waited_for_too(cluster, tmp_path, capsys):
 
 
 def test_a_search_on_one_machine_says_nothing_of_nodes(cluster, tmp_path, capsys):
-    alone = Capacity(tmp_path, GroupSize(num_workers=8), {})
+    alone = Capacity("run", GroupSize(num_workers=8), {})
     assert steps(CapacityNews(alone, SETTINGS), capsys, trial("RUNNING")) == ""
 
 

@@ -1,14 +1,14 @@
 """Where images and weights come from: a path, a URI, or a known data set, the same on every node."""
 
 import shutil
-from argparse import Namespace
 from pathlib import Path
 from socket import gethostname
 
 import pytest
 from tiny_run import draw_images
 
-from search.options.preparation import check_weights, find_data, pin
+from search.options.preparation import check_weights, find_data, pinned
+from search.options.search_options import SearchOptions
 from search.spaces.space import load_space
 from trainables.data.labelled_images import DataError
 from trainables.data.layouts import find_images
@@ -43,12 +43,12 @@ def test_a_copy_with_other_times_elsewhere_is_the_same(birds, tmp_path):
 
 
 def test_a_search_that_goes_on_gets_what_it_began_with(birds):
-    args = Namespace(data=birds.as_uri(), weights=None)
-    found = find_data(load_space("quickstart"), args)
-    pin(args)
-    assert "#sha256=" in args.data
+    options = SearchOptions(space="quickstart", data=birds.as_uri())
+    found = find_data(load_space("quickstart"), options.data)
+    options = pinned(options)
+    assert "#sha256=" in options.data
     shutil.rmtree(birds)  # the cache has it
-    assert images_digest(find_data(load_space("quickstart"), args)) == images_digest(found)
+    assert images_digest(find_data(load_space("quickstart"), options.data)) == images_digest(found)
 
 
 def test_weights_by_uri_are_looked_for_where_they_were_fetched(cache, tmp_path):
@@ -57,8 +57,8 @@ def test_weights_by_uri_are_looked_for_where_they_were_fetched(cache, tmp_path):
     folder.mkdir()
     (folder / "resnet18.tv_in1k.safetensors").write_bytes(b"")
     with pytest.raises(WeightsError, match=rf"--weights {folder.as_uri()} has .* resnet34\.tv_in1k \(looked for"):
-        check_weights(space, Namespace(weights=folder.as_uri()))
-    check_weights(space.with_settings(["pretrained=false"]), Namespace(weights=folder.as_uri()))  # needs none
+        check_weights(space, folder.as_uri())
+    check_weights(space.with_settings(["pretrained=false"]), folder.as_uri())  # needs none
     assert [path.name for path in folder_of(folder.as_uri()).iterdir()] == ["resnet18.tv_in1k.safetensors"]
 
 

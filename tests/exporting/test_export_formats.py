@@ -18,7 +18,7 @@ from tiny_run import make_run, write_json
 from search import export
 from search.exporting import export_formats, verification
 from search.options.arguments import parse_arguments
-from search.options.preparation import space_of
+from search.options.preparation import searched_space
 from search.runs.run_record import load
 from search.runs.trained_model import open_run
 from trainables.inference.model_folder import ModelFolder
@@ -292,7 +292,7 @@ def test_another_trial_has_no_weights_and_the_command_that_trains_it_again_is_to
     assert command[:3] == ["python", "-m", "search.run"]
     arguments = parse_arguments(command[3:])
     assert (arguments.trials, arguments.seed) == (1, 6)
-    space = space_of(arguments)  # what search.run makes of it
+    space = searched_space(arguments)  # what search.run makes of it
     assert not set(space.dimensions) & set(load(searched).dimensions)
     assert {name: space.settings[name] for name in load(searched).dimensions} == {
         name: row[name] for name in load(searched).dimensions

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import markdown_it
@@ -17,7 +18,9 @@ from tiny_run import make_run
 
 from search import export
 from search.exporting.model_card import MOST_LABELS, model_card, text
+from search.options.search_options import SearchOptions
 from search.predict import Predictor
+from search.runs.command import CommandRecord
 from search.runs.run_record import load
 from search.runs.statistics import wilson_interval
 from trainables.batches import augmentation, warp_cpu
@@ -30,7 +33,8 @@ pytestmark = [pytest.mark.usefixtures("cache"), pytest.mark.filterwarnings("igno
 
 ROOT = Path(__file__).resolve().parents[2]
 METRICS = {"error_rate": 0.05, "tta_error_rate": 0.025, "valid_loss": 0.3}
-COMMAND = {"data": "/home/me/secret/my pets", "split_seed": 3}
+OPTIONS = SearchOptions(space="pets")
+COMMAND = CommandRecord(data="/home/me/secret/my pets", split_seed=3, arguments=OPTIONS, asked=OPTIONS)
 NASTY = (
     "<script>alert(1)</script>",
     'a"b',
@@ -73,7 +77,7 @@ def tables(tmp_path_factory):
 
 
 def test_it_says_on_what_it_was_trained_and_how_well_it_does(tables):
-    found = card(run=tables, command=tables.command | COMMAND)
+    found = card(run=tables, command=replace(tables.command, data=COMMAND.data, split_seed=COMMAND.split_seed))
     assert f"the best of {len(tables.completed)} completed trials (10 started): 5.0 % wrong" in found
     low, high = wilson_interval(0.05, NUM_VALID)
     assert f"| 95 % interval (Wilson) | {100 * low:.2f} % to {100 * high:.2f} % |" in found
@@ -133,7 +137,7 @@ def test_formats_that_were_not_written_are_not_told():
 
 
 def test_names_are_shown_as_they_are_and_nothing_else():
-    html = html_of(card(folder(labels=NASTY), command=COMMAND | {"data": "/x/<img src=y>|*z*"}))
+    html = html_of(card(folder(labels=NASTY), command=replace(COMMAND, data="/x/<img src=y>|*z*")))
     cells = re.findall(r"<tr>\n<td>\d+</td>\n<td>(.*)</td>\n</tr>", html)
     shown = {"<": "&lt;", ">": "&gt;", '"': "&quot;"}
     expected = [" ".join(label.split()).replace("&", "&amp;") for label in NASTY]

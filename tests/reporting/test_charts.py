@@ -1,5 +1,7 @@
 """The charts of a report: they draw what the tables say, and their captions say it in words."""
 
+from dataclasses import replace
+
 import numpy as np
 import optuna
 import pandas as pd
@@ -7,6 +9,7 @@ import pytest
 from run_tables import DISTRIBUTIONS, write_run
 
 from search.reporting import charts
+from search.runs.command import Resume
 from search.runs.run_record import load
 from trainables.recipe import Recipe
 
@@ -41,10 +44,11 @@ def test_the_days_between_a_search_and_its_extension_do_not_count(tmp_path):
     run.epochs["finished_at"] = [moment.isoformat() for moment in later]
     assert charts.end_times(run)[9] > 24 * 60
     begun = later[run.epochs["number"] >= 5].min() - pd.Timedelta(seconds=10)
-    run.command["resumes"] = [{"started_at": begun.isoformat(), "argv": [], "changed": ["trials"]}]
+    resume = Resume(started_at=begun.isoformat(), argv=(), changed=("trials",))
+    run.command = replace(run.command, resumes=(resume,))
     assert charts.end_times(run).tolist() == pytest.approx(before.tolist())
-    idle = {"started_at": (begun - pd.Timedelta(hours=9)).isoformat(), "argv": [], "changed": []}
-    run.command["resumes"].insert(0, idle)  # one that found nothing to do
+    idle = Resume(started_at=(begun - pd.Timedelta(hours=9)).isoformat(), argv=(), changed=())  # found nothing to do
+    run.command = replace(run.command, resumes=(idle, resume))
     assert charts.end_times(run).tolist() == pytest.approx(before.tolist())
 
 

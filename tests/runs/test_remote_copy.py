@@ -402,10 +402,10 @@ def refused(monkeypatch, capsys, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(("uri", "said"), [
-    ("ftp://host/runs", "'ftp://host/runs' is no place in an object store: expected s3://bucket/path"),
-    ("/mnt/runs", "'/mnt/runs' is no place in an object store"),
-    ("s3://", "is no place in an object store"),
-    ("s3://AKIA:verysecret@bucket/runs", "s3://bucket/runs came with a key"),
+    ("ftp://host/runs", "'ftp://host/runs' is not an address in an object store: expected s3://bucket/path"),
+    ("/mnt/runs", "'/mnt/runs' is not an address in an object store"),
+    ("s3://", "is not an address in an object store"),
+    ("s3://AKIA:verysecret@bucket/runs", "s3://bucket/runs contains a key"),
     ("s3://bucket/runs?zone=verysecret", "s3://bucket/runs is no address that can be used"),
     ("s3://nobody-has-it/runs", "s3://nobody-has-it/runs/birds/ cannot be used: .*NO_SUCH_BUCKET"),
     ("file:///proc/runs", "file:///proc/runs/birds/ cannot be used"),

@@ -1,6 +1,5 @@
 """Going on with a run: only where it is the same search, by the same user, and by one search at a time."""
 
-import argparse
 import fcntl
 import json
 import os
@@ -8,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -15,25 +15,26 @@ import pytest
 from opened import watched
 
 from search.options.arguments import parse_arguments
+from search.options.search_options import SearchOptions
+from search.runs.command import CommandRecord, FilesRecord, ImagesRecord
 from search.runs.csv_file import as_csv
 from search.runs.paths import RunFolder
 from search.runs.resume import (
-    alone_in,
-    arguments_record,
-    arguments_to_go_on,
+    files_record,
     history,
     is_same_command,
-    require_own,
+    options_to_resume,
     require_same,
     said_changes,
-    same_files,
-    saved_arguments,
-    signature,
+    saved_options,
 )
+from search.runs.run_lock import alone_in
+from search.runs.trust import require_own, signature
 from search.spaces.space import load_space
 
 BEGUN = ["--space", "quickstart", "--name", "mine", "--trials", "9", "--set", "epochs=2"]
-IMAGES = {"digest": "a", "names_digest": "n", "count": 90, "classes": ["robin", "wren"]}
+IMAGES = ImagesRecord(digest="a", names_digest="n", count=90, classes=("robin", "wren"))
+FILES = FilesRecord()
 SPACE = {"name": "quickstart", "seed": 0, "settings": {"presize": 160}, "dimensions": {"epochs": "1..3"}}
 
 
@@ -61,25 +62,23 @@ def folder(tmp_path) -> RunFolder:
 def begun(tmp_path: Path, argv: list[str]) -> RunFolder:
     folder = RunFolder(tmp_path / "results" / "mine")
     folder.path.mkdir(parents=True)
-    arguments = arguments_record(parse_arguments([*argv, "--results", str(folder.path.parent)]))
-    command = {
-        "run_id": "1",
-        "signature": signature(folder, "1"),
-        "arguments": arguments,
-        "asked": arguments,
-        "images": IMAGES,
-    }
-    folder.command.write_text(json.dumps(command))
+    options = parse_arguments([*argv, "--results", str(folder.path.parent)])
+    mine = signature(folder, "1")
+    CommandRecord(run_id="1", signature=mine, arguments=options, asked=options, images=IMAGES).save(folder.path)
     folder.space.write_text(json.dumps(SPACE))
     return folder
 
 
-def arguments(folder: RunFolder, *words: str) -> argparse.Namespace:
+def change(folder: RunFolder, **fields) -> None:
+    replace(CommandRecord.load(folder.path), **fields).save(folder.path)
+
+
+def arguments(folder: RunFolder, *words: str) -> SearchOptions:
     return parse_arguments([*words, "--results", str(folder.path.parent)])
 
 
-def resumed(folder: RunFolder, *words: str) -> argparse.Namespace:
-    return saved_arguments(folder, arguments(folder, "--resume", "--name", "mine", *words))
+def resumed(folder: RunFolder, *words: str) -> SearchOptions:
+    return saved_options(folder, arguments(folder, "--resume", "--name", "mine", *words))
 
 
 # --- What it was asked for --------------------------------------------------------------------------------------------
@@ -88,7 +87,7 @@ def resumed(folder: RunFolder, *words: str) -> argparse.Namespace:
 def test_a_run_goes_on_with_the_options_that_it_was_begun_with(folder):
     args = resumed(folder, "--address", "auto")
     assert (args.space, args.trials, args.set, args.resume, args.address) == (
-        "quickstart", 9, ["epochs=2"], True, "auto"
+        "quickstart", 9, ("epochs=2",), True, "auto"
     )  # fmt: skip
 
 
@@ -140,20 +139,18 @@ def test_a_search_goes_on_with_more_trials_and_whatever_else_changes_nothing_abo
     args = resumed(folder, *MAY_CHANGE)
     assert (args.trials, args.time_budget, args.keep, args.report, args.max_concurrent) == (40, 7200, 5, "off", 3)
     assert (args.stall_timeout, args.workers_per_trial, args.cpus_per_worker, args.gpus_per_worker) == (
-        1200, ["2"], 4, 1
+        1200, ("2",), 4, 1
     )  # fmt: skip
-    assert (args.space, args.set) == ("quickstart", ["epochs=2"])
+    assert (args.space, args.set) == ("quickstart", ("epochs=2",))
     said = said_changes(folder, args)
     assert said.startswith(", now with --trials 40 (9 before), --time-budget 2 h 0 min (not given before), ")
     assert said_changes(folder, resumed(folder)) == ""
 
 
 def test_the_first_command_goes_on_with_what_a_later_one_has_changed(folder):
-    command = json.loads(folder.command.read_text())
-    command["arguments"] = arguments_record(resumed(folder, *MAY_CHANGE))
-    folder.command.write_text(json.dumps(command))
+    change(folder, arguments=resumed(folder, *MAY_CHANGE))
     assert is_same_command(folder, arguments(folder, *BEGUN))
-    assert saved_arguments(folder, arguments(folder, *BEGUN)).trials == 40
+    assert saved_options(folder, arguments(folder, *BEGUN)).trials == 40
     assert resumed(folder).trials == 40
     assert resumed(folder, "--trials", "30").trials == 30
 
@@ -161,9 +158,9 @@ def test_the_first_command_goes_on_with_what_a_later_one_has_changed(folder):
 def test_fewer_trials_than_have_begun_are_refused(folder):
     write_trials(folder, 6, retrained=3)
     more, fewer = ([*words, "--resume", "--name", "mine"] for words in (["--trials", "6"], ["--trials", "5"]))
-    assert arguments_to_go_on(arguments(folder, *more), folder).trials == 6
+    assert options_to_resume(arguments(folder, *more), folder).trials == 6
     with pytest.raises(ValueError, match=r"--trials 5: 6 trials of .*mine/ have begun already. Give 6 or more"):
-        arguments_to_go_on(arguments(folder, *fewer), folder)
+        options_to_resume(arguments(folder, *fewer), folder)
 
 
 @pytest.mark.parametrize("method", [["--target-seconds", "90s"], ["--objective", "error,seconds"]])
@@ -176,7 +173,7 @@ def test_trials_that_are_compared_by_their_seconds_keep_their_workers(tmp_path, 
 
 def test_named_recipes_are_not_extended(tmp_path):
     folder = begun(tmp_path, ["--space", "pets", "--name", "mine", "--recipes", "book"])
-    with pytest.raises(ValueError, match=r"--trials has no say: .* runs each of its recipes once"):
+    with pytest.raises(ValueError, match=r"--trials has no effect: .* runs each of its recipes once"):
         resumed(folder, "--trials", "40")
 
 
@@ -187,17 +184,15 @@ def test_the_same_images_may_lie_elsewhere(folder):
 
 def test_the_address_of_what_was_fetched_then_is_no_other_place(tmp_path):
     folder = begun(tmp_path, ["--space", "quickstart", "--name", "mine", "--data", "https://me:secret@host/x.tar"])
-    command = json.loads(folder.command.read_text())
     pinned = "https://me:secret@host/x.tar#sha256=" + 64 * "0"
-    command["arguments"] = command["arguments"] | {"data": pinned}
-    folder.command.write_text(json.dumps(command))
+    change(folder, arguments=replace(CommandRecord.load(folder.path).arguments, data=pinned))
     assert resumed(folder, "--data", "https://me:secret@host/x.tar").data == pinned
     moved = resumed(folder, "--data", "https://me:secret@other/x.tar")
     assert said_changes(folder, moved) == ", now with --data https://other/x.tar (https://host/x.tar before)"
 
 
-def recorded(folder: RunFolder, *words: str) -> dict:
-    return same_files(folder, arguments(folder, *words), load_space("quickstart").with_settings(["arch=resnet18"]))
+def recorded(folder: RunFolder, *words: str) -> FilesRecord:
+    return files_record(arguments(folder, *words), load_space("quickstart").with_settings(["arch=resnet18"]))
 
 
 def test_weights_and_test_images_elsewhere_must_be_the_same_files(tmp_path):
@@ -214,58 +209,52 @@ def test_weights_and_test_images_elsewhere_must_be_the_same_files(tmp_path):
     with watched((tmp_path / "here" / "t").glob("*/*.jpg"), bool) as opened:
         files = recorded(folder, "--space", "quickstart", *paths["here"])
     assert not opened  # nobody opens test images before the end
-    command = json.loads(folder.command.read_text())
-    folder.command.write_text(json.dumps(command | {"files": files}))
-    goes_on = ["--resume", "--name", "mine"]
-    assert recorded(folder, *goes_on, *paths["there"]) == files
+    change(folder, files=files)
+    resume = ["--resume", "--name", "mine"]
+    assert recorded(folder, *resume, *paths["there"]) == files
     assert resumed(folder, *paths["there"]).weights == tmp_path / "there" / "w"
-    for place, what in (("other", "its weights are others now"), ("more", "its test images are others now")):
+    for place, what in (("other", "its weights have changed"), ("more", "its test images have changed")):
         with pytest.raises(ValueError, match=what):
-            recorded(folder, *goes_on, *paths[place])
-    folder.command.write_text(json.dumps(command))  # as an older version left it
-    assert recorded(folder, *goes_on, *paths["here"]) == files
-    with pytest.raises(ValueError, match="its test images cannot be compared, as an older version began it"):
-        recorded(folder, *goes_on, *paths["there"])
+            require_same(folder, SPACE, IMAGES, recorded(folder, *resume, *paths[place]))
 
 
 def test_how_a_run_was_begun_outlives_its_resumes(folder):
     first = history(folder, arguments(folder, *BEGUN), BEGUN)
-    command = json.loads(folder.command.read_text()) | first | {"started_at": "2026-01-31T12:00:00+00:00"}
-    folder.command.write_text(json.dumps(command))
+    change(folder, **first | {"started_at": "2026-01-31T12:00:00+00:00"})
     again = history(folder, resumed(folder, "--trials", "40"), ["--resume", "--name", "mine", "--trials", "40"])
-    assert (again["argv"], again["started_at"]) == (BEGUN, "2026-01-31T12:00:00+00:00")
+    assert (again["argv"], again["started_at"]) == (tuple(BEGUN), "2026-01-31T12:00:00+00:00")
     [resume] = again["resumes"]
-    assert (resume["argv"][-1], resume["changed"]) == ("40", ["trials"])
-    assert datetime.fromisoformat(resume["started_at"]) > datetime.fromisoformat(again["started_at"])
+    assert (resume.argv[-1], resume.changed) == ("40", ("trials",))
+    assert datetime.fromisoformat(resume.started_at) > datetime.fromisoformat(again["started_at"])
 
 
 # --- Whether it is the same search ------------------------------------------------------------------------------------
 
 
 def test_the_same_images_and_space_go_on(folder):
-    require_same(folder, SPACE, IMAGES)
+    require_same(folder, SPACE, IMAGES, FILES)
 
 
 @pytest.mark.parametrize(
     ("images", "difference"),
     [
         ({"digest": "b", "names_digest": "m", "count": 91}, "91 instead of 90"),
-        ({"digest": "b", "names_digest": "m", "classes": ["robin"]}, "without the class 'wren'"),
-        ({"digest": "b", "names_digest": "m", "classes": ["robin", "tit", "wren"]}, "with the class 'tit'"),
+        ({"digest": "b", "names_digest": "m", "classes": ("robin",)}, "without the class 'wren'"),
+        ({"digest": "b", "names_digest": "m", "classes": ("robin", "tit", "wren")}, "with the class 'tit'"),
         ({"digest": "b", "names_digest": "m"}, "as many as before (90), but with other names or in other classes"),
         ({"digest": "b"}, "their names are the same, but files have other sizes"),
     ],
 )
 def test_other_images_are_refused_with_the_difference(folder, images, difference):
-    with pytest.raises(ValueError, match="its images are others now") as refused:
-        require_same(folder, SPACE, IMAGES | images)
+    with pytest.raises(ValueError, match="its images have changed") as refused:
+        require_same(folder, SPACE, replace(IMAGES, **images), FILES)
     assert difference in str(refused.value)
 
 
 def test_another_space_is_refused_with_the_difference(folder):
     changed = SPACE | {"dimensions": {"epochs": "1..4"}, "seed": 3}
     with pytest.raises(ValueError, match="search space has changed") as refused:
-        require_same(folder, changed, IMAGES)
+        require_same(folder, changed, IMAGES, FILES)
     assert "seed was 0 and is 3" in str(refused.value)
     assert "dimensions.epochs was '1..3' and is '1..4'" in str(refused.value)
 
@@ -284,10 +273,9 @@ def test_a_run_that_another_user_began_is_refused_unless_trusted(folder, tmp_pat
     require_own(folder, trust=True)
 
 
-@pytest.mark.parametrize("change", [{"run_id": "2"}, {"signature": ""}, {"signature": None}, {"signature": "\xe9"}])
-def test_a_forged_record_is_refused(folder, change):
-    command = json.loads(folder.command.read_text()) | change
-    folder.command.write_text(json.dumps(command))
+@pytest.mark.parametrize("forged", [{"run_id": "2"}, {"signature": ""}, {"signature": None}, {"signature": "\xe9"}])
+def test_a_forged_record_is_refused(folder, forged):
+    change(folder, **forged)
     with pytest.raises(ValueError, match="was not begun by you"):
         require_own(folder, trust=False)
 
@@ -321,8 +309,7 @@ def test_the_key_is_for_its_owner_alone_and_without_a_place_for_one_nothing_is_t
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     assert signature(folder, "1") == ""
-    command = json.loads(folder.command.read_text()) | {"signature": ""}
-    folder.command.write_text(json.dumps(command))
+    change(folder, signature="")
     with pytest.raises(ValueError, match="was not begun by you"):
         require_own(folder, trust=False)
 
@@ -358,7 +345,7 @@ def test_a_second_search_of_the_same_name_is_refused_while_the_first_one_lives(t
     holder = f"""
 import sys, time
 from pathlib import Path
-from search.runs.resume import alone_in
+from search.runs.run_lock import alone_in
 from search.runs.paths import RunFolder
 with alone_in(RunFolder(Path({str(folder.path)!r}))):
     print("alone", flush=True)

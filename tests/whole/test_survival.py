@@ -55,7 +55,7 @@ def test_a_search_killed_in_the_frozen_and_the_unfrozen_stage_ends_as_if_nothing
         assert len(tables(search.folder)[1]) < len(tables(undisturbed.folder)[1])
         search = Search(search.folder, *arguments)  # the same command again goes on
     assert search.wait() == 0, search.text
-    assert f"going on with {search.folder}/" in search.text
+    assert f"resuming {search.folder}/" in search.text
     assert exactly(search.folder) == exactly(undisturbed.folder)
 
 

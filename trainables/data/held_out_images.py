@@ -3,7 +3,6 @@
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any
 
 import numpy as np
 
@@ -58,11 +57,6 @@ def set_aside(images: ImageFolder, share: float, seed: int) -> tuple[ImageFolder
 def held_share(test_split: object) -> float | None:
     """The share that `--test-split` holds out; None without one, or for a folder."""
     return test_split if isinstance(test_split, float) else None
-
-
-def share_of(command: dict[str, Any]) -> float | None:
-    """The share that a run held out, by what its command.json holds; None where it was none, or a folder."""
-    return held_share(command.get("arguments", {}).get("test_split"))
 
 
 def _parts(images: ImageFolder) -> dict[tuple[int, bool], list[int]]:

@@ -1,0 +1,136 @@
+"""What a search is asked for: the command line of `search.run` as one object, and as a run's command.json keeps it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from search.options.strategy import Strategy
+from trainables.data.fetch import is_uri
+from trainables.data.labelled_images import MAX_UNREADABLE
+
+OF_THIS_START = ("given", "describe", "resume", "trust")
+"""Options that say how this command starts; a run does not keep them."""
+OLD_SCHEDULERS = {"annealed": "halving"}
+"""Names in the records of earlier versions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """The options of `search.run`, each under its name there. Raises `ValueError` where they contradict each other."""
+
+    space: str | None = None  # only a resumed run knows its own
+    set: tuple[str, ...] = ()
+    data: Path | str | None = None  # a folder or a URI; None: the space's own
+    weights: Path | str | None = None
+    test_split: float | Path | None = None
+    recipes: str | None = None
+    describe: bool = False
+    max_unreadable: float = MAX_UNREADABLE
+    trials: int | None = None
+    time_budget: float | None = None  # seconds
+    searcher: str = "tpe"
+    scheduler: str | None = None
+    objective: str = "error"
+    target_seconds: float | None = None
+    confirm: int = 0
+    lr_range: str = "space"
+    seed: int | None = None
+    address: str | None = None
+    workers_per_trial: tuple[str, ...] = ()
+    cpus_per_worker: float | None = None
+    gpus_per_worker: int | None = None
+    max_concurrent: int | None = None  # None: as many as fit
+    stall_timeout: float = 600.0
+    cache: str = "auto"
+    results: Path = Path("results")
+    name: str | None = None
+    storage: str | None = None
+    keep: int = 3
+    report: str = "full"
+    resume: bool = False
+    trust: bool = False
+    given: frozenset[str] = field(default=frozenset(), compare=False)
+    """The options that the command line names, even with their default."""
+
+    def __post_init__(self) -> None:
+        recipes = "--recipes runs each of the recipes once"
+        if self.space is None and not self.resume:
+            raise ValueError("--space is required")
+        if self.resume and self.name is None:
+            raise ValueError("--resume requires --name, the folder of the run to resume")
+        if self.recipes and self.trials:
+            raise ValueError(f"--trials cannot be combined with --recipes: {recipes}")
+        if self.recipes and self.lr_range == "auto":
+            raise ValueError("--lr-range auto has nothing to narrow: --recipes fixes the rates of every trial")
+        if self.recipes and (self.target_seconds or self.objective != "error"):
+            raise ValueError(f"--objective and --target-seconds cannot be combined with --recipes: {recipes}")
+        _ = self.strategy  # checks that its parts fit each other
+
+    @property
+    def strategy(self) -> Strategy:
+        """How the search proposes, stops and compares trials."""
+        if self.recipes:  # all are proposed already, and none ends early
+            return Strategy(searcher="random", scheduler="none", confirm=self.confirm)
+        return Strategy(
+            searcher=self.searcher,
+            scheduler=self.scheduler or ("rungs" if self.objective == "error" else "none"),
+            objective=self.objective,
+            target_seconds=self.target_seconds,
+            confirm=self.confirm,
+        )
+
+    @property
+    def num_workers(self) -> tuple[int, dict[str, int]]:
+        """The workers of a trial, and those of some architectures by their pattern."""
+        parts = [text.rpartition("=") for text in self.workers_per_trial]
+        everywhere = [int(count) for pattern, _, count in parts if not pattern]
+        return everywhere[-1] if everywhere else 1, {pattern: int(count) for pattern, _, count in parts if pattern}
+
+    @property
+    def held_out_share(self) -> float | None:
+        """The share of every class that `--test-split` holds out; None without one, or for a folder."""
+        return self.test_split if isinstance(self.test_split, float) else None
+
+    @property
+    def test_folder(self) -> Path | None:
+        """The folder of test images that `--test-split` names, if it does."""
+        return self.test_split if isinstance(self.test_split, Path) else None
+
+    def to_record(self) -> dict[str, Any]:
+        """The options as JSON can hold them, in a run's command.json."""
+        values = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.name not in OF_THIS_START}
+        return {name: _plain(value) for name, value in values.items()}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "SearchOptions":
+        """The options in a record of this version or an earlier one, which may lack some. Raises `ValueError`."""
+        names = [spec.name for spec in fields(cls) if spec.name in record and spec.name not in OF_THIS_START]
+        kept = {name: record[name] for name in names if record[name] is not None}
+        return cls(**{"space": ""} | {name: READERS[name](v) if name in READERS else v for name, v in kept.items()})
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+
+def folder_or_uri(text: str) -> Path | str:
+    """The absolute folder, because workers and a resumed search may be in another one; a URI as it is."""
+    return text if is_uri(text) else absolute(text)
+
+
+def absolute(text: str) -> Path:
+    return Path(text).expanduser().absolute()
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "set": tuple,
+    "workers_per_trial": tuple,
+    "data": folder_or_uri,
+    "weights": folder_or_uri,
+    "test_split": lambda value: value if isinstance(value, float) else Path(value),
+    "scheduler": lambda name: OLD_SCHEDULERS.get(name, name),
+    "max_concurrent": lambda number: None if number == "auto" else number,
+    "results": Path,
+}
+"""How options are read back that JSON holds in another form."""
