@@ -15,7 +15,10 @@ from search.spaces.space import Range, Space, space_names
 from trainables.system.text import last_line
 
 if TYPE_CHECKING:
-    from trainables.data.presize import PresizedImages
+    import ray
+
+    from trainables.data.held_out_images import Remaining
+    from trainables.data.presized_images import PresizedImages
     from trainables.ray.worker_group import GroupSize
     from trainables.recipe import Recipe
     from trainables.training.lr_finder import Curve
@@ -23,14 +26,14 @@ if TYPE_CHECKING:
 STAGES = {"lr_max_frozen": "frozen", "lr_max": "unfrozen"}
 """The setting whose bounds a stage's curve narrows -> the stage."""
 TRUSTED = ("valley", "steep", "minimum")
-"""Each has curves on which it is too low or too high, so a range spans them. slide can lie where the loss explodes."""
+"""Each is too low or too high on some curves, so a range spans them. slide can lie where the loss explodes."""
 FACTOR = 2.0
 """A search's rates go from the lowest trusted one / FACTOR to the highest * FACTOR, within the space's bounds."""
 
 EXAMPLES = """
 examples:
   python -m search.lr_find --space pets --data ~/my_images --arch resnet34.tv_in1k
-      train the frozen stage for 100 steps with rates from 1e-7 to 10, and draw how the loss fares
+      train the frozen stage for 100 steps with rates from 1e-7 to 10, and draw how the loss changes
   python -m search.lr_find --space pets --data ~/my_images --arch resnet34.tv_in1k --unfrozen
       the same for the whole network, after its frozen stage
 
@@ -49,10 +52,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--space", required=True, metavar="SPACE", help=f"the search space: {', '.join(space_names())}")
     parser.add_argument("--data", type=folder_or_uri, metavar="DIR|URI", help="labelled images (default: the space's)")
     parser.add_argument("--weights", type=folder_or_uri, metavar="DIR|URI", help=(
-        "<arch>.safetensors files; installed packages and timm's hub are only searched without it"
+        "a folder or URI with <arch>.safetensors files; without it, installed packages and timm's hub are searched"
     ))  # fmt: skip
     parser.add_argument("--arch", help="timm architecture (default: the space's own)")
-    parser.add_argument("--unfrozen", action="store_true", help="of the whole network, after the frozen stage")
+    parser.add_argument("--unfrozen", action="store_true", help="test the whole network, after its frozen stage")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipe")
     parser.add_argument("--num-it", type=positive, default=100, metavar="N", help="steps (default 100)")
     parser.add_argument("--seed", type=int, metavar="N", help="default: the space's")
@@ -163,7 +166,7 @@ def trusted_rates(found: dict[str, float]) -> list[float]:
 
 def narrowed_rates(
     space: Space,
-    data: str,
+    data: str | Remaining,
     digest: str,
     weights: str | None,
     size: GroupSize,
@@ -173,22 +176,22 @@ def narrowed_rates(
     """Runs the finder once per architecture, on Ray's workers; the narrowed bounds as `--set`s.
 
     `data` and `weights` are sources, see `trainables.data.source`; the curves are drawn into `folder`; `presizing` are
-    options of `presize`. Where the finder
-    fails for an architecture, it says so and has no say.
+    options of `presize`. An architecture for which the finder fails is reported and ignored.
     """
     import ray
 
     from search.options.preparation import setting_values
 
-    searched = {name: stage for name, stage in STAGES.items() if isinstance(space.dimensions.get(name), Range)}
+    bounds = {name: of for name in STAGES if isinstance(of := space.dimensions.get(name), Range)}
+    searched = {name: STAGES[name] for name in bounds}
     if not searched:
         say("learning-rate finder: no learning rate is searched, nothing to narrow")
         return []
     task = ray.remote(num_cpus=size.cpus_per_worker, num_gpus=size.gpus_per_worker, max_retries=1)(_find_on_worker)
     archs = setting_values(space, "arch")
     say(f"learning-rate finder: {', '.join(searched.values())} stage of {len(archs)} architectures")
-    options = {"split_seed": space.split_seed, "num_threads": max(1, int(size.cpus_per_worker))}
-    options["device"] = "cuda" if size.gpus_per_worker else "cpu"
+    device = "cuda" if size.gpus_per_worker else "cpu"
+    options = {"split_seed": space.split_seed, "num_threads": max(1, int(size.cpus_per_worker)), "device": device}
     arguments = data, digest, presizing, weights, list(searched.values()), options
     running = {task.remote(space.full_settings | {"arch": arch}, *arguments): arch for arch in archs}
     suggested: dict[str, list[float]] = {name: [] for name in searched}
@@ -197,14 +200,14 @@ def narrowed_rates(
         arch = running.pop(done)
         for name, rates in _suggestions_of(arch, done, searched, folder).items():
             suggested[name] += rates
-    narrowed = [f"{name}={_around(rates, space.dimensions[name])}" for name, rates in suggested.items() if rates]
+    narrowed = [f"{name}={_around(rates, bounds[name])}" for name, rates in suggested.items() if rates]
     say(f"learning-rate finder: searching {', '.join(narrowed) or 'the bounds of the space'}, curves in {folder}/")
     return narrowed
 
 
 def _find_on_worker(
     settings: dict[str, Any],
-    data: str,
+    data: str | Remaining,
     digest: str,
     presizing: Mapping[str, Any],
     weights: str | None,
@@ -223,8 +226,10 @@ def _find_on_worker(
     return find(recipe, images, folder_of(weights) if weights else None, stages, **options)
 
 
-def _suggestions_of(arch: str, done, searched: dict[str, str], folder: Path) -> dict[str, list[float]]:
-    """Setting -> suggested rates from one architecture's finished task; tells what was found."""
+def _suggestions_of(
+    arch: str, done: ray.ObjectRef[dict[str, Curve]], searched: dict[str, str], folder: Path
+) -> dict[str, list[float]]:
+    """Setting -> suggested rates from one architecture's finished task; says what was found."""
     import ray
 
     rates = {}

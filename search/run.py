@@ -29,8 +29,8 @@ from trainables.system.text import duration, many, shell_command
 if TYPE_CHECKING:
     from search.cluster.resources import Node
     from search.runs.command import FilesRecord, ImagesRecord
+    from search.runs.csv_file import Row
     from search.runs.paths import RunFolder
-    from search.runs.results_table import Row
     from search.tuning.tuner import RunOptions
     from trainables.data.labelled_images import ImageFolder
 

@@ -11,8 +11,14 @@ from trainables.system.text import printable_lines
 
 __all__ = ["INTERRUPTED", "Interruptible", "command_name", "run_cli", "say"]
 
-LOGGERS = ("data.fetch", "data.layouts", "network.architecture", "network.pretrained_weights")
-LOGGERS += ("system.cache", "system.full_disk")
+LOGGERS = (
+    "data.fetch",
+    "data.layouts",
+    "network.architecture",
+    "network.pretrained_weights",
+    "system.cache",
+    "system.full_disk",
+)
 """Modules of `trainables` whose log is shown to the user."""
 
 

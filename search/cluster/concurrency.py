@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ray import tune
+from ray.tune.experiment import Trial
 
 from search.cli.messages import say
 from search.cluster.resources import Node, present_nodes, reachable_nodes, room, room_in_memory
@@ -46,7 +47,7 @@ class Capacity:
         self._lost_nodes = False
         _capacities[run_id] = self
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _capacity_of, (self.run_id,)
 
     @property
@@ -127,10 +128,10 @@ class CapacityNews(tune.Callback):
         self.waiting_since: float | None = None
         self.reminded = 0.0
 
-    def setup(self, **info: Any) -> None:
+    def setup(self, *args: Any, **info: Any) -> None:
         self.told = self.waiting_since = None
 
-    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         if not self.capacity.launched:
             return
         present = self.capacity.present
@@ -145,9 +146,9 @@ class CapacityNews(tune.Callback):
             say(f"cluster: {'more' if present > self.told else 'fewer'} nodes, room for {many(present, 'worker')} now")
         self.told = present
 
-    def _workers(self, trials: list) -> int:
+    def _workers(self, trials: list[Trial]) -> int:
         """Of the trials under way."""
-        running = (self.settings | trial.config for trial in trials if trial.status == trial.RUNNING)
+        running = ({**self.settings, **trial.config} for trial in trials if trial.status == trial.RUNNING)
         return sum(self.capacity.group_size(recipe["arch"]).num_workers for recipe in running)
 
     def _wait(self, present: int, wanted: int) -> None:

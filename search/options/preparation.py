@@ -12,7 +12,7 @@ from search.spaces.space import Space, load_space
 
 if TYPE_CHECKING:
     from trainables.data.labelled_images import ImageFolder
-    from trainables.data.presize import PresizedImages
+    from trainables.data.presized_images import PresizedImages
 
 
 def space_of(name: str, settings: Sequence[str], *, seed: int | None = None, recipes: str | None = None) -> Space:
@@ -73,7 +73,7 @@ def pinned(options: SearchOptions) -> SearchOptions:
 def presize_here(space: Space, images: "ImageFolder", *, cache: str, max_unreadable: float) -> "PresizedImages":
     """Decode the images on this machine now, with progress and errors shown. The nodes of a cluster presize them
     themselves when their first trial starts."""
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
     from trainables.data.presize import presize
 
@@ -81,7 +81,7 @@ def presize_here(space: Space, images: "ImageFolder", *, cache: str, max_unreada
         for size, method in itertools.product(*(setting_values(space, name) for name in ("presize", "resize_method"))):
             task = progress.add_task(f"presizing to {size} px", total=len(images.paths))
 
-            def show(done: int, total: int, task=task) -> None:
+            def show(done: int, total: int, task: TaskID = task) -> None:
                 progress.update(task, completed=done, total=total)
 
             presized = presize(images, size, method, storage=cache, max_unreadable=max_unreadable, progress=show)

@@ -44,16 +44,16 @@ def _cache(path: Path) -> Cache:
 
 
 def clear(caches: list[Cache]) -> tuple[int, list[Cache]]:
-    """Removes `caches`; the bytes that were freed, and those left alone because they are being built.
+    """Removes `caches`. Returns the bytes that were freed, and the caches left alone because they are being built.
 
-    A training that has its images open goes on with them; what starts later builds them again.
+    A training that has its images open continues to use them; later ones build them again.
     """
     freed, busy = 0, []
     for folder in {cache.path.parent for cache in caches}:
         for file in folder.glob("*.unreadable.txt"):
             file.unlink(missing_ok=True)
     for cache in caches:
-        key = NAME.fullmatch(cache.path.name)[1]
+        key = cache.path.name.lstrip(".")[:32]
         try:
             with FileLock(cache.path.with_name(f".{key}.lock"), timeout=0):  # the builder's, see `presize`
                 shutil.rmtree(cache.path, ignore_errors=True)

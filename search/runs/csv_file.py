@@ -18,7 +18,7 @@ def as_csv(columns: list[str], rows: Iterable[Row], *, header: bool = True) -> s
     return "".join(map(_line, [*lines, *([as_text(row.get(name, "")) for name in columns] for row in rows)]))
 
 
-def _line(fields: list) -> str:
+def _line(fields: list[Any]) -> str:
     """With csv's own line ending a carriage return in a field is quoted, too (Python before 3.13)."""
     text = io.StringIO()
     csv.writer(text).writerow(fields)
@@ -41,12 +41,12 @@ def read_table(
 ) -> tuple[list[str], list[Row]]:
     """The columns and the rows of a table; fields are text but in columns that have one of the `kinds`.
 
-    A row that a kill tore at the end of the file is left out. Any other damage raises `ValueError` with the number of
+    A row that a kill cut off at the end of the file is skipped. Any other damage raises `ValueError` with the number of
     its line: a row with too many fields or too few, text where a number belongs, a column missing of those `needed`, a
     value twice in the column `key`.
     """
     lines = list(io.StringIO(_decoded(path), newline=""))
-    reader = csv.reader(lines, strict=True)  # a quotation mark that is lost must not swallow the rows below it
+    reader = csv.reader(lines, strict=True)  # a missing quotation mark must not swallow the rows below it
     columns: list[str] = []
     rows: list[Row] = []
     seen = set()
@@ -61,10 +61,10 @@ def read_table(
                 row = _row(columns, fields, kinds or {})
                 if key and row[key] in seen:
                     raise ValueError(f"has {key} {row[key]}, as a line above it has")
-                seen.add(row.get(key))
+                seen.add(row[key] if key else None)
                 rows.append(row)
         except (csv.Error, ValueError) as error:
-            if columns and line == len(lines) and not lines[-1].endswith("\n"):  # torn
+            if columns and line == len(lines) and not lines[-1].endswith("\n"):  # cut off
                 break
             raise _damaged(path, line, f"is no CSV: {error}" if isinstance(error, csv.Error) else str(error)) from error
         line = reader.line_num + 1
@@ -104,7 +104,7 @@ def _row(columns: list[str], fields: list[str], kinds: Mapping[str, Kind]) -> Ro
 def _damaged(path: Path, line: int, what: str) -> ValueError:
     return ValueError(
         f"{path} is damaged: line {line} {what}. Mend that line or put back a copy of the file; any line but the first "
-        "may also be removed, and only what it told is lost."
+        "may also be removed, and only its content is lost."
     )
 
 
@@ -130,7 +130,7 @@ def decimal(text: str) -> float:
 
 
 def moment(text: str) -> str:
-    """A time as it is written, to the second and with its zone."""
+    """An ISO 8601 time as it is written, to the second and with its zone."""
     try:
         exact = datetime.fromisoformat(text).isoformat(timespec="seconds") == text
     except ValueError:

@@ -1,4 +1,4 @@
-"""The disk of a run: what the search will need of it, and waiting while it is full."""
+"""The disk of a run: how much space the search needs, and waiting while it is full."""
 
 import shutil
 import time
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.experiment import Trial
 
 from search.cli.messages import say
 from search.options.preparation import setting_values
@@ -16,24 +17,24 @@ from trainables.system.full_disk import LOOK_SECONDS
 from trainables.system.text import megabytes
 
 RESERVE = 32_000_000
-"""Bytes that tables, journal, report and Tune's state may take between two looks."""
+"""Bytes that tables, journal, report and Tune's state may take between two checks."""
 STATE = 3
-"""A training's state is so many times its weights: AdamW keeps two numbers for each."""
+"""Size of a training's state as a multiple of its weights: AdamW keeps two numbers for each."""
 
 
 def needed(weights: int, *, at_once: int, kept: int) -> int:
-    """Bytes that a search can take at most beside the cache: each trial's state twice while a new one takes the old
-    one's place, and the kept models."""
+    """The most bytes that a search can take besides the cache: each trial's state twice, while a new one replaces the
+    old one, and the kept models."""
     return weights * (2 * STATE * at_once + kept) + RESERVE
 
 
 def needs(folder: RunFolder, weights: int | None, *, at_once: int, kept: int) -> str:
-    """What a search says of its disk as it starts; `weights` are the bytes of the largest network, where known."""
+    """What a search says about its disk at its start; `weights` are the bytes of the largest network, if known."""
     free = free_bytes(folder.path)
     if weights is None:
-        return f"disk: {megabytes(free)} free; what a trial takes is known when its first epoch is done"
+        return f"disk: {megabytes(free)} free; the size of a trial is known after its first epoch"
     wanted = needed(weights, at_once=at_once, kept=kept)
-    short = "" if free > wanted else ": TOO LITTLE, the search will wait for room"
+    short = "" if free > wanted else ": TOO LITTLE, the search will wait for space"
     return f"disk: up to {megabytes(wanted)} for checkpoints and {kept} models, {megabytes(free)} free{short}"
 
 
@@ -45,36 +46,42 @@ def largest_weights(space: Space, weights: str | None) -> int | None:
     if setting_values(space, "pretrained") == [False]:
         return None
     folder = folder_of(weights) if weights else None
-    files = [find_weights(arch, folder) for arch in setting_values(space, "arch")]
-    return max(file.path.stat().st_size for file in files) if all(files) else None
+    sizes = []
+    for arch in setting_values(space, "arch"):
+        if (file := find_weights(arch, folder)) is None:
+            return None
+        sizes.append(file.path.stat().st_size)
+    return max(sizes)
 
 
 def free_bytes(folder: Path) -> int:
-    """On the disk of a folder that may not be there yet."""
+    """On the disk of a folder that may not exist yet."""
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 class DiskWatch(tune.Callback):
-    """Lets the search wait while its disk has no room for the next checkpoints, before anything fails of that."""
+    """Pauses the search while its disk has no space for the next checkpoints, before anything fails."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self.largest_state = 0  # bytes
 
-    def on_trial_result(self, iteration: int, trials: list, trial, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
         state = self.folder.checkpoints / table_id(trial)
         size = sum(file.stat().st_size for file in state.glob("epoch_*/*"))
         self.largest_state = max(self.largest_state, size)
 
-    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         running = sum(trial.status == trial.RUNNING for trial in trials)
         wanted = RESERVE + self.largest_state * max(1, running)
         if (free := free_bytes(self.folder.path)) >= wanted:
             return
         say(
             f"DISK FULL: {megabytes(free)} left for {self.folder}/, which needs {megabytes(wanted)}. The search waits, "
-            "and nothing is lost. Make room, and it goes on by itself; or end it (Ctrl-C), and go on with it later."
+            "and nothing is lost. Free some space, and it continues by itself; or end it (Ctrl-C) and resume it later."
         )
         while free_bytes(self.folder.path) < wanted:
             time.sleep(LOOK_SECONDS)
-        say("disk: there is room again, the search goes on")
+        say("disk: there is space again, the search continues")

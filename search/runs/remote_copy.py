@@ -24,6 +24,7 @@ from uuid import uuid4
 from pyarrow import ArrowException
 from pyarrow.fs import FileSelector
 from ray import tune
+from ray.tune.experiment import Trial
 
 from search.cli.messages import say
 from search.runs.atomic_files import replace_folder
@@ -89,7 +90,7 @@ class RemoteRun:
             text = BytesIO()
             try:
                 self.get(INDEX, text)
-                return json.loads(text.getvalue())
+                return dict(json.loads(text.getvalue()))
             except FileNotFoundError:
                 return None
             except ValueError as error:
@@ -333,7 +334,7 @@ class Mirror:
         self.contents &= self.whole
 
     def _put(self, content: BinaryIO) -> str:
-        digest = file_digest(content, "sha256").hexdigest()
+        digest = file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type]  # a BinaryIO has readinto
         if digest not in self.whole:
             content.seek(0)
             self.remote.put(f"resume/{digest}", content)
@@ -365,6 +366,6 @@ class Mirroring(tune.Callback):
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
 
-    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         if mirror := _mirrors.get(self.folder.run_id):
             mirror.step(Path(trials[0].local_experiment_path) if trials else None)

@@ -67,7 +67,8 @@ class RunRecord:
     @property
     def first(self) -> pd.Series | None:
         """The row of trial 0, the space's own recipe, or None unless it completed."""
-        return self.completed.loc[0] if 0 in self.completed.index else None
+        at = self.completed["number"] == 0
+        return self.completed[at].iloc[0] if at.any() else None
 
     @property
     def best_recipe(self) -> Recipe | None:
@@ -107,7 +108,7 @@ class RunRecord:
         """What the winner's lead on trial 0 is worth, in words; empty without both. Where one was trained again, that
         mean counts instead of the one training."""
         best, first = self.best, self.first
-        if first is None or best.name == first.name or not self.num_valid:
+        if best is None or first is None or best.name == first.name or not self.num_valid:
             return ""
         error, firsts = (
             row["error_rate"] if math.isnan(confirmed := row.get(CONFIRMED, math.nan)) else confirmed

@@ -1,6 +1,7 @@
-"""Opens a trained model by what the user has: an exported folder, or a run, whose best model is meant."""
+"""Opens a trained model: an exported folder, or the best model of a run."""
 
 from pathlib import Path
+from typing import Any
 
 from search.options.arguments import resume_command
 from trainables.inference import predictor
@@ -32,8 +33,8 @@ def open_run(path: Path) -> ModelFolder:
         raise ValueError(f"{path} {what}. Expected the folder of a run, such as results/<name>.")
     if not (path / "best").is_dir():
         raise ValueError(
-            f"{path} has no best model yet: no trial has completed. See {path / 'trials.csv'} for how its trials fare, "
-            f"or resume it: {resume_command(path.resolve(), None)}"
+            f"{path} has no best model yet: no trial has completed. See {path / 'trials.csv'} for the state of its "
+            f"trials, or resume it: {resume_command(path.resolve(), None)}"
         )
     return read_model(path / "best")
 
@@ -45,5 +46,5 @@ def is_run(path: Path) -> bool:
 class Predictor(predictor.Predictor):
     """`trainables.inference.predictor.Predictor` for an exported folder, or for the best model of a run."""
 
-    def __init__(self, path: Path | str, **options) -> None:
+    def __init__(self, path: Path | str, **options: Any) -> None:
         super().__init__(open_model(path), **options)

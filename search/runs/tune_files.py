@@ -1,20 +1,22 @@
 """Where Tune writes its state: a local file system on which a kill, or a full disk, leaves the old file or the new one.
 
-Tune renews the same files each second, and opens them to write where they are: one that was cut off could not be
-resumed from.
+Tune rewrites the same files in place each second, and a search could not be resumed from one that was cut off.
 """
 
 import os
 from io import BufferedWriter, FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs
-from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]  # has no hints
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 class _WholeFile(BufferedWriter):
-    """Takes its name when it is closed, unless a part of it could not be written."""
+    """Takes its name when it is closed, unless part of it could not be written."""
 
     def __init__(self, path: str) -> None:
         folder, name = os.path.split(path)
@@ -22,7 +24,7 @@ class _WholeFile(BufferedWriter):
         self.whole = True
         super().__init__(FileIO(self.partial, "w"))
 
-    def write(self, data) -> int:
+    def write(self, data: "Buffer") -> int:
         try:
             return super().write(data)
         except OSError:
@@ -44,13 +46,13 @@ class _WholeFile(BufferedWriter):
                 Path(self.partial).unlink(missing_ok=True)
 
     def __del__(self) -> None:
-        if not self.closed:  # who wrote it has not come to its end
+        if not self.closed:  # its writer did not finish
             self.whole = False
         super().__del__()
 
 
-class _WholeFileSystem(LocalFileSystem):
-    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any):
+class _WholeFileSystem(LocalFileSystem):  # type: ignore[misc]  # untyped
+    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> Any:
         return _WholeFile(path) if mode == "wb" else super()._open(path, mode, block_size, **options)
 
 

@@ -30,7 +30,7 @@ def to_try(space: Space) -> list[dict[str, Any]]:
     return [recipe for place, recipe in enumerate(found) if recipe not in found[:place]]
 
 
-def _values(space: Space, name: str, default: Any) -> tuple:
+def _values(space: Space, name: str, default: Any) -> tuple[Any, ...]:
     """All values of a choice; of a range its ends, and a number that is a multiple of nothing."""
     dimension = space.dimensions.get(name)
     if isinstance(dimension, Range):

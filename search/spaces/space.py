@@ -54,7 +54,7 @@ class Range:
 class Choice:
     """One of some values; raises `ValueError` where there are none, or one of them twice."""
 
-    values: tuple
+    values: tuple[Any, ...]
 
     def __post_init__(self) -> None:
         if not isinstance(self.values, tuple) or not self.values:
@@ -197,7 +197,9 @@ class Space:
         ]
         recipes = {name: tuple(replace(r, settings=c) for r, c in zip(self.recipes[name], configs, strict=True))}
         values = {setting: tuple(dict.fromkeys(config[setting] for config in configs)) for setting in configs[0]}
-        dimensions = {setting: Choice(found) for setting, found in values.items() if len(found) > 1}
+        dimensions: dict[str, Dimension] = {
+            setting: Choice(found) for setting, found in values.items() if len(found) > 1
+        }
         space = replace(base, settings=configs[0], dimensions=dimensions, first=tuple(configs[1:]), recipes=recipes)
         return replace(space, num_trials=len(space.first_configs()))
 
@@ -279,7 +281,7 @@ def check_dimension(name: str, dimension: Dimension) -> None:
         checked_value(name, value)
 
 
-def ends(dimension: Dimension) -> tuple:
+def ends(dimension: Dimension) -> tuple[Any, ...]:
     """The values between which a dimension lies; all of a choice."""
     if isinstance(dimension, Choice):
         return dimension.values
@@ -297,4 +299,5 @@ def load_space(name: str) -> Space:
     """The space called `name`; raises `ValueError` that lists those that there are."""
     if name not in space_names():
         raise ValueError(f"--space {name}: there is no such space. There are: {', '.join(space_names())}.")
-    return importlib.import_module(f"search.spaces.builtin.{name}").SPACE
+    found: Space = importlib.import_module(f"search.spaces.builtin.{name}").SPACE
+    return found

@@ -1,8 +1,13 @@
 """One space and the options of a run -> `ray.tune.Tuner`."""
 
+import importlib
 import math
 import sys
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.abc import MetaPathFinder
+from types import ModuleType
 from typing import Any
 
 from ray import tune
@@ -33,7 +38,7 @@ from trainables.ray.worker_group import GroupSize
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """One search: what it is about, where it writes, and how long it goes on."""
+    """One search: what it searches, where it writes, and how long it runs."""
 
     space: Space
     folder: RunFolder
@@ -48,11 +53,11 @@ class RunOptions:
     time_budget: float | None  # seconds
     strategy: Strategy
     max_concurrent: int | None  # None: as many as fit, also when the cluster grows or shrinks
-    address: str | None = None  # of a Ray cluster that was there before
+    address: str | None = None  # of an existing Ray cluster
     recipes: tuple[NamedRecipe, ...] = ()  # the trials are these and no others
     data_digest: str | None = None  # of the images that every node must have
     report: str = "full"  # or tables, or off
-    keep: int = 1  # so many of the best trials keep their weights
+    keep: int = 1  # how many of the best trials keep their weights
     keep_first: bool = False  # the weights of trial 0, which are tested at the end
     stall_timeout: float = math.inf  # seconds without progress after which a trial's workers are killed
 
@@ -119,35 +124,35 @@ def new_tuner(options: RunOptions) -> tune.Tuner:
 
 
 class Resumable(SearchGenerator):
-    """What Tune puts around a searcher, made so that a search can go on.
+    """What Tune puts around a searcher, made so that a search can be resumed.
 
-    One that a time budget or failures have ended is not finished for good: `--resume` makes the trials that are left.
-    It has as many as this start is to have, which may be more than when Tune saved it. And no trial is proposed when
-    the time is over: it would only be ended at once, and missing later.
+    A search that a time budget or failures have ended is not finished for good: `--resume` runs the remaining trials,
+    which may be more than when Tune saved it. And no trial is proposed when the time is over: it would be ended at
+    once, and missing later.
     """
 
     def __init__(self, searcher: OptunaSearcher, budget: TimeBudget) -> None:
         super().__init__(searcher)
-        self.budget = budget
+        self.proposer, self.budget = searcher, budget
 
     def is_finished(self) -> bool:
         return super().is_finished() or self.budget.is_over()
 
     def set_finished(self) -> None:
-        super().set_finished()
-        self.searcher.end()
+        super().set_finished()  # type: ignore[no-untyped-call]  # Ray's
+        self.proposer.end()
 
     def get_state(self) -> dict[str, Any]:
         return super().get_state() | {"finished": False}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        super().set_state(state | {"total_samples": state["counter"] + self.searcher.most_left()})
+        super().set_state(state | {"total_samples": state["counter"] + self.proposer.most_left()})
 
 
 def restored_tuner(options: RunOptions) -> tune.Tuner:
-    """The search in `options.folder` where it was left: ended trials stay, the others go on from their last epoch."""
+    """The search in `options.folder` as it was interrupted: ended trials stay, the others resume."""
     restorable = tune.Tuner.can_restore(str(options.folder.tune), storage_filesystem=whole_files())
-    tuner = new_tuner(options)  # whose settings take the place of the saved ones: the folder may lie elsewhere now
+    tuner = new_tuner(options)  # its settings replace the saved ones: the folder may have moved
     if not restorable:
         return tuner  # it ended before Tune saved anything
     return tune.Tuner.restore(
@@ -169,7 +174,7 @@ def capacity_of(options: RunOptions) -> Capacity:
     )
 
 
-def trainable(options: RunOptions, settings: dict[str, Any]):
+def trainable(options: RunOptions, settings: dict[str, Any]) -> Any:
     """The trial, with what all trials share. Its actor is pinned to the head node, where checkpoints become files."""
     shared = TrialOptions(
         settings=settings,
@@ -188,12 +193,25 @@ def trainable(options: RunOptions, settings: dict[str, Any]):
     return tune.with_resources(tune.with_parameters(FineTuneTrial, options=shared), on_head)
 
 
+class _WithoutTorch(MetaPathFinder):
+    """On `sys.meta_path`, it refuses torch to one thread; all others import it as always."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        if name == "torch" and threading.get_ident() == self.thread:
+            raise ModuleNotFoundError("torch is not imported here")
+
+
 def import_tensorboardx() -> None:
-    """Before Tune does: tensorboardX imports torch, 190 MB, to know its tensors when it sees them. None come here."""
-    if "torch" in sys.modules:
-        return
-    sys.modules["torch"] = None  # an `import torch` fails
+    """Import tensorboardX before Tune does, without torch.
+
+    It tries to import torch, which takes 190 MB, only to recognise tensors; Tune logs numbers here.
+    """
+    finder = _WithoutTorch()
+    sys.meta_path.insert(0, finder)
     try:
-        import tensorboardX  # noqa: F401
+        importlib.import_module("tensorboardX")
     finally:
-        del sys.modules["torch"]
+        sys.meta_path.remove(finder)

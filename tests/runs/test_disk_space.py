@@ -140,8 +140,10 @@ def test_a_search_says_what_it_will_need(tmp_path, monkeypatch):
     monkeypatch.setattr(search_disk, "free_bytes", lambda folder: 1000 * MB)
     folder = RunFolder(tmp_path / "run")
     assert needs(folder, 20 * MB, at_once=2, kept=3) == ("disk: up to 332 MB for checkpoints and 3 models, 1.0 GB free")
-    assert needs(folder, 200 * MB, at_once=2, kept=3).endswith("1.0 GB free: TOO LITTLE, the search will wait for room")
-    assert needs(folder, None, at_once=2, kept=3).startswith("disk: 1.0 GB free; what a trial takes is known")
+    assert needs(folder, 200 * MB, at_once=2, kept=3).endswith(
+        "1.0 GB free: TOO LITTLE, the search will wait for space"
+    )
+    assert needs(folder, None, at_once=2, kept=3).startswith("disk: 1.0 GB free; the size of a trial is known")
 
 
 def test_a_search_pauses_before_its_disk_is_full_and_goes_on_by_itself(tmp_path, monkeypatch, capsys):
@@ -161,4 +163,4 @@ def test_a_search_pauses_before_its_disk_is_full_and_goes_on_by_itself(tmp_path,
     free[0] = 100 * MB
     thread.join(10)
     said = capsys.readouterr().out
-    assert "DISK FULL: 80 MB left" in said and "needs 92 MB" in said and "there is room again" in said
+    assert "DISK FULL: 80 MB left" in said and "needs 92 MB" in said and "there is space again" in said

@@ -72,7 +72,7 @@ def test_a_second_search_of_the_same_name_is_refused_and_so_are_other_images(cla
     next(data.glob("*/*.jpg")).unlink()
     changed = Search(search.folder, "--resume")
     assert changed.wait() != 0
-    assert "its images are others now: 59 instead of 60" in changed.text
+    assert "its images have changed: 59 instead of 60" in changed.text
 
 
 # --- Bad trials -------------------------------------------------------------------------------------------------------
