@@ -13,15 +13,7 @@ from typing import TYPE_CHECKING
 from search.cli.messages import INTERRUPTED, Interruptible, run_cli, say, show_progress
 from search.cluster.connect import check_address, prepare_environment, start_ray
 from search.options.arguments import parse_arguments, resume_command
-from search.options.preparation import (
-    check_weights,
-    find_data,
-    pinned,
-    presize_here,
-    say_depth,
-    searched_space,
-    setting_values,
-)
+from search.options.preparation import check_weights, find_data, pinned, presize_here, say_depth, searched_space
 from search.options.search_options import SearchOptions
 from search.spaces.space import Space
 from trainables.system.text import duration, many, shell_command
@@ -33,10 +25,6 @@ if TYPE_CHECKING:
     from search.runs.paths import RunFolder
     from search.tuning.tuner import RunOptions
     from trainables.data.labelled_images import ImageFolder
-
-PUBLISHED = "published: on the book's data, split and hardware; other images or settings give other errors"
-PACKAGES = ("finetune-search", "ray", "torch", "torchvision", "timm", "optuna")
-"""Those whose versions a run notes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = RunFolder(options.results / name)
     with alone_in(folder):
         if options.resume and options.storage and not is_begun(folder):
-            from search.runs.remote_copy import bring_back
+            from search.runs.remote_run import bring_back
 
             bring_back(options.storage, folder)
             options = replace(options, trust=True)  # this command itself names the place
@@ -107,8 +95,8 @@ def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
         check_lengths(space)
     check_architectures(space)
     mirror = mirror_of(options, folder)
-    found = find_data(space, options.data)
-    images = hold_out(found, options.test_split, space.split_seed, read=folder.test.is_file())
+    images = find_data(space, options.data)
+    images = hold_out(images, options.test_split, space.split_seed, read=folder.test.is_file())
     say_depth(images)
     check_weights(space, options.weights)
     known, files = images_record(images), files_record(options, space)
@@ -140,6 +128,7 @@ def connect(prepared: Prepared, folder: "RunFolder", argv: Sequence[str]) -> "Ru
     options, space, images = prepared.options, prepared.space, prepared.images
     nodes, ray_dashboard = start_ray(options.address)
     from search.cluster.resources import sizes
+    from search.options.preparation import setting_values
     from search.reporting.test_set import source_of
     from search.tuning.tuner import RunOptions
 
@@ -195,6 +184,7 @@ def write_record(
     folder, options = run.folder, prepared.options
     before = CommandRecord.load(folder.path) if options.resume else None
     run_id = before.run_id if before and before.run_id else uuid4().hex
+    packages = ("finetune-search", "ray", "torch", "torchvision", "timm", "optuna")
     CommandRecord(
         run_id=run_id,
         signature=signature(folder, run_id),
@@ -208,7 +198,7 @@ def write_record(
         num_workers=run.num_workers,
         max_concurrent=run.max_concurrent,
         strategy=run.strategy,
-        versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        versions={"python": platform.python_version()} | {name: version(name) for name in packages},
         images=before.images if before and before.images else prepared.known,
         files=prepared.files,
         data=str(prepared.images.given),
@@ -309,7 +299,7 @@ def print_trials(run: "RunOptions", rows: "list[Row]") -> None:
     dimensions = list(run.space.dimensions)
     console.print(recipes_table(dimensions, run.recipes, rows) if run.recipes else leaderboard(rows, dimensions))
     if any(recipe.error_rate for recipe in run.recipes):
-        say(PUBLISHED)
+        say("published: on the book's data, split and hardware; other images or settings give other errors")
 
 
 def say_results(run: "RunOptions") -> None:

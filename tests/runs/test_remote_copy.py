@@ -11,10 +11,11 @@ import pytest
 from object_store import s3_server
 
 from search.run import run_cli
-from search.runs import remote_copy
+from search.runs import remote_copy, snapshot
 from search.runs.atomic_files import replace_folder, write_atomically
 from search.runs.paths import RunFolder
-from search.runs.remote_copy import Mirror, Mirroring, RemoteRun, bring_back, moment
+from search.runs.remote_copy import Mirror, Mirroring
+from search.runs.remote_run import RemoteRun, bring_back
 from trainables.training import checkpoint
 
 NAME = "birds"
@@ -164,10 +165,10 @@ def fail_after(patch: pytest.MonkeyPatch, operations: int):
 
 @pytest.mark.parametrize("large", [1, 1 << 20])
 def test_a_moment_stays_what_it_was_while_it_is_copied(folder, uri, tmp_path, monkeypatch, large):
-    monkeypatch.setattr(remote_copy, "CHUNK", large)
+    monkeypatch.setattr(snapshot, "LARGE_BYTES", large)
     mirror = Mirror(folder, uri, resume=False, resume_command=AGAIN)
     then = content(folder.path)
-    found = moment(folder, None, {})
+    found = snapshot.snapshot(folder, None, {})
     write_epoch(folder, 2)
     write_epoch(folder, 3)
     mirror._try(found)
@@ -178,7 +179,7 @@ def test_a_moment_stays_what_it_was_while_it_is_copied(folder, uri, tmp_path, mo
 @pytest.mark.parametrize("large", [1, 1 << 20])
 def test_of_a_trial_that_trains_meanwhile_one_whole_epoch_is_taken(folder, monkeypatch, large):
     """While another thread ends epochs, each moment has all files of one of them."""
-    monkeypatch.setattr(remote_copy, "CHUNK", large)
+    monkeypatch.setattr(snapshot, "LARGE_BYTES", large)
     ended = threading.Event()
 
     def train() -> None:
@@ -193,7 +194,7 @@ def test_of_a_trial_that_trains_meanwhile_one_whole_epoch_is_taken(folder, monke
     epochs = []
     while not ended.is_set():
         try:
-            found = moment(folder, None, {})
+            found = snapshot.snapshot(folder, None, {})
         except FileNotFoundError:
             continue
         files = {name.split("/", 2)[2]: file for name, file in found.items() if name.startswith("checkpoints/")}
@@ -242,7 +243,7 @@ def test_an_error_is_said_once_and_its_end_once(folder, uri, tmp_path, capsys):
         assert brought_back(uri, tmp_path) == content(folder.path)
         copy_now(mirror)
     text = capsys.readouterr().out
-    assert text.count("cannot be written, the search goes on and tries again: ") == 1
+    assert text.count("cannot be written, the search continues and tries again: ") == 1
     assert text.count("can be written again") == 1
     assert "FAILED" not in text
 
@@ -286,7 +287,7 @@ def test_a_folder_that_is_here_takes_the_place_of_the_copy_and_says_so(folder, u
     with Mirror(folder, uri, resume=False, resume_command=AGAIN):
         pass
     Mirror(folder, uri, resume=True, resume_command=AGAIN)
-    assert "takes its place" not in capsys.readouterr().out
+    assert "replaces it" not in capsys.readouterr().out
     folder.command.write_text('{"started_at": "later"}')
     Mirror(folder, uri, resume=True, resume_command=AGAIN)
     assert f"{uri}/{NAME}/ is of another start of this run" in capsys.readouterr().out
@@ -421,4 +422,4 @@ def test_places_that_cannot_be_written_are_refused(s3, uri, said, tmp_path, monk
 def test_a_run_that_is_nowhere_cannot_be_resumed(s3, tmp_path, monkeypatch, capsys):
     resume = ("--resume", "--name", NAME, "--results", str(tmp_path), "--storage", f"{s3}/empty")
     message = refused(monkeypatch, capsys, *resume)
-    assert f"neither {tmp_path}/{NAME}/ nor {s3}/empty/{NAME}/ is there" in message
+    assert f"neither {tmp_path}/{NAME}/ nor {s3}/empty/{NAME}/ exists" in message

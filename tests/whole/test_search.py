@@ -19,7 +19,7 @@ from processes import descendants, left_after, listening_addresses, stopped
 from searches import EPOCH_TIMES, PINNED, TIMES, Search, completed, settings, tables, without
 from tiny_run import draw_images
 
-from search.runs.remote_copy import RemoteRun
+from search.runs.remote_run import RemoteRun
 from search.runs.run_record import load
 from search.spaces.space import load_space
 from search.tuning.searcher import FORGOTTEN
