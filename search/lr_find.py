@@ -17,7 +17,7 @@ from trainables.system.text import last_line
 if TYPE_CHECKING:
     import ray
 
-    from trainables.data.held_out_images import Remaining
+    from trainables.data.held_out_images import WithoutTestImages
     from trainables.data.presized_images import PresizedImages
     from trainables.ray.worker_group import GroupSize
     from trainables.recipe import Recipe
@@ -166,7 +166,7 @@ def trusted_rates(found: dict[str, float]) -> list[float]:
 
 def narrowed_rates(
     space: Space,
-    data: str | Remaining,
+    data: str | WithoutTestImages,
     digest: str,
     weights: str | None,
     size: GroupSize,
@@ -207,7 +207,7 @@ def narrowed_rates(
 
 def _find_on_worker(
     settings: dict[str, Any],
-    data: str | Remaining,
+    data: str | WithoutTestImages,
     digest: str,
     presizing: Mapping[str, Any],
     weights: str | None,

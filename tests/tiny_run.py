@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trainables.data.held_out_images import remaining
+from trainables.data.held_out_images import without_test_images
 from trainables.data.layouts import find_images
 from trainables.data.presize import presize
 from trainables.data.source import images_digest
@@ -49,7 +49,7 @@ def make_run(
 ) -> Path:
     """Train one recipe on `data` and write what a search leaves of its winner. Returns the run's folder."""
     recipe = Recipe.from_dict(SETTINGS | settings)
-    known = remaining(find_images(data), test_share, 3)
+    known = without_test_images(find_images(data), test_share, 3)
     images = presize(known, recipe.presize, recipe.resize_method)
     training = FineTune(recipe, images, weights=weights, split_seed=3)
     for _ in range(recipe.total_epochs):

@@ -138,13 +138,13 @@ def check_export(
     """
     import numpy as np
 
-    from trainables.data.held_out_images import remaining
+    from trainables.data.held_out_images import without_test_images
     from trainables.data.layouts import find_images
     from trainables.data.presize import presize
 
     predictor, trained = Predictor(folder), Predictor(checkpoint)
     preprocessing = predictor.preprocessing
-    known = remaining(find_images(data), test_share, split_seed)
+    known = without_test_images(find_images(data), test_share, split_seed)
     sizes = preprocessing.presize, preprocessing.resize_method
     white = preprocessing.white_level
     images = presize(known, *sizes, storage=storage, white_level=white, max_unreadable=1)  # the run read what it could

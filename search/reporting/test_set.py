@@ -11,7 +11,7 @@ from search.cli.messages import say
 from search.options.arguments import resume_command
 from search.runs.command import CommandRecord
 from search.runs.statistics import wilson_interval
-from trainables.data.held_out_images import Remaining, held_share, remaining, set_aside
+from trainables.data.held_out_images import WithoutTestImages, held_share, set_aside, without_test_images
 from trainables.data.labelled_images import DataError, ImageFolder
 from trainables.data.layouts import find_images, find_unchecked
 from trainables.inference.model_folder import read_json, read_model
@@ -37,13 +37,13 @@ def hold_out(
     test = held_out(images, test_split, seed)
     when = "they have been read, and are not read again" if read else "they are opened once, when the search has ended"
     say(f"test: {len(test.paths)} images held out; {when}")
-    return remaining(images, held_share(test_split), seed)
+    return without_test_images(images, held_share(test_split), seed)
 
 
-def source_of(source: str, test_split: float | Path | None, seed: int) -> str | Remaining:
+def source_of(source: str, test_split: float | Path | None, seed: int) -> str | WithoutTestImages:
     """Where every node gets the images from that the search may know."""
     share = held_share(test_split)
-    return source if share is None else Remaining(source, share, seed)
+    return source if share is None else WithoutTestImages(source, share, seed)
 
 
 def held_out(images: ImageFolder, test_split: float | Path | str, seed: int) -> ImageFolder:
@@ -97,7 +97,7 @@ def _test_images(command: CommandRecord, digest: str | None) -> ImageFolder:
     from trainables.data.source import images_digest
 
     images, options, seed = find_images(command.data), command.arguments, command.split_seed
-    if images_digest(remaining(images, options.held_out_share, seed)) != digest:
+    if images_digest(without_test_images(images, options.held_out_share, seed)) != digest:
         raise DataError(
             f"the images in {images.root} are others than when the search began, so some may have been trained on"
         )

@@ -15,7 +15,7 @@ from search.options.strategy import Strategy
 from search.runs.study_journal import open_journal
 from search.spaces.space import SWITCH, Choice, Dimension, Space, ends
 from search.tuning.retraining import retrainings
-from trainables.ray.trial import RETRAINS, unmistakable
+from trainables.ray.trial import RETRAINS, text_id
 from trainables.recipe import has_effect, spec_of
 
 METRIC = "error_rate"
@@ -150,7 +150,7 @@ class OptunaSearcher(Searcher):
         """The table's id and config of the completed trials, best first: lowest error, ties by validation loss."""
         done = self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
         done = sorted(done, key=lambda trial: (trial.values[0], trial.user_attrs[_LOSS]))
-        return [(unmistakable(trial.user_attrs[_TUNE_ID]), config_of(self.space, trial.params)) for trial in done]
+        return [(text_id(trial.user_attrs[_TUNE_ID]), config_of(self.space, trial.params)) for trial in done]
 
     def _has_room(self, num_workers: int) -> bool:
         return self.capacity is None or self.capacity.has_room(self.live.values(), num_workers)

@@ -29,7 +29,7 @@ from search.spaces.space import NamedRecipe, Space
 from search.tuning.early_stopping import new_scheduler
 from search.tuning.halving import new_searcher
 from search.tuning.searcher import METRIC, OptunaSearcher
-from trainables.data.held_out_images import Remaining
+from trainables.data.held_out_images import WithoutTestImages
 from trainables.data.labelled_images import MAX_UNREADABLE
 from trainables.ray.retry_limits import ACTOR_RETRIES, MAX_CONSECUTIVE_FAILURES
 from trainables.ray.trial import FineTuneTrial, TrialOptions, table_id
@@ -42,7 +42,7 @@ class RunOptions:
 
     space: Space
     folder: RunFolder
-    data: str | Remaining  # source of the images, see `trainables.data.source`
+    data: str | WithoutTestImages  # source of the images, see `trainables.data.source`
     weights: str | None  # source of pretrained weights
     cache: str  # how presized images are stored, see `presize`
     max_unreadable: float = MAX_UNREADABLE  # the share of the images that may be unreadable

@@ -45,9 +45,10 @@ def run_epoch(monkeypatch):
             def __init__(self) -> None:
                 self.host, self.handed_over, self.epochs_done, self.files = None, False, 0, None
 
-            def _start_host(self) -> None:
+            def _start_host(self) -> Host:
                 self.host = hosts.pop(0)
                 self.host_node = self.host.picked
+                return self.host
 
             def _spec(self) -> None:
                 pass

@@ -33,9 +33,10 @@ def slot(colour_images):
     slot = _Slot(host=None, num_threads=1)
 
     def run(most: int, batch_parts: int):
-        def prepare(command: Command) -> None:
+        def prepare(command: Command) -> FineTune:
             slot.training = FineTune(RECIPE, colour_images, batch_parts=command.batch_parts, num_threads=1)
             slot.training.parallel_model = Scarce(slot.training.network.model, most)
+            return slot.training
 
         slot._prepare, slot._give_sign = prepare, lambda: None
         return slot.run(Command(1, TrialSpec(trial_id="t", recipe={}, data=""), 0, batch_parts))

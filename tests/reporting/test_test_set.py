@@ -23,7 +23,7 @@ from search.reporting.test_set import compare, hold_out, lines, mcnemar, read_on
 from search.run import conclude
 from search.runs.paths import RunFolder
 from search.runs.run_record import load, wilson_interval
-from trainables.data.held_out_images import Remaining, remaining, set_aside, share_of
+from trainables.data.held_out_images import WithoutTestImages, set_aside, share_of, without_test_images
 from trainables.data.labelled_images import DataError, ImageFolder
 from trainables.data.layouts import find_images
 from trainables.data.source import images_digest, images_of
@@ -128,7 +128,7 @@ def birds(tmp_path) -> Path:
 def test_every_node_leaves_out_the_same_images(birds, tmp_path):
     kept = hold_out(find_images(birds), 0.2, 7)
     shutil.copytree(birds, tmp_path / "node" / "birds")
-    there = Remaining(str(tmp_path / "node" / "birds"), 0.2, 7)
+    there = WithoutTestImages(str(tmp_path / "node" / "birds"), 0.2, 7)
     assert images_of(there, images_digest(kept)).paths == kept.paths and len(kept.paths) == 24
     with pytest.raises(DataError, match="not those that the search was started with"):
         images_of(str(birds), images_digest(kept))
@@ -138,7 +138,7 @@ def test_a_run_tells_later_readers_its_share(birds):
     found = find_images(birds)
     assert share_of({"arguments": {"test_split": 0.2}}) == 0.2
     assert share_of({"arguments": {"test_split": "/elsewhere"}}) is share_of({"arguments": {}}) is share_of({}) is None
-    assert remaining(found, None, 0) is found
+    assert without_test_images(found, None, 0) is found
 
 
 def test_a_folder_of_test_images_leaves_all_others(birds, tmp_path, capsys):
@@ -256,7 +256,7 @@ def ended(trained, tmp_path) -> RunFolder:
 
 
 def known_digest(data: Path) -> str:
-    return images_digest(remaining(find_images(data), 0.25, 3))
+    return images_digest(without_test_images(find_images(data), 0.25, 3))
 
 
 def test_winner_and_trial_0_are_scored_by_their_labels_of_the_same_images(ended, data):
@@ -305,7 +305,7 @@ def test_a_search_whose_test_goes_wrong_still_has_its_summary_its_report_and_its
     write_json(folder.command, json.loads(folder.command.read_text()) | of_run)
     space = SimpleNamespace(dimensions={"lr_max": None})
     options = SimpleNamespace(folder=folder, recipes=(), space=space, report="tables", address=None, time_budget=60.0)
-    options.data_digest = images_digest(remaining(find_images(birds), 0.25, 0))
+    options.data_digest = images_digest(without_test_images(find_images(birds), 0.25, 0))
     assert conclude(options, 60.0, interrupted=False) == 0
     said = capsys.readouterr().out
     for part in (
@@ -379,7 +379,7 @@ def test_nobody_opens_the_test_images_before_the_search_has_ended_and_nobody_twi
     with watched(files, bool) as opened:
         assert export.main([str(run), "--out", str(tmp_path / "exported")]) == 0
     assert "check passed" in capsys.readouterr().out and not opened
-    assert read_split(tmp_path / "exported").images == images_digest(remaining(find_images(data), 0.2, 0))
+    assert read_split(tmp_path / "exported").images == images_digest(without_test_images(find_images(data), 0.2, 0))
     tested = json.loads((run / "best" / "metrics.json").read_text())["number"] == winner["trial"]
     card = (tmp_path / "exported" / "README.md").read_text()
     assert (said[0].split(";")[0].removeprefix("test: ") in card) == tested

@@ -11,7 +11,7 @@ from trainables.system.text import some
 
 
 @dataclass(frozen=True)
-class Remaining:
+class WithoutTestImages:
     """A source without its test images. It goes to every node in the place of the source, see `source.images_of`."""
 
     source: str
@@ -22,7 +22,7 @@ class Remaining:
         return self.source
 
 
-def remaining(images: ImageFolder, share: float | None, seed: int) -> ImageFolder:
+def without_test_images(images: ImageFolder, share: float | None, seed: int) -> ImageFolder:
     """The images to train and validate on: all of them without a share."""
     return images if share is None else set_aside(images, share, seed)[0]
 

@@ -10,18 +10,18 @@ from pathlib import Path
 
 from trainables.data.datasets import DATASETS, prepare
 from trainables.data.fetch import fetch, is_uri, pinned
-from trainables.data.held_out_images import Remaining, remaining
+from trainables.data.held_out_images import WithoutTestImages, without_test_images
 from trainables.data.labelled_images import DataError, ImageFolder
 from trainables.data.layouts import find_images, split_level
 
 
-def images_of(source: str | Remaining, digest: str | None = None) -> ImageFolder:
+def images_of(source: str | WithoutTestImages, digest: str | None = None) -> ImageFolder:
     """The labelled images of a source, on this node; fetched, drawn or downloaded first where they are not here.
 
     Raises `DataError` where they are not those of `digest`, which another node got of `images_digest`.
     """
-    if isinstance(source, Remaining):
-        images = remaining(images_of(source.source), source.share, source.seed)
+    if isinstance(source, WithoutTestImages):
+        images = without_test_images(images_of(source.source), source.share, source.seed)
     else:
         images = find_images(prepare(source) if source in DATASETS else folder_of(source))
     if digest is not None and images_digest(images) != digest:

@@ -1,18 +1,21 @@
-"""How the workers of a group reach each other: on the address by which their node joined the cluster, and on no other.
+"""How the workers of a group reach each other: only on the address by which their node joined the cluster.
 
-gloo listens on the address of the host name, which is 127.0.1.1 on many Linux systems (Debian's /etc/hosts): workers on
-other machines wait for it in vain. NCCL looks at the network interfaces itself.
+gloo listens on the address of the host name, which is 127.0.1.1 on many Linux systems (Debian's /etc/hosts), where
+workers on other machines cannot reach it. NCCL looks at the network interfaces itself.
 
-Ray Train's own `TorchTrainer` does the same but for that, and more slowly: the process that starts a group and the one
-that watches it import torch before the workers can, one more process waits for data sets that nobody has, and another
-one asks the dashboard every second whether the group is alive (see `search.cluster.abandoned_room`).
+Ray Train's own `TorchTrainer` does the rest, but more slowly: the process that starts a group and the one that watches
+it import torch before the workers can, another process waits for data sets that do not exist, and another one asks the
+dashboard every second whether the group is alive (see `search.cluster.abandoned_room`).
 """
 
 import os
 import socket
 import struct
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import ray
 from ray.train._internal.utils import get_address_and_port
@@ -24,35 +27,35 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 COLLECTIVE_SECONDS = 1800.0
-"""So long a worker waits for the others in a collective."""
+"""How long a worker waits for the others in a collective."""
 LEAVE_SECONDS = 30.0
-"""So long workers may take to leave their process group."""
+"""How long workers may take to leave their process group."""
 
 
 class GroupTrainer(DataParallelTrainer):
     """Ray Train's, without Ray Data and without its placement group cleaner."""
 
-    def _create_default_callbacks(self) -> list:
+    def _create_default_callbacks(self) -> list[Any]:
         unwanted = DatasetsCallback | PlacementGroupCleanerCallback
         callbacks = super()._create_default_callbacks()
         return [FreesFailedStart(), *(callback for callback in callbacks if not isinstance(callback, unwanted))]
 
 
 class FreesFailedStart(WorkerGroupCallback):
-    """Frees the room of workers that were lost while they met, before others are started.
+    """Frees the resources of workers that were lost while they met, before others start.
 
-    Ray Train 2.60 forgets it (`WorkerGroup._start` cleans up only what has not "started", which it says before the
-    backend has), and then waits for that very room. Comes before the callback that starts the backend.
+    Ray Train 2.60 does not (`WorkerGroup._start` cleans up only what has not "started", which it sets before the
+    backend has started) and then waits for those very resources. Must precede the callback that starts the backend.
     """
 
-    _room = None
+    _room: Any = None
 
-    def after_worker_group_start(self, worker_group) -> None:
+    def after_worker_group_start(self, worker_group: Any) -> None:
         self._room = worker_group.get_worker_group_state().placement_group_handle
 
-    def before_worker_group_start(self, worker_group_context) -> None:
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
         if self._room is not None:
-            self._room.shutdown()  # again, where the workers have ended since
+            self._room.shutdown()  # safe to repeat, if the workers have ended since
             self._room = None
 
 
@@ -63,37 +66,35 @@ class ProcessGroup(BackendConfig):
     backend: str
 
     @property
-    def backend_cls(self):
+    def backend_cls(self) -> type[Backend]:
         return _ProcessGroupBackend
 
     @property
-    def train_func_context(self):
+    def train_func_context(self) -> Callable[[], AbstractContextManager[None]]:
         return on_own_device
 
 
 class _ProcessGroupBackend(Backend):
     share_cuda_visible_devices = True
 
-    def on_start(self, worker_group, backend_config: ProcessGroup) -> None:
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        assert isinstance(backend_config, ProcessGroup)
         address, port = worker_group.execute_single(0, get_address_and_port)
         place = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-        size = len(worker_group)
-        ray.get([worker_group.execute_single_async(rank, enter, backend_config.backend, rank, size, place)
-                 for rank in range(size)])  # fmt: skip
+        backend, size = backend_config.backend, len(worker_group)
+        ray.get([worker_group.execute_single_async(rank, enter, backend, rank, size, place) for rank in range(size)])
 
-    def on_shutdown(self, worker_group, backend_config: ProcessGroup) -> None:
-        ray.wait(
-            left := worker_group.execute_async(leave, len(worker_group) > 1),
-            num_returns=len(left),
-            timeout=LEAVE_SECONDS,
-        )
+    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        left = worker_group.execute_async(leave, len(worker_group) > 1)
+        ray.wait(left, num_returns=len(left), timeout=LEAVE_SECONDS)
 
 
-def on_own_device():
-    """A context in which this worker's GPU is torch's default one."""
+def on_own_device() -> AbstractContextManager[None]:
+    """A context in which this worker's GPU is torch's default device."""
     from ray.train.torch.config import TorchConfigContextManager
 
-    return TorchConfigContextManager()
+    context: AbstractContextManager[None] = TorchConfigContextManager()
+    return context
 
 
 def enter(backend: str, rank: int, size: int, place: dict[str, str]) -> None:
@@ -109,13 +110,13 @@ def enter(backend: str, rank: int, size: int, place: dict[str, str]) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
-def meeting_place(address: str, port: int, rank: int, size: int, timeout: timedelta):
-    """torch's store, whose server, by itself, would listen on all addresses of its machine."""
+def meeting_place(address: str, port: int, rank: int, size: int, timeout: timedelta) -> Any:
+    """torch's store, whose server would listen on all addresses of its machine by default."""
     import torch.distributed as dist
 
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listens = socket.create_server((address, port), family=family).detach() if rank == 0 else None
-    return dist.TCPStore(address, port, size, rank == 0, timeout, master_listen_fd=listens)
+    return dist.TCPStore(address, port, size, rank == 0, timeout, master_listen_fd=listens)  # type: ignore[attr-defined]
 
 
 def leave(several: bool) -> None:
@@ -125,13 +126,13 @@ def leave(several: bool) -> None:
 
 
 def use_node_interface() -> None:
-    """Tell gloo, in this worker, the interface to use; a user's own choice stays."""
+    """Set the interface that gloo uses in this worker, unless the user has."""
     if INTERFACE not in os.environ and (name := interface_of(ray.util.get_node_ip_address())):
         os.environ[INTERFACE] = name
 
 
 def interface_of(address: str) -> str | None:
-    """The name of the network interface that has an IPv4 address, or None where none has or the system is no Linux."""
+    """The name of the network interface with this IPv4 address; None if there is none, or on systems but Linux."""
     try:
         import fcntl
     except ImportError:
@@ -141,7 +142,7 @@ def interface_of(address: str) -> str | None:
         for _, name in socket.if_nameindex():
             try:
                 found = fcntl.ioctl(probe, get_address, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # it is down, or has no such address
+            except OSError:  # it is down, or has no IPv4 address
                 continue
             if socket.inet_ntoa(found[20:24]) == address:
                 return name

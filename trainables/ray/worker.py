@@ -7,22 +7,26 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trainables.data.held_out_images import Remaining
-from trainables.ray.messages import Command, Outcome, TrialSpec
+from trainables.data.held_out_images import WithoutTestImages
+from trainables.ray.messages import Command, Outcome
 from trainables.recipe import Recipe
 from trainables.system.text import many
 from trainables.training.checkpoint import SPLIT_FILE, Files
 
+if TYPE_CHECKING:
+    from trainables.data.presized_images import PresizedImages
+    from trainables.training.fine_tune import FineTune
+
 logger = logging.getLogger(__name__)
 
 SIGN_SECONDS = 1.0
-"""So often, at most, a worker gives a sign of its progress."""
+"""The shortest time between two signs of a worker's progress."""
 
 
 def serve(config: dict[str, Any]) -> None:
-    """The train function: run the host's commands until it says that there are no more."""
+    """The train function: run the host's commands until there are no more."""
     import ray.train
     import torch
 
@@ -46,11 +50,11 @@ def serve(config: dict[str, Any]) -> None:
 class _Slot:
     """One worker's side of a trial slot: the training in progress."""
 
-    def __init__(self, host, num_threads: int) -> None:
-        self.host = host
+    def __init__(self, host: Any, num_threads: int) -> None:
+        self.host = host  # the handle of a `GroupHost`
         self.num_threads = num_threads
-        self.training = None
-        self.trial_id = None
+        self.training: FineTune | None = None
+        self.trial_id: str | None = None
         self.split: Files = {}  # how its images were split
         self.number = 0  # of the command
         self.last_sign = 0.0
@@ -62,20 +66,18 @@ class _Slot:
 
         try:
             self.number = command.number
-            if not self._has(command):
-                with self._signs_of_life():
-                    self._prepare(command)
+            training = self._ready(command)
             overhead = time.perf_counter() - self.idle_since
-            metrics = self.training.run_epoch()
+            metrics = training.run_epoch()
             self.idle_since = time.perf_counter()
-            # Every worker has the state; only the first one's is wanted.
-            state = self.training.state() | self.split if self.training.world.rank == 0 else None
+            # All workers have the same state: only the first one sends it.
+            state = training.state() | self.split if training.world.rank == 0 else None
             metrics |= {"overhead_seconds": overhead, "batch_parts": command.batch_parts}
             return Outcome(metrics, state), True
-        except Diverged as error:  # the losses are summed over the workers, so all of them are here
+        except Diverged as error:  # the losses are summed over the workers, so all of them stop here
             self._drop()
             return Outcome(failure=f"diverged: {error}"), True
-        except Exception as error:  # anything else fails the trial and is shown; the search goes on
+        except Exception as error:  # fails the trial, with a traceback in the log; the search continues
             if is_of_lost_worker(error):
                 raise  # not the trial's fault: Ray Train restarts the group, and the command is repeated
             if is_out_of_memory(error):
@@ -86,30 +88,33 @@ class _Slot:
             self._drop()
             return Outcome(failure=f"{type(error).__name__}: {error}"), False
 
-    def _has(self, command: Command) -> bool:
-        """Whether the trial of `command` is in memory, at the epoch that it starts from."""
-        same = self.training is not None and self.trial_id == command.trial.trial_id
-        return same and self.training.epochs_done == command.epochs_done
+    def _ready(self, command: Command) -> "FineTune":
+        """The trial of `command` at the epoch that it starts from, built unless it is in memory."""
+        training = self.training
+        if training and self.trial_id == command.trial.trial_id and training.epochs_done == command.epochs_done:
+            return training
+        with self._signs_of_life():
+            return self._prepare(command)
 
     def _out_of_memory(self, error: Exception) -> Outcome:
         if self.training is None:
             return Outcome(failure=f"out of memory before its first step: {error}")
         if self.training.can_split_further:
-            logger.warning("trial %s: out of memory, its batches go in more parts", self.trial_id)
+            logger.warning("trial %s: out of memory, splitting its batches further", self.trial_id)
             return Outcome(split_batches=True)
         images = many(self.training.fewest_images, "image")
         return Outcome(failure=f"out of memory even with {images} at a time: {error}")
 
     @contextmanager
     def _signs_of_life(self) -> Iterator[None]:
-        """Within it, signs come by themselves: fetching and presizing images may take hours."""
+        """Gives signs of progress from a thread: fetching and presizing images may take hours."""
         over = threading.Event()
 
-        def give() -> None:
+        def give_signs() -> None:
             while not over.wait(SIGN_SECONDS):
                 self._give_sign()
 
-        thread = threading.Thread(target=give, daemon=True)
+        thread = threading.Thread(target=give_signs, daemon=True)
         thread.start()
         try:
             yield
@@ -118,14 +123,14 @@ class _Slot:
             thread.join()
 
     def _give_sign(self) -> None:
-        """Of progress, not more often than the host needs it."""
+        """Tells the host that there is progress, not more often than it needs."""
         now = time.monotonic()
         if now - self.last_sign >= SIGN_SECONDS:
             self.last_sign = now
             self.host.progress.remote(self.number)
 
-    def _prepare(self, command: Command) -> None:
-        """Bring the trial of `command` into memory, at the epoch that it starts from."""
+    def _prepare(self, command: Command) -> "FineTune":
+        """Builds the trial of `command` at the epoch that it starts from."""
         import ray.train
         import ray.train.torch
 
@@ -135,12 +140,13 @@ class _Slot:
         trial = command.trial
         self._drop()
         if command.batch_parts > 1:
-            gc.collect()  # what ran out of memory may hang together in cycles
+            gc.collect()  # cycles may hold what ran out of memory
         recipe = Recipe.from_dict(trial.recipe)
-        images = _presized_images(trial, recipe.presize, recipe.resize_method)
+        sizes = recipe.presize, recipe.resize_method
+        images = _presized(trial.data, trial.data_digest, *sizes, trial.cache, trial.max_unreadable)
         weights = folder_of(trial.weights) if trial.weights else None
         ray.get(self.host.meet.remote(ray.train.get_context().get_world_rank(), command.number))
-        self.training = FineTune(
+        training = self.training = FineTune(
             recipe,
             images,
             weights=weights,
@@ -151,11 +157,12 @@ class _Slot:
             batch_parts=command.batch_parts,
             on_progress=self._give_sign,
         )
-        share = trial.data.share if isinstance(trial.data, Remaining) else None
+        share = trial.data.share if isinstance(trial.data, WithoutTestImages) else None
         self.split = _split_of(images, trial.data_digest, trial.split_seed, share)
         if command.epochs_done:
-            self.training.load_state(ray.get(self.host.state.remote()))
+            training.load_state(ray.get(self.host.state.remote()))
         self.trial_id = trial.trial_id
+        return training
 
     def _drop(self) -> None:
         if self.training is not None:
@@ -164,14 +171,14 @@ class _Slot:
 
 
 def is_of_lost_worker(error: Exception) -> bool:
-    """Whether a collective failed, as it does where another worker of the group is gone."""
+    """Whether a collective failed because another worker of the group is gone."""
     import torch.distributed
 
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)  # gloo raises plain RuntimeErrors
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Of the GPU or the CPU; torch says the latter with a plain RuntimeError."""
+    """Of the GPU or the CPU, for which torch raises a plain RuntimeError."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -179,20 +186,18 @@ def is_out_of_memory(error: Exception) -> bool:
     return any(text in str(error) for text in ("DefaultCPUAllocator", "_STATUS_ALLOC_FAILED", "out of memory"))
 
 
-def _split_of(images, digest: str | None, seed: int, test_share: float | None) -> Files:
-    """The file that tells whoever gets the model which images validated it; none where the images have no digest."""
+def _split_of(images: "PresizedImages", digest: str | None, seed: int, test_share: float | None) -> Files:
+    """The file that says which images validated the model; none if the images have no digest."""
     from trainables.inference.split_record import split_file
 
     return {SPLIT_FILE: split_file(images, digest, seed=seed, test_share=test_share)} if digest else {}
 
 
-def _presized_images(trial: TrialSpec, size: int, method: str):
-    """The images of a trial; those of the trial before are not opened again."""
-    return _presized(trial.data, trial.data_digest, size, method, trial.cache, trial.max_unreadable)
-
-
 @lru_cache(maxsize=4)
-def _presized(data: str | Remaining, digest: str | None, size: int, method: str, storage: str, max_unreadable: float):
+def _presized(
+    data: str | WithoutTestImages, digest: str | None, size: int, method: str, storage: str, max_unreadable: float
+) -> "PresizedImages":
+    """The images of a trial; the cache keeps those of the trial before open."""
     from trainables.data.presize import presize
     from trainables.data.source import images_of
 

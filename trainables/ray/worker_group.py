@@ -2,10 +2,10 @@
 
 A trial talks to a `GroupHost`, an actor that runs one trainer of Ray Train for as long as the search lasts. Its train
 function (`worker.serve`) is a loop that asks the host for commands: "train the next epoch of this trial". Starting a
-worker (process, imports, process group) is paid once per slot of the search instead of once per trial.
+worker (process, imports, process group) happens once per slot of the search instead of once per trial.
 
 The host keeps the trial's last state, so when Ray Train restarts a group whose worker was lost, the new workers rebuild
-the trial and repeat the command. Workers that make no progress any more are killed, and so are lost.
+the trial and repeat the command. Workers that stop making progress are killed and count as lost.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from trainables.ray.retry_limits import MAX_LOST_NODES, MAX_START_FAILURES, MAX_
 from trainables.training.checkpoint import Files
 
 IDLE_SECONDS = 30.0
-"""Workers that have had nothing to do for so long leave, and others can have their CPUs and GPUs."""
+"""Workers that have been idle for this long leave, so that others can have their CPUs and GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +37,17 @@ class GroupSize:
     gpus_per_worker: int = 0
 
     def for_arch(self, arch: str, num_workers: Mapping[str, int]) -> "GroupSize":
-        """The size for an architecture; `num_workers` has those of patterns such as resnet101*, the last one counts."""
+        """The size for an architecture; `num_workers` maps patterns such as resnet101* to counts, the last one wins."""
         found = [count for pattern, count in num_workers.items() if fnmatch.fnmatchcase(arch, pattern)]
         return replace(self, num_workers=found[-1]) if found else self
 
 
 class GroupEnded(RuntimeError):
-    """The worker group is gone and will not come back by itself."""
+    """The worker group has ended for good."""
 
 
 class GroupReleased(GroupEnded):
-    """It was idle and left its resources to others."""
+    """The worker group was idle and released its resources."""
 
 
 def living_nodes() -> dict[str, dict[str, float]]:
@@ -70,24 +70,25 @@ class GroupHost:
         self._batch_parts = 1
         self._workers: dict[int, Any] = {}  # actors by rank
         self._last_sign: float | None = None  # of progress in the command, or when it was taken; None before that
-        self._taken = 0
-        self._numbers = 0
+        self._taken = 0  # number of the command that the first worker took
+        self._numbers = 0  # of commands given
         self._closing = False
         self._nodes: set[str] = set()
         self._met: set[int] = set()  # workers that have the images of the command
         self._idle: asyncio.TimerHandle | None = None
         self._changed = asyncio.Condition()
         self._run_ended = asyncio.Event()
-        self._outcome: asyncio.Future | None = None
+        self._outcome: asyncio.Future[Outcome] | None = None
+        self._ended: str | None = None  # why the Ray Train run ended
         self._loop = asyncio.get_event_loop()
         myself = ray.get_runtime_context().current_actor
         threading.Thread(target=self._run_trainer, args=(size, myself), daemon=True).start()
         self._loop.call_soon_threadsafe(self._rest)
 
-    # Called by the trial.
+    # --- Called by the trial ------------------------------------------------------------------------------------------
 
     async def node(self) -> str:
-        """Where this actor is."""
+        """The node that this actor runs on."""
         return ray.get_runtime_context().get_node_id()
 
     async def begin(self, trial: TrialSpec, epochs_done: int, state: Files | None) -> None:
@@ -98,13 +99,16 @@ class GroupHost:
         self._batch_parts = 1
 
     async def run_epoch(self) -> Outcome:
-        """Train the current trial's next epoch. Raises `GroupEnded` where there are no workers any more."""
+        """Train the current trial's next epoch. Raises `GroupEnded` if the workers are gone for good."""
         if self._closing:
             raise GroupReleased("the worker group was idle and has left")
-        self._idle.cancel()
+        if self._idle:
+            self._idle.cancel()
         self._tries = self._lost_nodes = 0
         self._why_lost = ""
-        self._outcome = self._outcome_of_ended_group() or self._loop.create_future()
+        self._outcome = self._loop.create_future()
+        if self._ended is not None:
+            self._outcome.set_exception(GroupEnded(self._ended))
         await self._give_command()
         outcome = await self._watched(self._outcome)
         self._rest()
@@ -117,11 +121,12 @@ class GroupHost:
         self._numbers += 1
         self._met.clear()
         self._last_sign = None
+        assert self._trial is not None  # `begin` has set it
         self._command = Command(self._numbers, self._trial, self._epochs_done, self._batch_parts)
         await self._notify()
 
-    async def _watched(self, outcome: asyncio.Future) -> Outcome:
-        """The outcome, once it is there. Workers that make no progress are killed: Ray Train starts others."""
+    async def _watched(self, outcome: asyncio.Future[Outcome]) -> Outcome:
+        """Waits for the outcome and kills workers that make no progress: Ray Train starts others."""
         looks = None if math.isinf(self._stall_timeout) else max(0.1, self._stall_timeout / 10)
         while not (await asyncio.wait({outcome}, timeout=looks))[0]:
             if self._last_sign is not None and self._loop.time() - self._last_sign > self._stall_timeout:
@@ -144,14 +149,14 @@ class GroupHost:
         await self._notify()
 
     async def ended(self) -> None:
-        """Wait until the Ray Train run has ended and its resources are free."""
+        """Wait until the Ray Train run has ended and released its resources."""
         await self._run_ended.wait()
 
-    # Called by the workers.
+    # --- Called by the workers ----------------------------------------------------------------------------------------
 
     async def join(self, rank: int, node: str, worker: Any = None) -> None:
-        """A worker (an actor) (re)entered its loop on `node`. If the first one had taken a command, that lost its
-        workers."""
+        """A worker (an actor) entered its loop on `node`, again or for the first time. A command that the first worker
+        had taken before has lost its workers."""
         self._workers[rank] = worker
         self._last_sign = None
         before = set(self._nodes)
@@ -174,16 +179,15 @@ class GroupHost:
         """Wait for a command numbered above `after`; None tells the worker to leave."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._closing or (self._command and self._command.number > after))
-        if self._closing:
-            return None
-        if rank == 0:
-            self._taken = self._command.number
+        command = None if self._closing else self._command
+        if command and rank == 0:
+            self._taken = command.number
             self._last_sign = self._loop.time()
-        return self._command
+        return command
 
     async def meet(self, rank: int, number: int) -> None:
-        """Wait until all workers have the images of a command. One may fetch and presize them for hours, while
-        collectives time out."""
+        """Wait until all workers have the images of a command. Fetching and presizing them may take one worker longer
+        than a collective's timeout."""
         if number != self._numbers:
             return
         self._met.add(rank)
@@ -198,19 +202,19 @@ class GroupHost:
         return self._state
 
     async def progress(self, number: int) -> None:
-        """A sign that the workers of a command are at work."""
+        """A sign that the workers of a command make progress."""
         if number == self._numbers:
             self._last_sign = self._loop.time()
 
     async def deliver(self, number: int, outcome: Outcome) -> None:
         if not outcome.split_batches:
             self._resolve(number, outcome)
-        elif self._command is not None and self._command.number == number:  # other workers may have said so before
+        elif self._command is not None and self._command.number == number:  # or another worker was first
             self._batch_parts *= 2
             await self._give_command()
 
     def _resolve(self, number: int, outcome: Outcome) -> None:
-        if self._command is not None and self._command.number == number and not self._outcome.done():
+        if self._command and self._command.number == number and self._outcome and not self._outcome.done():
             self._command = None
             self._outcome.set_result(outcome)
 
@@ -218,20 +222,19 @@ class GroupHost:
         async with self._changed:
             self._changed.notify_all()
 
-    # The Ray Train run, in its own thread.
+    # --- The Ray Train run, in its own thread -------------------------------------------------------------------------
 
-    _ended: str | None = None
-
-    def _run_trainer(self, size: GroupSize, myself) -> None:
+    def _run_trainer(self, size: GroupSize, myself: Any) -> None:
         from ray import train
         from ray._private import worker
 
         from trainables.ray.process_group import GroupTrainer, ProcessGroup
         from trainables.ray.worker import serve
 
-        # Ray Train wants a folder for checkpoints, but a trial's state travels through the object store. This process
-        # may be killed, so the folder lies in that of Ray's session.
-        storage = tempfile.mkdtemp(prefix="worker_group_", dir=worker._global_node.get_session_dir_path())
+        # Ray Train needs a folder for checkpoints, although a trial's state travels through the object store. This
+        # process may be killed before it removes the folder, so it lies in that of Ray's session.
+        session: Any = worker._global_node
+        storage = tempfile.mkdtemp(prefix="worker_group_", dir=session.get_session_dir_path())
         resources = {"CPU": size.cpus_per_worker}
         if size.gpus_per_worker:
             resources["GPU"] = size.gpus_per_worker
@@ -248,14 +251,14 @@ class GroupHost:
             run_config=train.RunConfig(
                 name="worker_group",
                 storage_path=storage,
-                # Failures count per command, see `join`; Ray counts the workers that die before they come there.
-                failure_config=train.FailureConfig(max_failures=-1, controller_failure_limit=MAX_START_FAILURES),
+                # `join` counts failures, per command. Ray counts the workers that die before they join.
+                failure_config=train.FailureConfig(max_failures=-1, controller_failure_limit=MAX_START_FAILURES),  # type: ignore[call-arg]
             ),
         )
         try:
             trainer.fit()
             ended = "the worker group left its loop"
-        except Exception as error:  # whatever ended Ray Train's run ends the group, and the trial must hear of it
+        except Exception as error:  # any error of Ray Train's ends the group, and the trial must learn of it
             ended = f"the worker group ended: {error}"
         finally:
             shutil.rmtree(storage, ignore_errors=True)
@@ -266,10 +269,3 @@ class GroupHost:
         self._run_ended.set()
         if self._outcome is not None and not self._outcome.done():
             self._outcome.set_exception(GroupEnded(reason))
-
-    def _outcome_of_ended_group(self) -> asyncio.Future | None:
-        if self._ended is None:
-            return None
-        future = self._loop.create_future()
-        future.set_exception(GroupEnded(self._ended))
-        return future
