@@ -31,9 +31,10 @@ from parity import train_ours
 from trainables.data.layouts import find_images
 from trainables.data.presize import PresizedImages, presize
 from trainables.network.model import check_architecture
+from trainables.network.precision import autocast_dtype
 from trainables.network.pretrained_weights import WeightsError, find_weights
 from trainables.recipe import Recipe
-from trainables.training.fine_tune import FineTune, autocast_dtype
+from trainables.training.fine_tune import FineTune
 
 SIDES = {"ours": "this project", "ours_fp32": "this project, fp32", "fastai": "fastai, fp32"}
 STAGES = ("frozen", "unfrozen")

@@ -115,8 +115,8 @@ def pipeline_rate(args: argparse.Namespace, images: PresizedImages) -> float:
     training = fine_tune(args, images, recipe_of(args, args.arch[0], args.precision[0], "unfrozen"))
 
     def epoch() -> None:
-        for _, batch in training._with_batches(training._steps(0)):
-            training._normalized(batch)
+        for _, batch in training.inputs.steps(training._steps(0), training.image_size):
+            training.inputs.normalized(batch)
 
     seconds = median(seconds_of(args.device, epoch, 4)[1:])
     training.close()
@@ -127,7 +127,7 @@ def measure(args: argparse.Namespace, images: PresizedImages, row: dict[str, Any
     """Fills `row`; what was measured before an error stays."""
     training = fine_tune(args, images, recipe_of(args, row["arch"], row["precision"], row["stage"]))
     with contextlib.closing(training):
-        [(step, batch)] = training._with_batches(itertools.islice(training._steps(0), 1))
+        [(step, batch)] = training.inputs.steps(itertools.islice(training._steps(0), 1), training.image_size)
         training.network.train(frozen=training.frozen, train_bn=training.recipe.train_bn)
 
         def step_seconds(batch: torch.Tensor) -> tuple[float, float]:

@@ -35,7 +35,6 @@ from trainables.data.labelled_images import ImageFolder
 from trainables.data.layouts import find_images
 from trainables.data.presize import PresizedImages, presize
 from trainables.recipe import Recipe
-from trainables.training.distributed import World
 
 NAMES = {
     "ours": "this project",
@@ -51,7 +50,7 @@ Epoch = Callable[[int], Iterable[torch.Tensor]]
 def our_batches(images: PresizedImages, recipe: Recipe, loader: BatchLoader, epoch: int) -> Iterator[torch.Tensor]:
     """An epoch's batches as `FineTune` makes and normalises them: all is drawn before the first."""
     mean, std = (255 * torch.tensor(values, device=DEVICE).view(1, 3, 1, 1) for values in (MEAN, STD))
-    settings = {"epoch": epoch, "batch_size": recipe.batch_size, "world": World.current()}
+    settings = {"epoch": epoch, "batch_size": recipe.batch_size, "rows": slice(recipe.batch_size)}
     steps = list(plan_epoch(recipe, np.arange(len(images)), **settings))
     plans = ((step.indices, step.augmentations) for step in steps)
     for batch in loader.batches(plans, recipe.image_size, DEVICE):

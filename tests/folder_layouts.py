@@ -48,7 +48,7 @@ ERRORS = {
     "no label in some names": (
         [f"images/{name}_{n}.jpg" for name in "ab" for n in range(9)] + ["images/holiday.jpg"],
         ".",
-        r"1 image \('holiday.jpg'\) of 19 .* carry no label",
+        r"1 image \('holiday.jpg'\) of 19 .* have no label",
     ),
     "validation class never trained": (
         ["train/cat/1.jpg", "train/dog/1.jpg", "val/cat/1.jpg", "val/dog/1.jpg", "val/owl/1.jpg", "val/owl/2.jpg"],
@@ -63,7 +63,7 @@ ERRORS = {
     "split folders without class folders": (
         ["train/1.jpg", "train/2.jpg", "test/1.jpg", "test/2.jpg"],
         ".",
-        r"two ways: test/, train/ are the classes; or they are parts of a split whose images carry no labels.*/\*",
+        r"two ways: test/, train/ are the classes; or they are parts of a split whose images have no labels.*/\*",
     ),
     "unlabelled validation images": (
         ["train/cat/1.jpg", "train/dog/1.jpg", "val/images/1.jpg", "val/labels.txt"],
@@ -78,12 +78,12 @@ ERRORS = {
     "the data set once more inside itself": (
         [f"{base}{name}/{n}.jpg" for base in ("", "PlantVillage/") for name in ("rust", "scab", "sound") for n in "12"],
         ".",
-        r"PlantVillage contains folders .* beside it \(3 names \('rust', 'scab', 'sound'\)\): .* second copy",
+        r"PlantVillage contains folders .* of its neighbours \(3 names \('rust', 'scab', 'sound'\)\): .* second copy",
     ),
     "the training part once more inside itself": (
         [f"{base}/{name}/{n}.jpg" for base in ("train", "train/birds", "val") for name in "abc" for n in "12"],
         ".",
-        r"train/birds contains folders .* beside it",
+        r"train/birds contains folders .* of its neighbours",
     ),
     "folders in the classes of a training folder": (
         [f"{part}/{name}/{n}/1.jpg" for part in ("train", "test") for name in ("cat", "dog") for n in "12"],
@@ -93,12 +93,12 @@ ERRORS = {
     "parts of a split without labels beside masks": (
         ["train/1.jpg", "train/2.jpg", "test/1.jpg", "test/2.jpg", "train_masks/1.gif", "train_masks/2.gif"],
         ".",
-        "two ways: test/, train/, train_masks/ are the classes; or they are parts of a split whose images carry no",
+        "two ways: test/, train/, train_masks/ are the classes; or they are parts of a split whose images have no",
     ),
     "a test folder beside class folders": (
         [f"{name}/{n}.jpg" for name in ("cat", "dog", "test") for n in "12"],
         ".",
-        r"two ways: cat/, dog/, test/ are the classes; or test/ is a part of a split and no class\. .* move test/ else",
+        r"two ways: cat/, dog/, test/ are the classes; or test/ is a part of a split and not a class\. .* move test",
     ),
     "a split beside a test folder": (
         [*(f"Plants/{part}/{name}/1.jpg" for part in ("train", "valid") for name in "ab"), "test/test/1.jpg"],

@@ -54,7 +54,7 @@ def test_the_network_sees_the_pixels_that_validation_sees(run, data, predictor):
         logits = torch.cat(list(predictor.logits(files)))
     finally:
         predictor.model._forward_pre_hooks.clear()
-    expected = training._normalized(next(training.loader.batches(plans, 32, torch.device("cpu"))))
+    expected = next(training.inputs.batches(plans, 32))
     training.close()
     assert torch.equal(torch.cat(seen), expected)
     assert logits.shape == (len(images), 3)

@@ -63,7 +63,7 @@ def test_without_network_the_error_says_what_was_tried_where_to_put_it_and_the_w
     message = str(caught.value)
     for part in (
         "https://www.robots.ox.ac.uk/~vgg/data/pets/data/images.tar.gz failed: [Errno 111] Connection refused",
-        f"{cache}/data/pets/oxford-iiit-pet/images/<breed>_<number>.jpg, where 0 of 7390 were found",
+        f"0 of 7390 images were found as {cache}/data/pets/oxford-iiit-pet/images/<breed>_<number>.jpg",
         "--data DIR",
         "by hand from https://www.robots.ox.ac.uk/~vgg/data/pets/",
         "--space quickstart",
@@ -84,7 +84,7 @@ def test_a_server_that_never_answers_is_given_up(small_pets, monkeypatch):
 
 def test_a_data_set_that_was_placed_by_hand_is_used_without_network(cache, small_pets):
     fill(cache / "data/pets", *BREEDS[:3])
-    with pytest.raises(DataError, match="where 3 of 4 were found"):
+    with pytest.raises(DataError, match="3 of 4 images were found"):
         prepare("pets", download=False)
     fill(cache / "data/pets", *BREEDS)
     assert prepare_in_subprocess("pets") == cache / "data/pets"
@@ -138,7 +138,7 @@ def test_download_unpacks_checks_and_repairs_a_half_unpacked_data_set(tmp_path, 
             for name in ("images", "annotations")
         }
         monkeypatch.setattr(pets, "_RESOURCES", [(f"{base}/{name}.tar.gz", "0" * 32) for name in sums])
-        with pytest.raises(DataError, match=r"corrupted.*where 0 of 4"):
+        with pytest.raises(DataError, match=r"corrupted.*0 of 4 images"):
             prepare("pets")
         monkeypatch.setattr(pets, "_RESOURCES", [(f"{base}/{name}.tar.gz", md5) for name, md5 in sums.items()])
         assert len(find_images(prepare("pets")).paths) == 4

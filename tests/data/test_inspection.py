@@ -98,7 +98,7 @@ def test_unreadable_files_are_those_that_presizing_leaves_out(tmp_path):
     assert [seen.files[i].path for i in seen.train] == [images.paths[i] for i in train]
     assert [seen.files[i].path for i in seen.valid] == [images.paths[i] for i in valid]
     assert problems(root) == []
-    assert warnings_of(root) == ["3 of 301 images cannot be read and will be left out"]
+    assert warnings_of(root) == ["3 of 301 images cannot be read and will be skipped"]
 
 
 def test_more_than_one_percent_unreadable_is_a_problem_as_it_is_for_presizing(tmp_path):
@@ -106,7 +106,7 @@ def test_more_than_one_percent_unreadable_is_a_problem_as_it_is_for_presizing(tm
     (root / "cat" / "007.jpg").write_bytes(b"")
     assert problems(root) == []
     (root / "cat" / "008.jpg").write_bytes(b"")
-    assert problems(root) == ["2 of 100 images cannot be read, more than the 1 % that --max-unreadable tolerates"]
+    assert problems(root) == ["2 of 100 images cannot be read, more than the 1 % that --max-unreadable allows"]
     with pytest.raises(DataError):
         presize(find_images(root), 16, cache=tmp_path / "cache")
 
@@ -118,7 +118,7 @@ def test_copies_within_a_class_are_a_warning(tmp_path):
     (copies,) = look(root).copies
     assert (len(copies.indices), copies.across_splits, copies.labels) == (3, False, (0,))
     assert problems(root) == []
-    assert warnings_of(root) == ["1 image is there more than once within one class and split"]
+    assert warnings_of(root) == ["1 image occurs more than once within one class and split"]
 
 
 def test_copies_across_the_splits_are_a_problem(tmp_path):
@@ -204,7 +204,7 @@ def test_small_and_unequal_classes_are_warnings(tmp_path):
     assert warnings_of(root) == [
         "1 class ('dog') has no validation image",
         "1 class ('dog') has fewer than 10 training images",
-        "the classes are far from equal: 'cat' has 95 training images and 'dog' has 9, 11 times fewer",
+        "the classes are imbalanced: 'cat' has 95 training images and 'dog' has 9, 11 times fewer",
     ]
 
 

@@ -104,7 +104,7 @@ def test_a_failed_redraw_keeps_the_old_set(tmp_path: Path, monkeypatch: pytest.M
 
 def test_files_of_somebody_else_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="no quickstart image set"):
+    with pytest.raises(ValueError, match="not a quickstart image set"):
         draw(tmp_path, images_per_breed=1)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

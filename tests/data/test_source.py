@@ -31,9 +31,7 @@ def test_a_node_with_other_images_at_that_path_is_found_out(birds):
     digest = images_digest(find_images(birds))
     assert images_of(str(birds), digest).labels
     (birds / "wren" / "3.jpg").rename(birds / "robin" / "30.jpg")
-    with pytest.raises(
-        DataError, match=rf"on the node {gethostname()} .* are not those that the search was started with"
-    ):
+    with pytest.raises(DataError, match=rf"on the node {gethostname()} .* are not those that the search started with"):
         images_of(str(birds), digest)
 
 

@@ -249,7 +249,7 @@ def test_images_keep_their_labels_in_evaluation(colour_images):
     training = fine_tune(colour_images, batch_size=3)
     object.__setattr__(training.network, "model", ColourOracle())
     assert training.evaluate()["error_rate"] == 0
-    training.labels = (training.labels + 1) % 3
+    training.inputs.labels = (training.inputs.labels + 1) % 3
     assert training.evaluate()["error_rate"] == 1
 
 
@@ -260,10 +260,10 @@ def test_images_keep_their_labels_in_training_and_mixup_mixes_both_alike(colour_
     plans = [(step.indices, step.augmentations) for step in steps]
     colours = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
     mixed = 0
-    for step, batch in zip(steps, training.loader.batches(plans, 32, torch.device("cpu")), strict=True):
-        inputs, targets = training._mixed(batch, step)
+    for step, batch in zip(steps, training.inputs.loader.batches(plans, 32, torch.device("cpu")), strict=True):
+        inputs, targets = training.inputs.mixed(batch, step)
         assert inputs.shape == (13, 3, 32, 32)
-        seen = (inputs * training.std + training.mean).mean(dim=(2, 3))
+        seen = (inputs * training.inputs.std + training.inputs.mean).mean(dim=(2, 3))
         # A grey square hides up to a tenth of an image.
         assert (seen - targets @ colours).abs().max() < 30
         torch.testing.assert_close(targets.sum(dim=1), torch.ones(13))
@@ -444,7 +444,7 @@ def test_the_first_batch_trains_before_the_plan_of_the_epoch_is_drawn(colour_ima
         train()
         ahead = [count - number for number, count in enumerate(seen, start=1)]
         assert len(seen) >= 12
-        assert max(ahead) <= training.loader.prefetch
+        assert max(ahead) <= training.inputs.loader.prefetch
 
 
 def test_the_range_test_leaves_the_training_as_it_was(colour_images):
@@ -471,13 +471,13 @@ def test_the_range_test_leaves_the_training_as_it_was(colour_images):
     ],
 )
 def test_a_precision_is_what_the_forward_pass_computes_in(precision, device, expected):
-    assert finetune.autocast_dtype(Recipe(precision=precision), torch.device(device)) is expected
+    assert autocast_dtype(Recipe(precision=precision), torch.device(device)) is expected
 
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_automatic_precision_depends_on_what_the_gpu_has(monkeypatch, has_bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-    assert finetune.autocast_dtype(Recipe(), torch.device("cuda")) is expected
+    assert autocast_dtype(Recipe(), torch.device("cuda")) is expected
 
 
 @pytest.mark.parametrize(
@@ -492,7 +492,7 @@ def test_automatic_precision_depends_on_what_the_gpu_has(monkeypatch, has_bf16, 
 )
 def test_automatic_precision_depends_on_what_the_cpu_has_and_gains(monkeypatch, has, sizes, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
-    assert finetune.autocast_dtype(Recipe(**sizes), torch.device("cpu")) is expected
+    assert autocast_dtype(Recipe(**sizes), torch.device("cpu")) is expected
 
 
 # --- Several workers --------------------------------------------------------------------------------------------------

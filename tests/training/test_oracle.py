@@ -359,22 +359,23 @@ def test_the_same_batches_train_the_same_network_to_the_same_weights(colour_imag
     """
     training = fine_tune(colour_images, freeze_epochs=1, epochs=2, smoothing=0.1)
     network = training.network.model.double()
-    training.mean, training.std = training.mean.double(), training.std.double()
+    inputs = training.inputs
+    inputs.mean, inputs.std = inputs.mean.double(), inputs.std.double()
     without_dropout(network)
     start = {name: value.clone() for name, value in network.state_dict().items()}
     batches, losses = [], []
-    mixed, step = training._mixed, training._step
+    mixed, step = inputs.mixed, training._step
 
     def record_batch(*arguments):
-        inputs, targets = mixed(*arguments)
-        batches.append((inputs, targets.argmax(dim=1)))
-        return inputs, targets
+        seen, targets = mixed(*arguments)
+        batches.append((seen, targets.argmax(dim=1)))
+        return seen, targets
 
     def record_loss(*arguments):
         losses.append(step(*arguments))
         return losses[-1]
 
-    training._mixed, training._step = record_batch, record_loss
+    inputs.mixed, training._step = record_batch, record_loss
     for _ in range(3):
         training.run_epoch()
     training.close()
@@ -481,12 +482,12 @@ def test_mixups_alpha_draws_as_in_fastai():
 
     n = 4000
     recipe = Recipe(mixup_alpha=0.4, affine_p=0, lighting_p=0)
-    (step,) = plan_epoch(recipe, np.arange(n), epoch=0, batch_size=n, share=slice(n))
+    (step,) = plan_epoch(recipe, np.arange(n), epoch=0, batch_size=n, rows=slice(n))
     torch.manual_seed(0)
     lam = MixUp(0.4).distrib.sample((n,))
     expected = torch.maximum(lam, 1 - lam)
     deciles = np.linspace(0.1, 0.9, 9)
-    np.testing.assert_allclose(np.quantile(step.share, deciles), np.quantile(expected, deciles), rtol=0, atol=0.02)
+    np.testing.assert_allclose(np.quantile(step.lam, deciles), np.quantile(expected, deciles), rtol=0, atol=0.02)
     assert sorted(step.second) == sorted(step.first)
 
 

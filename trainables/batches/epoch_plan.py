@@ -1,13 +1,14 @@
-"""What an epoch does, drawn before it starts: order, augmentation, mixup. It comes from (seed, epoch) alone.
+"""The random choices of an epoch: order, augmentation, mixup. They depend only on (seed, epoch).
 
-Every worker draws the same plan for the whole batch and takes its own rows, so a training continues exactly from any
-epoch's end and does not depend on the number of workers.
+Every worker draws the same plan for the whole batch and takes its own rows, so a training continues exactly from the
+end of any epoch and does not depend on the number of workers.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from trainables.batches import augmentation
 from trainables.recipe import Recipe
@@ -15,34 +16,34 @@ from trainables.recipe import Recipe
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step, as one worker sees it: the images it loads, and its rows of the batch among them."""
+    """One worker's part of an optimizer step: the images that it loads, and which of them are its rows of the batch."""
 
-    indices: np.ndarray
+    indices: npt.NDArray[np.int64]
     augmentations: augmentation.Augmentations
-    first: np.ndarray  # rows of this worker
-    second: np.ndarray | None  # their mixup partners, which may be another worker's rows
-    share: np.ndarray | None  # lambda: the part of the first image in the mixture
+    first: npt.NDArray[np.int64]  # this worker's rows
+    second: npt.NDArray[np.int64] | None = None  # their mixup partners, which may be another worker's rows
+    lam: npt.NDArray[np.float64] | None = None  # weight of the first image in the mixture
 
 
 def plan_epoch(
-    recipe: Recipe, train_indices: np.ndarray, *, epoch: int, batch_size: int, share: slice
+    recipe: Recipe, train_indices: npt.NDArray[np.int64], *, epoch: int, batch_size: int, rows: slice
 ) -> Iterator[Step]:
-    """The steps of epoch 0, 1, ..., as the worker sees them that trains the rows `share` of each batch.
+    """The steps of epoch 0, 1, ... for the worker that trains `rows` of each batch.
 
-    Whole batches only: a small one would make a noisy step and noisy statistics.
+    Whole batches only: a small one would give a noisy step and noisy statistics.
     """
     rng = np.random.default_rng([recipe.seed, epoch])
     order = rng.permutation(train_indices)
     for start in range(0, len(order) // batch_size * batch_size, batch_size):
         indices = order[start : start + batch_size]
         augmentations = augmentation.draw(rng, batch_size, recipe)
-        rows = np.arange(batch_size)[share]
+        mine = np.arange(batch_size)[rows]
         if recipe.mixup_alpha == 0:
-            yield Step(indices[rows], augmentations[rows], np.arange(len(rows)), None, None)
+            yield Step(indices[mine], augmentations[mine], np.arange(len(mine)))
             continue
-        mixed = rng.beta(recipe.mixup_alpha, recipe.mixup_alpha, batch_size)
-        mixed = np.maximum(mixed, 1 - mixed)  # as in fastai: the first image is the larger part
-        partners = rng.permutation(batch_size)[share]
-        needed, places = np.unique(np.concatenate([rows, partners]), return_inverse=True)
+        lam = rng.beta(recipe.mixup_alpha, recipe.mixup_alpha, batch_size)
+        lam = np.maximum(lam, 1 - lam)  # as in fastai: the first image is the larger part
+        partners = rng.permutation(batch_size)[rows]
+        needed, places = np.unique(np.concatenate([mine, partners]), return_inverse=True)
         first, second = np.split(places, 2)
-        yield Step(indices[needed], augmentations[needed], first, second, mixed[share])
+        yield Step(indices[needed], augmentations[needed], first, second, lam[rows])

@@ -1,13 +1,12 @@
 """The data sets that a space can name: where they lie, and how they are drawn or downloaded.
 
-Imports no torch: the search driver uses this module. Only the download needs torchvision, in a process of its own.
+Imports no torch: the search driver uses this module. Only a download needs torchvision, in a process of its own.
 """
 
 import http.client
 import logging
 import os
 import socket
-import subprocess
 import sys
 import tarfile
 import threading
@@ -20,26 +19,27 @@ from pathlib import Path
 from trainables.data.labelled_images import DataError
 from trainables.data.layouts import count_images
 from trainables.system.cache import cache_dir, locked
+from trainables.system.new_process import run_module
 
 logger = logging.getLogger(__name__)
 
-CONNECT_SECONDS = 20.0  # how long a server may stay silent, before a download and within one
+CONNECT_SECONDS = 20.0  # how long a server may be silent, before and during a download
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnownDataset:
-    """A data set that a space can name: what it holds once complete and where it comes from."""
+    """A data set that a space can name: its content and its origin."""
 
     title: str
     num_images: int = 0
     url: str = ""
-    """What torchvision downloads first; empty where the images are drawn."""
+    """What torchvision downloads first; empty if the images are drawn."""
     source: str = ""
-    """The official page, for people."""
+    """The official page."""
     files: str = ""
-    """An image's place within the data set's folder."""
+    """Where the images lie in the data set's folder."""
     archives: tuple[str, ...] = ()
-    """Where torchvision puts the archives within the data set's folder."""
+    """Where torchvision puts the archives in the data set's folder."""
 
 
 DATASETS: dict[str, KnownDataset] = {
@@ -64,23 +64,23 @@ DATASETS: dict[str, KnownDataset] = {
 
 
 def locate(name: str) -> Path:
-    """The folder that a known data set lies in once it is there."""
+    """The folder of a known data set, which may not exist yet."""
     if name not in DATASETS:
         raise DataError(f"There is no known data set {name!r}. Expected one of {', '.join(DATASETS)}.")
     return cache_dir() / "data" / name
 
 
 def prepare(name: str, *, download: bool = True) -> Path:
-    """The folder of a known data set for `find_images`, drawn or downloaded first where it is missing.
+    """The folder of a known data set for `find_images`; draws or downloads the data set if it is missing.
 
-    Of several processes on a node one downloads and the others wait. Imports torchvision where it must download.
+    One process of a node downloads while others wait. Only a download imports torchvision.
     """
     root = locate(name)
     try:
         if name == "quickstart":
             from trainables.data import quickstart_images
 
-            return quickstart_images.draw(root)  # keeps its own lock and its own marker
+            return quickstart_images.draw(root)  # has its own lock and its own marker
         settled = _marker(root).exists() or (root.exists() and not os.access(root, os.W_OK))
         if settled and count_images(root) >= DATASETS[name].num_images:
             return root
@@ -88,7 +88,7 @@ def prepare(name: str, *, download: bool = True) -> Path:
         with locked(root.with_name(f".{name}.lock"), f"for another process that prepares {DATASETS[name].title}"):
             if count_images(root) < DATASETS[name].num_images:
                 if not download:
-                    raise _no_data(name, "it is not there and downloading is off")
+                    raise _no_data(name, "it is missing and downloading is off")
                 _download(name, root)
             _marker(root).touch()
     except DataError:
@@ -102,16 +102,13 @@ def prepare(name: str, *, download: bool = True) -> Path:
 
 
 def prepare_in_subprocess(name: str) -> Path:
-    """`prepare` for processes that must stay free of torch: a download runs in a child process that shows progress."""
+    """`prepare` for processes that must not import torch: a child process downloads and shows progress."""
     try:
         return prepare(name, download=False)
     except DataError:
         if name not in DATASETS or not DATASETS[name].url:
             raise
-    package_root = str(Path(__file__).resolve().parents[2])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([package_root, os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "trainables.data.datasets", name]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, errors="replace", env=environment)
+    child = run_module("trainables.data.datasets", name)
     if child.returncode == 0:
         return locate(name)
     if child.returncode == 2 and (lines := child.stdout.strip().splitlines()):
@@ -141,7 +138,7 @@ def _download(name: str, root: Path) -> None:
     dataset = DATASETS[name]
     archives = [root / archive for archive in dataset.archives]
     if not all(archive.exists() for archive in archives):
-        # Asked first because torchvision sets no time limit, and because importing it takes many seconds.
+        # Before torchvision, which takes seconds to import and sets no timeout.
         if problem := _unreachable(dataset.url):
             raise _no_data(name, f"downloading {dataset.url} failed: {problem}")
         logger.info("downloading %s from %s to %s", dataset.title, dataset.source, root)
@@ -152,7 +149,7 @@ def _download(name: str, root: Path) -> None:
     socket.setdefaulttimeout(CONNECT_SECONDS)
     try:
         if name == "pets":
-            datasets.OxfordIIITPet(root, download=True)  # one archive holds the images of both its splits
+            datasets.OxfordIIITPet(root, download=True)  # one archive has the images of both splits
         else:
             datasets.Imagenette(root, size="320px", download=True)
         if count_images(root) < dataset.num_images and archives[0].exists():
@@ -163,14 +160,14 @@ def _download(name: str, root: Path) -> None:
         socket.setdefaulttimeout(timeout)
     if count_images(root) < dataset.num_images:
         raise _no_data(
-            name, "its folder there is incomplete, and torchvision replaces none that exists: remove it first"
+            name, "its folder is incomplete, and torchvision does not replace an existing one: remove it first"
         )
-    for archive in archives:  # unpacked by now, and large
+    for archive in archives:  # they are unpacked now
         archive.unlink(missing_ok=True)
 
 
 def _unreachable(url: str) -> str:
-    """Why `url` does not answer within CONNECT_SECONDS, or "". In a thread: looking up a host knows no time limit."""
+    """Why `url` does not answer within CONNECT_SECONDS, or "". In a thread, since a DNS lookup has no timeout."""
     answers = [f"no answer within {CONNECT_SECONDS:.0f} s"]
 
     def ask() -> None:
@@ -178,7 +175,7 @@ def _unreachable(url: str) -> str:
         try:
             urllib.request.urlopen(request, timeout=CONNECT_SECONDS).close()
             answers.append("")
-        except urllib.error.HTTPError:  # it did answer
+        except urllib.error.HTTPError:  # which is an answer
             answers.append("")
         except (OSError, http.client.HTTPException) as error:
             answers.append(str(getattr(error, "reason", error)) or type(error).__name__)
@@ -192,10 +189,10 @@ def _unreachable(url: str) -> str:
 def _no_data(name: str, problem: str) -> DataError:
     dataset, root = DATASETS[name], locate(name)
     return DataError(
-        f"The data set {dataset.title} is not available: {problem}. Its images are looked for as "
-        f"{root}/{dataset.files}, where {count_images(root)} of {dataset.num_images} were found. Ways on: give another "
-        f"copy, or images of your own, with --data DIR; or download it by hand from {dataset.source} and unpack it so "
-        "that the images lie as above; or try --space quickstart, which draws its images and downloads none."
+        f"The data set {dataset.title} is not available: {problem}. {count_images(root)} of {dataset.num_images} "
+        f"images were found as {root}/{dataset.files}. Give another copy, or your own images, with --data DIR; or "
+        f"download it by hand from {dataset.source} and unpack it so that the images lie as above; or try --space "
+        "quickstart, which draws its images instead of downloading them."
     )
 
 

@@ -1,8 +1,8 @@
-"""Fetches images or weights from a URI into the cache, once per node however many processes ask for them.
+"""Fetches images or weights from a URI into the cache, once per node for all its processes.
 
 A URI is the address of an archive (tar, compressed or not, or zip) or of one `.safetensors` file, by http, https, s3,
-gs or file; or of a folder, by s3, gs or file. What was fetched stays as it was then. `#sha256=<hex>` at its end demands
-content: of the archive or file as it was sent, or of a folder as `_digest_of_folder` has it. Imports no torch.
+gs or file; or of a folder, by s3, gs or file. What was fetched is not updated. `#sha256=<hex>` at its end demands a
+checksum: of the archive or file as it was sent, or of a folder as in `_digest_of_folder`. Imports no torch.
 """
 
 import gzip
@@ -26,24 +26,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from trainables.system import file_systems
 from trainables.system.cache import cache_dir, locked
-from trainables.system.file_systems import FetchError, inside, shown, without_secrets
+from trainables.system.file_systems import FetchError, inside, outside_folder, shown, without_secrets
 
 logger = logging.getLogger(__name__)
 
 SCHEMES = ("https", "http", "s3", "gs", "file")
 SILENT_SECONDS = 20.0
 """How long a web server may be silent."""
-TRIES = 4
-"""With pauses of 1, 2 and 4 s: a server that is busy or breaks off now often is not so then."""
+PAUSES = (1, 2, 4)
+"""Seconds between tries, for servers that are busy or break off."""
 CHUNK = 1 << 20
-NEWS_SECONDS = 10.0
+LOG_SECONDS = 10.0
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError, RuntimeError)
-"""What unpacking raises; the last one where an archive wants a password, or a compression that is not known here."""
+"""What unpacking raises; the last one if an archive needs a password or an unknown compression."""
 FILES_AT_ONCE = 16
-"""Small files wait for the network, not for the processor."""
+"""Small files wait for the network, not for the CPU."""
 
 
 class _Busy(Exception):
@@ -55,16 +56,16 @@ def is_uri(text: str) -> bool:
 
 
 def fetch(uri: str) -> Path:
-    """The folder with what lies at `uri`, fetched first where this node has not yet. Raises `FetchError`."""
+    """The folder with the content of `uri`, which is fetched if this node does not have it. Raises `FetchError`."""
     target = _fetched(uri)
     content = target / "content"
     while len(inside := _visible(content)) == 1 and inside[0].is_dir():
-        content = inside[0]  # an archive of one folder means what is in it
+        content = inside[0]  # an archive of one folder stands for that folder
     return content
 
 
 def pinned(uri: str) -> str:
-    """The URI with the checksum of what this node has of it, so that others take nothing else. Fetches it first."""
+    """The URI with the checksum of this node's copy, so that all nodes have the same. Fetches it first."""
     return f"{_split(uri)[0]}#sha256={_record(_fetched(uri))['sha256']}"
 
 
@@ -82,7 +83,7 @@ def _fetched(uri: str) -> Path:
 
 
 def _target(address: str, demanded: str | None) -> Path:
-    """Where it lies once fetched, which has its name only when it is complete."""
+    """The folder of a complete copy."""
     folder = cache_dir() / "fetched"
     plain = folder / sha256(address.encode()).hexdigest()[:20]
     if demanded is None or (plain.is_dir() and _record(plain)["sha256"] == demanded):
@@ -90,8 +91,9 @@ def _target(address: str, demanded: str | None) -> Path:
     return folder / sha256(f"{address}#{demanded}".encode()).hexdigest()[:20]
 
 
-def _record(target: Path) -> dict:
-    return json.loads((target / "source.json").read_text())
+def _record(target: Path) -> dict[str, str]:
+    record: dict[str, str] = json.loads((target / "source.json").read_text())
+    return record
 
 
 def _split(uri: str) -> tuple[str, str | None]:
@@ -101,13 +103,13 @@ def _split(uri: str) -> tuple[str, str | None]:
     if scheme not in SCHEMES:
         raise FetchError(f"{shown(uri)}: expected an address that begins with {', '.join(f'{s}://' for s in SCHEMES)}")
     if fragment and not re.fullmatch(r"sha256=[0-9a-f]{64}", fragment):
-        raise FetchError(f"{shown(uri)}: after # only sha256= and its 64 hexadecimal digits are read")
+        raise FetchError(f"{shown(uri)}: expected sha256= and 64 hexadecimal digits after #")
     return address, fragment.removeprefix("sha256=") or None
 
 
 def _fetch_to(target: Path, address: str, demanded: str | None) -> None:
-    """Make `target` complete, under its lock, or raise and leave nothing."""
-    partial = target.with_suffix(".partial")  # one process at a time makes it, and what a killed one left goes first
+    """Makes all of `target`, under its lock, or raises and leaves nothing."""
+    partial = target.with_suffix(".partial")  # a fixed name, to remove what a killed process left
     with _disk_errors():
         shutil.rmtree(partial, ignore_errors=True)
         try:
@@ -118,8 +120,8 @@ def _fetch_to(target: Path, address: str, demanded: str | None) -> None:
             found = _get(address, partial, content)
             if demanded not in (None, found):
                 raise FetchError(
-                    f"{shown(address)} is not what it was: its SHA-256 is {found}, expected {demanded}. It has changed "
-                    "since the search began, or is another file."
+                    f"{shown(address)} has SHA-256 {found}, expected {demanded}. It has changed since the search "
+                    "began, or is another file."
                 )
             (partial / "source.json").write_text(json.dumps({"uri": shown(address), "sha256": found}) + "\n")
             partial.rename(target)
@@ -140,43 +142,45 @@ def _disk_errors() -> Iterator[None]:
 
 
 def _get(address: str, partial: Path, content: Path) -> str:
-    """Fill `content` from `address`; SHA-256 of what came."""
+    """Fills `content` from `address`; the SHA-256 of what came."""
+    sent = partial / "sent"
     if address.lower().startswith(("http://", "https://")):
-        return _unpack(address, _with_retries(lambda: _download(address, partial / "sent")), partial / "sent", content)
-    filesystem, path = file_systems.filesystem(address)
-    from pyarrow.fs import FileType
+        digest = _with_retries(lambda: _download(address, sent))
+    else:
+        filesystem, path = file_systems.filesystem(address)
+        from pyarrow.fs import FileType
 
-    with _store_errors(address):
-        kind = filesystem.get_file_info(path).type
-        if kind == FileType.File:
-            with filesystem.open_input_stream(path) as stream:
-                digest = _store(stream.read, partial / "sent", address)
-    if kind == FileType.File:
-        return _unpack(address, digest, partial / "sent", content)
-    if kind != FileType.Directory:
-        raise FetchError(f"There is nothing at {shown(address)}.")
-    with _store_errors(address):
-        return _copy_folder(filesystem, path, address, content)
+        with _object_store_errors(address):
+            kind = filesystem.get_file_info(path).type
+            if kind == FileType.Directory:
+                return _copy_folder(filesystem, path, address, content)
+            if kind == FileType.File:
+                with filesystem.open_input_stream(path) as stream:
+                    digest = _store(stream.read, sent, address)
+        if kind != FileType.File:
+            raise FetchError(f"There is nothing at {shown(address)}.")
+    _unpack(address, sent, content)
+    return digest
 
 
 # --- The web ----------------------------------------------------------------------------------------------------------
 
 
 def _with_retries(get: Callable[[], str]) -> str:
-    for pause in [2**number for number in range(TRIES - 1)]:
+    for pause in (*PAUSES, None):
         try:
             return get()
         except _Busy as error:
-            logger.info("%s; once more in %d s", error, pause)
+            if pause is None:
+                advice = "Try again later, or give a folder that every node has."
+                raise FetchError(f"{error}, {1 + len(PAUSES)} times. {advice}") from error
+            logger.info("%s; trying again in %d s", error, pause)
             time.sleep(pause)
-    try:
-        return get()
-    except _Busy as error:
-        raise FetchError(f"{error}, {TRIES} times. Try again later, or give a folder that every node has.") from error
+    raise AssertionError
 
 
 def _download(address: str, file: Path) -> str:
-    ascii_address = urllib.parse.quote(address, safe=string.punctuation)  # what is quoted already stays
+    ascii_address = urllib.parse.quote(address, safe=string.punctuation)  # keeps what is quoted
     request = urllib.request.Request(ascii_address, headers={"User-Agent": "finetune-search"})
     try:
         with urllib.request.urlopen(request, timeout=SILENT_SECONDS) as response:
@@ -195,15 +199,15 @@ def _download(address: str, file: Path) -> str:
 
 
 def _store(read: Callable[[int], bytes], file: Path, address: str, length: int | None = None) -> str:
-    """Write what is read to `file`; its SHA-256."""
-    digest, done, told = sha256(), 0, time.monotonic()
+    """Writes what is read to `file`; its SHA-256."""
+    digest, done, logged = sha256(), 0, time.monotonic()
     with file.open("wb") as out:
         while chunk := read(CHUNK):
             digest.update(chunk)
             out.write(chunk)
             done += len(chunk)
-            if time.monotonic() - told > NEWS_SECONDS:
-                told = time.monotonic()
+            if time.monotonic() - logged > LOG_SECONDS:
+                logged = time.monotonic()
                 of = f" of {length / 1e6:.0f}" if length else ""
                 logger.info("fetching %s: %.0f%s MB", shown(address), done / 1e6, of)
     return digest.hexdigest()
@@ -212,7 +216,7 @@ def _store(read: Callable[[int], bytes], file: Path, address: str, length: int |
 # --- Archives ---------------------------------------------------------------------------------------------------------
 
 
-def _unpack(address: str, digest: str, sent: Path, content: Path) -> str:
+def _unpack(address: str, sent: Path, content: Path) -> None:
     name = PurePosixPath(urllib.parse.unquote(urllib.parse.urlsplit(address).path)).name
     try:
         if tarfile.is_tarfile(sent):
@@ -232,19 +236,18 @@ def _unpack(address: str, digest: str, sent: Path, content: Path) -> str:
                 f"{shown(address)} is neither a tar nor a zip archive nor .safetensors: it begins with {start!r}."
             )
     except tarfile.FilterError as error:
-        raise FetchError(f"{shown(address)} is refused, its files would not stay in their folder: {error}") from error
+        raise outside_folder(address, error) from error
     except DAMAGED as error:
         raise FetchError(f"The archive {shown(address)} is damaged: {error}") from error
     sent.unlink(missing_ok=True)
-    return digest
 
 
 # --- Object stores and local folders ----------------------------------------------------------------------------------
 
 
 @contextmanager
-def _store_errors(address: str) -> Iterator[None]:
-    """Turns what the object store answers into `FetchError`; a disk's own errors have a number and pass."""
+def _object_store_errors(address: str) -> Iterator[None]:
+    """Turns errors of the object store into `FetchError`; those of the disk have a number and pass."""
     try:
         yield
     except OSError as error:
@@ -253,7 +256,7 @@ def _store_errors(address: str) -> Iterator[None]:
         raise FetchError(f"{shown(address)} cannot be read: {without_secrets(error)}") from error
 
 
-def _copy_folder(filesystem, path: str, address: str, content: Path) -> str:
+def _copy_folder(filesystem: Any, path: str, address: str, content: Path) -> str:
     from pyarrow.fs import FileSelector, FileType
 
     base = path.rstrip("/") + "/"
@@ -268,18 +271,18 @@ def _copy_folder(filesystem, path: str, address: str, content: Path) -> str:
         with filesystem.open_input_stream(base + name) as stream:
             return _store(stream.read, file, address)
 
-    digests, told = {}, time.monotonic()
+    digests, logged = {}, time.monotonic()
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         for name, digest in zip(names, pool.map(copy, names), strict=True):
             digests[name] = digest
-            if time.monotonic() - told > NEWS_SECONDS:
-                told = time.monotonic()
+            if time.monotonic() - logged > LOG_SECONDS:
+                logged = time.monotonic()
                 logger.info("fetching %s: %d of %d files", shown(address), len(digests), len(names))
     return _digest_of_folder(digests)
 
 
 def _digest_of_folder(digests: dict[str, str]) -> str:
-    """SHA-256 over the lines that `sha256sum` prints of the files, sorted by name."""
+    """SHA-256 over the lines that `sha256sum` prints for the files, sorted by name."""
     return sha256("".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode()).hexdigest()
 
 

@@ -7,20 +7,24 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps
 
 T = TypeVar("T")
+Pixels = npt.NDArray[np.uint8]
+"""(height, width, 3) RGB, unless stated otherwise."""
+Source = Path | str | io.BytesIO
 
 WHITE_16_BIT = 65535
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 MAX_ASPECT = 4.0
 NO_DATA = 1e30
-"""Numbers as large as this mark pixels without a value in maps."""
-SAMPLED = 64
-"""So many images tell how many of their 16 bits a data set uses."""
+"""Maps mark pixels without a value by numbers as large as this."""
+NUM_SAMPLED = 64
+"""Images that are read to find how many of their 16 bits a data set uses."""
 ORIENTATION = 0x0112  # the EXIF tag
 
 
@@ -29,9 +33,9 @@ class UnreadableImage(ValueError):
 
 
 def _readable_formats() -> tuple[str, ...]:
-    """Pillow's names of what it decodes by itself, and with those plugins for HEIC and JPEG XL that are installed.
+    """Pillow's names of the formats that it decodes, with the plugins for HEIC and JPEG XL if they are installed.
 
-    Without EPS, which runs a program, WMF, which only Windows draws, and what Pillow recognizes but cannot decode.
+    Excludes EPS, which runs a program, and what Pillow recognizes but cannot decode.
     """
     with suppress(ImportError):
         from pillow_heif import register_heif_opener
@@ -50,13 +54,13 @@ def _readable_formats() -> tuple[str, ...]:
 
 READABLE = _readable_formats()
 SURE = tuple(name for name in READABLE if Image.OPEN[name][1] is not None)
-"""Formats that their first bytes tell: they are read whatever a file's suffix says."""
+"""Formats that Pillow knows by their first bytes: they are read under any suffix."""
 SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in (*READABLE, "MPO"))
-"""What the names of images end with, in lower case."""
+"""The suffixes of images, in lower case."""
 
 
-def formats_of(file: Path | str | io.BytesIO) -> tuple[str, ...]:
-    """What a file may be. Nearly any bytes can be a TGA, so only files that are called so are tried as one."""
+def formats_of(file: Source) -> tuple[str, ...]:
+    """The formats to try. Almost any bytes can be a TGA, so formats like that are tried only by their own suffix."""
     suffix = "" if isinstance(file, io.BytesIO) else Path(file).suffix.lower()
     own = Image.registered_extensions().get(suffix)
     return (*SURE, own) if own in READABLE and own not in SURE else SURE
@@ -64,27 +68,28 @@ def formats_of(file: Path | str | io.BytesIO) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class DecodedImage:
-    pixels: np.ndarray
-    """uint8 (height, width, 3) RGB, upright."""
+    """An upright image and what its file says of it."""
+
+    pixels: Pixels
     format: str
-    """Pillow's name for what the bytes are, whatever the suffix says."""
+    """Pillow's name of the format, found by content and not by suffix."""
     width: int
     height: int
-    """Of the file, upright; `pixels` may have fewer."""
+    """Of the file; `pixels` may have fewer."""
 
 
-def read_image(path: Path | str, size: int | None = None, white: int = WHITE_16_BIT) -> np.ndarray:
-    """The pixels of an image file: uint8 (height, width, 3) RGB, see `decode`."""
+def read_image(path: Path | str, size: int | None = None, white: int = WHITE_16_BIT) -> Pixels:
+    """The pixels of an image file, see `decode`."""
     return decode(path, size, white).pixels
 
 
 def decode(path: Path | str, size: int | None = None, white: int = WHITE_16_BIT) -> DecodedImage:
     """Decodes an image file to RGB, turned upright by its EXIF orientation.
 
-    With `size`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its scale as long as its shorter side stays `size` or more.
-    Transparent images are laid on white, of animations the first frame is taken. Images of more than 8 bits are scaled
-    so that `white` becomes 255, see `white_level`. Raises UnreadableImage for anything else, truncated files and
-    decompression bombs included.
+    With `size`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its scale as long as its shorter side stays at least `size`.
+    Transparent images get a white background; only the first frame of an animation counts. Images of more than 8 bits
+    are scaled so that `white` becomes 255, see `white_level`. Raises `UnreadableImage` for anything else, including
+    truncated files and decompression bombs.
     """
     try:
         return _without_long_text(lambda file: _decode(file, size, white), path)
@@ -94,24 +99,24 @@ def decode(path: Path | str, size: int | None = None, white: int = WHITE_16_BIT)
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
 
-def _decode(file: Path | str | io.BytesIO, size: int | None, white: int) -> DecodedImage:
+def _decode(file: Source, size: int | None, white: int) -> DecodedImage:
     with Image.open(file, formats=formats_of(file)) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise UnreadableImage(f"{width} x {height} pixels, at most {MAX_PIXELS} are read")
+            raise UnreadableImage(f"{width} x {height} pixels, more than the limit of {MAX_PIXELS}")
         if size is not None:
             image.draft(None, (size, size))
         shallow = _eight_bits(image, file, white)
         shallow.load()
-        with suppress(Exception):  # damaged EXIF data beside sound pixels
+        with suppress(Exception):  # the EXIF data may be damaged while the pixels are not
             if image.getexif().get(ORIENTATION) in (5, 6, 7, 8):
                 width, height = height, width
-            ImageOps.exif_transpose(shallow, in_place=True)  # turns it before anything else there can fail
+            ImageOps.exif_transpose(shallow, in_place=True)  # it turns the image before it can fail
         return DecodedImage(np.ascontiguousarray(_to_rgb(shallow)), image.format or "", width, height)
 
 
-def _without_long_text(read: Callable[[Path | str | io.BytesIO], T], path: Path | str) -> T:
-    """What `read` makes of a file; of a PNG with more text than Pillow takes, the text is left out."""
+def _without_long_text(read: Callable[[Source], T], path: Path | str) -> T:
+    """`read` of a file, or of a copy without text if it is a PNG with more text than Pillow accepts."""
     try:
         return read(path)
     except ValueError as error:
@@ -121,7 +126,7 @@ def _without_long_text(read: Callable[[Path | str | io.BytesIO], T], path: Path 
 
 
 def _without_text(png: bytes) -> bytes:
-    """A PNG file without its text and colour profile: pairs of length and name, content and checksum."""
+    """A PNG file without its text and colour profile. A chunk is length and name, content, checksum."""
     kept, place = [png[:8]], 8
     while place < len(png):
         end = place + 12 + int.from_bytes(png[place : place + 4], "big")
@@ -135,11 +140,11 @@ def _without_text(png: bytes) -> bytes:
 
 
 def white_level(root: Path, paths: Sequence[str]) -> int:
-    """The value that is white in the images of more than 8 bits among `paths`: the highest that their bits can hold.
+    """The value of white in the images of more than 8 bits among `paths`: the highest that their bits can hold.
 
-    Cameras and scanners write 10, 12 or 14 bits into files of 16. The bits are those of the largest value in a sample,
-    which the paths alone decide, so every node finds the same. 65535 where there are no such images; 1 where all
-    values are fractions.
+    Cameras and scanners write 10, 12 or 14 bits into files of 16. The largest value in a sample tells how many; the
+    sample depends only on the paths, so all nodes agree. 65535 if there are no such images; 1 if all values are
+    fractions.
     """
     largest = 0.0
     for path in _sample(paths):
@@ -148,8 +153,8 @@ def white_level(root: Path, paths: Sequence[str]) -> int:
     return 2 ** math.ceil(math.log2(largest + 1)) - 1 if largest else WHITE_16_BIT
 
 
-def _largest_value(file: Path | str | io.BytesIO) -> float:
-    """Of an image with more than 8 bits a channel, 255 at least unless all are fractions; 0 of others."""
+def _largest_value(file: Source) -> float:
+    """Of an image with more than 8 bits per channel: at least 255 unless all values are fractions. 0 for others."""
     with Image.open(file, formats=formats_of(file)) as image:
         deep = _deep_pixels(image, file) if math.prod(image.size) <= MAX_PIXELS else None
     if deep is None:
@@ -157,33 +162,33 @@ def _largest_value(file: Path | str | io.BytesIO) -> float:
     if deep.dtype.kind != "f":
         return max(float(deep.max()), 255)
     values = deep[np.isfinite(deep) & (np.abs(deep) < NO_DATA)]
-    # Fractions may overshoot: resampling does that at edges.
+    # Fractions may overshoot where resampling met an edge.
     largest = float(np.percentile(values, 99)) if values.size else 0
     return largest if largest <= 1 else max(float(values.max()), 255)
 
 
 def _sample(paths: Sequence[str]) -> list[str]:
-    """SAMPLED paths spread evenly over all, and as many over those that are not named as files of 8 bits."""
+    """NUM_SAMPLED paths spread evenly over all, and as many over those whose suffix allows more than 8 bits."""
     likely = [path for path in paths if not path.lower().endswith((".jpg", ".jpeg", ".webp", ".gif", ".bmp"))]
-    return list(dict.fromkeys(each for part in (likely, paths) for each in part[:: max(1, len(part) // SAMPLED)]))
+    return list(dict.fromkeys(each for part in (likely, paths) for each in part[:: max(1, len(part) // NUM_SAMPLED)]))
 
 
-def _eight_bits(image: Image.Image, file: Path | str | io.BytesIO, white: int) -> Image.Image:
-    """`image` with 8 bits a channel."""
+def _eight_bits(image: Image.Image, file: Source, white: int) -> Image.Image:
+    """`image` with 8 bits per channel."""
     if (deep := _deep_pixels(image, file)) is None:
         return image
     scaled = np.nan_to_num(np.clip(deep.astype(np.float64) * (255 / white), 0, 255))
     shallow = Image.fromarray(np.rint(scaled).astype(np.uint8))
-    with suppress(Exception):  # damaged EXIF data beside sound pixels
+    with suppress(Exception):  # the EXIF data may be damaged while the pixels are not
         shallow.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
     return shallow
 
 
-def _deep_pixels(image: Image.Image, file: Path | str | io.BytesIO) -> np.ndarray | None:
-    """(height, width) or (height, width, channels) of an image with more than 8 bits a channel, else None."""
+def _deep_pixels(image: Image.Image, file: Source) -> npt.NDArray[Any] | None:
+    """(height, width) or (height, width, channels) of an image with more than 8 bits per channel, else None."""
     if image.mode[0] in "IF":
         return np.asarray(image)
-    if image.format not in ("PNG", "TIFF") or not any(";16" in str(tile.args) for tile in image.tile):
+    if image.format not in ("PNG", "TIFF") or not any(";16" in str(tile.args) for tile in getattr(image, "tile", ())):
         return None
     import cv2  # Pillow keeps only the upper 8 bits of colours
 
@@ -194,7 +199,7 @@ def _deep_pixels(image: Image.Image, file: Path | str | io.BytesIO) -> np.ndarra
     return cv2.cvtColor(found, cv2.COLOR_BGRA2RGBA if found.shape[2] == 4 else cv2.COLOR_BGR2RGB)
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(image: Image.Image) -> Pixels:
     if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -202,11 +207,11 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def resize_shorter_side(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes uint8 (h, w, 3) so that its shorter side is `size`, the whole rectangle kept.
+def resize_shorter_side(image: Pixels, size: int) -> Pixels:
+    """Resizes the whole rectangle so that its shorter side is `size`.
 
-    Only of images longer than MAX_ASPECT times their width is a centre piece kept: a thin strip would otherwise take as
-    much room as hundreds of images.
+    Images longer than MAX_ASPECT times their width are cut to their centre first: a thin strip would take as much room
+    as hundreds of images.
     """
     height, width = image.shape[:2]
     short = min(height, width)
@@ -217,20 +222,21 @@ def resize_shorter_side(image: np.ndarray, size: int) -> np.ndarray:
     return _resized(image, height, width)
 
 
-def resize(image: np.ndarray, size: int, method: str = "crop") -> np.ndarray:
-    """Resizes uint8 (h, w, 3) as fastai's `Resize` does, but for the cutting and padding, which augmentation does.
+def resize(image: Pixels, size: int, method: str = "crop") -> Pixels:
+    """Resizes as fastai's `Resize` does, without its cropping and padding, which augmentation does.
 
     `method` crop makes the shorter side `size`, pad the longer side, squish both.
     """
     if method == "crop":
         return resize_shorter_side(image, size)
-    longer = max(image.shape[:2])
-    sides = (size, size) if method == "squish" else tuple(max(1, round(s * size / longer)) for s in image.shape[:2])
-    return _resized(image, *sides)
+    if method == "squish":
+        return _resized(image, size, size)
+    height, width = (max(1, round(side * size / max(image.shape[:2]))) for side in image.shape[:2])
+    return _resized(image, height, width)
 
 
-def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """By Pillow's bilinear filter, which fastai uses: it widens when shrinking, so that no pixel is skipped."""
+def _resized(image: Pixels, height: int, width: int) -> Pixels:
+    """By Pillow's bilinear filter, as in fastai: when it shrinks it averages, so that no pixel is skipped."""
     if image.shape[:2] == (height, width):
         return np.ascontiguousarray(image)
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))

@@ -1,6 +1,6 @@
-"""Looks at every image of a data set before anything is trained on it: what is there, and what would spoil a training.
+"""Reads every image of a data set before a training: what is there, and what would spoil the training.
 
-Imports no torch. Reading (`inspect_files`) is apart from judging (`findings`), which needs no disk.
+Imports no torch. Reading (`inspect_files`) is separate from judging (`findings`), which needs no disk.
 """
 
 import os
@@ -13,43 +13,44 @@ from hashlib import file_digest
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from trainables.data import labelled_images
 from trainables.data.image_file import UnreadableImage, decode
 from trainables.data.labelled_images import MAX_UNREADABLE, DataError, ImageFolder
 from trainables.data.layouts import find_images, find_unchecked
+from trainables.system.text import some
 
-FEW_TRAINING_IMAGES = 10  # a class with fewer is warned of
-MAX_IMBALANCE = 10.0  # largest / smallest class that needs no warning
-NAMED = 5  # examples in a finding's text
-FILES_AT_ONCE = 1024  # handed to the threads together, so that a huge data set needs no huge queue
+MIN_TRAINING_IMAGES = 10  # of a class without a warning
+MAX_IMBALANCE = 10.0  # largest / smallest class without a warning
+FILES_AT_ONCE = 1024  # submitted to the threads together, so that a huge data set needs no huge queue
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """What reading one image told."""
+    """The result of reading one image."""
 
     path: str
     """As in `ImageFolder.paths`."""
     digest: bytes = b""
-    """SHA-256 of the file's bytes; empty where it is unreadable."""
+    """SHA-256 of the file's bytes; empty if it is unreadable."""
     format: str = ""
-    """Pillow's name for what the bytes are, whatever the suffix says."""
+    """Pillow's name of the format, found by content and not by suffix."""
     width: int = 0
     height: int = 0
     """Pixels, upright."""
     problem: str = ""
-    """Why it cannot be read, or empty."""
+    """Why it is unreadable, or empty."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that the user should know, and what to do about it."""
+    """A problem or a warning, and what to do about it."""
 
     text: str
     remedy: str
     spoils: bool
-    """Whether training on the data would fail or mislead; otherwise a warning."""
+    """Whether training on the data would fail or mislead; otherwise it is a warning."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,20 @@ class Copies:
     indices: tuple[int, ...]
     across_splits: bool
     labels: tuple[int, ...]
-    """Sorted, each once; more than one is a contradiction."""
+    """Sorted and unique; more than one is a contradiction."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """The data set, what reading its images told (in the order of `folder.paths`), and the split that trials will use.
+    """A data set, its files (in the order of `folder.paths`), and the split that trials will use.
 
     Unreadable images are in neither `train` nor `valid` (sorted indices), as in a presized cache.
     """
 
     folder: ImageFolder
     files: tuple[ImageFile, ...]
-    train: np.ndarray
-    valid: np.ndarray
+    train: npt.NDArray[np.int64]
+    valid: npt.NDArray[np.int64]
 
     @cached_property
     def readable(self) -> list[int]:
@@ -83,20 +84,20 @@ class Inspection:
         return [file for file in self.files if file.problem]
 
     @cached_property
-    def counts(self) -> np.ndarray:
+    def counts(self) -> npt.NDArray[np.int64]:
         """(classes, 2) readable images for training and for validation."""
         labels = np.asarray(self.folder.labels, dtype=np.int64)
         parts = (np.bincount(labels[part], minlength=self.folder.num_classes) for part in (self.train, self.valid))
         return np.stack(list(parts), axis=1)
 
     @cached_property
-    def sides(self) -> np.ndarray:
+    def sides(self) -> npt.NDArray[np.int64]:
         """(readable images, 2) width and height in pixels."""
         return np.array([(self.files[i].width, self.files[i].height) for i in self.readable]).reshape(-1, 2)
 
     @cached_property
     def copies(self) -> list[Copies]:
-        """Every content that more than one file holds."""
+        """One entry for each content that several files share."""
         by_content = defaultdict(list)
         for i in self.readable:
             by_content[self.files[i].digest].append(i)
@@ -116,9 +117,9 @@ class Inspection:
 
 
 def find_folder(root: Path | str) -> ImageFolder:
-    """`find_images`, but classes that are too small are no error: `findings` names them all.
+    """`find_images` without an error for classes that are too small, which `findings` lists.
 
-    Raises DataError where there is nothing that can be looked at.
+    Raises `DataError` if there are no labelled images.
     """
     try:
         return find_images(root)
@@ -134,10 +135,7 @@ def inspect(
     num_threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
-    """Reads every image as presizing to `size` pixels would, and splits the readable ones as a search does.
-
-    `progress` is called with (images done, images in all).
-    """
+    """Reads every image as presizing to `size` pixels would, and splits the readable ones as a search does."""
     files = inspect_files(folder, size=size, num_threads=num_threads, progress=progress)
     train, valid = split_readable(folder, files, split_seed)
     return Inspection(folder, files, train, valid)
@@ -150,7 +148,7 @@ def inspect_files(
     num_threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[ImageFile, ...]:
-    """Entry i tells of `folder.paths[i]`. Pillow and hashlib release the GIL, so threads do."""
+    """Entry i describes `folder.paths[i]`. Uses threads, since Pillow and hashlib release the GIL."""
     files: list[ImageFile] = []
     with ThreadPoolExecutor(num_threads or os.cpu_count(), thread_name_prefix="inspect") as pool:
         for start in range(0, len(folder.paths), FILES_AT_ONCE):
@@ -163,7 +161,7 @@ def inspect_files(
 
 
 def inspect_file(folder: ImageFolder, path: str, size: int) -> ImageFile:
-    """Unreadable is exactly what a presized cache leaves out."""
+    """An image is unreadable if a presized cache would skip it."""
     file = folder.root / path
     try:
         image = decode(file, size, folder.white_level)
@@ -175,11 +173,13 @@ def inspect_file(folder: ImageFolder, path: str, size: int) -> ImageFile:
 
 
 def _reason(error: Exception, file: Path) -> str:
-    """In one line, without the path that stands before it anyway."""
+    """On one line, without the path, which precedes it in the output."""
     return " ".join(str(error).replace(f" {str(file)!r}", "").split()).rstrip(":")
 
 
-def split_readable(folder: ImageFolder, files: Sequence[ImageFile], seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_readable(
+    folder: ImageFolder, files: Sequence[ImageFile], seed: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Sorted indices of the readable training and validation images; the split is that of `PresizedImages.split`."""
     readable = np.array([i for i, file in enumerate(files) if not file.problem], dtype=np.int64)
     if folder.valid is not None:
@@ -193,7 +193,7 @@ def split_readable(folder: ImageFolder, files: Sequence[ImageFile], seed: int) -
 
 
 def findings(inspection: Inspection, max_unreadable: float = MAX_UNREADABLE) -> list[Finding]:
-    """Problems first, then warnings; `max_unreadable` is the share that a search tolerates."""
+    """Problems first, then warnings; `max_unreadable` is the share of the images that a search allows."""
     found = [
         *_of_files(inspection, max_unreadable),
         *_of_copies(inspection),
@@ -209,9 +209,9 @@ def _of_files(inspection: Inspection, max_unreadable: float) -> list[Finding]:
         return []
     files = f"{bad} of {total} images cannot be read"
     if bad > max_unreadable * total:
-        text = f"{files}, more than the {100 * max_unreadable:g} % that --max-unreadable tolerates"
-        return [Finding(text, "repair or remove them, or tolerate a larger share", True)]
-    return [Finding(f"{files} and will be left out", "repair or remove them if they matter", False)]
+        text = f"{files}, more than the {100 * max_unreadable:g} % that --max-unreadable allows"
+        return [Finding(text, "repair or remove them, or allow a larger share", True)]
+    return [Finding(f"{files} and will be skipped", "repair or remove them if they matter", False)]
 
 
 def _of_copies(inspection: Inspection) -> list[Finding]:
@@ -227,13 +227,13 @@ def _of_copies(inspection: Inspection) -> list[Finding]:
         remedy = "remove all copies but one; until then the validation error looks better than it is"
         found.append(Finding(text, remedy, True))
     if within:
-        text = f"{_number(within, 'image is', 'images are')} there more than once within one class and split"
-        found.append(Finding(text, "remove the copies, unless they are meant to weigh more", False))
+        text = f"{_number(within, 'image occurs', 'images occur')} more than once within one class and split"
+        found.append(Finding(text, "remove the copies, unless they should weigh more", False))
     return found
 
 
 def _of_classes(inspection: Inspection) -> list[Finding]:
-    """The same rules as `data.check_classes`, all of them at once."""
+    """The rules of `labelled_images.check_classes`, all at once."""
     classes, (train, valid) = inspection.folder.classes, inspection.counts.T
     found = []
     if len(classes) < 2:
@@ -242,7 +242,7 @@ def _of_classes(inspection: Inspection) -> list[Finding]:
     tiny = train + valid < 2
     if tiny.any():
         text = f"{_named(classes, tiny)} fewer than two readable images"
-        remedy = "add images there, or remove what there is; each class needs one to train on and one to validate on"
+        remedy = "add images or remove the class; each class needs one to train on and one to validate on"
         found.append(Finding(text, remedy, True))
     untrained = (train == 0) & ~tiny
     if untrained.any():
@@ -251,10 +251,10 @@ def _of_classes(inspection: Inspection) -> list[Finding]:
     if valid.sum() == 0:
         remedy = "add readable images to the validation folder"
         if inspection.folder.valid is None:
-            remedy = "add images: a fifth of them is set aside for validation, and these are too few"
+            remedy = "add images: a fifth of them validates, and there are too few"
         found.append(Finding("there is no validation image", remedy, True))
     elif (unseen := (valid == 0) & ~tiny).any():
-        remedy = "add images there: until then the validation error tells nothing about it"
+        remedy = "add images: until then the validation error says nothing about these classes"
         found.append(Finding(f"{_named(classes, unseen)} no validation image", remedy, False))
     return found
 
@@ -262,30 +262,29 @@ def _of_classes(inspection: Inspection) -> list[Finding]:
 def _of_balance(inspection: Inspection) -> list[Finding]:
     classes, train = inspection.folder.classes, inspection.counts[:, 0]
     found = []
-    few = (train > 0) & (train < FEW_TRAINING_IMAGES)
+    few = (train > 0) & (train < MIN_TRAINING_IMAGES)
     if few.any():
-        remedy = "add images there, and do not expect many right answers until then"
-        found.append(Finding(f"{_named(classes, few)} fewer than {FEW_TRAINING_IMAGES} training images", remedy, False))
+        remedy = "add images, and do not expect good predictions until then"
+        found.append(Finding(f"{_named(classes, few)} fewer than {MIN_TRAINING_IMAGES} training images", remedy, False))
     trained = np.flatnonzero(train)
     if len(trained) == 0:
         return found
     small, large = trained[np.argmin(train[trained])], trained[np.argmax(train[trained])]
     if train[large] > MAX_IMBALANCE * train[small]:
         text = (
-            f"the classes are far from equal: {classes[large]!r} has {train[large]} training images and "
+            f"the classes are imbalanced: {classes[large]!r} has {train[large]} training images and "
             f"{classes[small]!r} has {train[small]}, {train[large] / train[small]:.0f} times fewer"
         )
-        remedy = "add images to the small classes; the error rate tells mostly about the large ones"
+        remedy = "add images to the small classes; the error rate mostly measures the large ones"
         found.append(Finding(text, remedy, False))
     return found
 
 
-def _number(things: Sequence, one: str, many: str) -> str:
+def _number(things: Sequence[object], one: str, many: str) -> str:
     return f"{len(things)} {one if len(things) == 1 else many}"
 
 
-def _named(classes: Sequence[str], chosen: np.ndarray) -> str:
-    """ "2 classes ('a', 'b') have": the classes where the mask `chosen` holds, at most NAMED of them by name."""
-    names = [classes[i] for i in np.flatnonzero(chosen)]
-    shown = ", ".join(map(repr, names[:NAMED])) + (", ..." if len(names) > NAMED else "")
-    return f"{_number(names, 'class', 'classes')} ({shown}) {'has' if len(names) == 1 else 'have'}"
+def _named(classes: Sequence[str], chosen: npt.NDArray[np.bool_]) -> str:
+    """ "2 classes ('a', 'b') have": the classes where the mask `chosen` holds."""
+    names = [name for name, is_chosen in zip(classes, chosen, strict=True) if is_chosen]
+    return f"{some(names, 'class', 'classes')} {'has' if len(names) == 1 else 'have'}"

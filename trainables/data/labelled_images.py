@@ -1,29 +1,30 @@
-"""Labelled images as everybody passes them on, their split into training and validation, and what names their content.
+"""Labelled images as all modules pass them on, their split into training and validation, and their fingerprint.
 
 Imports no torch: the search driver uses this module. `layouts` finds the images.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from trainables.system.text import some
+from trainables.system.text import many, some
 
 MAX_UNREADABLE = 0.01
-"""So large a share of the images may be unreadable, where nothing else is asked for."""
+"""The share of the images that may be unreadable by default."""
 
 
 class DataError(ValueError):
-    """The images cannot be used as they are; the message is one paragraph for the user."""
+    """The images cannot be used; the message is one paragraph for the user."""
 
 
 @dataclass(frozen=True)
 class Unused:
-    """Files of a data set that are not read, all for one reason."""
+    """Files of a data set that are not used, all for one reason."""
 
     what: str
     """Such as "2 images in extra/"."""
@@ -52,13 +53,13 @@ class ImageFolder:
     classes: tuple[str, ...]
     """Class names, sorted; a label is an index into them."""
     valid: tuple[bool, ...] | None = None
-    """Which images the folder itself sets aside for validation (split folders), or None."""
+    """Which images the folder itself uses for validation (split folders), or None."""
     base: str = ""
     """The folder in `root` that holds the classes or the split folders: empty, or with / at its end."""
     stars: str = ""
-    """The `/*` that the user gave behind `root` to say where the classes lie, see `layouts`."""
+    """The `/*` with which the user said where the classes lie, see `layouts`."""
     split_folders: tuple[str, str] | None = None
-    """The folders that train and that validate, as `base`; None where the folder has no split of its own."""
+    """The training and the validation folder, as `base`; None if the folder has no split of its own."""
     unused: tuple[Unused, ...] = ()
 
     @property
@@ -67,7 +68,7 @@ class ImageFolder:
 
     @cached_property
     def white_level(self) -> int:
-        """The value that is white in those of more than 8 bits, see `image_file.white_level`; opens some of them."""
+        """What becomes white in images of more than 8 bits, see `image_file.white_level`; opens some of them."""
         from trainables.data.image_file import white_level
 
         return white_level(self.root, self.paths)
@@ -77,8 +78,18 @@ class ImageFolder:
         """The path that finds the same images again."""
         return f"{self.root}{self.stars}"
 
+    def only(self, indices: Iterable[int]) -> "ImageFolder":
+        """The same folder with only the images `indices`; its classes stay."""
+        indices = list(indices)
+        return replace(
+            self,
+            paths=tuple(self.paths[i] for i in indices),
+            labels=tuple(self.labels[i] for i in indices),
+            valid=None if self.valid is None else tuple(self.valid[i] for i in indices),
+        )
+
     def describe_depth(self) -> str:
-        """How images of more than 8 bits become ones of 8; empty where there are none, or they use all of 16."""
+        """How images of more than 8 bits are reduced to 8; empty if there are none, or if they use all 16."""
         from trainables.data.image_file import WHITE_16_BIT
 
         if self.white_level == WHITE_16_BIT:
@@ -87,25 +98,25 @@ class ImageFolder:
         return f"images of more than 8 bits use {used}: {self.white_level} becomes white"
 
     def describe(self) -> str:
-        """What a `data:` line says: layout, numbers, place, and what is not read."""
+        """The `data:` line: layout, counts, place, and what is not used."""
         split = ""
         if self.valid is not None:
             train, valid = (f" in {name}" for name in self.split_folders) if self.split_folders else ("", "")
             counts = len(self.valid) - sum(self.valid), sum(self.valid)
             split = f" ({counts[0]} for training{train}, {counts[1]} for validation{valid})"
-        left_out = f"; not used: {', '.join(map(str, self.unused))}" if self.unused else ""
+        unused = f"; not used: {', '.join(map(str, self.unused))}" if self.unused else ""
         return (
             f"{self.layout} layout, {len(self.paths)} images{split}, {self.num_classes} classes in "
-            f"{self.root / self.base}{left_out}"
+            f"{self.root / self.base}{unused}"
         )
 
 
 # --- Checking and naming ----------------------------------------------------------------------------------------------
 
 
-def check_classes(folder: ImageFolder, left_out: int = 0) -> None:
-    """Raises DataError unless there are two classes or more, each with two images or more and one for training."""
-    after = f" ({left_out} unreadable left out)" if left_out else ""
+def check_classes(folder: ImageFolder, skipped: int = 0) -> None:
+    """Raises `DataError` unless there are at least two classes, each with at least two images and one for training."""
+    after = f" ({many(skipped, 'unreadable image')} skipped)" if skipped else ""
     if folder.num_classes < 2:
         raise DataError(
             f"{folder.root} ({folder.layout} layout) has only one class, {folder.classes[0]!r}, and a classifier needs "
@@ -136,13 +147,13 @@ def check_classes(folder: ImageFolder, left_out: int = 0) -> None:
 
 
 def split(
-    labels: Sequence[int] | np.ndarray, *, valid_fraction: float = 0.2, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+    labels: Sequence[int] | npt.NDArray[np.int64], *, valid_fraction: float = 0.2, seed: int = 0
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Sorted indices of the training and the validation images, drawn at random within each class.
 
-    Validation gets round(valid_fraction * n) images, shared among the classes by largest remainder; the last image of a
-    class always trains, so it gets fewer where most classes are tiny. The same on every machine: only PCG64's doubles
-    and stable sorts are used.
+    Validation gets round(valid_fraction * n) images, distributed over the classes by largest remainder; it gets fewer
+    if most classes are tiny, since each keeps an image to train on. The split is the same on all machines: it uses only
+    PCG64's doubles and stable sorts.
     """
     if not 0 < valid_fraction < 1:
         raise ValueError(f"valid_fraction is {valid_fraction}; expected a number between 0 and 1, such as 0.2.")
@@ -153,7 +164,7 @@ def split(
     most = np.maximum(counts - 1, 0)
     share = valid_fraction * counts
     quota = np.minimum(np.floor(share).astype(np.int64), most)
-    # Ties between remainders are broken by the seed, so that no class is favoured for its name.
+    # The seed breaks ties between remainders, so that no class is favoured for its name.
     by_remainder = np.lexsort((rng.random(len(counts)), quota - share))
     missing = min(round(valid_fraction * len(labels)), int(most.sum())) - int(quota.sum())
     while missing > 0:
@@ -161,23 +172,23 @@ def split(
         quota[open_classes] += 1
         missing -= len(open_classes)
     in_class = labels[order]
-    valid = [order[in_class == label][: quota[label]] for label in range(len(counts))]
-    valid = np.sort(np.concatenate(valid)) if valid else np.empty(0, dtype=np.int64)
+    drawn = [order[in_class == label][: quota[label]] for label in range(len(counts))]
+    valid = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *drawn]))
     return np.setdiff1d(np.arange(len(labels)), valid), valid
 
 
 def fingerprint(folder: ImageFolder) -> str:
     """SHA-256 over classes, labels, relative paths, sizes and modification times of the images.
 
-    The modification time stands in for the content: an edited image is noticed without reading every byte. `root` is
-    left out, so a data set that moves with its times (mv, rsync -a, cp -p) keeps its fingerprint.
+    The modification time stands for the content, so that an edited image is noticed without reading all of it. `root`
+    does not count, so a data set that is moved with its times (mv, rsync -a, cp -p) keeps its fingerprint.
     """
     digest = sha256(ascii((folder.classes, folder.valid)).encode())
     for path, label in zip(folder.paths, folder.labels, strict=True):
         try:
             status = (folder.root / path).stat()
             size, changed = status.st_size, status.st_mtime_ns
-        except OSError:  # a broken link: presize counts it as unreadable
+        except OSError:  # a broken link, which is an unreadable image
             size, changed = -1, -1
         digest.update(f"{path!a} {label} {size} {changed}\n".encode())
     return digest.hexdigest()

@@ -1,33 +1,48 @@
-"""Finds the labelled images in a folder: which layout it has, at which level its classes lie, and what is left unused.
+"""Finds the labelled images in a folder: which layout it has, at which level its classes lie, and what stays unused.
 
-All commands ask `find_images`, so they agree. A folder that can be read in two ways is refused with both readings; `/*`
-at the end of its path settles it: `DIR/*` takes the folders in DIR as classes, `DIR/*/*` those one level deeper.
+All commands call `find_images`, so they agree. A folder that can be read in two ways is refused with both readings;
+`/*` at the end of its path decides: `DIR/*` takes the folders in DIR as classes, `DIR/*/*` those one level deeper.
 Imports no torch.
 """
 
 import logging
 import re
-from collections.abc import Sequence
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from trainables.data.class_level import (
-    FEW,
-    container,
-    refuse_copy_inside,
-    refuse_deeper_classes,
-    refuse_unclear_container,
-)
-from trainables.data.folder_tree import Folder
-from trainables.data.labelled_images import DataError, ImageFolder, check_classes
-from trainables.data.leftovers import LAYOUTS, nothing_found, refuse_lost_classes, unused
-from trainables.data.readings import Reading, breeds_of, class_folders, names_of, oxford_pets, two_readings
-from trainables.data.split_folders import split_folders
+from trainables.data import readings
+from trainables.data.folder_tree import Folder, identity
+from trainables.data.labelled_images import DataError, ImageFolder, Unused, check_classes
+from trainables.data.readings import MAX_STRAY, Reading
+from trainables.system.text import many
 
 logger = logging.getLogger(__name__)
 
+LAYOUTS = (
+    "Supported layouts: class folders (<class>/*.jpg), split folders (train/<class>/*.jpg with val/<class>/*.jpg) and "
+    "Oxford Pets (images/<breed>_<number>.jpg), in any format that Pillow reads."
+)
+NEEDS = {
+    ".heic": "install pillow-heif to read them",
+    ".heif": "install pillow-heif to read them",
+    ".avif": "install pillow-avif-plugin to read them",
+    ".jxl": "install pillow-jxl-plugin to read them",
+    ".svg": "convert them to PNG",
+    ".dcm": "convert them to PNG, with pydicom for example",
+    **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf"), "develop them to JPEG or TIFF"),
+}
+"""What to do with images that Pillow does not read by itself, by suffix."""
+PHOTOS = (".heic", ".heif", ".avif", ".jxl", ".dcm")
+"""Those that people train on; raw files and drawings may accompany the images."""
+MAX_NAMED = 3
+"""Files that are named for each reason."""
+
 
 def find_images(root: Path | str) -> ImageFolder:
-    """The labelled images of `root`, whose path may end in `/*`; raises `DataError` where they cannot be used."""
+    """The labelled images of `root`, whose path may end in `/*`; raises `DataError` if they cannot be used."""
     found = find_unchecked(root)
     check_classes(found)
     _warn_of_case(found.classes)
@@ -36,13 +51,13 @@ def find_images(root: Path | str) -> ImageFolder:
 
 
 def find_unchecked(root: Path | str) -> ImageFolder:
-    """The same, whatever the number of images in a class."""
+    """The same for any number of images in a class."""
     try:
         bare, stars = (str(root), "") if Path(root).expanduser().exists() else split_level(str(root))
         top = Folder(_existing_folder(bare))
-        reading = class_folders(_parents(top, stars)) if stars else _read(top)
+        reading = readings.class_folders(_parents(top, stars)) if stars else read(top)
         if reading is None:
-            raise nothing_found(top)
+            raise _nothing_found(top)
         return _image_folder(top, reading, stars)
     except OSError as error:
         raise DataError(
@@ -52,7 +67,7 @@ def find_unchecked(root: Path | str) -> ImageFolder:
 
 
 def count_images(root: Path) -> int:
-    """How many labelled images lie in `root`, 0 where it is missing or damaged."""
+    """The number of labelled images in `root`, 0 if it is missing or damaged."""
     try:
         return len(find_unchecked(root).paths)
     except DataError:
@@ -65,40 +80,38 @@ def split_level(text: str) -> tuple[str, str]:
     return bare, text.removeprefix(bare)
 
 
-def _existing_folder(path: str) -> Path:
-    root = Path(path).expanduser()
-    if not root.exists():
-        raise DataError(f"There is no folder {root.absolute()}. Expected a folder of labelled images. {LAYOUTS}")
-    if not root.is_dir():
-        raise DataError(
-            f"{root.absolute()} is a file. Expected a folder of labelled images: unpack it if it is an archive. "
-            f"{LAYOUTS}"
-        )
-    return root.resolve()
-
-
-def _read(folder: Folder) -> Reading | None:
-    """The one reading of `folder`; None where there is none. Raises `DataError` where there are several."""
-    breeds = breeds_of(folder)
-    loose, sorted_ones = len(folder.images), sum(len(each.all_images) for each in folder.filled) if breeds else 0
-    if breeds and sorted_ones <= FEW * (loose + sorted_ones):
-        return oxford_pets(folder, breeds)
-    if breeds and loose > FEW * (loose + sorted_ones):
-        raise two_readings(
+def read(folder: Folder) -> Reading | None:
+    """The one reading of `folder`, or None. Raises `DataError` if there are several."""
+    breeds = readings.breeds_of(folder)
+    num_loose, num_sorted = len(folder.images), sum(len(each.all_images) for each in folder.filled) if breeds else 0
+    if breeds and num_sorted <= MAX_STRAY * (num_loose + num_sorted):
+        return readings.oxford_pets(folder, breeds)
+    if breeds and num_loose > MAX_STRAY * (num_loose + num_sorted):
+        raise readings.two_readings(
             folder,
-            f"{loose} images are labelled by their names, such as {folder.images[0]!r}",
-            f"{sorted_ones} images are labelled by the folders that they lie in ({names_of(folder.filled)})",
+            f"{num_loose} images are labelled by their names, such as {folder.images[0]!r}",
+            f"{num_sorted} images are labelled by their folders ({readings.names_of(folder.filled)})",
             f"Move one of the two elsewhere, or give '{folder.path}/*' to use the folders",
         )
-    if reading := split_folders(folder):
+    if reading := readings.split_folders(folder):
         return reading
-    if inner := container(folder):
-        refuse_lost_classes([folder])
-        return _read(inner)
-    refuse_unclear_container(folder)
-    refuse_copy_inside(folder)
-    refuse_deeper_classes(folder)
-    return class_folders([folder])
+    if inner := readings.container(folder):
+        _refuse_unreadable_classes([folder])
+        return read(inner)
+    readings.refuse_unclear_container(folder)
+    readings.refuse_copy_inside(folder)
+    readings.refuse_deeper_classes(folder)
+    return readings.class_folders([folder])
+
+
+def _existing_folder(path: str) -> Path:
+    root = Path(path).expanduser()
+    if root.is_dir():
+        return root.resolve()
+    problem = f"There is no folder {root.absolute()}. Expected a folder of labelled images."
+    if root.exists():
+        problem = f"{root.absolute()} is a file. Expected a folder of labelled images: unpack it if it is an archive."
+    raise DataError(f"{problem} {LAYOUTS}")
 
 
 def _parents(top: Folder, stars: str) -> list[Folder]:
@@ -111,7 +124,7 @@ def _parents(top: Folder, stars: str) -> list[Folder]:
 
 def _image_folder(top: Folder, reading: Reading, stars: str) -> ImageFolder:
     paths, names, valid = zip(*sorted(reading.labelled), strict=True)
-    refuse_lost_classes(reading.parents)
+    _refuse_unreadable_classes(reading.parents)
     classes = tuple(sorted(set(names)))
     index = {name: label for label, name in enumerate(classes)}
     return ImageFolder(
@@ -124,7 +137,7 @@ def _image_folder(top: Folder, reading: Reading, stars: str) -> ImageFolder:
         base=reading.base,
         stars=stars,
         split_folders=reading.split,
-        unused=unused(top, paths, base=reading.base, test=reading.test, test_has_classes=reading.test_has_classes),
+        unused=_unused(top, paths, reading),
     )
 
 
@@ -135,3 +148,88 @@ def _warn_of_case(classes: Sequence[str]) -> None:
     for names in folded.values():
         if len(names) > 1:
             logger.warning("classes %s differ only in case; each is a class of its own", ", ".join(map(repr, names)))
+
+
+# --- Files that are not used ------------------------------------------------------------------------------------------
+
+
+def _unused(top: Folder, used: Sequence[str], reading: Reading) -> tuple[Unused, ...]:
+    """What lies in `top` but not among the paths `used`: images by where they lie, other files by their suffix."""
+    test_advice = "they have no labels of these classes; search.predict labels them"
+    if reading.test_has_classes:
+        test_advice = f"--test-split {shlex.quote(str(top.path / reading.test))} tests the winner on them"
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for path in _unused_images(top, used):
+        if reading.test and path.startswith(reading.test):
+            found.setdefault(("image", f" in {reading.test}", test_advice), []).append(path)
+        else:
+            found.setdefault(("image", _place(path, reading.base), ""), []).append(path)
+    for folder in top.walk():
+        for path in _system_images(folder):
+            found.setdefault(("hidden or system image", "", ""), []).append(path)
+        for name in folder.others:
+            suffix = Path(name).suffix.lower()
+            kind = (f"{suffix} file", "", NEEDS[suffix]) if suffix in NEEDS else ("other file", "", "")
+            found.setdefault(kind, []).append(f"{folder.prefix}{name}")
+    return tuple(
+        Unused(f"{many(len(paths), what)}{where}", advice, len(paths), tuple(sorted(paths)[:MAX_NAMED]))
+        for (what, where, advice), paths in found.items()
+    )
+
+
+def _unused_images(top: Folder, used: Iterable[str]) -> Iterator[str]:
+    """The other images, without those that `used` reaches by a link."""
+    used = set(used)
+    used_folders = {path.rpartition("/")[0] for path in used}
+    linked = {identity(top.path / folder) for folder in used_folders}
+    for folder in top.walk():
+        if folder.prefix.rstrip("/") in used_folders or folder.identity not in linked:
+            yield from (path for image in folder.images if (path := f"{folder.prefix}{image}") not in used)
+
+
+def _system_images(folder: Folder) -> Iterator[str]:
+    yield from (f"{folder.prefix}{name}" for name in folder.system_images)
+    for inner in folder.system_folders:
+        with suppress(OSError):  # only root reads lost+found
+            yield from inner.all_images
+
+
+def _place(path: str, base: str) -> str:
+    """Where an unused image lies."""
+    parent = base if path.startswith(base) else ""
+    folder, slash, _ = path.removeprefix(parent).partition("/")
+    return f" in {parent}{folder}/" if slash else " without a label in the name or folder"
+
+
+def _refuse_unreadable_classes(parents: Iterable[Folder]) -> None:
+    """Raises `DataError` if a folder next to class folders has mostly photos of a format that is not read."""
+    for folder in (each for parent in parents for each in parent.folders if not each.holds_images):
+        suffixes = _suffixes(folder)
+        suffix = max(PHOTOS, key=suffixes.__getitem__)
+        if 2 * suffixes[suffix] > suffixes.total():
+            raise DataError(
+                f"{folder.path} looks like a class, but none of its images can be read: it has "
+                f"{many(suffixes[suffix], f'{suffix} file')} ({NEEDS[suffix]}). Otherwise move the folder out of the "
+                "data set."
+            )
+
+
+def _nothing_found(top: Folder) -> DataError:
+    """Why there are no labelled images in `top`."""
+    for folder in (*(each for each in top.folders if each.name == "images"), top):
+        if folder.images:
+            return DataError(
+                f"The names of the {len(folder.images)} images in {folder.path} do not tell two classes apart (the "
+                f"first is {folder.images[0]!r}). Sort them into one folder per class, or name them "
+                f"<class>_<number>.jpg. {LAYOUTS}"
+            )
+    suffixes = _suffixes(top)
+    others = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in suffixes.most_common(5))
+    advice = "".join(f" {suffix}: {NEEDS[suffix]}." for suffix in suffixes if suffix in NEEDS)
+    there = f" (other files: {others})" if others else ""
+    return DataError(f"There are no images that can be read in {top.path}{there}.{advice} {LAYOUTS}")
+
+
+def _suffixes(folder: Folder) -> Counter[str]:
+    """Of all other files below."""
+    return Counter(Path(name).suffix.lower() for inner in folder.walk() for name in inner.others)

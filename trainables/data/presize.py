@@ -1,7 +1,7 @@
 """Builds the presized image cache: each node decodes an image once, and every trial reads it from one shared file.
 
-A cache is a folder (see `presized_images`) named by the content of the data set and the settings. It is written beside
-its place and renamed at the end, under a lock, so that many processes build it once and none sees half of it.
+A cache is a folder (see `presized_images`) named by the content of the data set and the settings. It is written under a
+temporary name and renamed at the end, under a lock, so that it is built once and no process sees a part of it.
 """
 
 import errno
@@ -13,17 +13,18 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from trainables.data import labelled_images
-from trainables.data.image_file import UnreadableImage, formats_of, read_image, resize
+from trainables.data.image_file import Pixels, UnreadableImage, formats_of, read_image, resize
 from trainables.data.labelled_images import MAX_UNREADABLE, DataError, ImageFolder
 from trainables.data.presized_images import (
     CHECKSUM_FILE,
@@ -39,16 +40,23 @@ from trainables.data.presized_images import (
     write_unreadable,
 )
 from trainables.system.cache import cache_dir, locked
-from trainables.system.machine import num_cpus
+from trainables.system.machine import num_cpus, total_memory
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 5  # raise it when the same settings would give other pixels or another index
+FORMAT_VERSION = 5
+"""Raise it when the same settings give other pixels or another index."""
 STORAGES = ("auto", MEMORY_MAP, JPEG, OFF)
 JPEG_QUALITY = 95
-JPEG_SHARE = 0.25  # of the bytes of the pixels, at most; photographs take about 0.15
+JPEG_SHARE = 0.25
+"""Bytes of JPEGs / bytes of their pixels, at most; about 0.15 for photographs."""
 MEMORY_SHARE = 0.5
-"""A memory map that takes more of the memory than this would be read from the disk again and again."""
+"""A memory map larger than this share of the memory would be read from the disk repeatedly."""
+
+Progress = Callable[[int, int], None]
+"""Called with the number of images done and of all images."""
+Stored = tuple[tuple[int, int], memoryview | bytes]
+"""Height and width of a presized image, and the bytes to store."""
 
 
 def presize(
@@ -61,21 +69,34 @@ def presize(
     white_level: int | None = None,
     cache: Path | None = None,
     num_threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> PresizedImages:
     """Opens the cache of `folder` at `size` pixels; the first process on a node builds it.
 
-    `method` is the recipe's `resize_method`: crop keeps whole images with shorter sides of `size`, see `resize`.
+    Args:
+        folder: The labelled images, as `find_images` gives them.
+        size: Pixels; the side that `method` names.
+        method: The recipe's `resize_method`: crop makes the shorter side `size`, pad the longer side, squish both.
+        storage: memory-map stores the pixels, jpeg compresses them (quality 95, so they differ a little), off stores
+            nothing and decodes the data set's files each time. auto is memory-map if the pixels fit into half of the
+            memory and the disk, else jpeg.
+        max_unreadable: The share of the images that may be unreadable, 0 to 1. A file next to the cache lists them.
+        white_level: What becomes white in images of more than 8 bits; by default that of `folder`.
+        cache: The folder of all caches; by default `caches_folder()`.
+        num_threads: Threads that decode; by default one per CPU.
+        progress: The process that builds the cache calls it after each image.
 
-    `storage` memory-map keeps the pixels as they are, jpeg compresses them (quality 95, so they differ a little), off
-    keeps none and decodes the data set's own files each time; auto takes the memory map while it fits half of the
-    memory and the disk, and jpeg beyond.
+    Returns:
+        The images: `images[i]` is uint8 (height, width, 3).
 
-    `white_level` is the value that becomes white in images of more than 8 bits, where it is not to be that of `folder`.
-    `max_unreadable` is the share of the images that may be unreadable, 0 to 1; all of them are listed in a file beside
-    the cache. `cache` is the folder of all caches (default: `caches_folder()`); `progress` is called with (images done,
-    images in all) by the process that builds. Raises DataError where more images are unreadable, a class is left with
-    fewer than two, or the cache cannot be written.
+    Raises:
+        DataError: More images are unreadable, a class has fewer than two readable images, or the cache cannot be
+            written.
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> images = presize(find_images("birds"), 128)
+        >>> train, valid = images.split(seed=0)
     """
     if size < 1:
         raise ValueError(f"size is {size}; expected pixels, such as 460.")
@@ -104,23 +125,23 @@ class _Job:
     method: str
     white_level: int
     storage: str
-    """What was asked for, auto included, until one is chosen."""
+    """As requested, which may be auto, until one is chosen."""
     caches: Path
     key: str
-    """What the content and the settings are called."""
+    """A hash of the content and the settings."""
     num_threads: int
     max_unreadable: float
 
     @property
     def path(self) -> Path:
-        # Where nothing is stored the images are those at this very place.
+        # With storage off, the images are those at this very place.
         off, root = self.storage == OFF, ascii(self.folder.root.absolute())
         place = f"-{sha256(root.encode()).hexdigest()[:8]}" if off else ""
         return self.caches / f"{self.key}-{self.storage}{place}"
 
 
 def _open(job: _Job) -> PresizedImages | None:
-    """What is there already; auto takes what an earlier choice made, so that all trials of a node read the same."""
+    """The cache, if it exists; auto takes any, so that all trials of a node read the same pixels."""
     for storage in (MEMORY_MAP, JPEG) if job.storage == "auto" else (job.storage,):
         path = replace(job, storage=storage).path
         if not path.exists():
@@ -128,9 +149,9 @@ def _open(job: _Job) -> PresizedImages | None:
         try:
             opened = PresizedImages(path)
         except DamagedCache as error:
-            logger.warning("the presized cache is damaged and is built again: %s", error)
+            logger.warning("the presized cache is damaged and will be rebuilt: %s", error)
             continue
-        with suppress(OSError):  # when it was last used, for `search.check --cache`
+        with suppress(OSError):  # the time of last use, for `search.check --cache`
             os.utime(path)
         return opened
     return None
@@ -140,7 +161,7 @@ def _open(job: _Job) -> PresizedImages | None:
 
 
 def _choose(job: _Job) -> str:
-    """The storage to build. Raises OSError where the disk surely has no room for it."""
+    """The storage to build. Raises `OSError` if it certainly does not fit on the disk."""
     needed, storage = estimated_bytes(job.folder, job.size, job.method), job.storage
     memory, free = total_memory(), shutil.disk_usage(job.caches).free
     sizes = f"about {needed / 1e9:.2f} GB of pixels, {memory / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB of disk free"
@@ -149,16 +170,15 @@ def _choose(job: _Job) -> str:
         storage = MEMORY_MAP if fits else JPEG
         logger.info("cache: %s chosen (%s)", storage, sizes)
     else:
-        logger.info("cache: %s as asked for (%s)", storage, sizes)
-    # The estimate may be too large; only what is certain not to fit is refused before it is tried.
-    least = {MEMORY_MAP: 0.8 * needed, JPEG: 0.05 * needed, OFF: 0}[storage]
-    if least > free:
+        logger.info("cache: %s as requested (%s)", storage, sizes)
+    # The estimate may be too large: refuse only what certainly does not fit.
+    if {MEMORY_MAP: 0.8 * needed, JPEG: 0.05 * needed, OFF: 0}[storage] > free:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return storage
 
 
 def estimated_bytes(folder: ImageFolder, size: int, method: str, *, samples: int = 200) -> int:
-    """Bytes of all presized pixels, from the headers of at most `samples` images spread over the data set."""
+    """Bytes of all presized pixels, from the headers of about `samples` images spread over the data set."""
     step = max(1, len(folder.paths) // samples)
     areas = []
     for path in folder.paths[::step]:
@@ -168,20 +188,11 @@ def estimated_bytes(folder: ImageFolder, size: int, method: str, *, samples: int
     return round(3 * size * size * len(folder.paths) * float(np.mean(areas or [1])))
 
 
-def total_memory() -> int:
-    """Bytes of memory that this machine, or the container that this process runs in, has."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # absent, or "max"
-            memory = min(memory, int(Path(limit).read_text()))
-    return memory
-
-
 # --- Building it ------------------------------------------------------------------------------------------------------
 
 
-def _build_once(job: _Job, progress: Callable | None) -> PresizedImages:
-    """Builds the cache, unless another process does it meanwhile."""
+def _build_once(job: _Job, progress: Progress | None) -> PresizedImages:
+    """Builds the cache, unless another process builds it first."""
     try:
         job.caches.mkdir(parents=True, exist_ok=True)
         with locked(job.caches / f".{job.key}.lock", "for another process that presizes the same images"):
@@ -196,7 +207,7 @@ def _build_once(job: _Job, progress: Callable | None) -> PresizedImages:
 
 @dataclass
 class _Built:
-    """What one pass over the images gave; entry i of all lists but `unreadable` describes the same image."""
+    """The result of a pass over the images; entry i of all lists describes the same image."""
 
     kept: list[int] = field(default_factory=list)
     heights: list[int] = field(default_factory=list)
@@ -205,16 +216,16 @@ class _Built:
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
-def _build(job: _Job, progress: Callable | None) -> None:
+def _build(job: _Job, progress: Progress | None) -> None:
     """Writes the cache to a temporary folder and renames it. The caller holds the lock."""
     started = time.perf_counter()
     logger.info("presizing %d images to %d px in %s", len(job.folder.paths), job.size, job.path)
-    temporary = job.path.with_name(f".{job.path.name}.partial")  # one name: what a killed process left is removed
+    temporary = job.path.with_name(f".{job.path.name}.partial")  # a fixed name, to remove what a killed process left
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
         built = _write_images(job, temporary, progress)
-        _write_index(job, _leave_out(job, built), built, temporary)
+        _write_index(job, _readable(job, built), built, temporary)
         shutil.rmtree(job.path, ignore_errors=True)  # a damaged one
         temporary.rename(job.path)
     finally:
@@ -223,7 +234,7 @@ def _build(job: _Job, progress: Callable | None) -> None:
     logger.info("presized %d images, %.0f MB, in %.1f s", len(built.kept), sum(built.lengths) / 1e6, seconds)
 
 
-def _write_images(job: _Job, target: Path, progress: Callable | None) -> _Built:
+def _write_images(job: _Job, target: Path, progress: Progress | None) -> _Built:
     built, paths = _Built(), job.folder.paths
     with (target / PIXEL_FILES.get(job.storage, "nothing")).open("wb") as file:
         for index, image in enumerate(_stored(job)):
@@ -242,22 +253,20 @@ def _write_images(job: _Job, target: Path, progress: Callable | None) -> _Built:
     return built
 
 
-def _stored(job: _Job) -> Iterator[tuple[tuple[int, int], memoryview | bytes] | UnreadableImage]:
-    """Height, width and the bytes to keep of each image in order; a few per thread are in memory at a time.
+def _stored(job: _Job) -> Iterator[Stored | UnreadableImage]:
+    """Each image in order; a few per thread are in memory at a time. Pillow releases the GIL."""
 
-    Pillow releases the GIL.
-    """
-
-    def one(path: str) -> tuple[tuple[int, int], memoryview | bytes] | UnreadableImage:
+    def one(path: str) -> Stored | UnreadableImage:
         try:
             image = read_image(job.folder.root / path, job.size, job.white_level)
             image = resize(image, job.size, job.method)
         except UnreadableImage as error:
             return error
-        return image.shape[:2], _encoded(image, job.storage)
+        height, width = image.shape[:2]
+        return (height, width), _encoded(image, job.storage)
 
     with ThreadPoolExecutor(job.num_threads, thread_name_prefix="presize") as pool:
-        running: deque = deque()
+        running: deque[Future[Stored | UnreadableImage]] = deque()
         try:
             for path in job.folder.paths:
                 running.append(pool.submit(one, path))
@@ -269,42 +278,37 @@ def _stored(job: _Job) -> Iterator[tuple[tuple[int, int], memoryview | bytes] | 
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _encoded(image: np.ndarray, storage: str) -> memoryview | bytes:
+def _encoded(image: Pixels, storage: str) -> memoryview | bytes:
     if storage == MEMORY_MAP:
         return image.data.cast("B")
     stream = io.BytesIO()
-    if storage == JPEG:  # without chroma subsampling, which a second time would blur the colours
+    if storage == JPEG:  # without chroma subsampling, which would blur the colours of JPEGs a second time
         Image.fromarray(image).save(stream, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return stream.getvalue()
 
 
-def _leave_out(job: _Job, built: _Built) -> ImageFolder:
-    """The readable part of the images; raises DataError where too little is left."""
+def _readable(job: _Job, built: _Built) -> ImageFolder:
+    """The readable images; raises `DataError` if there are too few."""
     folder, num_bad = job.folder, len(built.unreadable)
     if num_bad == 0:
         return folder
     write_unreadable(unreadable_list(job.caches, job.key), built.unreadable)
     _require_few(job, built.unreadable)
     listed = _listed(job, built.unreadable)
-    logger.warning("left out %d of %d images that cannot be read: %s", num_bad, len(folder.paths), listed)
-    remaining = replace(
-        folder,
-        paths=tuple(folder.paths[i] for i in built.kept),
-        labels=tuple(folder.labels[i] for i in built.kept),
-        valid=None if folder.valid is None else tuple(folder.valid[i] for i in built.kept),
-    )
-    labelled_images.check_classes(remaining, left_out=num_bad)
-    return remaining
+    logger.warning("skipped %d of %d images that cannot be read: %s", num_bad, len(folder.paths), listed)
+    readable = folder.only(built.kept)
+    labelled_images.check_classes(readable, skipped=num_bad)
+    return readable
 
 
 def _require_few(job: _Job, unreadable: Mapping[str, str]) -> None:
-    """Raises DataError where more images are unreadable (path -> reason, if known) than is tolerated."""
+    """Raises `DataError` if more images are `unreadable` (path -> reason, if known) than allowed."""
     num_bad, total = len(unreadable), len(job.folder.paths)
     if num_bad > job.max_unreadable * total:
         raise DataError(
             f"{num_bad} of {total} images in {job.folder.root} cannot be read, more than the "
-            f"{100 * job.max_unreadable:g} % that --max-unreadable tolerates ({_listed(job, unreadable)}). Repair or "
-            "remove them, or tolerate a larger share."
+            f"{100 * job.max_unreadable:g} % that --max-unreadable allows ({_listed(job, unreadable)}). Repair or "
+            "remove them, or allow a larger share."
         )
 
 
@@ -318,18 +322,10 @@ def _write_index(job: _Job, folder: ImageFolder, built: _Built, target: Path) ->
     index = {
         "format": FORMAT_VERSION,
         "root": str(folder.root.absolute()),
-        "size": job.size,
-        "white_level": job.white_level,
         "resize_method": job.method,
-        "storage": job.storage,
-        "layout": folder.layout,
-        "classes": folder.classes,
-        "paths": folder.paths,
-        "labels": folder.labels,
-        "valid": folder.valid,
-        "heights": built.heights,
-        "widths": built.widths,
-        "lengths": built.lengths,
+        **{name: getattr(job, name) for name in ("size", "white_level", "storage")},
+        **{name: getattr(folder, name) for name in ("layout", "classes", "paths", "labels", "valid")},
+        **{name: getattr(built, name) for name in ("heights", "widths", "lengths")},
         "nbytes": sum(built.lengths),
         "unreadable": list(built.unreadable),
     }
@@ -340,8 +336,8 @@ def _write_index(job: _Job, folder: ImageFolder, built: _Built, target: Path) ->
             _flush(file)
 
 
-def _flush(file) -> None:
-    """To the disk itself: after a power cut a renamed folder must not hold empty pages."""
+def _flush(file: BinaryIO) -> None:
+    """Syncs to the disk: after a power cut a renamed folder must not hold empty pages."""
     file.flush()
     os.fsync(file.fileno())
 

@@ -1,7 +1,7 @@
-"""Presized images as everybody reads them: a folder with an index, and pixels in one of three storages.
+"""Presized images as all modules read them: a folder with an index, and pixels in one of three storages.
 
 `index.json` (sizes, labels, names) has its checksum in `index.sha256`. The pixels are in `pixels.u8` (memory-map: RGB
-images one after another) or `images.jpeg` (jpeg: likewise, compressed), or still in the data set alone (off).
+images one after another), in `images.jpeg` (jpeg: the same, compressed), or only in the data set itself (off).
 """
 
 import io
@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from trainables.data import labelled_images
-from trainables.data.image_file import UnreadableImage, read_image, resize
+from trainables.data.image_file import Pixels, UnreadableImage, read_image, resize
 
 KEY_LENGTH = 32  # of the name of a cache, before its storage
 INDEX_FILE, CHECKSUM_FILE = "index.json", "index.sha256"
@@ -25,7 +27,7 @@ PIXEL_FILES = {MEMORY_MAP: "pixels.u8", JPEG: "images.jpeg"}
 
 
 def unreadable_list(caches: Path, key: str) -> Path:
-    """The file with all images that a cache leaves out, a path and its reason on each line."""
+    """The file that lists the images that a cache skips, each with its reason."""
     return caches / f"{key}.unreadable.txt"
 
 
@@ -35,17 +37,17 @@ def write_unreadable(file: Path, unreadable: Mapping[str, str]) -> None:
 
 
 class DamagedCache(ValueError):
-    """A cache folder that does not hold what its index and checksum promise."""
+    """A cache folder that does not match its index or checksum."""
 
 
 class PresizedImages:
-    """All readable images of a data set, presized, read-only and shared with every process that opens the same folder.
+    """All readable images of a data set, presized, read-only and shared by all processes that open the same folder.
 
     `images[i]` is uint8 (height, width, 3); from a memory map it is a view, not a copy. Pickles as its path. Raises
-    DamagedCache.
+    `DamagedCache`.
     """
 
-    def __init__(self, path: Path | str):
+    def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         index = read_index(self.path)
         try:
@@ -64,12 +66,15 @@ class PresizedImages:
             self.method: str = index["resize_method"]
             self.storage: str = index["storage"]
             self.nbytes: int = index["nbytes"]
-            """Bytes that the pixels take on disk."""
+            """Bytes of the pixels on disk."""
             self._valid = None if index["valid"] is None else np.asarray(index["valid"], dtype=bool)
             self.offsets = [0, *np.cumsum(index["lengths"], dtype=np.int64).tolist()]
-            """Where the bytes of each image begin, and the end of the last one."""
-            self.bytes = None if self.storage == OFF else _mapped(self.path / PIXEL_FILES[self.storage])
-            """All that is stored, flat uint8; None where nothing is."""
+            """Where the bytes of each image begin, and where those of the last one end."""
+            stored = np.empty(0, dtype=np.uint8)
+            if self.storage != OFF:
+                stored = np.asarray(np.memmap(self.path / PIXEL_FILES[self.storage], dtype=np.uint8, mode="r"))
+            self.bytes: Pixels = stored
+            """All that is stored, flat; empty if the storage is off."""
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise DamagedCache(f"{self.path}: {error}") from error
         self._check_sizes()
@@ -77,7 +82,7 @@ class PresizedImages:
     def __len__(self) -> int:
         return len(self.shapes)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> Pixels:
         shape = self.shapes[index]
         index = index if index >= 0 else index + len(self)
         if self.storage == OFF:
@@ -85,71 +90,68 @@ class PresizedImages:
         stored = self.bytes[self.offsets[index] : self.offsets[index + 1]]
         return self._decompressed(index, stored) if self.storage == JPEG else stored.reshape(shape)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["PresizedImages"], tuple[Path]]:
         return PresizedImages, (self.path,)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over what a training needs to be the same on all nodes: paths, labels, classes and sizes."""
+        """SHA-256 over what must be the same on all nodes of a training: paths, labels, classes and sizes."""
         described = ascii((self.paths, self.labels.tolist(), self.classes, self.shapes, self.white_level))
         return sha256(described.encode()).hexdigest()
 
     @property
     def unreadable_list(self) -> Path:
-        """Where the images that were left out are listed, each with its reason."""
+        """The file that lists the skipped images, each with its reason."""
         return unreadable_list(self.path.parent, self.path.name[:KEY_LENGTH])
 
-    def split(self, seed: int = 0, valid_fraction: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
+    def split(self, seed: int = 0, valid_fraction: float = 0.2) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Indices for training and validation: the data set's own split, or a random one within each class."""
         if self._valid is not None:
             return np.flatnonzero(~self._valid), np.flatnonzero(self._valid)
         return labelled_images.split(self.labels, valid_fraction=valid_fraction, seed=seed)
 
     def _check_sizes(self) -> None:
-        stored = 0 if self.bytes is None else len(self.bytes)
+        stored = len(self.bytes)
         if not stored == self.nbytes == self.offsets[-1]:
             raise DamagedCache(f"{self.path}: the images take {stored} bytes, expected {self.offsets[-1]}")
         shapes_fit = self.storage != MEMORY_MAP or np.diff(self.offsets).tolist() == list(map(math.prod, self.shapes))
         if len(self.offsets) != len(self) + 1 or not shapes_fit:
             raise DamagedCache(f"{self.path}: the index gives other sizes than there are bytes")
 
-    def _decompressed(self, index: int, stored: np.ndarray) -> np.ndarray:
+    def _decompressed(self, index: int, stored: Pixels) -> Pixels:
         try:
-            image = np.asarray(Image.open(io.BytesIO(stored), formats=("JPEG",)))
+            image = np.asarray(Image.open(io.BytesIO(stored.data), formats=("JPEG",)))
             if image.shape != self.shapes[index]:
                 raise ValueError(f"its shape is {image.shape}, expected {self.shapes[index]}")
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
             raise DamagedCache(
-                f"{self.path}: the stored {self.paths[index]!r} cannot be decoded ({error}). Remove this folder: it is "
-                "built again when it is next needed."
+                f"{self.path}: the stored {self.paths[index]!r} cannot be decoded ({error}). Remove this folder: it "
+                "will be rebuilt when it is needed."
             ) from error
         return image
 
-    def _decoded(self, index: int) -> np.ndarray:
+    def _decoded(self, index: int) -> Pixels:
         file = self.root / self.paths[index]
         try:
             image = resize(read_image(file, self.size, self.white_level), self.size, self.method)
         except UnreadableImage as error:
             raise labelled_images.DataError(
-                f"{file} could be read when the search began, and cannot be now: {error}"
+                f"{file} was readable when the search began and no longer is: {error}"
             ) from error
         if image.shape != self.shapes[index]:
             raise labelled_images.DataError(
-                f"{file} has another size than when the search began. Leave the images as they are."
+                f"The size of {file} has changed since the search began. Do not change the images during a search."
             )
         return image
 
 
-def read_index(path: Path) -> dict:
-    """The index of the cache in `path`; raises DamagedCache where it is not what was written."""
+def read_index(path: Path) -> dict[str, Any]:
+    """The index of the cache in `path`; raises `DamagedCache` if it is not as it was written."""
     try:
         text = (path / INDEX_FILE).read_bytes()
         if sha256(text).hexdigest() != (path / CHECKSUM_FILE).read_text():
             raise ValueError(f"{INDEX_FILE} does not match its checksum")
-        return json.loads(text)
+        index: dict[str, Any] = json.loads(text)
+        return index
     except (OSError, ValueError) as error:
         raise DamagedCache(f"{path}: {error}") from error
-
-
-def _mapped(file: Path) -> np.ndarray:
-    return np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))

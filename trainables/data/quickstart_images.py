@@ -1,30 +1,31 @@
 """The quickstart's image set, drawn instead of downloaded: cartoon animals of twelve invented breeds.
 
-The files are laid out as in Oxford-IIIT Pets, `<root>/images/<Breed_name>_<n>.jpg`. As with real breeds no single cue
-gives a breed away: colours are shared by all, every part (ears, muzzle, coat, marking) by several, and pose, light,
-background and clutter vary from image to image. Some breeds differ in one part only, so a fine-tuning has to learn it.
+The files lie as in Oxford-IIIT Pets, `<root>/images/<Breed_name>_<n>.jpg`. As with real breeds no single cue identifies
+a breed: all share the colours, several share each part (ears, muzzle, coat, marking), and pose, light, background and
+clutter vary. Some breeds differ in only one part, so fine-tuning has to learn it. (The file is long since one drawing
+is best read in one place.)
 """
-
-from __future__ import annotations
 
 import json
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 from filelock import FileLock
 from numpy.random import Generator
 
-VERSION = 1
-"""Version of the drawing. Raise it when the images change: sets drawn by another version are drawn again."""
+Array = npt.NDArray[Any]
 
+VERSION = 1
+"""Raise it when the images change: sets of another version are drawn again."""
 MARKER = "quickstart.json"
-"""File in the root that says which set lies there. It moves in with the whole set, so it vouches for all of it."""
+"""The file in the root that describes the set. It is renamed together with the set, so it is there only if all is."""
 
 EARS = ("pointed", "floppy", "round", "tufted")
 MUZZLES = ("long", "short", "broad")
@@ -32,59 +33,48 @@ COATS = ("solid", "striped", "spotted", "patched")
 MARKINGS = ("mask", "blaze", "eye_patch", "collar")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Breed:
-    """The parts that tell a breed: everything else about an image is chance."""
+class Breed(NamedTuple):
+    """The parts that define a breed: everything else about an image is random."""
 
-    name: str
-    """Label and start of the file names, in the style of Pets: words joined by underscores."""
+    name: str  # label and start of the file names
     ears: str
-    """One of EARS."""
     muzzle: str
-    """One of MUZZLES."""
-    coat: str
-    """One of COATS; the colours are not part of it."""
-    marking: str
-    """One of MARKINGS. The eye patch may be on either side, so a flipped image keeps its breed."""
+    coat: str  # without its colours
+    marking: str  # an eye patch may be on either side, so a flipped image keeps its breed
 
 
-def _breed(name: str, ears: str, muzzle: str, coat: str, marking: str) -> Breed:
-    return Breed(name=name, ears=ears, muzzle=muzzle, coat=coat, marking=marking)
-
-
-# Neighbours share most parts. Each kind of ear, coat and marking belongs to three breeds, each muzzle to four.
+# Neighbours share most parts. Three breeds have each kind of ears, coat and marking, four have each muzzle.
 BREEDS = (
-    _breed("Amber_pointer", "floppy", "long", "spotted", "blaze"),
-    _breed("Marsh_pointer", "floppy", "long", "spotted", "eye_patch"),
-    _breed("Cliff_lynx", "tufted", "short", "striped", "mask"),
-    _breed("Harbour_lynx", "pointed", "short", "striped", "mask"),
-    _breed("Dune_mastiff", "round", "broad", "solid", "collar"),
-    _breed("Old_tarn_mastiff", "floppy", "broad", "solid", "collar"),
-    _breed("Moor_shorthair", "round", "short", "patched", "blaze"),
-    _breed("Thistle_pug", "round", "broad", "patched", "mask"),
-    _breed("Briar_hound", "pointed", "long", "striped", "collar"),
-    _breed("Great_fen_hound", "pointed", "long", "solid", "blaze"),
-    _breed("Juniper_shepherd", "tufted", "broad", "patched", "eye_patch"),
-    _breed("Lowland_spitz", "tufted", "short", "spotted", "eye_patch"),
+    Breed("Amber_pointer", "floppy", "long", "spotted", "blaze"),
+    Breed("Marsh_pointer", "floppy", "long", "spotted", "eye_patch"),
+    Breed("Cliff_lynx", "tufted", "short", "striped", "mask"),
+    Breed("Harbour_lynx", "pointed", "short", "striped", "mask"),
+    Breed("Dune_mastiff", "round", "broad", "solid", "collar"),
+    Breed("Old_tarn_mastiff", "floppy", "broad", "solid", "collar"),
+    Breed("Moor_shorthair", "round", "short", "patched", "blaze"),
+    Breed("Thistle_pug", "round", "broad", "patched", "mask"),
+    Breed("Briar_hound", "pointed", "long", "striped", "collar"),
+    Breed("Great_fen_hound", "pointed", "long", "solid", "blaze"),
+    Breed("Juniper_shepherd", "tufted", "broad", "patched", "eye_patch"),
+    Breed("Lowland_spitz", "tufted", "short", "spotted", "eye_patch"),
 )
 
 
 def draw(root: Path, *, seed: int = 0, images_per_breed: int = 50) -> Path:
-    """Draw the image set into `root`, unless it is there already, and return `root`.
+    """Draws the image set into `root` unless it is there; returns `root`.
 
     The same seed gives the same bytes (with the same versions of OpenCV and NumPy), and a larger set starts with the
-    images of a smaller one. The set is drawn beside `root` and renamed at the end: a run that is killed leaves no half
-    set behind. Raises ValueError where `root` holds files of somebody else.
+    images of a smaller one. The set is drawn under a temporary name and renamed at the end, so that a killed run leaves
+    no part of it. Raises `ValueError` if `root` holds other files.
     """
     if images_per_breed < 1:
         raise ValueError(f"images_per_breed is {images_per_breed}, expected 1 or more")
-    root = Path(root)
     marker = json.dumps({"version": VERSION, "seed": seed, "images_per_breed": images_per_breed}) + "\n"
     root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(root.parent / f".{root.name}.lock"):
+    with FileLock(root.with_name(f".{root.name}.lock")):
         if _holds(root, marker):
             return root
-        part = root.parent / f".{root.name}.part"
+        part = root.with_name(f".{root.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         try:
             _draw_set(part, seed, images_per_breed)
@@ -101,7 +91,7 @@ def _holds(root: Path, marker: str) -> bool:
     if (root / MARKER).is_file():
         return (root / MARKER).read_text() == marker
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f"{root} exists and is no quickstart image set; expected a new or empty folder: name another")
+        raise ValueError(f"{root} exists and is not a quickstart image set; expected a new or empty folder")
     return False
 
 
@@ -115,26 +105,26 @@ def _draw_set(folder: Path, seed: int, images_per_breed: int) -> None:
         _save(folder / "images" / f"{BREEDS[index].name}_{n}.jpg", image, quality=int(rng.integers(55, 93)))
 
     jobs = [(index, n) for index in range(len(BREEDS)) for n in range(1, images_per_breed + 1)]
-    with ThreadPoolExecutor(max_workers=2) as pool:  # more only wait for each other: half the work is Python
+    with ThreadPoolExecutor(max_workers=2) as pool:  # half the work is Python, so more would not help
         for _ in pool.map(one, jobs):
             pass
 
 
-def _save(path: Path, image: np.ndarray, *, quality: int) -> None:
+def _save(path: Path, image: Array, *, quality: int) -> None:
     done, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not done:
         raise OSError(f"could not encode {path.name}")
     path.write_bytes(data.tobytes())
 
 
-# One image. Images are BGR, colours are arrays of three in 0..255, and `rng` is the image's only source of chance.
+# --- One image: BGR, colours are arrays of three in 0..255, `rng` draws all that is random ----------------------------
 
 
-def _photo(breed: Breed, rng: Generator) -> np.ndarray:
-    """One image of a breed, uint8 (height, width, 3)."""
+def _photo(breed: Breed, rng: Generator) -> Array:
+    """One image of a breed."""
     long_side, short_side = int(rng.integers(200, 241)), int(rng.integers(160, 197))
     width, height = (long_side, short_side) if rng.random() < 0.6 else (short_side, long_side)
-    # Shapes are drawn at twice the size: halving it smooths their edges.
+    # Shapes are drawn at twice the size, so that shrinking smooths their edges.
     canvas = cv2.resize(_backdrop(width, height, rng), (2 * width, 2 * height), interpolation=cv2.INTER_LINEAR)
     _clutter(canvas, rng, num=int(rng.integers(1, 5)), size=(0.08, 0.22))
     _animal(canvas, breed, rng)
@@ -143,7 +133,7 @@ def _photo(breed: Breed, rng: Generator) -> np.ndarray:
     return _expose(cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA), rng)
 
 
-def _backdrop(width: int, height: int, rng: Generator) -> np.ndarray:
+def _backdrop(width: int, height: int, rng: Generator) -> Array:
     """A gradient between two colours, with soft noise and sometimes bands or tiles over it."""
     x, y = _grid(width, height)
     angle = rng.uniform(0, 2 * math.pi)
@@ -162,7 +152,7 @@ def _backdrop(width: int, height: int, rng: Generator) -> np.ndarray:
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def _expose(image: np.ndarray, rng: Generator) -> np.ndarray:
+def _expose(image: Array, rng: Generator) -> Array:
     """Light from one side, brightness, contrast, colour cast, blur and sensor noise."""
     height, width = image.shape[:2]
     if rng.random() < 0.5:
@@ -177,50 +167,52 @@ def _expose(image: np.ndarray, rng: Generator) -> np.ndarray:
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
-def _grid(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+def _grid(width: int, height: int) -> tuple[Array, Array]:
     """The x and y of each pixel, float32 in -1..1, as a row and a column that broadcast."""
     return np.linspace(-1, 1, width, dtype=np.float32)[None], np.linspace(-1, 1, height, dtype=np.float32)[:, None]
 
 
-def _any_colour(rng: Generator) -> np.ndarray:
+def _any_colour(rng: Generator) -> Array:
     return _hsv(rng.uniform(0, 180), rng.uniform(20, 150), rng.uniform(70, 235))
 
 
-def _fur_colour(rng: Generator) -> np.ndarray:
+def _fur_colour(rng: Generator) -> Array:
     """Browns, creams and greys: the same for all breeds."""
     return _hsv(rng.uniform(5, 24), rng.uniform(10, 150), rng.uniform(110, 215))
 
 
-def _hsv(hue: float, saturation: float, value: float) -> np.ndarray:
+def _hsv(hue: float, saturation: float, value: float) -> Array:
     """BGR from OpenCV's scales: hue 0..180, the others 0..255."""
-    return cv2.cvtColor(np.array([[[hue, saturation, value]]], np.uint8), cv2.COLOR_HSV2BGR)[0, 0].astype(np.float32)
+    pixel: Array = cv2.cvtColor(np.array([[[hue, saturation, value]]], np.uint8), cv2.COLOR_HSV2BGR)[0, 0]
+    return pixel.astype(np.float32)
 
 
-def _mix(colour: np.ndarray, other: float, share: float) -> np.ndarray:
-    """Move a colour towards a grey level, 0 for black and 255 for white, by a share in 0..1."""
+def _mix(colour: Array, other: float, share: float) -> Array:
+    """A colour moved towards a grey level, 0 for black and 255 for white, by a share in 0..1."""
     return colour + (other - colour) * share
 
 
 class _Pen:
-    """Fills outlines given in units of their owner (about 1 from its middle to its edge, y down) on a canvas."""
+    """Fills outlines on a canvas. They are in units of their owner, about 1 from its middle to its edge, y down."""
 
-    def __init__(self, canvas: np.ndarray, *, middle: tuple[float, float], unit: float, degrees: float) -> None:
+    def __init__(self, canvas: Array, *, middle: tuple[float, float], unit: float, degrees: float) -> None:
         cos, sin = unit * math.cos(math.radians(degrees)), unit * math.sin(math.radians(degrees))
         self.canvas, self.middle, self.unit = canvas, np.array(middle), unit
         self.turn = np.array([[cos, sin], [-sin, cos]])
 
-    def place(self, outline: np.ndarray) -> np.ndarray:
+    def place(self, outline: Array) -> Array:
         """Points (n, 2) of the owner as pixels of the canvas, int32."""
-        return np.rint(outline @ self.turn + self.middle).astype(np.int32)
+        pixels: Array = outline @ self.turn + self.middle
+        return np.rint(pixels).astype(np.int32)
 
-    def fill(self, outlines: Iterable[np.ndarray], colour: np.ndarray, *, edge: float = 0.0) -> None:
+    def fill(self, outlines: Iterable[Array], colour: Array, *, edge: float = 0.0) -> None:
         """Fill outlines, with a dark line around them `edge` units wide."""
         points = [self.place(outline) for outline in outlines]
         _fill(self.canvas, points, colour)
         if edge:
             cv2.polylines(self.canvas, points, True, _mix(colour, 0, 0.45).tolist(), max(1, round(edge * self.unit)))
 
-    def fill_within(self, area: np.ndarray, outlines: Iterable[np.ndarray], colour: np.ndarray) -> None:
+    def fill_within(self, area: Array, outlines: Iterable[Array], colour: Array) -> None:
         """Fill the parts of outlines that lie inside the outline `area`."""
         layer, mask = self.canvas.copy(), np.zeros(self.canvas.shape[:2], np.uint8)
         _fill(layer, [self.place(outline) for outline in outlines], colour)
@@ -228,7 +220,7 @@ class _Pen:
         cv2.copyTo(layer, mask, self.canvas)
 
 
-def _fill(canvas: np.ndarray, points: Iterable[np.ndarray], colour: np.ndarray) -> None:
+def _fill(canvas: Array, points: Iterable[Array], colour: Array) -> None:
     for one in points:  # one by one: filled together, overlapping outlines would cancel out
         cv2.fillPoly(canvas, [one], colour.tolist())
 
@@ -237,9 +229,7 @@ _ROUND = np.linspace(0, 2 * math.pi, 40, endpoint=False)
 _CIRCLE = np.stack([np.cos(_ROUND), np.sin(_ROUND)], axis=1)
 
 
-def _oval(
-    x: float, y: float, rx: float, ry: float, *, degrees: float = 0.0, wobble: Sequence[float] = ()
-) -> np.ndarray:
+def _oval(x: float, y: float, rx: float, ry: float, *, degrees: float = 0.0, wobble: Iterable[float] = ()) -> Array:
     """Outline of an ellipse. `wobble` holds heights of waves added to it: the first has two crests, the next three."""
     outline = _CIRCLE * (rx, ry)
     for crests, height in enumerate(wobble, 2):
@@ -247,10 +237,11 @@ def _oval(
     if degrees:
         cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
         outline = outline @ np.array([[cos, sin], [-sin, cos]])
-    return outline + np.array([x, y])
+    moved: Array = outline + np.array([x, y])
+    return moved
 
 
-def _coat_pattern(coat: str, rng: Generator) -> list[np.ndarray]:
+def _coat_pattern(coat: str, rng: Generator) -> list[Array]:
     """Outlines of a coat's dark (or light) parts over a head or a body, in its units."""
     if coat == "striped":
         xs, gap, bend = np.linspace(-1.3, 1.3, 12), rng.uniform(0.26, 0.36), rng.uniform(-0.25, 0.25)
@@ -270,7 +261,7 @@ def _coat_pattern(coat: str, rng: Generator) -> list[np.ndarray]:
     return []
 
 
-def _animal(canvas: np.ndarray, breed: Breed, rng: Generator) -> None:
+def _animal(canvas: Array, breed: Breed, rng: Generator) -> None:
     height, width = canvas.shape[:2]
     square = min(height, width)  # evaluation crops the middle square: the head and its ears stay in it, mostly
     unit = square * rng.uniform(0.19, 0.28)
@@ -284,7 +275,7 @@ def _animal(canvas: np.ndarray, breed: Breed, rng: Generator) -> None:
     _head(pen, breed, fur, ink, rng)
 
 
-def _body(pen: _Pen, breed: Breed, fur: np.ndarray, ink: np.ndarray, side: int, rng: Generator) -> None:
+def _body(pen: _Pen, breed: Breed, fur: Array, ink: Array, side: int, rng: Generator) -> None:
     """Legs, tail and trunk, sitting or standing, and the collar. The head comes over it."""
     standing = rng.random() < 0.5
     x, y, rx, ry = (side * 1.15, 1.35, 1.5, 0.8) if standing else (side * 0.2, 1.75, 0.95, 1.15)
@@ -302,7 +293,7 @@ def _body(pen: _Pen, breed: Breed, fur: np.ndarray, ink: np.ndarray, side: int, 
         pen.fill([_oval(side * 0.12, 0.92, 0.72, 0.32)], ring, edge=0.05)
 
 
-def _head(pen: _Pen, breed: Breed, fur: np.ndarray, ink: np.ndarray, rng: Generator) -> None:
+def _head(pen: _Pen, breed: Breed, fur: Array, ink: Array, rng: Generator) -> None:
     yaw, pitch = rng.uniform(-0.2, 0.2), rng.normal(0, 0.05)
     for side in (-1, 1):
         _ear(pen, breed.ears, side, fur, rng)
@@ -326,7 +317,7 @@ def _head(pen: _Pen, breed: Breed, fur: np.ndarray, ink: np.ndarray, rng: Genera
         pen.fill([_oval(x + yaw * 0.15, y + 0.01, size * 0.6, size * 0.7)], np.array([25.0, 25, 25]))
 
 
-def _ear(pen: _Pen, ears: str, side: int, fur: np.ndarray, rng: Generator) -> None:
+def _ear(pen: _Pen, ears: str, side: int, fur: Array, rng: Generator) -> None:
     tilt, size = rng.normal(0, 0.07), rng.uniform(0.88, 1.12)
     shade = _mix(fur, 0, 0.12)
     if ears == "round":
@@ -345,7 +336,7 @@ def _ear(pen: _Pen, ears: str, side: int, fur: np.ndarray, rng: Generator) -> No
         pen.fill([middle + (outline - middle) * 0.55], _mix(np.array([150.0, 150, 205]), 128, 0.3))
 
 
-def _muzzle(pen: _Pen, muzzle: str, x: float, pitch: float, colour: np.ndarray, rng: Generator) -> None:
+def _muzzle(pen: _Pen, muzzle: str, x: float, pitch: float, colour: Array, rng: Generator) -> None:
     y, rx, ry = {"long": (0.62, 0.34, 0.62), "short": (0.4, 0.36, 0.3), "broad": (0.45, 0.64, 0.36)}[muzzle]
     y, rx, ry = y + pitch, rx * rng.uniform(0.92, 1.08), ry * rng.uniform(0.92, 1.08)
     pen.fill([_oval(x, y, rx, ry)], colour, edge=0.05)
@@ -355,7 +346,7 @@ def _muzzle(pen: _Pen, muzzle: str, x: float, pitch: float, colour: np.ndarray, 
     pen.fill([_oval(x, nose + 0.2, 0.025, 0.12), _oval(x, nose + 0.3, 0.2, 0.025)], black)
 
 
-def _clutter(canvas: np.ndarray, rng: Generator, *, num: int, size: tuple[float, float]) -> None:
+def _clutter(canvas: Array, rng: Generator, *, num: int, size: tuple[float, float]) -> None:
     """Balls, cushions, tents and rings, some with the colours and patterns of an animal."""
     height, width = canvas.shape[:2]
     for _ in range(num):
@@ -373,7 +364,7 @@ def _clutter(canvas: np.ndarray, rng: Generator, *, num: int, size: tuple[float,
         pen.fill_within(outline, _coat_pattern(str(rng.choice(COATS)), rng), _mix(colour, 0, 0.4))
 
 
-def _grass(canvas: np.ndarray, rng: Generator) -> None:
+def _grass(canvas: Array, rng: Generator) -> None:
     """Blades in front of the feet."""
     height, width = canvas.shape[:2]
     pen = _Pen(canvas, middle=(0, height), unit=height, degrees=0)

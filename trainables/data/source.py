@@ -1,7 +1,7 @@
-"""Where images and pretrained weights come from, in a word that means the same on every node of a cluster.
+"""Sources of images and pretrained weights: text that means the same on every node of a cluster.
 
 A source is a folder that every node has at the same path, the URI of an archive or a folder that every node fetches
-once (see `fetch`), or, of images, the name of a known data set (see `datasets`). Imports no torch.
+once (see `fetch`), or, for images, the name of a known data set (see `datasets`). Imports no torch.
 """
 
 import socket
@@ -16,9 +16,9 @@ from trainables.data.layouts import find_images, split_level
 
 
 def images_of(source: str | WithoutTestImages, digest: str | None = None) -> ImageFolder:
-    """The labelled images of a source, on this node; fetched, drawn or downloaded first where they are not here.
+    """The labelled images of a source; fetches, draws or downloads them if this node does not have them.
 
-    Raises `DataError` where they are not those of `digest`, which another node got of `images_digest`.
+    Raises `DataError` if their `images_digest` is not `digest`, which another node has computed.
     """
     if isinstance(source, WithoutTestImages):
         images = without_test_images(images_of(source.source), source.share, source.seed)
@@ -26,28 +26,28 @@ def images_of(source: str | WithoutTestImages, digest: str | None = None) -> Ima
         images = find_images(prepare(source) if source in DATASETS else folder_of(source))
     if digest is not None and images_digest(images) != digest:
         raise DataError(
-            f"The images on the node {socket.gethostname()} ({images.describe()}) are not those that the search was "
-            "started with: names, classes or file sizes differ. Every node needs the same files at this path; a URI "
-            "that each of them fetches makes sure of that."
+            f"The images on the node {socket.gethostname()} ({images.describe()}) are not those that the search "
+            "started with: names, classes or file sizes differ. Every node needs the same files at this path; a URI, "
+            "which each of them fetches, ensures that."
         )
     return images
 
 
 def folder_of(source: str) -> Path:
-    """The folder of a source that is a path or a URI, on this node; `/*` at its end stay there, see `layouts`."""
+    """The folder of a path or a URI on this node; keeps `/*` at its end, see `layouts`."""
     address, stars = split_level(source)
     return Path(f"{fetch(address)}{stars}") if is_uri(source) else Path(source)
 
 
 def pinned_source(uri: str) -> str:
-    """The URI with the checksum of what this node has of it, see `fetch.pinned`."""
+    """The URI with the checksum of this node's copy, see `fetch.pinned`."""
     address, stars = split_level(uri)
     return f"{pinned(address)}{stars}"
 
 
 def images_digest(images: ImageFolder, *, sizes: bool = True) -> str:
-    """SHA-256 over classes, labels, relative paths and file sizes: the same on all nodes, whose copies differ in their
-    times. An image that is edited without changing its size keeps the digest. Opens none of them."""
+    """SHA-256 over classes, labels, relative paths and file sizes, which all nodes have in common (unlike times). An
+    image that is edited without a change of size keeps the digest. Opens no images."""
     described = ascii((images.classes, images.labels, images.paths, images.valid))
     if sizes:
         described += ascii([_size(images.root / path) for path in images.paths])

@@ -49,7 +49,7 @@ class Predictor:
     ) -> None:
         import torch
 
-        from trainables.training.fine_tune import autocast_dtype
+        from trainables.network.precision import autocast_dtype
 
         self.recipe = folder.recipe
         self.labels = folder.labels

@@ -102,7 +102,7 @@ class _Slot:
         if self.training.can_split_further:
             logger.warning("trial %s: out of memory, splitting its batches further", self.trial_id)
             return Outcome(split_batches=True)
-        images = many(self.training.fewest_images, "image")
+        images = many(self.training.min_images, "image")
         return Outcome(failure=f"out of memory even with {images} at a time: {error}")
 
     @contextmanager

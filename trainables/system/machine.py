@@ -1,6 +1,6 @@
-"""What this machine gives: CPUs, and a home folder even to a user who has none.
+"""What this machine has: CPUs, memory, and a home folder even for a user without one.
 
-In a container that runs under some user id there may be no home, and Ray does not load without one.
+A container that runs under any user id may have no home, and Ray does not load without one.
 """
 
 import getpass
@@ -8,16 +8,26 @@ import os
 import stat
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 
 def num_cpus() -> int:
-    """How many CPUs this process may use."""
+    """The number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def total_memory() -> int:
+    """Bytes of memory of this machine, or of the container that this process runs in."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # absent, or "max"
+            memory = min(memory, int(Path(limit).read_text()))
+    return memory
+
+
 def ensure_home() -> None:
-    """Where there is no home, HOME becomes a private folder among the temporary ones; where there is no name, USER."""
+    """Without a home, sets HOME to a private temporary folder; without a user name, sets USER to the user's id."""
     if sys.platform == "win32":
         return
     try:
@@ -29,7 +39,7 @@ def ensure_home() -> None:
 
 
 def private_folder() -> Path | None:
-    """The user's own among the temporary ones; None where there can be none, or somebody else has taken its place."""
+    """The user's own temporary folder; None if it cannot be made, or if another user has made it."""
     try:
         folder = Path(tempfile.gettempdir()) / f"finetune-search-{os.geteuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -41,7 +51,7 @@ def private_folder() -> Path | None:
 
 
 def _has_home() -> bool:
-    """One to write to, or at least to read from; / is what Docker gives to an id without a name."""
+    """Whether there is a readable home, or room to make one. / is not one: Docker gives it to an id without a name."""
     home = Path(os.path.expanduser("~"))  # noqa: PTH111, the other one raises
     if home == Path("~"):
         return False

@@ -1,14 +1,13 @@
 """The training loop: freeze, then unfreeze, epoch by epoch. Plain PyTorch, alone, under torchrun or under Ray Train.
 
-A training continues exactly from the state of any epoch's end and does not depend on the number of workers, see
-`epoch_plan`.
+A training continues exactly from the state at the end of any epoch and does not depend on the number of workers, see
+`epoch_plan`. (The file is long so that an epoch reads from top to bottom in one place.)
 """
 
 import gc
 import io
 import itertools
 import json
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,33 +21,49 @@ import torch.nn.functional as F
 
 from trainables.batches import augmentation, tta
 from trainables.batches.epoch_plan import Step, plan_epoch
-from trainables.batches.loader import loader_for, normalized
-from trainables.data.labelled_images import DataError
-from trainables.data.presize import PresizedImages
+from trainables.data.presized_images import PresizedImages
 from trainables.network import loss, model, normalization, optimizer, schedule
 from trainables.network.dropout import WholeBatch
+from trainables.network.precision import autocast_dtype
 from trainables.recipe import Recipe
 from trainables.training import lr_finder
 from trainables.training.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE, Files, Preprocessing
-from trainables.training.distributed import World, share, share_batch_norm
+from trainables.training.distributed import World, require_same_images, shard, share_batch_norm
+from trainables.training.inputs import Inputs
 
-MIN_CPU_BF16_SIZE = 160
-"""px; an EfficientNet-Lite trains no faster in bf16 on smaller images."""
 STEPS_PER_CHECK = 20
-"""So often losses are looked at: a GPU and the other workers are waited for then."""
+"""Steps between checks of the loss, each of which waits for the GPU and the other workers."""
 
 
 class Diverged(RuntimeError):
-    """The training loss is no longer a finite number."""
+    """The loss is no longer a finite number."""
 
 
 class FineTune:
-    """One training in progress. `run_epoch` goes on by one epoch; `state` and `load_state` carry it elsewhere.
+    """One training in progress: `run_epoch` trains the next epoch; `state` and `load_state` move it elsewhere.
 
-    `weights` is a folder of pretrained weights (see `weights.find_weights`); `load_pretrained=False` skips loading
-    them where `load_state` follows. Where memory is scarce, `batch_parts` splits each worker's share of a batch: the
-    gradients of the parts add up to those of the batch, while batch norms see one part at a time. `on_progress` is
-    called after each batch. Raises `ValueError` where the recipe does not fit the model or the workers.
+    Args:
+        recipe: All settings of the training.
+        images: The presized images, of the recipe's `presize` and `resize_method`.
+        weights: A folder of pretrained weights, see `pretrained_weights.find_weights`.
+        device: Where to train.
+        num_threads: Threads that load and augment images.
+        split_seed: Draws the validation images if the data set has no split of its own.
+        load_pretrained: Whether to load pretrained weights; not needed if `load_state` follows.
+        batch_parts: Splits each worker's share of a batch to save memory. The gradients of the parts add up to those of
+            the batch, while batch norms see one part at a time.
+        on_progress: Called after each batch.
+
+    Raises:
+        ValueError: The recipe does not fit the model or the number of workers.
+        DataError: The workers have different images.
+
+    Example:
+        >>> recipe = Recipe(arch="resnet18.a1_in1k", epochs=3)
+        >>> images = presize(find_images("birds"), recipe.presize, recipe.resize_method)
+        >>> training = FineTune(recipe, images)
+        >>> for _ in range(recipe.total_epochs):
+        ...     metrics = training.run_epoch()
     """
 
     def __init__(
@@ -64,6 +79,8 @@ class FineTune:
         batch_parts: int = 1,
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
+        if min(num_threads, batch_parts) < 1:
+            raise ValueError(f"num_threads={num_threads}, batch_parts={batch_parts}: expected 1 or more of each")
         self.recipe = recipe
         self.batch_parts = batch_parts
         self.on_progress = on_progress
@@ -72,7 +89,6 @@ class FineTune:
         self.epochs_done = 0
         require_same_images(images, self.world)
         self.train_indices, self.valid_indices = images.split(seed=split_seed)
-        self.labels = torch.as_tensor(np.asarray(images.labels), dtype=torch.long)
         self.num_classes = len(images.classes)
         self.white_level = images.white_level
         smallest = min(recipe.batch_size, self.batch_size)
@@ -86,63 +102,23 @@ class FineTune:
         if normalization.from_data(recipe):
             mean, std = normalization.channel_statistics(images, self.train_indices)
             self.network = replace(self.network, mean=mean, std=std)
-        self.mean = 255 * torch.tensor(self.network.mean, device=self.device).view(1, 3, 1, 1)
-        self.std = 255 * torch.tensor(self.network.std, device=self.device).view(1, 3, 1, 1)
+        statistics = {"mean": self.network.mean, "std": self.network.std}
+        self.inputs = Inputs(images, **statistics, device=self.device, num_threads=num_threads)
         self.amp_dtype = autocast_dtype(recipe, self.device)
-        self.loader = loader_for(images, self.device, num_threads)
         self._enter_stage()
 
-    @property
-    def preprocessing(self) -> Preprocessing:
-        names = ("presize", "resize_method", "image_size")
-        sizes = {name: getattr(self.recipe, name) for name in names}
-        return Preprocessing(**sizes, mean=self.network.mean, std=self.network.std, white_level=self.white_level)
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the next epoch trains the head alone."""
-        return self.epochs_done < self.recipe.freeze_epochs
-
-    @property
-    def image_size(self) -> int:
-        """px; of the next epoch, and after the last one of the model."""
-        return self.recipe.image_size_at(self.epochs_done)
-
-    @property
-    def batch_size(self) -> int:
-        """Of the next epoch, over all workers."""
-        return min(self.recipe.batch_size_at(self.epochs_done), len(self.train_indices))
-
-    @property
-    def can_split_further(self) -> bool:
-        """Whether the next epoch's batches can go in more parts than now."""
-        return self.batch_parts < self._most_parts
-
-    @property
-    def fewest_images(self) -> int:
-        """That a part can have: batch norms of the mlp head, which see no pixels, take their statistics over two."""
-        return 2 if self.recipe.head == "mlp" else 1
-
-    @property
-    def _most_parts(self) -> int:
-        return max(1, self.batch_size // self.world.size // self.fewest_images)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Of the next epoch: whole batches only."""
-        return len(self.train_indices) // self.batch_size
-
-    @property
-    def progress(self) -> int:
-        """Percent of the unfrozen stage that is done; 0 all through the frozen one, unless nothing follows it."""
-        if self.epochs_done == self.recipe.total_epochs:
-            return 100
-        unfrozen_done = max(0, self.epochs_done - self.recipe.freeze_epochs)
-        return 100 * unfrozen_done // max(1, self.recipe.epochs)
+    # --- An epoch: training steps, then validation --------------------------------------------------------------------
 
     def run_epoch(self) -> dict[str, float | int | str]:
-        """Train one epoch, then evaluate; losses are means per image. Raises `Diverged` where one is not finite."""
-        epoch = {"epoch": self.epochs_done + 1, "stage": "frozen" if self.frozen else "unfrozen"}
+        """Trains the next epoch, then evaluates.
+
+        Returns:
+            The epoch's metrics; losses are means per image.
+
+        Raises:
+            Diverged: A loss is not finite.
+        """
+        epoch: dict[str, int | str] = {"epoch": self.epochs_done + 1, "stage": "frozen" if self.frozen else "unfrozen"}
         num_images = self.steps_per_epoch * self.batch_size
         started = time.perf_counter()
         train_loss = self._train()
@@ -166,8 +142,83 @@ class FineTune:
             valid_images=len(self.valid_indices),
         )
 
+    def _train(self) -> float:
+        """The steps of an epoch; their mean loss."""
+        self.network.train(frozen=self.frozen, train_bn=self.recipe.train_bn)
+        torch.manual_seed(self.recipe.seed * 10_007 + self.epochs_done)  # dropout
+        num_steps = self.steps_per_epoch
+        losses: list[float] = []
+        unchecked: list[torch.Tensor] = []
+        for number, (step, batch) in enumerate(self.inputs.steps(self._steps(self.epochs_done), self.image_size)):
+            optimizer.set_position(self.optimizer, self.cycle, self._position(number / num_steps))
+            unchecked.append(self._step(batch, step))
+            if len(unchecked) == STEPS_PER_CHECK or number + 1 == num_steps:
+                losses += self._checked(unchecked, len(losses), num_steps)
+                unchecked = []
+        return float(np.mean(losses))
+
+    def _steps(self, epoch: int) -> Iterator[Step]:
+        rows = self.world.shard(self.batch_size)
+        return plan_epoch(self.recipe, self.train_indices, epoch=epoch, batch_size=self.batch_size, rows=rows)
+
+    def _position(self, epoch_share: float) -> float:
+        """The position in the stage's cycle when `epoch_share` of the current epoch's steps are done."""
+        stage_epochs_done = self.epochs_done - (0 if self.frozen else self.recipe.freeze_epochs)
+        return (stage_epochs_done + epoch_share) / self.stage_epochs
+
+    def _step(self, batch: torch.Tensor, step: Step) -> torch.Tensor:
+        """One optimizer step; this worker's part of the batch's mean loss."""
+        images, targets = self.inputs.mixed(batch, step)
+        num_parts = min(self.batch_parts, self._max_parts)
+        losses = []
+        for part in range(num_parts):
+            rows, last = shard(len(images), part, num_parts), part + 1 == num_parts
+            # Workers average their gradients once, with the last part.
+            with self.world.gradients_later(self.parallel_model, not last):
+                with self._autocast(), self._whole_batch(rows, last):
+                    logits = self.parallel_model(images[rows]).float()
+                value = loss.cross_entropy(logits, targets[rows], self.recipe.smoothing) / self.batch_size
+                # Workers average their gradients but sum their losses.
+                self.scaler.scale(value * self.world.size).backward()
+            losses.append(value.detach())
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.on_progress()
+        return sum(losses[1:], start=losses[0])
+
+    @contextmanager
+    def _whole_batch(self, rows: slice, last: bool) -> Iterator[None]:
+        """Within it, `rows` of this worker's share get the dropout of the whole batch, and so do all parts of a batch.
+
+        A network that draws nothing for its images in a stage's first step is not watched in the others: watching costs
+        microseconds per call.
+        """
+        first = self.world.shard(self.batch_size).start
+        devices = [self.device] if self.device.type == "cuda" else []
+        whole_batch = WholeBatch(slice(first + rows.start, first + rows.stop), self.batch_size)
+        with torch.random.fork_rng(devices, enabled=not last), whole_batch if self.draws else nullcontext():
+            yield
+        self.draws = whole_batch.has_drawn
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def _checked(self, losses: list[torch.Tensor], before: int, num_steps: int) -> list[float]:
+        """The losses of some steps over all workers; `before` is the number of the epoch's earlier steps."""
+        values: list[float] = self.world.sum(torch.stack(losses).double()).tolist()
+        for number, value in enumerate(values, start=before):
+            if not np.isfinite(value):
+                peak = max(group["lr_max"] for group in self.optimizer.param_groups)
+                rate = peak * self.cycle.lr_factor(self._position(number / num_steps))
+                raise Diverged(
+                    f"training loss is {value} at epoch {self.epochs_done + 1}, step {number + 1} of {num_steps} "
+                    f"(head's learning rate {rate:.2g})"
+                )
+        return values
+
     def evaluate(self) -> dict[str, float]:
-        """Plain cross-entropy and error rate over the whole validation split, the same on every worker."""
+        """Plain cross-entropy and error rate over the whole validation split, the same on all workers."""
         rows, targets = self._my_validation_rows()
         augmentations = augmentation.centre(len(self.valid_indices), self.recipe.resize_method)
         logits = self._valid_logits(augmentations[rows])
@@ -185,17 +236,39 @@ class FineTune:
         wrong = (averaged.argmax(dim=1) != targets).sum().double()
         return self.world.sum(wrong).item() / len(self.valid_indices)
 
-    def lr_range_test(self, *, num_it: int = 100, start: float = 1e-7, end: float = 10.0) -> lr_finder.Curve:
-        """Loss while the rate of all groups grows from `start` to `end` in `num_it` steps, or until it explodes.
+    def _my_validation_rows(self) -> tuple[slice, torch.Tensor]:
+        """The rows of the validation split that this worker predicts, and their labels."""
+        rows = self.world.shard(len(self.valid_indices))
+        return rows, self.inputs.labels[self.valid_indices[rows]].to(self.device)
 
-        The training is afterwards as it was before.
+    @torch.inference_mode()
+    def _valid_logits(self, augmentations: augmentation.Augmentations) -> torch.Tensor:
+        """Logits (rows, classes) of this worker's validation images under `augmentations`."""
+        self.network.model.eval()
+        indices = self.valid_indices[self._my_validation_rows()[0]]
+        rows = max(1, self.batch_size // self.batch_parts)
+        chunks = [slice(i, i + rows) for i in range(0, len(indices), rows)]
+        plans = [(indices[chunk], augmentations[chunk]) for chunk in chunks]
+        logits = [torch.empty(0, self.num_classes, device=self.device)]  # a worker may have no rows
+        for images in self.inputs.batches(plans, self.image_size):
+            with self._autocast():
+                logits.append(self.network.model(images).float())
+            self.on_progress()
+        return torch.cat(logits)
+
+    # --- The learning-rate range test ---------------------------------------------------------------------------------
+
+    def lr_range_test(self, *, num_it: int = 100, start: float = 1e-7, end: float = 10.0) -> lr_finder.Curve:
+        """The loss while the rate of all groups grows from `start` to `end` in `num_it` steps, or until it diverges.
+
+        Restores the training to its state before.
         """
         before = self.state()
         torch.manual_seed(self.recipe.seed)
         self.network.train(frozen=self.frozen, train_bn=self.recipe.train_bn)
         steps = itertools.chain.from_iterable(self._steps(epoch) for epoch in itertools.count(self.epochs_done))
         sweep = lr_finder.Sweep(num_it, start, end)
-        for step, batch in self._with_batches(itertools.islice(steps, num_it)):
+        for step, batch in self.inputs.steps(itertools.islice(steps, num_it), self.image_size):
             optimizer.set_rate(self.optimizer, sweep.rate)
             sweep.record(self.world.sum(self._step(batch, step)).item())
             if sweep.finished:
@@ -203,8 +276,79 @@ class FineTune:
         self.load_state(before)
         return sweep.curve()
 
+    # --- Stages, and what the next epoch is ---------------------------------------------------------------------------
+
+    def _enter_stage(self) -> None:
+        """Sets up what differs between the frozen and the unfrozen stage: gradients, rates, optimizer, schedule."""
+        recipe, frozen = self.recipe, self.frozen
+        if frozen:
+            self.network.freeze_backbone(recipe.train_bn)
+        else:
+            self.network.unfreeze()
+        groups = self.network.layer_groups(recipe.layer_groups)
+        rates = schedule.stage_rates(recipe, len(groups), frozen=frozen)
+        self.optimizer = optimizer.adamw(groups, rates, recipe)
+        self.draws = True  # until a step shows that the network draws nothing
+        self.cycle = schedule.stage_cycle(recipe, frozen=frozen)
+        self.stage_epochs = recipe.freeze_epochs if frozen else recipe.epochs
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
+        # The wrapper of the stage before must be gone, or its gradient hooks would average a second time.
+        self.parallel_model = self.network.model
+        gc.collect()
+        self.parallel_model = self.world.wrap(self.network.model, self.device)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the next epoch trains only the head."""
+        return self.epochs_done < self.recipe.freeze_epochs
+
+    @property
+    def image_size(self) -> int:
+        """px; of the next epoch, and of the model after the last one."""
+        return self.recipe.image_size_at(self.epochs_done)
+
+    @property
+    def batch_size(self) -> int:
+        """Of the next epoch, over all workers."""
+        return min(self.recipe.batch_size_at(self.epochs_done), len(self.train_indices))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Of the next epoch: whole batches only."""
+        return len(self.train_indices) // self.batch_size
+
+    @property
+    def progress(self) -> int:
+        """Percent of the unfrozen stage that is done; 0 during the frozen one, unless it is the last stage."""
+        if self.epochs_done == self.recipe.total_epochs:
+            return 100
+        unfrozen_done = max(0, self.epochs_done - self.recipe.freeze_epochs)
+        return 100 * unfrozen_done // max(1, self.recipe.epochs)
+
+    @property
+    def can_split_further(self) -> bool:
+        """Whether the next epoch's batches can be split into more parts."""
+        return self.batch_parts < self._max_parts
+
+    @property
+    def min_images(self) -> int:
+        """Of a part of a batch: the batch norms of the mlp head, which see no pixels, need two for their statistics."""
+        return 2 if self.recipe.head == "mlp" else 1
+
+    @property
+    def _max_parts(self) -> int:
+        return max(1, self.batch_size // self.world.size // self.min_images)
+
+    # --- The state ----------------------------------------------------------------------------------------------------
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        names = ("presize", "resize_method", "image_size")
+        sizes = {name: getattr(self.recipe, name) for name in names}
+        return Preprocessing(**sizes, mean=self.network.mean, std=self.network.std, white_level=self.white_level)
+
     def state(self) -> Files:
-        """All that is needed to go on from here, as the files of a checkpoint. Nothing random needs to be kept."""
+        """All that is needed to continue from here, as the files of a checkpoint. No random state is among it."""
         training = io.BytesIO()
         parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         torch.save({"epochs_done": self.epochs_done, **parts}, training)
@@ -216,187 +360,15 @@ class FineTune:
         }
 
     def load_state(self, state: Files) -> None:
-        """Go on from `state`, which any number of workers may have made."""
+        """Continue from `state`, which any number of workers may have made."""
         self.network.model.load_state_dict(safetensors.torch.load(state[WEIGHTS_FILE]))
         # To the CPU first: the optimizer moves what it needs to the parameters' device.
         training = torch.load(io.BytesIO(state[TRAINING_FILE]), map_location="cpu", weights_only=True)
         self.epochs_done = training["epochs_done"]
         self._enter_stage()
         self.optimizer.load_state_dict(training["optimizer"])
-        if training["scaler"]:  # none where the worker before this one had bf16
+        if training["scaler"]:  # empty if the worker that saved it had bf16
             self.scaler.load_state_dict(training["scaler"])
 
     def close(self) -> None:
-        self.loader.close()
-
-    def _enter_stage(self) -> None:
-        """Set up what the frozen and the unfrozen stage do not share: gradients, rates, optimizer, schedule."""
-        recipe, frozen = self.recipe, self.frozen
-        if frozen:
-            self.network.freeze_backbone(recipe.train_bn)
-        else:
-            self.network.unfreeze()
-        groups = self.network.layer_groups(recipe.layer_groups)
-        rates = schedule.stage_rates(recipe, len(groups), frozen=frozen)
-        self.optimizer = optimizer.adamw(groups, rates, recipe)
-        self.draws = True  # as far as is known
-        self.cycle = schedule.stage_cycle(recipe, frozen=frozen)
-        self.stage_epochs = recipe.freeze_epochs if frozen else recipe.epochs
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
-        # The wrapper of the stage before must be gone, or its gradient hooks would average a second time.
-        self.parallel_model = None
-        gc.collect()
-        self.parallel_model = self.world.wrap(self.network.model, self.device)
-
-    def _train(self) -> float:
-        """One epoch of steps; the mean loss over them."""
-        self.network.train(frozen=self.frozen, train_bn=self.recipe.train_bn)
-        torch.manual_seed(self.recipe.seed * 10_007 + self.epochs_done)  # dropout
-        num_steps = self.steps_per_epoch
-        losses, unchecked = [], []
-        for number, (step, batch) in enumerate(self._with_batches(self._steps(self.epochs_done))):
-            optimizer.set_position(self.optimizer, self.cycle, self._position(number / num_steps))
-            unchecked.append(self._step(batch, step))
-            if len(unchecked) == STEPS_PER_CHECK or number + 1 == num_steps:
-                losses += self._checked(unchecked, len(losses), num_steps)
-                unchecked = []
-        return float(np.mean(losses))
-
-    def _position(self, epoch_share: float) -> float:
-        """Where in the stage's cycle the current epoch is when `epoch_share` of its steps are done."""
-        stage_epochs_done = self.epochs_done - (0 if self.frozen else self.recipe.freeze_epochs)
-        return (stage_epochs_done + epoch_share) / self.stage_epochs
-
-    def _step(self, batch: torch.Tensor, step: Step) -> torch.Tensor:
-        """One optimizer step; this worker's part of the batch's mean loss."""
-        inputs, targets = self._mixed(batch, step)
-        num_parts = min(self.batch_parts, self._most_parts)
-        losses = []
-        for part in range(num_parts):
-            rows, last = share(len(inputs), part, num_parts), part + 1 == num_parts
-            # Workers average their gradients once, with the last part.
-            with self.world.gradients_later(self.parallel_model, not last):
-                with self._autocast(), self._whole_batch(rows, last):
-                    logits = self.parallel_model(inputs[rows]).float()
-                value = loss.cross_entropy(logits, targets[rows], self.recipe.smoothing) / self.batch_size
-                # The workers' gradients are averaged, but their losses add up.
-                self.scaler.scale(value * self.world.size).backward()
-            losses.append(value.detach())
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.on_progress()
-        return sum(losses)
-
-    @contextmanager
-    def _whole_batch(self, rows: slice, last: bool) -> Iterator[None]:
-        """Within it, `rows` of this worker's share see the whole batch's dropout, as do all parts until the last.
-
-        A network that draws nothing for its images in a stage's first step is not watched in the others: being watched
-        costs microseconds a call.
-        """
-        first = self.world.share(self.batch_size).start
-        devices = [self.device] if self.device.type == "cuda" else []
-        whole_batch = WholeBatch(slice(first + rows.start, first + rows.stop), self.batch_size)
-        with torch.random.fork_rng(devices, enabled=not last), whole_batch if self.draws else nullcontext():
-            yield
-        self.draws = whole_batch.has_drawn
-
-    def _steps(self, epoch: int) -> Iterator[Step]:
-        return plan_epoch(
-            self.recipe,
-            self.train_indices,
-            epoch=epoch,
-            batch_size=self.batch_size,
-            share=self.world.share(self.batch_size),
-        )
-
-    def _with_batches(self, steps: Iterator[Step]) -> Iterator[tuple[Step, torch.Tensor]]:
-        """Each step and its batch; `steps` are drawn as the loader starts on them, a few ahead."""
-        steps, ahead = itertools.tee(steps)
-        plans = ((step.indices, step.augmentations) for step in ahead)
-        return zip(steps, self.loader.batches(plans, self.image_size, self.device), strict=True)
-
-    def _mixed(self, batch: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalized inputs and soft targets of this worker's rows, mixup included."""
-        inputs = self._normalized(batch)
-        targets = self._sent(loss.soft_targets(self.labels[step.indices], self.num_classes))
-        if step.second is None:
-            return inputs, targets
-        rows = [self._sent(torch.as_tensor(part)) for part in (step.first, step.second)]
-        weight = self._sent(torch.as_tensor(step.share, dtype=torch.float32))
-        mixed = loss.mix(inputs, *rows, weight).contiguous(memory_format=torch.channels_last)
-        return mixed, loss.mix(targets, *rows, weight)
-
-    def _my_validation_rows(self) -> tuple[slice, torch.Tensor]:
-        """Which rows of the validation split this worker labels, and their labels."""
-        rows = self.world.share(len(self.valid_indices))
-        return rows, self.labels[self.valid_indices[rows]].to(self.device)
-
-    @torch.inference_mode()
-    def _valid_logits(self, augmentations: augmentation.Augmentations) -> torch.Tensor:
-        """Logits (rows, classes) of this worker's validation images, augmented so."""
-        self.network.model.eval()
-        indices = self.valid_indices[self._my_validation_rows()[0]]
-        rows = max(1, self.batch_size // self.batch_parts)
-        chunks = [slice(i, i + rows) for i in range(0, len(indices), rows)]
-        plans = [(indices[chunk], augmentations[chunk]) for chunk in chunks]
-        logits = [torch.empty(0, self.num_classes, device=self.device)]  # a worker may have no rows
-        for batch in self.loader.batches(plans, self.image_size, self.device):
-            with self._autocast():
-                logits.append(self.network.model(self._normalized(batch)).float())
-            self.on_progress()
-        return torch.cat(logits)
-
-    def _normalized(self, batch: torch.Tensor) -> torch.Tensor:
-        return normalized(batch, self.mean, self.std)
-
-    def _sent(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` on the device, without the host waiting for the steps before."""
-        pinned = values.pin_memory() if self.device.type == "cuda" else values
-        return pinned.to(self.device, non_blocking=True)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
-
-    def _checked(self, losses: list[torch.Tensor], before: int, num_steps: int) -> list[float]:
-        """The losses of some steps over all workers, `before` steps of the epoch having gone before them."""
-        losses = self.world.sum(torch.stack(losses).double()).cpu().numpy()
-        for number, value in enumerate(losses, start=before):
-            if not np.isfinite(value):
-                peak = max(group["lr_max"] for group in self.optimizer.param_groups)
-                rate = peak * self.cycle.lr_factor(self._position(number / num_steps))
-                raise Diverged(
-                    f"training loss is {value} at epoch {self.epochs_done + 1}, step {number + 1} of {num_steps} "
-                    f"(head's learning rate {rate:.2g})"
-                )
-        return losses.tolist()
-
-
-def require_same_images(images: PresizedImages, world: World) -> None:
-    """Raises `DataError` where the workers of a training have different images: one that a single node cannot read
-    would shift all that follow it there."""
-    found = world.gather((socket.gethostname(), images.digest, len(images), images.unreadable[:3]))
-    if len({digest for _, digest, _, _ in found}) > 1:
-        nodes = (
-            f"{node} (worker {rank}) has {count}" + (f" and cannot read {', '.join(map(repr, bad))}" if bad else "")
-            for rank, (node, _, count, bad) in enumerate(found)
-        )
-        raise DataError(
-            f"The nodes of this trial have different images: {'; '.join(nodes)}. Every node needs the same files, with "
-            "the same content."
-        )
-
-
-def autocast_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
-    """What the forward pass computes in under `torch.autocast`; None for plain fp32."""
-    precision = recipe.precision
-    if precision == "auto" and device.type == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif precision == "auto":
-        # Small images gain nothing on a CPU. At 32 px they would even lose: where a network shrinks them to 1 x 1,
-        # oneDNN leaves most of the weight gradient of a 3 x 3 convolution unset in bf16 (torch 2.14).
-        has, smallest = torch.cpu.get_capabilities(), min(recipe.start_size or recipe.image_size, recipe.image_size)
-        has_bf16 = has.get("avx512_bf16") or has.get("amx_bf16")
-        precision = "bf16" if has_bf16 and smallest >= MIN_CPU_BF16_SIZE else "fp32"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        self.inputs.close()
