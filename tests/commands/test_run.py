@@ -148,7 +148,7 @@ def test_a_seed_that_no_training_can_have_is_refused(command):
 def test_an_architecture_that_does_not_train_is_refused_before_ray_starts(command):
     ended = command("--space", "imagenette", "--set", "arch=resnet81", "--set", "pretrained=false", timeout=120)
     assert_refused(ended, "arch='resnet81' is not a timm architecture. Names like it: resnet")
-    assert ended.stdout == "trying out whether these can be trained: resnet81\n"
+    assert ended.stdout == "checking that these can be trained: resnet81\n"
 
 
 def test_a_missing_folder_is_refused(command, tmp_path):

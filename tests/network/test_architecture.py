@@ -49,8 +49,8 @@ def test_every_kind_of_network_that_passes_trains_in_both_stages(colour_images, 
         ),
         ({"arch": "gemma4_vit_167m_enc"}, "has no classifier, it only makes features. Choose another architecture"),
         ({"arch": "pit_ti_distilled_224", "head": "mlp"}, "has 2 classifiers; expected head=linear"),
-        ({"arch": "test_vit", "concat_pool": True}, "does not take these options"),
-        ({"arch": "test_vit", "start_size": 64}, "at start_size=64: test_vit takes images of one size only"),
+        ({"arch": "test_vit", "concat_pool": True}, "does not accept the options"),
+        ({"arch": "test_vit", "start_size": 64}, "at start_size=64: test_vit accepts images of only one size"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_with_the_reason_and_what_to_choose(settings, problem):
@@ -61,7 +61,7 @@ def test_what_cannot_be_trained_is_refused_with_the_reason_and_what_to_choose(se
 
 
 def test_the_projects_own_architectures_start_no_process(monkeypatch):
-    monkeypatch.setattr(architecture.subprocess, "run", lambda *args, **kwargs: pytest.fail("started a process"))
+    monkeypatch.setattr(architecture, "run_module", lambda *args, **kwargs: pytest.fail("started a process"))
     for name in ("quickstart", "pets", "imagenette"):
         assert load_space(name).settings["arch"] in known()
         require_trainable(to_try(load_space(name)))
@@ -80,7 +80,7 @@ def test_what_has_passed_is_not_tried_again(tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_SEARCH_CACHE", str(tmp_path))
     recipe = {"arch": "test_resnet", "head": "linear", "concat_pool": False, "image_size": 32, "start_size": 0}
     require_trainable([recipe])
-    monkeypatch.setattr(architecture.subprocess, "run", lambda *args, **kwargs: pytest.fail("started a process"))
+    monkeypatch.setattr(architecture, "run_module", lambda *args, **kwargs: pytest.fail("started a process"))
     require_trainable([recipe])
 
 

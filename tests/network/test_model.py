@@ -131,7 +131,7 @@ def test_concat_pooling_doubles_what_the_head_sees(arch):
 
 @pytest.mark.parametrize("arch", ["test_vit", "test_convnext"])
 def test_concat_pooling_where_there_is_none_is_refused(arch):
-    with pytest.raises(ValueError, match=rf"{arch} does not take these options .*catavgmax"):
+    with pytest.raises(ValueError, match=rf"{arch} does not accept the options .*catavgmax"):
         network(arch, concat_pool=True)
 
 

@@ -59,7 +59,7 @@ def test_a_folder_without_the_file_is_an_error_and_no_installed_package_is_taken
 
 
 def test_a_folder_names_every_file_that_it_lacks_at_once_and_asks_no_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained_weights.subprocess, "run", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    monkeypatch.setattr(pretrained_weights, "run_module", lambda *args, **kwargs: pytest.fail("asked the hub"))
     (tmp_path / "resnet18.safetensors").touch()
     with pytest.raises(WeightsError) as error:
         require_weights(["resnet18.tv_in1k", "resnet34.tv_in1k", "convnext_atto"], tmp_path)
@@ -67,7 +67,7 @@ def test_a_folder_names_every_file_that_it_lacks_at_once_and_asks_no_hub(tmp_pat
     assert "resnet34.tv_in1k (looked for resnet34.tv_in1k.safetensors and resnet34.safetensors); conv" in message
     assert "convnext_atto (looked for convnext_atto.safetensors)" in message and "resnet18.tv_in1k" not in message
     assert "It holds 1 such file ('resnet18.safetensors')" in message
-    for way_on in ("Add what is missing", "leave --weights out", "--set pretrained=false"):
+    for way_on in ("Add the missing files", "omit --weights", "--set pretrained=false"):
         assert way_on in message
 
 
@@ -128,7 +128,7 @@ def test_a_file_in_timm_names_is_used_where_it_lies(tmp_path):
 
 
 def test_local_weights_need_no_child_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained_weights.subprocess, "run", lambda *args, **kwargs: pytest.fail("started a process"))
+    monkeypatch.setattr(pretrained_weights, "run_module", lambda *args, **kwargs: pytest.fail("started a process"))
     (tmp_path / "resnet18.safetensors").touch()
     require_weights(["resnet18.tv_in1k", "resnet18.a1_in1k"], tmp_path)
 

@@ -51,7 +51,7 @@ def test_a_damaged_one_is_left_out_and_said(tmp_path, caplog, name, content):
     save(tmp_path, 1, FILES, {"epoch": 1})
     (tmp_path / "epoch_0001" / name).write_bytes(content)
     assert last_whole(tmp_path) is None
-    assert "epoch_0001 is damaged and left out" in caplog.text
+    assert f"skipping the damaged checkpoint {tmp_path / 'epoch_0001'}" in caplog.text
     save(tmp_path, 1, FILES, {"epoch": 1})  # the trial has begun anew
     assert last_whole(tmp_path) == (FILES, {"epoch": 1})
 

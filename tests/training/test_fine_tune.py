@@ -23,8 +23,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from trainables import finetune
 from trainables.data.layouts import find_images
 from trainables.data.presize import PresizedImages, presize
+from trainables.network.precision import autocast_dtype
 from trainables.network.schedule import stage_cycle
 from trainables.recipe import Recipe
+from trainables.training import fine_tune as fine_tune_module
 from trainables.training.distributed import share_batch_norm
 from trainables.training.fine_tune import Diverged, FineTune
 
@@ -157,7 +159,7 @@ def test_a_diverged_training_names_the_epoch_and_the_rate(colour_images):
 
 
 def test_a_diverged_training_ends_at_once(colour_images, monkeypatch):
-    monkeypatch.setattr(finetune, "STEPS_PER_CHECK", 4)
+    monkeypatch.setattr(fine_tune_module, "STEPS_PER_CHECK", 4)
     training = fine_tune(colour_images, arch="test_vit", batch_size=2, freeze_epochs=0, epochs=1, head="linear")
     assert training.steps_per_epoch > 8
     for group in training.optimizer.param_groups:

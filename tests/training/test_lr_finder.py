@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from trainables.training.lr_finder import (
-    SHORTEST,
+    MIN_POINTS,
     Curve,
     SmoothedLoss,
     Sweep,
@@ -172,7 +172,7 @@ def test_a_short_curve_is_refused_with_its_length(points):
 
 
 def test_the_shortest_curve_has_suggestions():
-    assert len(suggestions(curve_of(np.linspace(2, 1, SHORTEST)))) == 4
+    assert len(suggestions(curve_of(np.linspace(2, 1, MIN_POINTS)))) == 4
 
 
 def test_an_early_nan_is_refused_with_what_is_left():

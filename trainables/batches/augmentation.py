@@ -1,28 +1,32 @@
-"""Batch augmentation: every geometric change of an image as one map of coordinates, read with one interpolation.
+"""Batch augmentation: all geometric changes of an image as one map of coordinates, read with one interpolation.
 
-The changes and their ranges are those of fastai's `aug_transforms` (fastai book, chapter 5). A map takes a point of the
-output square, both axes running from -1 to 1, to the point of the input square that it shows: a 3 x 3 homography.
-Here they are drawn, `warp_cpu` and `warp_gpu` make the pixels.
+The changes and their ranges are those of fastai's `aug_transforms` (fastai book, chapter 5). A map is a 3 x 3
+homography from a point of the output square, with both axes from -1 to 1, to the point of the input square that it
+shows. This module draws the maps; `warp_cpu` and `warp_gpu` make the pixels.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from trainables.recipe import Recipe
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Augmentations:
-    """What happens to each of n images, drawn for a whole batch so that it depends on the seed alone."""
+    """The changes of n images, drawn for a whole batch so that they depend only on the seed."""
 
-    window: np.ndarray  # (n,) where the square window lies along the longer side, 0 to 1
-    maps: np.ndarray  # (n, 3, 3) output point -> point of the window
-    lighting: np.ndarray  # (n, 256) uint8: the new value of each pixel value
-    crop: np.ndarray  # (n,) the height of the random crop that is part of the map; 1 = none
-    pad: bool = False  # the window lies over the full longer side instead, and images reflect beyond their edges
+    window: Floats  # (n,) position of the square window along the longer side, 0 to 1
+    maps: Floats  # (n, 3, 3) output point -> point of the window
+    lighting: npt.NDArray[np.uint8]  # (n, 256) the new value of each pixel value
+    crop: Floats  # (n,) height of the random crop that is part of the map; 1 = none
+    pad: bool = False  # the window covers the full longer side instead, and images reflect beyond their edges
 
-    def __getitem__(self, rows) -> "Augmentations":
+    def __getitem__(self, rows: Any) -> "Augmentations":
         return Augmentations(self.window[rows], self.maps[rows], self.lighting[rows], self.crop[rows], self.pad)
 
 
@@ -43,22 +47,23 @@ def draw(rng: np.random.Generator, n: int, recipe: Recipe) -> Augmentations:
     return Augmentations(window, maps, lighting, crop[:, 1, 1], recipe.resize_method == "pad")
 
 
-def compose(*, flip: np.ndarray, rotation: np.ndarray, zoom: np.ndarray, warp: np.ndarray, crop: np.ndarray):
-    """One map (n, 3, 3) of all, in fastai's order: the image is warped, flipped, rotated, zoomed, then cropped."""
-    return warp @ flip @ rotation @ zoom @ crop
+def compose(*, flip: Floats, rotation: Floats, zoom: Floats, warp: Floats, crop: Floats) -> Floats:
+    """All maps as one (n, 3, 3) in fastai's order: the image is warped, flipped, rotated, zoomed, then cropped."""
+    composed: Floats = warp @ flip @ rotation @ zoom @ crop
+    return composed
 
 
 def centre(n: int, resize_method: str = "crop") -> Augmentations:
-    """What validation sees: the centre square, as it is."""
+    """For validation: the unchanged centre square."""
     maps = np.broadcast_to(np.eye(3), (n, 3, 3))
     unchanged = np.broadcast_to(np.arange(256, dtype=np.uint8), (n, 256))
     return Augmentations(np.full(n, 0.5), maps, unchanged, np.ones(n), resize_method == "pad")
 
 
-def random_crops(rng: np.random.Generator, n: int, min_scale: float, max_aspect: float = 1.0) -> np.ndarray:
-    """Maps to crops that keep `min_scale` to all of the area, anywhere inside; their sides differ by `max_aspect`.
+def random_crops(rng: np.random.Generator, n: int, min_scale: float, max_aspect: float = 1.0) -> Floats:
+    """Maps to crops of `min_scale` to all of the area, anywhere inside, whose sides differ by at most `max_aspect`.
 
-    As in fastai, a crop that does not fit inside is drawn again, and after ten such draws nothing is cropped.
+    As in fastai, a crop that does not fit is drawn again, and after ten tries nothing is cropped.
     """
     limit = np.log(max_aspect)
     area, aspect = rng.uniform(min_scale, 1, (10, n)), np.exp(rng.uniform(-limit, limit, (10, n)))
@@ -71,8 +76,8 @@ def random_crops(rng: np.random.Generator, n: int, min_scale: float, max_aspect:
     return maps
 
 
-def rotations(degrees: np.ndarray) -> np.ndarray:
-    """Maps that turn the picture clockwise."""
+def rotations(degrees: Floats) -> Floats:
+    """Maps that turn the image clockwise."""
     maps = _identity(len(degrees))
     angle = np.deg2rad(degrees)
     maps[:, 0, 0] = maps[:, 1, 1] = np.cos(angle)
@@ -81,7 +86,7 @@ def rotations(degrees: np.ndarray) -> np.ndarray:
     return maps
 
 
-def zooms(factors: np.ndarray, centres: np.ndarray) -> np.ndarray:
+def zooms(factors: Floats, centres: Floats) -> Floats:
     """Maps that enlarge by `factors` (n,) around `centres` (n, 2) in -1..1."""
     maps = _identity(len(factors))
     maps[:, 0, 0] = maps[:, 1, 1] = 1 / factors
@@ -89,20 +94,20 @@ def zooms(factors: np.ndarray, centres: np.ndarray) -> np.ndarray:
     return maps
 
 
-def flips(flip: np.ndarray) -> np.ndarray:
+def flips(flip: npt.NDArray[np.bool_]) -> Floats:
     maps = _identity(len(flip))
     maps[:, 0, 0] = np.where(flip, -1, 1)
     return maps
 
 
-def warps(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Perspective maps that shear opposite sides by `x` and `y`, as if the picture were seen from the side or below."""
+def warps(x: Floats, y: Floats) -> Floats:
+    """Perspective maps that shear opposite sides by `x` and `y`, as if the image were seen from the side or below."""
     corners = np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]], np.float64)
     moved = corners - corners.prod(axis=1, keepdims=True) * np.stack([y, x], axis=1)[:, None]
     return _homographies(moved, np.broadcast_to(corners, moved.shape))
 
 
-def _homographies(points: np.ndarray, images: np.ndarray) -> np.ndarray:
+def _homographies(points: Floats, images: Floats) -> Floats:
     """Maps (n, 3, 3) that take four `points` (n, 4, 2) each to their `images` (n, 4, 2), last entry 1."""
     n = len(points)
     homogeneous, zeros = np.concatenate([points, np.ones((n, 4, 1))], axis=2), np.zeros((n, 4, 3))
@@ -114,22 +119,23 @@ def _homographies(points: np.ndarray, images: np.ndarray) -> np.ndarray:
     return np.concatenate([entries[..., 0], np.ones((n, 1))], axis=1).reshape(n, 3, 3)
 
 
-def lighting_tables(brightness: np.ndarray, contrast: np.ndarray) -> np.ndarray:
-    """Lighting changes as one table of 256 uint8 values per image.
+def lighting_tables(brightness: Floats, contrast: Floats) -> npt.NDArray[np.uint8]:
+    """Changes of lighting as one table of 256 values per image.
 
     `brightness` (n,) in -1..1 moves mid-grey to 0.5 * (1 + brightness), then `contrast` (n,) > 0 scales around it.
-    Both act on the logits of the pixel values, as in fastai, so no value leaves 0..1 and nothing clips.
+    Both act on the logits of the pixel values, as in fastai, so that no value leaves 0..1 or is clipped.
     """
     values = np.clip(np.arange(256) / 255, 1e-7, 1 - 1e-7)
     middle = 0.5 * (1 + brightness)
     logits = np.log(values / (1 - values)) + np.log(middle / (1 - middle))[:, None]
-    return np.round(255 / (1 + np.exp(-logits * contrast[:, None]))).astype(np.uint8)
+    scaled: Floats = 255 / (1 + np.exp(-logits * contrast[:, None]))
+    return np.round(scaled).astype(np.uint8)
 
 
-def _identity(n: int) -> np.ndarray:
+def _identity(n: int) -> Floats:
     return np.tile(np.eye(3), (n, 1, 1))
 
 
-def _maybe(rng: np.random.Generator, p: float, drawn: np.ndarray, otherwise: float) -> np.ndarray:
+def _maybe(rng: np.random.Generator, p: float, drawn: Floats, otherwise: float) -> Floats:
     """`drawn` (n,) for a share `p` of the images, `otherwise` for the rest."""
     return np.where(rng.random(len(drawn)) < p, drawn, otherwise)

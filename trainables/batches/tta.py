@@ -12,7 +12,7 @@ from trainables.recipe import Recipe
 def average(views: torch.Tensor, centre: torch.Tensor, beta: float) -> torch.Tensor:
     """Probabilities (n, classes) from augmented `views` (v, n, classes) and the `centre` view (n, classes).
 
-    `beta` is the weight of the centre view beside the mean of the others.
+    `beta` is the weight of the centre view; the mean of the others has the rest.
     """
     return torch.lerp(views.mean(dim=0), centre, beta)
 
@@ -25,9 +25,9 @@ def predict(
     views: int,
     rows: slice = slice(None),
 ) -> torch.Tensor:
-    """Averaged probabilities (rows, classes) of n images; `logits` labels `rows` of them as augmented for each view.
+    """Averaged probabilities (rows, classes) of n images; `logits` predicts `rows` of them for each view.
 
-    The views are drawn for all n images from the recipe's seed, so that each worker can label its own rows.
+    The views are drawn for all n images from the recipe's seed, so that each worker can predict its own rows.
     """
     rng = np.random.default_rng([recipe.seed, recipe.total_epochs, n])
     augmented = [logits(augmentation.draw(rng, n, recipe)[rows]).softmax(dim=1) for _ in range(views)]

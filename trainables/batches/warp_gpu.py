@@ -1,23 +1,27 @@
-"""Augmentation of a whole batch at once in torch, for GPUs: the pixels of `warp_cpu`, whatever the sizes of the images.
+"""Augmentation of a whole batch in torch, for GPUs: the pixels of `warp_cpu`, for images of any sizes.
 
 All images lie in one flat buffer on the device. Each output pixel is a weighted mean of `span` x `span` pixels gathered
-from it: 2 x 2 for bilinear reading; more where pixels are averaged first, all those in the bins that are read.
+from it: 2 x 2 for bilinear reading; if pixels are averaged first, all those in the bins that are read.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from trainables.batches.augmentation import Augmentations
 from trainables.batches.sampling_grid import Reading, readings
 
-# Output pixels times `span` made in one step: few steps keep the GPU busy, and each needs about 160 MB.
+Integers = npt.NDArray[np.int64]
+
 STEP = 2**22
+"""Output pixels times `span` of one step: few steps keep the GPU busy, and each needs about 160 MB."""
 
 
 def apply(
-    pixels: torch.Tensor, starts: np.ndarray, shapes: np.ndarray, augmentations: Augmentations, size: int
+    pixels: torch.Tensor, starts: Integers, shapes: Integers, augmentations: Augmentations, size: int
 ) -> torch.Tensor:
     """n images of the flat uint8 buffer `pixels` through `augmentations` to (n, 3, size, size) uint8, channels-last.
 
@@ -41,18 +45,20 @@ def apply(
     return batch.permute(0, 3, 1, 2)
 
 
-# --- On the host: what fits together ----------------------------------------------------------------------------------
+# --- On the host: which images make a step ----------------------------------------------------------------------------
 
 
-def _spans(reading: Reading) -> np.ndarray:
-    """How many pixels, (n,), two neighbouring bins cover at most along a side."""
+def _spans(reading: Reading) -> Integers:
+    """The most pixels, (n,), that two neighbouring bins cover along a side."""
     length, bins = reading.length, reading.bins
-    return (np.ceil(2 * length / bins) + (length % bins > 0)).max(axis=1).astype(int)
+    spans: npt.NDArray[np.float64] = np.ceil(2 * length / bins) + (length % bins > 0)
+    most: npt.NDArray[np.float64] = spans.max(axis=1)
+    return most.astype(int)
 
 
-def _parts(spans: np.ndarray, size: int) -> list[np.ndarray]:
-    """The numbers of the images, as sets of equal `spans` (n,) that one step can hold."""
-    parts = []
+def _parts(spans: Integers, size: int) -> list[Integers]:
+    """The numbers of the images, as sets of equal `spans` (n,) that fit into one step."""
+    parts: list[Integers] = []
     for span in np.unique(spans):
         rows = np.flatnonzero(spans == span)
         steps = -(-len(rows) * span * size**2 // STEP)
@@ -60,8 +66,8 @@ def _parts(spans: np.ndarray, size: int) -> list[np.ndarray]:
     return parts
 
 
-def _sent(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    """`array` on the device of `like`; nobody waits for it."""
+def _sent(array: npt.NDArray[Any], like: torch.Tensor) -> torch.Tensor:
+    """`array` on the device of `like`, without a wait."""
     tensor = torch.tensor(array)
     return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor.to(like.device)
 
@@ -76,7 +82,7 @@ def _warped(pixels: torch.Tensor, table: torch.Tensor, span: int, size: int, pad
     offset = table[:, 19].long().view(-1, 1, 1)
     axis = torch.arange(size, dtype=torch.float32, device=table.device)
     points = maps[:, :, 0] * axis + (maps[:, :, 1] * axis[:, None] + maps[:, :, 2])  # (n, 3, size, size)
-    # Points on a horizon are not finite; whatever they show, nothing is read from outside the image.
+    # Points on a horizon are not finite. They may show anything from inside the image.
     at = _reflected((points[:, :2] / points[:, 2:]).nan_to_num_(), bins - 1)
     reads = []
     for position, weight in _weights(at, length, bins, span):
@@ -95,7 +101,7 @@ def _warped(pixels: torch.Tensor, table: torch.Tensor, span: int, size: int, pad
 def _weights(
     at: torch.Tensor, length: torch.Tensor, bins: torch.Tensor, span: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The `span` pixels along each side, 0 to length - 1, that are read `at` a point of the bins, and their weights."""
+    """The `span` pixels along each side, 0 to length - 1, read for the point `at` of the bins, and their weights."""
     near = at.int()
     far, share = torch.minimum(near + 1, bins - 1), at - near
     if span == 2:  # every pixel is a bin
@@ -115,7 +121,7 @@ def _ceil_div(numbers: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
 
 
 def _reflected(at: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Any point as one of 0..last, mirrored about the first and last pixel centres as often as needed."""
+    """Points as ones in 0..last, reflected about the first and last pixel centres as often as needed."""
     period = (2 * last).clamp(min=1)
     at = at % period
     return torch.minimum(at, period - at)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,15 @@ T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
 """(height, width, 3) RGB, unless stated otherwise."""
 Source = Path | str | io.BytesIO
+
+
+class Images(Protocol):
+    """Images by index, such as a list of arrays or `PresizedImages`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Pixels: ...
+
 
 WHITE_16_BIT = 65535
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs

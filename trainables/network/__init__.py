@@ -1,1 +1,1 @@
-"""The network and how it is optimised: backbone, pretrained weights, loss, optimizer and schedule."""
+"""The network and its optimisation: backbone, pretrained weights, loss, optimizer and schedule."""

@@ -1,13 +1,11 @@
-"""Whether a network trains as a recipe says: found out before any worker starts, without data or weights.
+"""Checks before any worker starts that a network trains as a recipe says, without data or weights.
 
-The network runs on torch's meta device, which knows the shapes of tensors and not their numbers, so that even a large
-one takes a second. `require_trainable` imports no torch; a child process does.
+The network runs on torch's meta device, whose tensors have shapes but no values, so that even a large one takes only a
+second. `require_trainable` imports no torch; a child process does.
 """
 
 import json
 import logging
-import os
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -16,52 +14,49 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainables.recipe import Recipe
 from trainables.system.cache import cache_dir
+from trainables.system.new_process import run_module
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainables.network.model import Network
 
 logger = logging.getLogger(__name__)
 
 DECISIVE = ("arch", "head", "concat_pool", "image_size", "start_size")
-"""The settings on which it depends whether a network can be built and trained."""
+"""The settings that decide whether a network can be built and trained."""
 STRIDE = 32
-"""px; most networks that do not take every size take its multiples."""
-OTHER_SIZES = 2
-"""So many sizes are offered where one is refused."""
+"""px; most networks that do not accept every size accept multiples of it."""
+NUM_SUGGESTED = 2
+"""Sizes that are suggested instead of a refused one."""
 
 
 def require_trainable(recipes: Iterable[dict[str, Any]]) -> None:
-    """Raises one `ValueError` that says which `recipes`, given by their `DECISIVE` settings, no network can train.
+    """Raises one `ValueError` for all `recipes`, given by their `DECISIVE` settings, that cannot be trained.
 
-    What has passed with the same versions of torch and timm is remembered and not tried again.
+    Those that have passed with the same versions of torch and timm are not tried again.
     """
     untried = [recipe for recipe in recipes if not _pass(recipe).exists()]
     if not untried:
         return
     archs = ", ".join(dict.fromkeys(recipe["arch"] for recipe in untried))
-    logger.info("trying out whether these can be trained: %s", archs)
-    package_root = str(Path(__file__).resolve().parents[2])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([package_root, os.environ.get("PYTHONPATH", "")])}
-    child = subprocess.run(
-        [sys.executable, "-m", "trainables.network.architecture"],
-        input=json.dumps(untried),
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        check=False,
-    )
+    logger.info("checking that these can be trained: %s", archs)
+    child = run_module("trainables.network.architecture", stdin=json.dumps(untried))
     if child.returncode:
-        ended = f"{archs} could not be tried out: the process that does it ended with exit code {child.returncode}"
+        ended = f"{archs} could not be checked: the process for it ended with exit code {child.returncode}"
         raise ValueError(child.stdout.strip() or ended)
-    with suppress(OSError):  # then they are tried again the next time
+    with suppress(OSError):  # without a record they are tried again next time
         for recipe in untried:
             _pass(recipe).parent.mkdir(parents=True, exist_ok=True)
             _pass(recipe).touch()
 
 
 def _pass(recipe: dict[str, Any]) -> Path:
-    """The file that is there once `recipe` has passed."""
+    """The file that records that `recipe` has passed."""
     of = json.dumps([version("torch"), version("timm"), recipe], sort_keys=True)
     return cache_dir() / "architectures" / sha256(of.encode()).hexdigest()[:32]
 
@@ -80,7 +75,7 @@ def main() -> int:
 
 
 def try_out(recipe: Recipe) -> None:
-    """Raises `ValueError` that says why the network of `recipe` cannot be trained, and what to choose instead."""
+    """Raises `ValueError` if the network of `recipe` cannot be trained, with the reason and what to choose instead."""
     from trainables.network.model import check_architecture
 
     check_architecture(recipe.arch)
@@ -97,7 +92,7 @@ def try_out(recipe: Recipe) -> None:
 
 
 def _problem(recipe: Recipe) -> str | None:
-    """Why the network of `recipe` cannot be built, or makes no step in one of its stages; None where it trains."""
+    """Why the network of `recipe` cannot be built or make a step in one of its stages; None if it trains."""
     import torch
 
     from trainables.network.model import build
@@ -109,13 +104,13 @@ def _problem(recipe: Recipe) -> str | None:
                 _step(network, torch.empty(2, 3, size, size), recipe)
     except ValueError as error:
         return str(error).rstrip(".")
-    except Exception as error:  # each network has its own way to fail
+    except Exception as error:  # networks raise errors of any kind
         text = shorten(str(error).rstrip("."), 100, placeholder="...")
         return f"the network stops with {type(error).__name__}{text and f' ({text})'}"
     return None
 
 
-def _step(network, images, recipe: Recipe) -> None:
+def _step(network: "Network", images: "torch.Tensor", recipe: Recipe) -> None:
     """One frozen and one unfrozen step, and an evaluation."""
     network.layer_groups(recipe.layer_groups)
     for frozen in (True, False):
@@ -126,25 +121,26 @@ def _step(network, images, recipe: Recipe) -> None:
     _logits(network.model, images)
 
 
-def _logits(model, images):
-    found = model(images)
-    if tuple(getattr(found, "shape", ())) != (len(images), 3):
-        what = f"a tensor of shape {tuple(found.shape)}" if hasattr(found, "shape") else f"a {type(found).__name__}"
+def _logits(model: "torch.nn.Module", images: "torch.Tensor") -> "torch.Tensor":
+    logits: torch.Tensor = model(images)
+    if tuple(getattr(logits, "shape", ())) != (len(images), 3):
+        what = f"a tensor of shape {tuple(logits.shape)}" if hasattr(logits, "shape") else f"a {type(logits).__name__}"
         raise ValueError(f"it returns {what}, expected one score per image and class")
-    return found
+    return logits
 
 
 def _other_sizes(recipe: Recipe) -> Sequence[int]:
-    """Image sizes at which the network trains, the next ones first."""
+    """Image sizes close to the recipe's at which the network trains."""
     import timm
 
     config = timm.get_pretrained_cfg(recipe.arch)
-    size, own = recipe.image_size, [shape[-1] for shape in (config.input_size, config.min_input_size) if shape]
+    shapes = (config.input_size, config.min_input_size) if config else ()
+    size, own = recipe.image_size, [shape[-1] for shape in shapes if shape]
     below = size // STRIDE * STRIDE
     candidates = sorted({*own, below, below + STRIDE} - {size, 0}, key=lambda other: abs(other - size))
     recipe = replace(recipe, start_size=0, presize=4096)
     works = (other for other in candidates if _problem(replace(recipe, image_size=other)) is None)
-    return sorted(other for other, _ in zip(works, range(OTHER_SIZES), strict=False))
+    return sorted(other for other, _ in zip(works, range(NUM_SUGGESTED), strict=False))
 
 
 if __name__ == "__main__":

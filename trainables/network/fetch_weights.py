@@ -17,7 +17,7 @@ def main() -> None:
     args = parser.parse_args()
     unreachable = _hub_unreachable()
     if unreachable:
-        # The hub's client would retry for most of a minute; offline it looks into its cache and says so at once.
+        # The hub's client would retry for most of a minute. Offline, it only looks into its cache.
         os.environ["HF_HUB_OFFLINE"] = "1"
     import timm
 
@@ -30,19 +30,19 @@ def main() -> None:
         except ValueError as error:
             print(error)
             sys.exit(2)
-        except Exception as error:  # the hub's clients raise all kinds; the message names which
+        except Exception as error:  # the hub's clients raise many kinds; the message names it
             print(no_weights_message(arch, unreachable or error))
             sys.exit(2)
 
 
 def _hub_unreachable() -> OSError | None:
     if getproxies().get("https"):
-        return None  # names are the proxy's to find
+        return None  # the proxy resolves names
     host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
     try:
         socket.getaddrinfo(host, 443)
     except OSError as error:
-        return OSError(f"{host} is not to be found ({error.strerror})")
+        return OSError(f"{host} cannot be resolved ({error.strerror})")
     return None
 
 

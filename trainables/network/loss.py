@@ -1,4 +1,4 @@
-"""What a step minimises: cross-entropy with label smoothing, on images and targets mixed by mixup."""
+"""The loss: cross-entropy with label smoothing, on images and targets mixed by mixup."""
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +9,11 @@ def soft_targets(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     return F.one_hot(labels, num_classes).float()
 
 
-def mix(values: torch.Tensor, first: torch.Tensor, second: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """Mixup (Zhang et al. 2018): `share` (n,) of rows `first` of `values` and the rest of rows `second`."""
-    return torch.lerp(values[second], values[first], share.view(-1, *[1] * (values.ndim - 1)))
+def mix(values: torch.Tensor, first: torch.Tensor, second: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+    """Mixup (Zhang et al. 2018): weight `lam` (n,) on rows `first` of `values` and 1 - `lam` on rows `second`."""
+    return torch.lerp(values[second], values[first], lam.view(-1, *[1] * (values.ndim - 1)))
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Sum over rows, where a label weighs 1 - smoothing + smoothing / N and each other class smoothing / N."""
+    """Sum over rows; a label has weight 1 - smoothing + smoothing / N, every other class smoothing / N."""
     return F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="sum")

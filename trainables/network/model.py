@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -16,6 +17,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from trainables.network.dropout import share_position_dropout
 from trainables.network.pretrained_weights import (
+    Channels,
     WeightsError,
     WeightsFile,
     find_weights,
@@ -30,23 +32,23 @@ FASTAI_NORMS = (_BatchNorm, _InstanceNorm, nn.LayerNorm)
 
 @dataclass(frozen=True)
 class Network:
-    """A model with what training and prediction must know of it."""
+    """A model and the statistics of its inputs."""
 
     model: nn.Module
-    mean: tuple[float, float, float]  # per RGB channel, of pixels in 0..1
-    std: tuple[float, float, float]
+    mean: Channels  # per RGB channel, of pixels in 0..1
+    std: Channels
 
     @property
     def classifier(self) -> nn.Module:
-        """The module that maps pooled features to classes; a list of them where the network averages several."""
+        """The module that maps pooled features to classes; a list of them if the network averages several."""
         modules = [self.model.get_submodule(name) for name in classifier_names(self.model)]
         return modules[0] if len(modules) == 1 else nn.ModuleList(modules)
 
     def layer_groups(self, kind: str) -> list[list[nn.Parameter]]:
         """Parameters from the earliest layers to the head, which is the last group.
 
-        `kind` blocks cuts the backbone where timm's `group_matcher` (coarse) does, so every timm architecture has
-        groups; fastai cuts a ResNet after its second stage, as fastai's `_resnet_split`, and no other backbone.
+        `kind` blocks splits the backbone as timm's `group_matcher` (coarse), which covers all architectures; fastai
+        splits a ResNet after its second stage, as fastai's `_resnet_split`, and no other backbone.
         """
         parameters = dict(self.model.named_parameters())
         head = tuple(f"{name}." for name in classifier_names(self.model))
@@ -56,7 +58,7 @@ class Network:
         return [[parameters[name] for name in names] for names in groups if names]
 
     def freeze_backbone(self, train_bn: str) -> None:
-        """Train the head, and with `train_bn` always the backbone's norms; autograd computes no more."""
+        """Only the head trains, and with `train_bn` always the backbone's norms."""
         self.model.requires_grad_(False)
         if train_bn == "always":
             for module in self.model.modules():
@@ -80,45 +82,45 @@ class Network:
 
 
 def build(recipe: Recipe, num_classes: int, weights: Path | None = None, *, load_pretrained: bool = True) -> Network:
-    """The network of a recipe, with fresh head; `load_pretrained=False` where a checkpoint will be loaded over it.
+    """The network of a recipe with a new head; `load_pretrained=False` if a checkpoint will be loaded into it.
 
-    Raises `ValueError` for an architecture or a pooling that timm does not have, `WeightsError` where there are no
-    weights or they are not those of the architecture.
+    Raises `ValueError` for an architecture or a pooling that timm does not have, `WeightsError` if there are no weights
+    or they do not fit the architecture.
     """
     check_architecture(recipe.arch)
-    torch.manual_seed(recipe.seed)  # for the head's first weights
+    torch.manual_seed(recipe.seed)  # initialises the head
     source = find_weights(recipe.arch, weights) if recipe.pretrained else None
-    options = {"num_classes": num_classes}
+    options: dict[str, Any] = {"num_classes": num_classes}
     if recipe.concat_pool:
         options["global_pool"] = "catavgmax"
     if timm.get_pretrained_cfg_value(recipe.arch, "fixed_input_size"):
         if recipe.start_size:
-            raise ValueError(f"{recipe.arch} takes images of one size only, expected start_size=0")
-        options["img_size"] = recipe.image_size  # transformers with position embeddings; timm resizes pretrained ones
+            raise ValueError(f"{recipe.arch} accepts images of only one size, expected start_size=0")
+        options["img_size"] = recipe.image_size  # position embeddings of transformers; timm resizes pretrained ones
     if recipe.pretrained and load_pretrained:
         options["pretrained"] = True
         if source:
             options["pretrained_cfg_overlay"] = {"file": str(in_timm_names(source))}
     model = _create(recipe, options, source)
     share_position_dropout(model)
-    for module in _batch_norms(model):
-        module.momentum = recipe.bn_momentum
+    for batch_norm in _batch_norms(model):
+        batch_norm.momentum = recipe.bn_momentum
     if recipe.head == "mlp":
         _replace_classifier(model, recipe, num_classes)
     elif recipe.pretrained:
-        # From zeros (Kolesnikov et al. 2020) all classes start alike; some timm heads start so large that the first
+        # Zeros (Kolesnikov et al. 2020), so that all classes start equal: some timm heads start so large that the first
         # epochs only unlearn them.
         for name in classifier_names(model):
             for parameter in model.get_submodule(name).parameters():
                 nn.init.zeros_(parameter)
-    mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
-    if source and source.mean:
-        mean, std = source.mean, source.std
-    return Network(model, tuple(mean), tuple(std))
+    if source and source.mean and source.std:
+        return Network(model, source.mean, source.std)
+    config = _config(model)
+    return Network(model, tuple(config["mean"]), tuple(config["std"]))
 
 
 def check_architecture(arch: str) -> None:
-    """Raises `ValueError`, naming what there is, where timm has no such architecture or weight tag."""
+    """Raises `ValueError`, with similar names or the known tags, if timm has no such architecture or weight tag."""
     name, _, tag = arch.partition(".")
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=8)
@@ -128,11 +130,11 @@ def check_architecture(arch: str) -> None:
         raise ValueError(f"arch={arch!r} has an unknown weight tag. Known: {', '.join(tagged)}.")
 
 
-def _create(recipe: Recipe, options: dict, source: WeightsFile | None) -> nn.Module:
+def _create(recipe: Recipe, options: dict[str, Any], source: WeightsFile | None) -> nn.Module:
     try:
-        model = timm.create_model(recipe.arch, **options)
+        model: nn.Module = timm.create_model(recipe.arch, **options)
     except AssertionError as error:
-        raise ValueError(f"{recipe.arch} does not take these options {options}: {error}") from error
+        raise ValueError(f"{recipe.arch} does not accept the options {options}: {error}") from error
     except Exception as error:
         if not options.get("pretrained"):
             raise
@@ -146,33 +148,39 @@ def _create(recipe: Recipe, options: dict, source: WeightsFile | None) -> nn.Mod
 
 
 def _check_names(model: nn.Module, source: WeightsFile) -> None:
-    """Refuse a file that has nothing of `model`; timm would only log it, and the training would start from scratch."""
+    """Refuses a file without parameters of `model`, which timm would only log before it trains from scratch."""
     with safe_open(in_timm_names(source), framework="pt") as file:
         names = set(file.keys())
     if names.isdisjoint(model.state_dict()):
-        arch = model.pretrained_cfg["architecture"]
+        arch = _config(model)["architecture"]
         raise WeightsError(
             f"{source.path} holds none of the parameters of {arch}, expected timm's names such as "
             f"{next(iter(model.state_dict()))}; it has {', '.join(sorted(names)[:3])}"
         )
 
 
+def _config(model: nn.Module) -> dict[str, Any]:
+    """timm's description of a model."""
+    config: Any = model.pretrained_cfg
+    return dict(config)
+
+
 def classifier_names(model: nn.Module) -> list[str]:
     """Dotted names of the modules that map pooled features to classes: one, or several whose logits are averaged."""
-    names = model.pretrained_cfg.get("classifier") or ()
-    names = [names] if isinstance(names, str) else list(names)
+    found = _config(model).get("classifier") or ()
+    names = [found] if isinstance(found, str) else list(found)
     modules = dict(model.named_modules())
     if not names or not all(name in modules for name in names):
-        arch = model.pretrained_cfg.get("architecture")
-        raise ValueError(f"{arch} has no classifier, it only makes features")
+        raise ValueError(f"{_config(model).get('architecture')} has no classifier, it only makes features")
     return names
 
 
 def _by_depth(model: nn.Module, names: list[str]) -> list[list[str]]:
     body = set(names)
+    timm_model: Any = model
     try:
-        matcher = model.group_matcher(coarse=True)
-    except (AttributeError, AssertionError):  # some of timm's have none, and RDNet no coarse one
+        matcher = timm_model.group_matcher(coarse=True)
+    except (AttributeError, AssertionError):  # some of timm's have none, and RDNet has no coarse one
         return [list(group) for _, group in itertools.groupby(names, key=_part_of)]
     groups = timm.models.group_parameters(model, matcher).values()
     return [[name for name in group if name in body] for group in groups]
@@ -191,7 +199,7 @@ def _as_fastai(model: nn.Module, names: list[str]) -> list[list[str]]:
     return [[name for name in names if name not in late], late]
 
 
-def _batch_norms(model: nn.Module) -> Iterator[nn.Module]:
+def _batch_norms(model: nn.Module) -> Iterator[_BatchNorm]:
     return (module for module in model.modules() if isinstance(module, _BatchNorm))
 
 
@@ -207,7 +215,7 @@ def _replace_classifier(model: nn.Module, recipe: Recipe, num_classes: int) -> N
 
 
 def mlp_head(in_features: int, num_classes: int, recipe: Recipe) -> nn.Sequential:
-    """fastai's `create_head` after the pooling, initialised alike: twice norm, dropout and linear, a ReLU between."""
+    """fastai's `create_head` after the pooling, with its initialisation: norm, dropout, linear, ReLU, and once more."""
     head = nn.Sequential(
         nn.BatchNorm1d(in_features),
         nn.Dropout(recipe.dropout / 2),

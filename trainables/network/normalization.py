@@ -1,9 +1,9 @@
-"""Mean and deviation of the inputs, computed from the data where no pretrained weights say them."""
-
-from collections.abc import Sequence
+"""Mean and deviation of the inputs, computed from the data if there are no pretrained weights."""
 
 import numpy as np
+import numpy.typing as npt
 
+from trainables.data.image_file import Images
 from trainables.recipe import Recipe
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -16,8 +16,8 @@ def from_data(recipe: Recipe) -> bool:
     return recipe.normalize == "data" or (recipe.normalize == "auto" and not recipe.pretrained)
 
 
-def channel_statistics(images: Sequence[np.ndarray], indices: np.ndarray) -> Statistics:
-    """Statistics of `images[i]`, (h, w, 3) uint8: over all pixels of at most 1000 images, evenly chosen."""
+def channel_statistics(images: Images, indices: npt.NDArray[np.int64]) -> Statistics:
+    """Over all pixels of at most MAX_IMAGES images, evenly chosen from `indices`."""
     import cv2  # here, since training on a GPU with given statistics does not need it
 
     chosen = indices[np.linspace(0, len(indices) - 1, min(len(indices), MAX_IMAGES)).round().astype(int)]
@@ -30,5 +30,6 @@ def channel_statistics(images: Sequence[np.ndarray], indices: np.ndarray) -> Sta
         total += pixels * mean
         squares += pixels * (deviation**2 + mean**2)
     mean = total / count
-    deviation = np.sqrt(np.maximum(squares / count - mean**2, 1e-6))  # a grey data set is no reason to divide by 0
-    return tuple(mean.tolist()), tuple(deviation.tolist())
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 1e-6))  # no division by 0 for uniform images
+    (red, green, blue), (red_std, green_std, blue_std) = mean.tolist(), deviation.tolist()
+    return (red, green, blue), (red_std, green_std, blue_std)

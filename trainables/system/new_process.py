@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,16 +22,17 @@ def in_new_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) 
         return pool.submit(function, *args, **kwargs).result()
 
 
-def run_module(module: str, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+def run_module(
+    module: str, *arguments: str, stdin: str | None = None, environment: Mapping[str, str] = os.environ
+) -> subprocess.CompletedProcess[str]:
     """`python -m module`, which finds this project's modules as this process does; captures its stdout."""
-    root = str(Path(__file__).resolve().parents[2])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    python_path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
         input=stdin,
         stdout=subprocess.PIPE,
         text=True,
         errors="replace",
-        env=environment,
+        env={**environment, "PYTHONPATH": python_path},
         check=False,
     )

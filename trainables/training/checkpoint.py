@@ -1,6 +1,6 @@
-"""The files of a checkpoint: the weights, the preprocessing they want, and what going on with the training needs.
+"""The files of a checkpoint: the weights, their preprocessing, and the state of the training.
 
-A trial in training has a folder `epoch_<n>` with them for its last epoch; a kill at any moment leaves a whole one.
+A trial in training has a folder `epoch_<n>` with the files of its last epoch. A kill always leaves a complete one.
 """
 
 import json
@@ -22,7 +22,7 @@ RESULT_FILE = "result.json"
 """The epoch's result, and the CRC-32 of each other file."""
 
 ENDED_FILE = "ended.json"
-"""There once a trial has ended and its weights and its training are no longer kept here."""
+"""Marks the checkpoint of a trial that has ended, whose weights and training state are deleted."""
 
 logger = logging.getLogger(__name__)
 
@@ -32,25 +32,24 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """From an image to the input of the network, as validation does it in training."""
+    """How an image becomes the input of the network, as in validation during training."""
 
     presize: int
-    """px; images are brought to this first, by Pillow's bilinear filter."""
+    """px; images are resized to this first, by Pillow's bilinear filter."""
     resize_method: str
     """crop: `presize` is the shorter side, pad: the longer one, reflected to a square, squish: both."""
     image_size: int
-    """px; side of the square that the centre square is then brought to, see `warp_cpu.apply`."""
+    """px; then the centre square is resized to this side, see `warp_cpu.apply`."""
     mean: tuple[float, float, float]
-    """Per RGB channel, of values in 0..1; taken off first."""
+    """Per RGB channel, subtracted from values in 0..1."""
     std: tuple[float, float, float]
-    """Per RGB channel; then divided by."""
+    """Per RGB channel, the divisor after that."""
     white_level: int = 65535  # `image_file.WHITE_16_BIT`, whose module imports Pillow
     """The value that becomes 255 in images of more than 8 bits, see `image_file.white_level`."""
 
 
 def save(folder: Path, epoch: int, files: Files, result: dict[str, Any]) -> None:
-    """Make `epoch`'s files and its result the checkpoint in a trial's folder, in the place of the one before. Waits
-    while the disk is full."""
+    """Replaces the checkpoint in a trial's folder by `epoch`'s files and result. Waits while the disk is full."""
     before = newest(folder)
     partial, whole = folder / f".epoch_{epoch:04}.partial", folder / f"epoch_{epoch:04}"
 
@@ -62,33 +61,32 @@ def save(folder: Path, epoch: int, files: Files, result: dict[str, Any]) -> None
         partial.rename(whole)
 
     when_there_is_room(write_whole, folder)
-    if before not in (None, whole):
+    if before and before != whole:
         shutil.rmtree(before)
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint in a trial's folder; the later one where a kill left two."""
+    """The checkpoint in a trial's folder; the later one if a kill left two."""
     return max(folder.glob("epoch_*"), default=None)
 
 
 def last_whole(folder: Path) -> tuple[Files, dict[str, Any]] | None:
-    """The files and the result of the newest checkpoint that is as it was written, or None: a training begins anew
-    then."""
+    """The files and the result of the newest undamaged checkpoint; None if there is none, and training starts over."""
     for checkpoint in sorted(folder.glob("epoch_*"), reverse=True):
         try:
             record, files = json.loads((checkpoint / RESULT_FILE).read_bytes()), read(checkpoint)
             expected = files if (checkpoint / ENDED_FILE).exists() else record["crc32"]
             if damaged := [name for name in expected if zlib.crc32(files[name]) != record["crc32"][name]]:
-                raise ValueError(f"{', '.join(damaged)} is not what was written")
+                raise ValueError(f"wrong checksum of {', '.join(damaged)}")
             return files, record["result"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:  # not what a disk says that fails
-            logger.warning("the checkpoint %s is damaged and left out: %s", checkpoint, error)
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:  # errors of a failing disk are raised
+            logger.warning("skipping the damaged checkpoint %s: %s", checkpoint, error)
             shutil.rmtree(checkpoint, ignore_errors=True)
     return None
 
 
 def drop(folder: Path) -> None:
-    """Of a trial that has ended keep no more than its last result."""
+    """Deletes all of an ended trial's checkpoint but its result."""
     for checkpoint in folder.glob("*epoch_*"):
         when_there_is_room((checkpoint / ENDED_FILE).touch, checkpoint)
         for name in (WEIGHTS_FILE, TRAINING_FILE):
@@ -107,5 +105,5 @@ def read(folder: Path) -> Files:
 
 
 def model_only(files: Files) -> Files:
-    """What is worth keeping of a finished training."""
+    """The files to keep of a finished training."""
     return {name: content for name, content in files.items() if name != TRAINING_FILE}

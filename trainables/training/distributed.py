@@ -54,11 +54,12 @@ class World:
         if self.size == 1:
             return model
         device_ids = [device] if device.type == "cuda" else None
-        # Workers share batch statistics, so their buffers agree without a broadcast before each step. torch 2.14 renamed
-        # the option.
+        # Workers share batch statistics, so their buffers agree without a broadcast before each step. torch 2.14
+        # renamed the option.
         known = inspect.signature(DistributedDataParallel).parameters
         option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        return DistributedDataParallel(model, device_ids=device_ids, **{option: False})
+        options: dict[str, Any] = {"device_ids": device_ids, option: False}
+        return DistributedDataParallel(model, **options)
 
     def gradients_later(self, wrapped: nn.Module, later: bool) -> AbstractContextManager[None]:
         """Within it, a backward pass of the `wrapped` model leaves averaging to a later one if `later`."""
@@ -100,7 +101,7 @@ def init_from_environment() -> torch.device:
 
 def share_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     """`model` with batch norms that compute their statistics over the batch of all workers."""
-    from timm.layers import convert_sync_batchnorm
+    from timm.layers.norm_act import convert_sync_batchnorm
 
     model = convert_sync_batchnorm(model)
     if device.type == "cpu":
@@ -108,7 +109,7 @@ def share_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
             if isinstance(module, nn.SyncBatchNorm):
                 # torch's SyncBatchNorm refuses CPU tensors, and DistributedDataParallel refuses its subclasses on the
                 # CPU. Parameters and buffers stay, forward changes.
-                module.__class__ = CpuSyncBatchNorm
+                module.__class__ = CpuSyncBatchNorm  # type: ignore[assignment]
     return model
 
 
@@ -134,9 +135,12 @@ class CpuSyncBatchNorm(_BatchNorm):
         centred = values - (total / count).view(shape)
         # Two passes: a variance from the sum of squares is imprecise if the mean is large.
         variance = all_reduce((centred * centred).sum(other_dims)) / count
+        assert self.num_batches_tracked is not None and self.running_mean is not None  # all of timm's have them
+        assert self.running_var is not None and self.momentum is not None
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(total / count, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+        normalized: torch.Tensor = centred * scale.view(shape) + self.bias.view(shape)
+        return normalized.to(x.dtype)

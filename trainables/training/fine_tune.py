@@ -87,6 +87,8 @@ class FineTune:
         self.device = torch.device(device)
         self.world = World.current()
         self.epochs_done = 0
+        self.draws = True
+        """Whether the network draws random numbers in training, as far as is known."""
         require_same_images(images, self.world)
         self.train_indices, self.valid_indices = images.split(seed=split_seed)
         self.num_classes = len(images.classes)
@@ -98,7 +100,7 @@ class FineTune:
         self.network = model.build(recipe, self.num_classes, weights, load_pretrained=load_pretrained)
         if self.world.size > 1:
             self.network = self.network.with_model(share_batch_norm(self.network.model, self.device))
-        self.network.model.to(self.device, memory_format=torch.channels_last)
+        self.network.model.to(self.device).to(memory_format=torch.channels_last)
         if normalization.from_data(recipe):
             mean, std = normalization.channel_statistics(images, self.train_indices)
             self.network = replace(self.network, mean=mean, std=std)
@@ -288,7 +290,7 @@ class FineTune:
         groups = self.network.layer_groups(recipe.layer_groups)
         rates = schedule.stage_rates(recipe, len(groups), frozen=frozen)
         self.optimizer = optimizer.adamw(groups, rates, recipe)
-        self.draws = True  # until a step shows that the network draws nothing
+        self.draws = True
         self.cycle = schedule.stage_cycle(recipe, frozen=frozen)
         self.stage_epochs = recipe.freeze_epochs if frozen else recipe.epochs
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)

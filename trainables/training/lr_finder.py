@@ -1,37 +1,41 @@
 """The learning-rate range test (Smith 2015) as fastai's `Learner.lr_find` runs it: sweep, suggestions and plot.
 
 The rate grows exponentially while the network trains; the smoothed loss falls, flattens, then diverges. Numbers are
-float32 where fastai's tensors are, so that comparisons between nearly equal losses fall the same way. numpy only: who
-merely draws or reads a curve need not import torch.
+float32 where fastai's tensors are, so that comparisons of nearly equal losses agree. Imports no torch, which drawing or
+reading a curve does not need.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.floating]
 
 SKIPPED_LAST = 5
-"""Points at the curve's end that are neither drawn nor searched: there the loss has diverged."""
+"""Points at the curve's end that are neither drawn nor searched, since the loss has diverged there."""
 SLIDE_WIDTH = 15
 """Points between the two ends of the interval that `slide` moves along the curve."""
 SLIDE_THRESHOLD = 0.005
 """The interval stops where the loss's gradients at its two ends (loss per step) differ by no more than this."""
-SHORTEST = SLIDE_WIDTH + 1
-"""Points that must be left to search."""
+MIN_POINTS = SLIDE_WIDTH + 1
+"""Points that suggestions need."""
 DIVERGED = 4.0
-"""The sweep ends once the smoothed loss is more than this many times the lowest so far."""
+"""The sweep ends when the smoothed loss exceeds this multiple of the lowest so far."""
 
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """What a sweep recorded, one element per step: shape (steps,) each."""
+    """The record of a sweep, one element per step: shape (steps,) each."""
 
-    lrs: np.ndarray
+    lrs: Floats
     """Learning rate of the head (fastai records the last parameter group's), rising."""
-    losses: np.ndarray
-    """Smoothed training loss after the step's batch."""
-    batch_losses: np.ndarray | None = None
-    """The batches' own losses, not smoothed; only drawn."""
+    losses: Floats
+    """Smoothed training loss after the step."""
+    batch_losses: Floats | None = None
+    """Loss of each batch; only drawn."""
 
     def __post_init__(self) -> None:
         lengths = {len(values) for values in (self.lrs, self.losses, self.batch_losses) if values is not None}
@@ -48,9 +52,9 @@ class SmoothedLoss:
         self._mean = np.float32(0)
 
     def update(self, loss: float) -> float:
-        """Takes in a batch's loss, returns the mean so far.
+        """Adds a batch's loss and returns the mean so far.
 
-        `torch.lerp`'s rounding: the difference to float32, then product and sum at once (a fused multiply-add).
+        Rounds as `torch.lerp`: first the difference to float32, then product and sum together (fused multiply-add).
         """
         with np.errstate(over="ignore", invalid="ignore"):
             share = np.float32(1) - np.float32(self._beta)
@@ -62,7 +66,8 @@ class SmoothedLoss:
 
 def rate_at(step: int, num_it: int, start: float = 1e-7, end: float = 10.0) -> float:
     """Learning rate of step 0..num_it - 1, geometric from `start` towards `end` (fastai's `SchedExp`)."""
-    return start * (end / start) ** (step / num_it)
+    rate: float = start * (end / start) ** (step / num_it)
+    return rate
 
 
 def diverged(smoothed: float, best: float) -> bool:
@@ -71,16 +76,16 @@ def diverged(smoothed: float, best: float) -> bool:
 
 
 class Sweep:
-    """Keeps the books of one range test: give the next batch `rate`, `record` its loss, until `finished`.
+    """Records one range test: train a batch at `rate`, `record` its loss, until `finished`.
 
-    fastai's `LRFinder`. All parameter groups get the same rate; momentum and weight decay stay as they are.
+    fastai's `LRFinder`. All parameter groups get the same rate; momentum and weight decay do not change.
     """
 
     def __init__(self, num_it: int = 100, start: float = 1e-7, end: float = 10.0) -> None:
         self._num_it, self._start, self._end = num_it, start, end
         self._smoothed = SmoothedLoss()
         self._best = float("inf")
-        self._points: list[tuple[float, float, float]] = []  # rate, smoothed loss, the batch's own
+        self._points: list[tuple[float, float, float]] = []  # rate, smoothed loss, loss of the batch
         self._diverged = False
 
     @property
@@ -93,10 +98,10 @@ class Sweep:
         return self._diverged or len(self._points) >= self._num_it
 
     def record(self, loss: float) -> None:
-        """The mean loss of the batch that trained at `rate`."""
+        """Records the mean loss of the batch that trained at `rate`."""
         smoothed = self._smoothed.update(loss)
         self._points.append((self.rate, smoothed, loss))
-        if smoothed < self._best:
+        if smoothed < self._best:  # false for NaN
             self._best = smoothed
         self._diverged = diverged(smoothed, self._best)
 
@@ -108,9 +113,9 @@ class Sweep:
 def suggestions(curve: Curve, num_it: int = 100) -> dict[str, float]:
     """Learning rates by name, those of `lr_find(num_it=num_it, suggest_funcs=(valley, steep, minimum, slide))`.
 
-    valley: half way down the longest descent, fastai's default; steep: where the loss falls fastest; minimum: a tenth
-    of the rate with the lowest loss; slide: before the divergence, coming from the right. Raises `ValueError` when too
-    few points are left of the curve once its first tenth, its last 5 points and all from the first NaN on are dropped.
+    valley: halfway down the longest descent, fastai's default; steep: where the loss falls fastest; minimum: a tenth of
+    the rate with the lowest loss; slide: before the divergence, coming from the right. Raises `ValueError` if too few
+    points are left without the first tenth, the last 5 points and all from the first NaN on.
     """
     searched = slice(num_it // 10, -SKIPPED_LAST)
     lrs = np.asarray(curve.lrs[searched], dtype=np.float32)
@@ -118,10 +123,10 @@ def suggestions(curve: Curve, num_it: int = 100) -> dict[str, float]:
         losses = np.asarray(curve.losses[searched], dtype=np.float32)
     nan = np.flatnonzero(np.isnan(losses))
     left = int(nan[0]) if len(nan) else len(losses)
-    if left < SHORTEST:
+    if left < MIN_POINTS:
         raise ValueError(
             f"the curve has only {len(curve.losses)} points, of which {left} can be searched (without the first "
-            f"{num_it // 10}, the last {SKIPPED_LAST} and all after a NaN); suggestions need {SHORTEST}"
+            f"{num_it // 10}, the last {SKIPPED_LAST} and all after a NaN); suggestions need {MIN_POINTS}"
         )
     lrs, losses = lrs[:left], losses[:left]
     return {
@@ -132,11 +137,11 @@ def suggestions(curve: Curve, num_it: int = 100) -> dict[str, float]:
     }
 
 
-def _valley(losses: np.ndarray) -> int:
-    """Index half way down the longest descent: a third of its length, plus a sixth, each rounded down.
+def _valley(losses: Floats) -> int:
+    """Index halfway down the longest descent: a third of its length, plus a sixth, each rounded down.
 
-    As fastai counts: a descent of n points is taken to start n points before its last, gaps or not, so one too early.
-    A curve that falls just once, on its first step, thereby gives -1: its last point.
+    As in fastai, a descent of n points starts n points before its last, even with gaps, which is one too early. A curve
+    that falls only on its first step thus gives -1: its last point.
     """
     lengths = _descent_lengths(losses)
     last = int(lengths.argmax())
@@ -144,7 +149,7 @@ def _valley(losses: np.ndarray) -> int:
     return last - length + length // 3 + length // 6 if length > 1 else 0
 
 
-def _descent_lengths(losses: np.ndarray) -> np.ndarray:
+def _descent_lengths(losses: Floats) -> npt.NDArray[np.int64]:
     """(points,) -> (points,): length of the longest strictly falling subsequence that ends at each point."""
     lengths = np.ones(len(losses), dtype=np.int64)
     for i, loss in enumerate(losses):
@@ -152,21 +157,20 @@ def _descent_lengths(losses: np.ndarray) -> np.ndarray:
     return lengths
 
 
-def _steepest(lrs: np.ndarray, losses: np.ndarray) -> int:
+def _steepest(lrs: Floats, losses: Floats) -> int:
     """Index of the point from which the loss falls most per unit of log rate to the next one.
 
     torch and numpy round float32 logarithms differently in the last bit, about 1e-5 of a step's difference; rounding
-    them from float64 is closest to both. Only steps of equal steepness can fall either way by it.
+    from float64 is closest to both. It matters only for steps of equal steepness.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         log_lrs = np.log(lrs.astype(np.float64)).astype(np.float32)
         return int((np.diff(losses) / np.diff(log_lrs)).argmin())
 
 
-def _slide(losses: np.ndarray) -> int:
-    """Left end of an interval of `SLIDE_WIDTH` steps that moves left from the curve's end while its two ends differ in
-    gradient.
-    """
+def _slide(losses: Floats) -> int:
+    """Left end of an interval of `SLIDE_WIDTH` steps that moves left from the curve's end while the gradients at its
+    ends differ."""
     with np.errstate(invalid="ignore"):
         gradient = np.gradient(losses)
         differs = np.abs(gradient[SLIDE_WIDTH:] - gradient[:-SLIDE_WIDTH]) > SLIDE_THRESHOLD  # by the left end's index
@@ -174,11 +178,11 @@ def _slide(losses: np.ndarray) -> int:
     return min(int(stops[-1]) + 1, len(differs) - 1) if len(stops) else 0
 
 
-def y_limits(losses: np.ndarray, batch_losses: np.ndarray | None = None) -> tuple[float, float]:
-    """Bottom and top of the plot for smoothed losses in drawing order, and the batches' own if they are drawn.
+def y_limits(losses: Floats, batch_losses: Floats | None = None) -> tuple[float, float]:
+    """Bottom and top of the plot for smoothed losses in drawing order, and for those of batches if they are drawn.
 
-    All that leads down to the lowest smoothed loss fits in, and every lower batch; of the rise that follows, only a
-    third as much again (at least a tenth of the lowest loss): a diverging end leaves the picture and squashes nothing.
+    The descent to the lowest smoothed loss fits in, and every lower batch; of the rise that follows, only a third of
+    the descent's height (at least a tenth of the lowest loss), so that a diverging end does not compress the rest.
     """
     finite = losses[np.isfinite(losses)]
     if not len(finite):
@@ -201,7 +205,7 @@ STYLES = {  # name: marker, colour, label
 
 
 def save_curve(path: Path, curve: Curve, suggestions: dict[str, float], title: str) -> None:
-    """Draws the curve, without its last 5 points as fastai does, and the suggested rates on it, as a PNG file."""
+    """Draws the curve without its last 5 points, as fastai does, and the suggested rates as a PNG file."""
     from matplotlib.figure import Figure  # slow to import
 
     drawn = slice(None, -SKIPPED_LAST)
@@ -217,8 +221,8 @@ def save_curve(path: Path, curve: Curve, suggestions: dict[str, float], title: s
         marker, colour, label = STYLES.get(name, ("o", "#333333", name))
         height = np.interp(np.log(rate), np.log(lrs), losses)
         axes.axvline(rate, color=colour, linewidth=1, linestyle=(0, (4, 3)), alpha=0.6, zorder=1)
-        style = {"color": colour, "markersize": 9, "markeredgecolor": "white", "linestyle": "none", "zorder": 4}
-        axes.plot([rate], [height], marker, label=f"{label}: {rate:.1e}", **style)
+        style: dict[str, Any] = {"color": colour, "markeredgecolor": "white", "linestyle": "none"}
+        axes.plot([rate], [height], marker, label=f"{label}: {rate:.1e}", markersize=9, zorder=4, **style)
     axes.set_ylim(*y_limits(losses, dots))
     axes.set_xlabel("learning rate")
     axes.set_ylabel("training loss")
