@@ -25,17 +25,12 @@ from trainables.training.fine_tune import FineTune
 
 
 def main() -> None:
-    """Fine-tune one network on a folder of images and print a line an epoch."""
+    """Fine-tune one network on a folder of images and print one line per epoch."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of labelled images")
-    parser.add_argument("--weights", type=Path, help="folder with <arch>.safetensors; no other is searched")
-    parser.add_argument(
-        "--max-unreadable",
-        type=float,
-        default=MAX_UNREADABLE,
-        metavar="SHARE",
-        help="of the images; default %(default)g",
-    )
+    parser.add_argument("--weights", type=Path, help="folder with <arch>.safetensors; the only place that is searched")
+    share = f"of the images that may be unreadable; default {MAX_UNREADABLE:g}"
+    parser.add_argument("--max-unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE", help=share)
     parser.add_argument("--cache", choices=STORAGES, default="auto", help="how presized images are kept; default auto")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipe")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """Where a trained model errs, as files and tables: `python -m trainables.interpret --help`.
 
-Imports torch only once there is something to label.
+Imports torch only in order to predict.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import numpy as np
 from trainables.data.layouts import find_images
 from trainables.data.presize import presize
 from trainables.inference.interpretation import (
-    MOST_SHOWN,
+    MAX_SHOWN,
     Interpretation,
     interpret,
     match_classes,
@@ -35,23 +35,23 @@ LINES = 10  # of a table in the terminal
 EXAMPLES = """
 examples:
   python -m trainables.interpret --model exported --data ~/my_images
-      the validation images, which the export tells from the others; writes to interpretation/
+      the validation images, which the export can identify; writes to interpretation/
   python -m trainables.interpret --model results/pets-20250101-120000/best --data ~/my_images --top 48
       straight from a run, on the images that it validated with
   python -m trainables.interpret --model exported --data ~/my_images --split all --out suspects
-      all images, those that it was trained on among them: the largest losses often are wrong labels
+      all images, including those that trained it: the largest losses are often wrong labels
   python -m trainables.interpret --model exported --data ~/new_images --split all
       other images of the same classes
 
-Which images validated a model is known where --data holds those of its search, unchanged, wherever they lie now. Of
-others, or of a model that an earlier version exported, --split all alone can be labelled.
+The images that validated a model are known if --data holds those of its search, unchanged, in any place. For other
+images, or a model that an earlier version exported, use --split all.
 
 written to --out (files of these names are replaced):
-  confusion_matrix.png, .csv   how often each class (rows: actual) was taken for each (columns: predicted)
-  top_losses.png               the images of the largest loss as the network saw them: green if right, red if wrong
-  top_losses.csv               all images that were labelled, largest loss first
+  confusion_matrix.png, .csv   how often each class (rows) was predicted as each class (columns)
+  top_losses.png               the images with the largest losses as the network saw them: green if right, red if wrong
+  top_losses.csv               all predicted images, largest loss first
 
-Exit code 0, or 2 if the model, the data or an option is no good.
+Exit code 0, or 2 if the model, the data or an option is invalid.
 """
 
 
@@ -64,7 +64,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="an exported model, or best/ of a run")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of labelled images")
-    splits = "images to label (valid): those that validated the model, trained it, or were held out as a test share"
+    splits = "images to predict (valid): those that trained the model, validated it, or were held out to test it"
     parser.add_argument("--split", choices=SPLITS, default="valid", help=splits)
     tta = "average over N augmented views and the centre view of each image (0)"
     parser.add_argument("--tta", type=int, default=0, metavar="N", help=tta)
@@ -75,18 +75,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    for name, least, most in (("top", 1, MOST_SHOWN), ("tta", 0, 1000)):
-        if not least <= (value := getattr(args, name)) <= most:
-            raise ValueError(f"--{name} is {value}; expected {least} to {most}.")
+    for name, low, high in (("top", 1, MAX_SHOWN), ("tta", 0, 1000)):
+        if not low <= (value := getattr(args, name)) <= high:
+            raise ValueError(f"--{name} is {value}; expected {low} to {high}.")
     model, folder = read_model(_model_path(args.model)), find_images(args.data)
     print(printable(f"data: {folder.describe()}"), file=sys.stderr)
-    match_classes(folder.classes, model)  # before the images are presized, which takes its time
+    match_classes(folder.classes, model)  # before the images are presized, which may take long
     record = read_split(model.path)
     part = part_of(folder, args.split, record, model.path)
     require_writable(args.out, "--out")
     sizes = model.preprocessing.presize, model.preprocessing.resize_method
     white = model.preprocessing.white_level
-    # However many cannot be read: `indices_of` compares those that validated the model.
+    # All may be unreadable here: `indices_of` compares those that validated the model.
     images = presize(part, *sizes, white_level=white, max_unreadable=1)
     indices = indices_of(images, args.split, record, model.path)
     found = interpret(model, images, indices, tta=args.tta)
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         save_confusion_picture(args.out / "confusion_matrix.png", found)
         save_losses_csv(args.out / "top_losses.csv", found)
         save_losses_picture(args.out / "top_losses.png", found, images, model, args.top)
-    drawn = "" if args.split == "all" or folder.valid is not None else f", split seed {record.seed}"
+    drawn = f", split seed {record.seed}" if record and args.split != "all" and folder.valid is None else ""
     print(f"{len(indices)} images of {printable(folder.root)} ({args.split}{drawn}), {len(found.classes)} classes")
     if warning := warning_of(folder, args.split, record):
         print(warning)

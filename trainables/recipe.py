@@ -1,7 +1,7 @@
-"""Recipe: every hyperparameter of one fine-tuning, with its unit and range, validated.
+"""Recipe: all hyperparameters of one fine-tuning, with units and ranges, validated.
 
-Rates, schedule and augmentation default to those of fastai's `fine_tune` and of its book (chapters 5 and 7). The
-head, the layer groups and the training of norms that its `vision_learner` has are choices here, not defaults.
+Rates, schedule and augmentation default to those of fastai's `fine_tune` and of its book (chapters 5 and 7). The head,
+the layer groups and the training of norms of its `vision_learner` are options here, not defaults.
 """
 
 import dataclasses
@@ -10,25 +10,42 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 MIN_SIZE = 16
-"""px; no image is smaller."""
+"""px; of all images."""
 
 
 def setting(
-    default: Any, doc: str, *, low=None, high=None, choices: tuple = (), log: bool = False, needs: str = ""
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    log: bool = False,
+    needs: str = "",
 ) -> Any:
-    """A dataclass field that carries its own documentation and range: `low` and `high` are inclusive.
+    """A dataclass field with its documentation and range: `low` and `high` are inclusive.
 
-    It is without effect unless the setting `needs` is neither 0 nor off, or, written NAME=VALUE, has that value.
+    It has no effect if the setting `needs` is 0 or off or, written NAME=VALUE, has another value.
     """
-    return dataclasses.field(
-        default=default,
-        metadata={"doc": doc, "low": low, "high": high, "choices": choices, "log": log, "needs": needs},
-    )
+    metadata = {"doc": doc, "low": low, "high": high, "choices": choices, "log": log, "needs": needs}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One fine-tuning, start to end. Raises `ValueError` naming every setting that is out of its range."""
+    """All settings of one fine-tuning.
+
+    Args:
+        **settings: The fields below, each with its documentation, range and default.
+
+    Raises:
+        ValueError: Names every setting that is out of range, and settings that contradict each other.
+
+    Example:
+        >>> recipe = Recipe(arch="resnet18.a1_in1k", epochs=3, lr_max=2e-3)
+        >>> recipe.total_epochs
+        4
+    """
 
     arch: str = setting("resnet34.tv_in1k", "timm architecture, with its weight tag")
     pretrained: bool = setting(True, "start from pretrained weights; false trains from scratch")
@@ -153,25 +170,20 @@ class Recipe:
     seed: int = setting(0, "seed of everything random in this training", low=0, high=2**31 - 1)
 
     def __post_init__(self) -> None:
-        problems = []
-        for spec in fields(self):
-            try:
-                object.__setattr__(self, spec.name, checked_value(spec.name, getattr(self, spec.name)))
-            except ValueError as error:
-                problems.append(str(error))
-        if not problems and self.epochs + self.freeze_epochs < 1:
-            problems.append("epochs and freeze_epochs are both 0, expected at least one epoch in one of them")
-        if not problems and self.image_size > self.presize:
-            problems.append(f"image_size={self.image_size} is larger than presize={self.presize}; raise presize")
-        if not problems and self.start_size and not MIN_SIZE <= self.start_size <= self.image_size:
-            problems.append(
-                f"start_size={self.start_size} is out of range, expected 0 (off) or {MIN_SIZE} to "
-                f"image_size={self.image_size}"
-            )
-        if not problems and self.start_batch_size == 1:
-            problems.append("start_batch_size=1 is too small, expected 0 or 2 and more")
-        if problems:
-            raise ValueError("; ".join(problems))
+        for name, value in _require_valid(self.to_dict()).items():
+            object.__setattr__(self, name, value)
+        problem = ""
+        if self.epochs + self.freeze_epochs < 1:
+            problem = "epochs and freeze_epochs are both 0, expected at least one epoch in one of them"
+        elif self.image_size > self.presize:
+            problem = f"image_size={self.image_size} is larger than presize={self.presize}; raise presize"
+        elif self.start_size and not MIN_SIZE <= self.start_size <= self.image_size:
+            sizes = f"{MIN_SIZE} to image_size={self.image_size}"
+            problem = f"start_size={self.start_size} is out of range, expected 0 (off) or {sizes}"
+        elif self.start_batch_size == 1:
+            problem = "start_batch_size=1 is too small, expected 0 or at least 2"
+        if problem:
+            raise ValueError(problem)
 
     @property
     def lr_min(self) -> float:
@@ -183,11 +195,11 @@ class Recipe:
         return self.freeze_epochs + self.epochs
 
     def image_size_at(self, epoch: int) -> int:
-        """px; side of the images in epoch 0, 1, ..., with progressive resizing."""
+        """px; side of the images in epoch 0, 1, ... with progressive resizing."""
         return self.start_size if self._starting(epoch) else self.image_size
 
     def batch_size_at(self, epoch: int) -> int:
-        """Images per step in epoch 0, 1, ...: smaller images come in larger batches, unless `start_batch_size` says."""
+        """Images per step in epoch 0, 1, ...: smaller images have larger batches, or `start_batch_size`."""
         if not self._starting(epoch):
             return self.batch_size
         return self.start_batch_size or max(2, round(self.batch_size * self.image_size / self.start_size))
@@ -197,22 +209,28 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
-        """A recipe from plain values, as in a search's config or a saved recipe.json. `ValueError` on unknown names."""
-        problems = []
-        for name, value in values.items():
-            try:
-                checked_value(name, value)
-            except ValueError as error:
-                problems.append(str(error))
-        if problems:
-            raise ValueError("; ".join(problems))
+        """A recipe from plain values, as in a config or a saved recipe.json. `ValueError` for unknown names as well."""
+        _require_valid(values)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
-def spec_of(name: str) -> dataclasses.Field:
+def _require_valid(values: Mapping[str, Any]) -> dict[str, Any]:
+    """All `values` as the types of their settings; raises one `ValueError` for all that are invalid."""
+    checked, problems = {}, []
+    for name, value in values.items():
+        try:
+            checked[name] = checked_value(name, value)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return checked
+
+
+def spec_of(name: str) -> dataclasses.Field[Any]:
     """The field called `name`; raises `ValueError` that lists the known names."""
     known = {spec.name: spec for spec in fields(Recipe)}
     if name not in known:
@@ -221,21 +239,23 @@ def spec_of(name: str) -> dataclasses.Field:
 
 
 def has_effect(name: str, values: Mapping[str, Any]) -> bool:
-    """Whether setting `name` can change a training whose other settings are `values`: a linear head has no `hidden`."""
+    """Whether setting `name` has an effect in a training whose other settings are `values`."""
     needed, value = needed_by(name), spec_of(name).metadata["needs"].partition("=")[2]
     return not needed or (str(values[needed]) == value if value else bool(values[needed]))
 
 
 def needed_by(name: str) -> str:
-    """The setting that decides whether `name` has an effect; empty where it always has one."""
-    return spec_of(name).metadata["needs"].partition("=")[0]
+    """The setting that decides whether `name` has an effect; empty if it always has one."""
+    needs: str = spec_of(name).metadata["needs"]
+    return needs.partition("=")[0]
 
 
 def checked_value(name: str, value: Any) -> Any:
-    """`value` as the type of setting `name`; raises `ValueError` naming the value and what was expected."""
+    """`value` as the type of setting `name`; raises `ValueError` that names the value and what was expected."""
     spec = spec_of(name)
-    expected, meta = spec.type, spec.metadata
-    # A whole number is a fine float, and 3.0 is a fine whole number; True is neither.
+    expected: Any = spec.type
+    meta = spec.metadata
+    # 3 is a valid float and 3.0 a valid int; True is neither.
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if is_number and (expected is float or (expected is int and float(value).is_integer())):
         value = expected(value)
@@ -250,8 +270,9 @@ def checked_value(name: str, value: Any) -> Any:
 
 
 def parse_value(name: str, text: str) -> Any:
-    """The value of setting `name` written as `text` on a command line, blanks around it or not."""
-    expected, text = spec_of(name).type, text.strip()
+    """The value of setting `name` from the `text` of a command line; blanks around it do not count."""
+    expected: Any = spec_of(name).type
+    text = text.strip()
     if expected is bool:
         words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
         if text.lower() not in words:
@@ -266,4 +287,4 @@ def parse_value(name: str, text: str) -> Any:
     return checked_value(name, text)
 
 
-_TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_TYPE_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -13,7 +13,7 @@ from search.options.preparation import setting_values
 from search.runs.paths import RunFolder
 from search.spaces.space import Space
 from trainables.ray.trial import table_id
-from trainables.system.full_disk import LOOK_SECONDS
+from trainables.system.full_disk import RETRY_SECONDS
 from trainables.system.text import megabytes
 
 RESERVE = 32_000_000
@@ -83,5 +83,5 @@ class DiskWatch(tune.Callback):
             "and nothing is lost. Free some space, and it continues by itself; or end it (Ctrl-C) and resume it later."
         )
         while free_bytes(self.folder.path) < wanted:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(RETRY_SECONDS)
         say("disk: there is space again, the search continues")

@@ -187,7 +187,7 @@ def test_a_lone_path_is_one_image_and_what_is_no_path_is_refused(data, predictor
     assert predictor.predict(str(path)) == predictor.predict(path) == list(predictor.predict_each(path)) == expected
     with Image.open(path) as image:
         for wrong in (7, None, b"cat.jpg", image, np.asarray(image), [np.asarray(image)], [path, 7]):
-            with pytest.raises(ValueError, match=r"the path of an image file or several paths, .* is no path"):
+            with pytest.raises(ValueError, match=r"the path of an image file or several paths, .* is not a path"):
                 predictor.predict(wrong)
 
 
@@ -301,8 +301,8 @@ def copy_of_run(run: Path, to: Path) -> Path:
     ("file", "content", "message"),
     [
         ("best/model.safetensors", None, r"best is incomplete: model.safetensors is missing"),
-        ("best/model.safetensors", b"torn", r"model.safetensors does not hold the model of the recipe beside it"),
-        ("best/labels.json", b'["a", "b"]', r"does not hold the model of the recipe beside it: .*size mismatch"),
+        ("best/model.safetensors", b"torn", r"model.safetensors does not match the recipe.json next to it"),
+        ("best/labels.json", b'["a", "b"]', r"does not match the recipe.json next to it: .*size mismatch"),
         ("best/labels.json", None, r"best is incomplete: labels.json is missing"),
         ("best/recipe.json", b"{", r"recipe.json cannot be read"),
         ("best/recipe.json", b"[]", r"recipe.json is damaged: it holds a list, expected a dict"),

@@ -176,7 +176,7 @@ def test_a_diverged_model_is_refused(tmp_path, run, images):
     weights = safetensors.torch.load_file(run / "best/model.safetensors")
     broken = {name: value * float("nan") if value.is_floating_point() else value for name, value in weights.items()}
     safetensors.torch.save_file(broken, tmp_path / "best/model.safetensors")
-    with pytest.raises(ValueError, match=r"probabilities that are no numbers for 2 images"):
+    with pytest.raises(ValueError, match=r"probabilities that are not finite for 2 images"):
         interpret(read_model(tmp_path / "best"), images, [0, 1], device="cpu")
 
 
@@ -305,7 +305,7 @@ def test_a_model_that_does_not_tell_its_split_has_no_valid_images(tmp_path, run,
     model = shutil.copytree(run / "best", tmp_path / "exported")
     (model / "split.json").unlink()
     for split in ("valid", "train", "test"):
-        with pytest.raises(ValueError, match=r"does not tell which images validated it: .* --split all labels all"):
+        with pytest.raises(ValueError, match=r"does not record which images validated it: .* --split all predicts all"):
             labelled(model, data, tmp_path / "out", "--split", split)
     assert len(labelled(model, data, tmp_path / "out", "--split", "all")) == 60
     assert "the model may have been trained on some of these images" in capsys.readouterr().out
@@ -335,7 +335,7 @@ def test_an_image_that_can_no_longer_be_read_does_not_shift_the_split_unseen(tmp
     run = make_run(tmp_path / "run", data, epochs=1)
     file = data / "robin/5.jpg"
     file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(ValueError, match=r"can be read in .* \(all but 1\) are not those that could be read when"):
+    with pytest.raises(ValueError, match=r"readable images in .* \(all but 1\) are not those that were readable when"):
         labelled(run, data, tmp_path / "out")
 
 

@@ -32,8 +32,8 @@ def small_disk(tmp_path):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(full_disk, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(search_disk, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(full_disk, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(search_disk, "RETRY_SECONDS", 0.05)
 
 
 def fill(folder: Path) -> Path:

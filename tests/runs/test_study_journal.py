@@ -55,7 +55,7 @@ def test_damage_further_up_is_refused_by_its_line(path):
 
 
 def test_a_full_disk_leaves_no_half_line_and_is_waited_for(path, monkeypatch):
-    monkeypatch.setattr(full_disk, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(full_disk, "RETRY_SECONDS", 0.01)
     storage, before = study(path), path.read_bytes()
     seen = []
 

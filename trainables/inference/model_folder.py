@@ -1,4 +1,4 @@
-"""What a trained model's folder holds, be it `best/` of a run or an export, and how it is read. Imports no torch."""
+"""The folder of a trained model, `best/` of a run or an export, and how it is read. Imports no torch."""
 
 import json
 from dataclasses import dataclass
@@ -24,11 +24,13 @@ class ModelFolder:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    return _read_json(file, dict)
+    """The JSON object in a file of a model's folder. Raises `ValueError` if it is missing or damaged."""
+    content: dict[str, Any] = _read_json(file, dict)
+    return content
 
 
 def read_model(path: Path) -> ModelFolder:
-    """The model in `path`. Raises `ValueError` naming what is missing or damaged."""
+    """The model in `path`. Raises `ValueError` that names what is missing or damaged."""
     if not (path / WEIGHTS_FILE).is_file():
         raise ValueError(f"{path} is incomplete: {WEIGHTS_FILE} is missing.")
     labels = _read_json(path / "labels.json", list)
@@ -42,13 +44,17 @@ def read_model(path: Path) -> ModelFolder:
 def _preprocessing(path: Path) -> Preprocessing:
     stored = read_json(path / PREPROCESSING_FILE)
     try:
-        numbers = {name: tuple(map(float, stored[name])) for name in ("mean", "std")}
-        sizes = {name: int(stored[name]) for name in ("presize", "image_size")}
-        method = str(stored["resize_method"])
-        white_level = int(stored.get("white_level", Preprocessing.white_level))  # earlier versions had none
+        (red, green, blue), (red_std, green_std, blue_std) = (map(float, stored[name]) for name in ("mean", "std"))
+        return Preprocessing(
+            presize=int(stored["presize"]),
+            resize_method=str(stored["resize_method"]),
+            image_size=int(stored["image_size"]),
+            mean=(red, green, blue),
+            std=(red_std, green_std, blue_std),
+            white_level=int(stored.get("white_level", Preprocessing.white_level)),  # earlier versions had none
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / PREPROCESSING_FILE} is damaged ({error!r}). Export the run again.") from error
-    return Preprocessing(**sizes, **numbers, resize_method=method, white_level=white_level)
 
 
 def _read_json(file: Path, expected: type) -> Any:
@@ -59,5 +65,5 @@ def _read_json(file: Path, expected: type) -> Any:
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(value, expected):
-        raise ValueError(f"{file} is damaged: it holds a {type(value).__name__}, expected a {expected.__name__}.")
+        raise ValueError(f"{file} is damaged: it contains a {type(value).__name__}, expected a {expected.__name__}.")
     return value

@@ -1,41 +1,54 @@
-"""Labels images with a trained model, as validation did in training. Imports torch only when a model is loaded."""
+"""Predicts with a trained model, as validation did in training. Imports torch only when a model is loaded."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainables.inference.model_folder import ModelFolder
 from trainables.system.machine import num_cpus
 from trainables.training.checkpoint import Preprocessing
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import nn
 
     from trainables.batches.augmentation import Augmentations
+    from trainables.data.image_file import Images, Pixels
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one image: labels from the most to the least probable, and their probabilities."""
+    """The labels of one image, from the most to the least probable, and their probabilities."""
 
     path: Path
     labels: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
     problem: str = ""
-    """Why the image could not be read; then there are no labels."""
+    """Why the image is unreadable; then there are no labels."""
 
 
 class Predictor:
-    """Labels images as validation did in training.
+    """A trained model that predicts as validation did in training.
 
-    `device` defaults to a GPU where there is one. `tta` adds so many augmented views of each image to its centre view
-    (test-time augmentation). Raises `ValueError` where the folder holds no model that can be loaded.
+    Args:
+        folder: The model, as `read_model` or `search.load` finds it.
+        device: Where to predict; by default a GPU if there is one.
+        batch_size: Images per batch.
+        num_threads: Threads that decode images; by default one per CPU.
+        tta: Augmented views per image that are averaged with its centre view (test-time augmentation).
+
+    Raises:
+        ValueError: The model cannot be loaded, or an argument is out of range.
+
+    Example:
+        >>> predictor = Predictor(read_model(Path("exported")))
+        >>> [prediction] = predictor.predict("cat.jpg", top=1)
+        >>> label, probability = prediction.labels[0], prediction.probabilities[0]
     """
 
     def __init__(
@@ -51,6 +64,8 @@ class Predictor:
 
         from trainables.network.precision import autocast_dtype
 
+        if batch_size < 1 or tta < 0:
+            raise ValueError(f"batch_size={batch_size}, tta={tta}: expected 1 or more, and 0 or more")
         self.recipe = folder.recipe
         self.labels = folder.labels
         self.tta = tta
@@ -58,7 +73,7 @@ class Predictor:
         self.batch_size = batch_size
         self.num_threads = num_threads or num_cpus()
         self.preprocessing = folder.preprocessing
-        self.model = load_model(folder).eval().to(self.device, memory_format=torch.channels_last)
+        self.model = load_model(folder).eval().to(self.device).to(memory_format=torch.channels_last)
         self.mean, self.std = (
             255 * torch.tensor(values, device=self.device).view(1, 3, 1, 1)
             for values in (self.preprocessing.mean, self.preprocessing.std)
@@ -66,16 +81,24 @@ class Predictor:
         self.amp_dtype = autocast_dtype(folder.recipe, self.device)
 
     def predict(self, images: Path | str | Iterable[Path | str], *, top: int | None = None) -> list[Prediction]:
-        """One prediction per image file, in the given order; of those that cannot be read it is the `problem`.
+        """Predicts image files.
 
-        `images` is the path of one file, or several paths. Raises `ValueError` for anything else.
+        Args:
+            images: The path of one file, or several paths.
+            top: How many labels to return; by default all.
+
+        Returns:
+            One prediction per file, in the given order. An unreadable file has a `problem` instead of labels.
+
+        Raises:
+            ValueError: `images` are not paths.
         """
         return list(self.predict_each(images, top=top))
 
     def predict_each(
         self, images: Path | str | Iterable[Path | str], *, top: int | None = None
     ) -> Iterator[Prediction]:
-        """The same one by one, as the batches are done."""
+        """`predict` as an iterator, batch by batch."""
         files = PresizedFiles(_paths(images), self.preprocessing)
         top = min(top or len(self.labels), len(self.labels))
         rows = (row for batch in self.probabilities(files) for row in zip(*_best(batch, top), strict=True))
@@ -86,7 +109,7 @@ class Predictor:
                 labels = tuple(self.labels[i] for i in indices)
                 yield Prediction(files.paths[index], labels, tuple(probabilities))
 
-    def probabilities(self, images: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
+    def probabilities(self, images: Images) -> Iterator[torch.Tensor]:
         """Probabilities (n, classes) of presized images, batch by batch, averaged over views with `tta`."""
         from trainables.batches import tta
 
@@ -94,14 +117,13 @@ class Predictor:
             yield from (logits.softmax(dim=1) for logits in self.logits(images))
             return
         for chunk in self._chunks(images):
-            once = _Once(images, chunk)
-            yield tta.predict(
-                lambda views, chunk=once: next(self.logits(chunk, views)), self.recipe, len(once), views=self.tta
-            )
+            logits = partial(self._logits_of_batch, _Once(images, chunk))
+            yield tta.predict(logits, self.recipe, len(chunk), views=self.tta)
 
-    def logits(
-        self, images: Sequence[np.ndarray], augmentations: Augmentations | None = None
-    ) -> Iterator[torch.Tensor]:
+    def _logits_of_batch(self, images: Images, augmentations: Augmentations) -> torch.Tensor:
+        return next(self.logits(images, augmentations))
+
+    def logits(self, images: Images, augmentations: Augmentations | None = None) -> Iterator[torch.Tensor]:
         """Logits (n, classes) of presized images (h, w, 3) uint8, batch by batch."""
         import torch
 
@@ -109,12 +131,10 @@ class Predictor:
             with torch.inference_mode():
                 yield self.forward(self.model, batch)
 
-    def batches(
-        self, images: Sequence[np.ndarray], augmentations: Augmentations | None = None
-    ) -> Iterator[torch.Tensor]:
-        """Presized images as uint8 batches (n, 3, image_size, image_size), made by threads ahead of their use.
+    def batches(self, images: Images, augmentations: Augmentations | None = None) -> Iterator[torch.Tensor]:
+        """Presized images as uint8 batches (n, 3, image_size, image_size), made in advance by threads.
 
-        `augmentations` of all the images default to the centre view.
+        `augmentations` of all images default to the centre view.
         """
         import numpy as np
 
@@ -130,7 +150,7 @@ class Predictor:
         finally:
             loader.close()
 
-    def _chunks(self, images: Sequence[np.ndarray]) -> Iterator[range]:
+    def _chunks(self, images: Images) -> Iterator[range]:
         return (range(i, min(i + self.batch_size, len(images))) for i in range(0, len(images), self.batch_size))
 
     def forward(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
@@ -140,11 +160,12 @@ class Predictor:
         from trainables.batches.loader import normalized
 
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            return model(normalized(batch, self.mean, self.std)).float()
+            logits: torch.Tensor = model(normalized(batch, self.mean, self.std))
+        return logits.float()
 
 
 def load_model(folder: ModelFolder) -> nn.Module:
-    """The trained network on the CPU, whatever its head. Raises `ValueError`."""
+    """The trained network, on the CPU. Raises `ValueError`."""
     import safetensors.torch
     import torch
     from safetensors import SafetensorError
@@ -157,12 +178,12 @@ def load_model(folder: ModelFolder) -> nn.Module:
         network.model.load_state_dict(safetensors.torch.load_file(folder.weights))
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{folder.weights} does not hold the model of the recipe beside it: {reason}") from error
+        raise ValueError(f"{folder.weights} does not match the recipe.json next to it: {reason}") from error
     return network.model
 
 
 class PresizedFiles:
-    """Image files as presized images, decoded when asked for. One that cannot be read is black, its reason kept."""
+    """Image files as presized images, decoded on access. Unreadable ones are black and listed as `problems`."""
 
     def __init__(self, paths: list[Path], preprocessing: Preprocessing) -> None:
         self.paths = paths
@@ -174,7 +195,7 @@ class PresizedFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> Pixels:
         import numpy as np
 
         from trainables.data.image_file import UnreadableImage, read_image, resize
@@ -188,30 +209,31 @@ class PresizedFiles:
 
 
 class _Once:
-    """Some of `images`, each made when first asked for and then kept, for the views of one batch."""
+    """Some of `images`, each decoded once for all views of a batch."""
 
-    def __init__(self, images: Sequence[np.ndarray], indices: range) -> None:
+    def __init__(self, images: Images, indices: range) -> None:
         self.images = images
         self.indices = indices
-        self.made: dict[int, np.ndarray] = {}
+        self.made: dict[int, Pixels] = {}
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> Pixels:
         if index not in self.made:
             self.made[index] = self.images[self.indices[index]]
         return self.made[index]
 
 
 def _paths(images: Path | str | Iterable[Path | str]) -> list[Path]:
-    """Raises `ValueError` for what is neither a path nor several."""
-    several = isinstance(images, Iterable) and not isinstance(images, str | bytes | os.PathLike)
-    given = list(images) if several else [images]
+    """Raises `ValueError` for anything but one path or several."""
+    given: list[Any] = [images]
+    if isinstance(images, Iterable) and not isinstance(images, str | bytes | os.PathLike):
+        given = list(images)
     if wrong := [image for image in given if not isinstance(image, str | os.PathLike)]:
         raise ValueError(
-            "predict takes the path of an image file or several paths, 'cat.jpg' or ['cat.jpg', 'dog.jpg'], and "
-            f"{type(wrong[0]).__name__} is no path. Save images that are in memory as files first."
+            "predict expects the path of an image file or several paths, 'cat.jpg' or ['cat.jpg', 'dog.jpg'], and "
+            f"{type(wrong[0]).__name__} is not a path. Save images that are in memory as files first."
         )
     return [Path(image) for image in given]
 
@@ -228,5 +250,5 @@ def _device(device: torch.device | str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch's words for a wrong name and for a missing GPU
+    except (RuntimeError, AssertionError) as error:  # a wrong name, or no such GPU
         raise ValueError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error

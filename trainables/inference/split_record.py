@@ -1,7 +1,7 @@
-"""How the images of a training were split, kept in the model's folder as `split.json`. Imports no torch.
+"""How the images of a training were split, in the model's folder as `split.json`. Imports no torch.
 
-It holds digests and no names: whoever gets the model learns nothing of the images, and who has them can tell which ones
-validated the model and which it was trained on.
+The file has digests instead of names: the model reveals nothing about the images, but together with them it tells which
+ones trained and which validated it.
 """
 
 import json
@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from trainables.data.held_out_images import set_aside
 from trainables.data.labelled_images import DataError, ImageFolder
@@ -19,21 +20,21 @@ from trainables.system.text import printable
 from trainables.training.checkpoint import SPLIT_FILE
 
 SPLITS = ("train", "valid", "test", "all")
-ALL_INSTEAD = "--split all labels all images in the folder; the model may have been trained on some of them."
+ALL_INSTEAD = "--split all predicts all images in the folder; the model may have been trained on some of them."
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitRecord:
-    """What tells the images apart that a model was trained on, validated with, and never shown."""
+    """Tells which images trained a model, which validated it, and which it has never seen."""
 
     images: str
-    """`source.images_digest` of those that it was trained and validated on, unreadable ones included."""
+    """`source.images_digest` of the training and validation images, including unreadable ones."""
     seed: int
-    """Of the split where the data has none of its own, and of the test images."""
+    """Of the test images, and of the split if the data has none of its own."""
     test_share: float | None
-    """The share of every class that was held out as test images; None where there was none, or another folder."""
+    """The share of each class that was held out as test images; None if there was none, or another folder."""
     parts: str
-    """`parts_digest` of the images that could be read."""
+    """`parts_digest` of the readable images."""
 
 
 def split_file(images: PresizedImages, digest: str, *, seed: int, test_share: float | None) -> bytes:
@@ -43,13 +44,13 @@ def split_file(images: PresizedImages, digest: str, *, seed: int, test_share: fl
 
 
 def parts_digest(images: PresizedImages, seed: int) -> str:
-    """SHA-256 over the paths that train and those that validate."""
+    """SHA-256 over the paths of the training and of the validation images."""
     parts = [[images.paths[i] for i in part] for part in images.split(seed=seed)]
     return sha256(ascii(parts).encode()).hexdigest()
 
 
 def read_split(model: Path) -> SplitRecord | None:
-    """The record in a model's folder; None where an earlier version wrote the model. Raises `ValueError`."""
+    """The record in a model's folder; None if an earlier version wrote the model. Raises `ValueError`."""
     if not (model / SPLIT_FILE).is_file():
         return None
     found = read_json(model / SPLIT_FILE)
@@ -66,9 +67,9 @@ def read_split(model: Path) -> SplitRecord | None:
 
 
 def known_and_test(images: ImageFolder, record: SplitRecord) -> tuple[ImageFolder, ImageFolder | None] | None:
-    """The images that a model was trained and validated on, and those held out as a share of `images`.
+    """A model's training and validation images, and its test images if they were held out from `images`.
 
-    None where these are not the images that the record is of.
+    None if the record is not of these images.
     """
     from trainables.data.source import images_digest
 
@@ -80,18 +81,18 @@ def known_and_test(images: ImageFolder, record: SplitRecord) -> tuple[ImageFolde
 
 
 def part_of(folder: ImageFolder, split: str, record: SplitRecord | None, model: Path) -> ImageFolder:
-    """The images that may be opened for a split. Raises `ValueError` where nobody can tell which those are."""
+    """The images that may be opened for a split. Raises `ValueError` if it is not known which those are."""
     if split == "all":
         return folder
     if record is None:
         raise ValueError(
-            f"{printable(model)} does not tell which images validated it: it has no split.json, as an earlier version "
-            f"wrote it. {ALL_INSTEAD}"
+            f"{printable(model)} does not record which images validated it: an earlier version wrote it, without "
+            f"split.json. {ALL_INSTEAD}"
         )
     if (parts := known_and_test(folder, record)) is None:
         raise ValueError(
             f"The images in {printable(folder.root)} are not those that {printable(model)} was trained and validated "
-            f"on: some are new, gone, changed, or in another class. Give the data set as it was then. {ALL_INSTEAD}"
+            f"on: some are new, gone, changed, or in another class. Give the data set as it was. {ALL_INSTEAD}"
         )
     known, test = parts
     if split != "test":
@@ -104,21 +105,22 @@ def part_of(folder: ImageFolder, split: str, record: SplitRecord | None, model: 
     return test
 
 
-def indices_of(images: PresizedImages, split: str, record: SplitRecord | None, model: Path) -> np.ndarray:
-    """Of the images that may be opened for a split, those in it. Raises `ValueError` where it was drawn from others."""
+def indices_of(images: PresizedImages, split: str, record: SplitRecord | None, model: Path) -> npt.NDArray[np.int64]:
+    """The images of a split among those of `part_of`. Raises `ValueError` if it was drawn from other images."""
     if split in ("test", "all"):
         return np.arange(len(images))
+    assert record is not None  # see `part_of`
     if parts_digest(images, record.seed) != record.parts:
         raise ValueError(
-            f"The images that can be read in {printable(images.root)} (all but {len(images.unreadable)}) are not those "
-            f"that could be read when {printable(model)} was trained, so its split cannot be drawn again. {ALL_INSTEAD}"
+            f"The readable images in {printable(images.root)} (all but {len(images.unreadable)}) are not those that "
+            f"were readable when {printable(model)} was trained, so its split cannot be drawn again. {ALL_INSTEAD}"
         )
     train, valid = images.split(seed=record.seed)
     return train if split == "train" else valid
 
 
 def warning_of(folder: ImageFolder, split: str, record: SplitRecord | None) -> str:
-    """What an error on images is worth that the model has learned from, or may have; empty for others."""
+    """Says that the model has learned from the images, or may have; empty for a split that it has not seen."""
     if split in ("valid", "test"):
         return ""
     if split == "train":

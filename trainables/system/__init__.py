@@ -1,1 +1,1 @@
-"""What the other rooms share: command lines, text, full disks and file systems."""
+"""Shared by the other rooms: command lines, text, full disks, file systems, processes."""

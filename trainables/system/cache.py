@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_dir() -> Path:
-    """Where downloads and presized images are kept: FINETUNE_SEARCH_CACHE, or finetune-search in the user's cache."""
+    """The folder of downloads and presized images: FINETUNE_SEARCH_CACHE, or finetune-search in the user's cache."""
     if given := os.environ.get("FINETUNE_SEARCH_CACHE"):
         return Path(given).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -21,7 +21,7 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, waiting_for: str) -> Iterator[None]:
-    """Holds the file lock `path`, which ends with its process; logs a line where it must wait."""
+    """Holds the file lock `path`, which ends with its process; logs a line if it must wait."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

@@ -1,4 +1,4 @@
-"""What all commands share, with Ray or without: how they print, and how they end."""
+"""How all commands, with Ray or without, print and exit."""
 
 import io
 import os
@@ -17,9 +17,9 @@ INTERRUPTED = 128 + signal.SIGINT
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command and exits with the code that it returns.
 
-    What the user can mend (`ValueError`: data, weights, settings, arguments; a full disk) is one paragraph on stderr
-    and exit code 2. Ctrl-C exits with 130 and a reader that closed the pipe ends the command, both without a word.
-    Anything else is a bug and keeps its traceback.
+    Errors that the user can fix (`ValueError`: data, weights, settings, arguments; a full disk) are one paragraph on
+    stderr with exit code 2. Ctrl-C exits silently with 130, a closed pipe with 1. Anything else is a bug and keeps its
+    traceback.
     """
     never_fail_to_print()
     try:
@@ -37,24 +37,24 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         if error.errno not in FULL:
             raise
         place = f" {error.filename}" if error.filename else " the output"
-        _give_up_output()  # what it may be of
+        _give_up_output()  # in case that is full
         code = _refuse(f"The disk of{place} is full ({error.strerror}). Make room and run this again.")
     sys.exit(code)
 
 
 def never_fail_to_print() -> None:
-    """A terminal or a pipe may know no more than ASCII: what it does not know is printed as an escape."""
+    """Prints escapes for characters that a terminal or a pipe cannot encode."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def require_system() -> None:
-    """Raises `ValueError` on Windows, which has neither the locks nor the signals that a search relies on."""
+    """Raises `ValueError` on Windows, which lacks the locks and signals that a search relies on."""
     if sys.platform == "win32":
         raise ValueError(
-            "finetune-search runs on Linux and macOS, not on Windows itself. Windows runs Linux programs in WSL "
-            "(wsl --install): install and start it there."
+            "finetune-search runs on Linux and macOS, not directly on Windows. Windows runs Linux programs in WSL "
+            "(wsl --install): install finetune-search there."
         )
 
 
@@ -64,5 +64,5 @@ def _refuse(why: object) -> int:
 
 
 def _give_up_output() -> None:
-    """Python flushes stdout once more at its end, which must not fail again."""
+    """Redirects stdout to nothing: Python flushes it again on exit, which must not fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

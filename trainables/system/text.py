@@ -1,21 +1,21 @@
-"""Text and numbers for people, the same everywhere."""
+"""Text and numbers in messages."""
 
 import shlex
 from collections.abc import Sequence
 
 
 def printable(text: object) -> str:
-    """`text` for a terminal or a font: line breaks, control characters and bytes that are no UTF-8 as escapes."""
+    """`text` with escapes for line breaks, control characters and bytes that are not UTF-8."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def shell_command(module: str, *words: object) -> str:
-    """`python -m module words...` as it can be pasted into a shell, whatever characters its paths have."""
+    """`python -m module words...`, quoted for a shell."""
     return shlex.join(["python", "-m", module, *map(str, words)])
 
 
 def printable_lines(text: str) -> str:
-    """A file may have any name, and a folder, which is a label: none of them commands the terminal."""
+    """The same for several lines: names of files and classes must not control the terminal."""
     return "\n".join(map(printable, text.split("\n")))
 
 
@@ -25,7 +25,7 @@ def many(count: int, what: str) -> str:
 
 
 def last_line(text: object) -> str:
-    """The last line of a text such as a traceback, where the error is named; empty where there is none."""
+    """The last line of a text, which names the error of a traceback; empty if there is none."""
     return (str(text).strip().splitlines() or [""])[-1]
 
 
