@@ -16,9 +16,9 @@ MIN_SIZE = 16
 def setting(
     default: Any,
     doc: str,
-    *,
     low: float | None = None,
     high: float | None = None,
+    *,
     choices: tuple[str, ...] = (),
     log: bool = False,
     needs: str = "",
@@ -53,61 +53,51 @@ class Recipe:
         "linear", "linear = timm's own classifier, mlp = fastai's two layers", choices=("linear", "mlp")
     )
     concat_pool: bool = setting(False, "pool by average and maximum, concatenated, instead of timm's default")
-    hidden: int = setting(512, "width of the mlp head's hidden layer", low=8, high=8192, needs="head=mlp")
+    hidden: int = setting(512, "width of the mlp head's hidden layer", 8, 8192, needs="head=mlp")
     dropout: float = setting(
-        0.5,
-        "dropout before the mlp head's last layer; half of it before the first",
-        low=0,
-        high=0.95,
-        needs="head=mlp",
+        0.5, "dropout before the mlp head's last layer; half of it before the first", 0, 0.95, needs="head=mlp"
     )
     normalize: str = setting(
         "auto",
-        "mean and deviation of the inputs: the weights' own, or computed from the data; auto = data where from scratch",
+        "mean and deviation of the inputs: the weights' own, or computed from the data; auto = data if from scratch",
         choices=("auto", "weights", "data"),
     )
 
-    freeze_epochs: int = setting(1, "epochs that train the head alone, the backbone frozen", low=0, high=1000)
-    epochs: int = setting(5, "epochs that train the whole network, after the frozen ones", low=0, high=1000)
-    batch_size: int = setting(64, "images per optimizer step, over all workers together", low=2, high=65536)
+    freeze_epochs: int = setting(1, "epochs that train the head alone, the backbone frozen", 0, 1000)
+    epochs: int = setting(5, "epochs that train the whole network, after the frozen ones", 0, 1000)
+    batch_size: int = setting(64, "images per optimizer step, over all workers together", 2, 65536)
     layer_groups: str = setting(
         "blocks",
         "what shares a rate: blocks = each of timm's blocks, fastai = three parts of a ResNet, body and head of others",
         choices=("blocks", "fastai"),
     )
     lr_max_frozen: float = setting(
-        2e-3, "peak learning rate of the frozen stage", low=1e-7, high=10, log=True, needs="freeze_epochs"
+        2e-3, "peak learning rate of the frozen stage", 1e-7, 10, log=True, needs="freeze_epochs"
     )
     lr_ratio_frozen: float = setting(
         10.0,
         "lr_max_frozen / rate of the frozen backbone's norms (train_bn=always)",
-        low=1,
-        high=1e6,
+        1,
+        1e6,
         log=True,
         needs="train_bn=always",
     )
-    lr_max: float = setting(
-        1e-3, "peak learning rate of the head once unfrozen", low=1e-7, high=10, log=True, needs="epochs"
-    )
+    lr_max: float = setting(1e-3, "peak learning rate of the head once unfrozen", 1e-7, 10, log=True, needs="epochs")
     lr_ratio: float = setting(
-        100.0, "lr_max / rate of the earliest layers, geometric between", low=1, high=1e6, log=True, needs="epochs"
+        100.0, "lr_max / rate of the earliest layers, geometric between", 1, 1e6, log=True, needs="epochs"
     )
     pct_start_frozen: float = setting(
-        0.99, "share of the frozen stage in which the rate rises", low=0.01, high=0.99, needs="freeze_epochs"
+        0.99, "share of the frozen stage in which the rate rises", 0.01, 0.99, needs="freeze_epochs"
     )
-    pct_start: float = setting(
-        0.3, "share of the unfrozen stage in which the rate rises", low=0.01, high=0.99, needs="epochs"
-    )
+    pct_start: float = setting(0.3, "share of the unfrozen stage in which the rate rises", 0.01, 0.99, needs="epochs")
     div_frozen: float = setting(
-        25.0, "peak / first learning rate of the frozen stage", low=1, high=1e6, log=True, needs="freeze_epochs"
+        25.0, "peak / first learning rate of the frozen stage", 1, 1e6, log=True, needs="freeze_epochs"
     )
-    div: float = setting(
-        5.0, "peak / first learning rate of the unfrozen stage", low=1, high=1e6, log=True, needs="epochs"
-    )
-    div_final: float = setting(1e5, "peak / last learning rate of either stage", low=1, high=1e12, log=True)
-    mom_high: float = setting(0.95, "momentum (Adam's first beta) where the rate is lowest", low=0, high=0.999)
-    mom_low: float = setting(0.85, "momentum where the rate is highest", low=0, high=0.999)
-    weight_decay: float = setting(0.01, "decoupled weight decay; none on norms and biases", low=0, high=10)
+    div: float = setting(5.0, "peak / first learning rate of the unfrozen stage", 1, 1e6, log=True, needs="epochs")
+    div_final: float = setting(1e5, "peak / last learning rate of either stage", 1, 1e12, log=True)
+    mom_high: float = setting(0.95, "momentum (Adam's first beta) where the rate is lowest", 0, 0.999)
+    mom_low: float = setting(0.85, "momentum where the rate is highest", 0, 0.999)
+    weight_decay: float = setting(0.01, "decoupled weight decay; none on norms and biases", 0, 10)
 
     train_bn: str = setting(
         "unfrozen",
@@ -116,17 +106,17 @@ class Recipe:
         choices=("always", "unfrozen", "never"),
     )
     bn_momentum: float = setting(
-        0.1, "weight of a batch in the running statistics of the backbone's batch norms", low=0.001, high=1
+        0.1, "weight of a batch in the running statistics of the backbone's batch norms", 0.001, 1
     )
 
-    mixup_alpha: float = setting(0.0, "mixup's Beta(alpha, alpha); 0 = no mixup", low=0, high=10)
-    smoothing: float = setting(0.0, "label smoothing epsilon", low=0, high=0.9)
+    mixup_alpha: float = setting(0.0, "mixup's Beta(alpha, alpha); 0 = no mixup", 0, 10)
+    smoothing: float = setting(0.0, "label smoothing epsilon", 0, 0.9)
 
     presize: int = setting(
         460,
         "px; side of the cached images, before augmentation; each size makes a cache, so search a list (160,192)",
-        low=MIN_SIZE,
-        high=4096,
+        MIN_SIZE,
+        4096,
     )
     resize_method: str = setting(
         "crop",
@@ -134,32 +124,28 @@ class Recipe:
         "squish = to a square; pad = presize is the longer side, reflected to a square",
         choices=("crop", "squish", "pad"),
     )
-    image_size: int = setting(224, "px; side of the square that the network sees", low=MIN_SIZE, high=4096)
-    start_size: int = setting(0, "px; image_size of the first epochs (progressive resizing); 0 = off", low=0, high=4096)
-    start_share: float = setting(
-        0.4, "share of all epochs at start_size, rounded down", low=0, high=0.95, needs="start_size"
-    )
+    image_size: int = setting(224, "px; side of the square that the network sees", MIN_SIZE, 4096)
+    start_size: int = setting(0, "px; image_size of the first epochs (progressive resizing); 0 = off", 0, 4096)
+    start_share: float = setting(0.4, "share of all epochs at start_size, rounded down", 0, 0.95, needs="start_size")
     start_batch_size: int = setting(
-        0, "batch_size at start_size; 0 = batch_size * image_size / start_size", low=0, high=65536, needs="start_size"
+        0, "batch_size at start_size; 0 = batch_size * image_size / start_size", 0, 65536, needs="start_size"
     )
 
-    min_scale: float = setting(0.75, "smallest share of the area that a random crop keeps", low=0.01, high=1)
-    max_aspect: float = setting(1.0, "largest ratio of a random crop's sides; 1 = square", low=1, high=4, log=True)
+    min_scale: float = setting(0.75, "smallest share of the area that a random crop keeps", 0.01, 1)
+    max_aspect: float = setting(1.0, "largest ratio of a random crop's sides; 1 = square", 1, 4, log=True)
     flip: bool = setting(True, "flip half of the training images left to right")
-    affine_p: float = setting(0.75, "probability of each of rotation, zoom and warp", low=0, high=1)
-    max_rotate: float = setting(10.0, "degrees; largest rotation either way", low=0, high=180, needs="affine_p")
-    max_zoom: float = setting(1.1, "largest zoom in", low=1, high=4, needs="affine_p")
+    affine_p: float = setting(0.75, "probability of each of rotation, zoom and warp", 0, 1)
+    max_rotate: float = setting(10.0, "degrees; largest rotation either way", 0, 180, needs="affine_p")
+    max_zoom: float = setting(1.1, "largest zoom in", 1, 4, needs="affine_p")
     # From about 0.36 on, the horizon of a warp can lie inside the image.
-    max_warp: float = setting(0.2, "largest perspective warp", low=0, high=0.3, needs="affine_p")
-    lighting_p: float = setting(0.75, "probability of each of brightness and contrast", low=0, high=1)
-    max_lighting: float = setting(0.2, "largest change of brightness and contrast", low=0, high=0.9, needs="lighting_p")
+    max_warp: float = setting(0.2, "largest perspective warp", 0, 0.3, needs="affine_p")
+    lighting_p: float = setting(0.75, "probability of each of brightness and contrast", 0, 1)
+    max_lighting: float = setting(0.2, "largest change of brightness and contrast", 0, 0.9, needs="lighting_p")
 
     tta_views: int = setting(
-        4, "augmented views per image that test-time augmentation adds after the last epoch; 0 = off", low=0, high=100
+        4, "augmented views per image that test-time augmentation adds after the last epoch; 0 = off", 0, 100
     )
-    tta_beta: float = setting(
-        0.25, "weight of the centre view beside the augmented ones", low=0, high=1, needs="tta_views"
-    )
+    tta_beta: float = setting(0.25, "weight of the centre view; the others have the rest", 0, 1, needs="tta_views")
 
     precision: str = setting(
         "auto",
@@ -167,7 +153,7 @@ class Recipe:
         "GPUs, fp32 on other CPUs",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
-    seed: int = setting(0, "seed of everything random in this training", low=0, high=2**31 - 1)
+    seed: int = setting(0, "seed of everything random in this training", 0, 2**31 - 1)
 
     def __post_init__(self) -> None:
         for name, value in _require_valid(self.to_dict()).items():

@@ -1,6 +1,5 @@
 """Fetches weights from timm's hub into its cache, as a child process of `pretrained_weights.require_weights`."""
 
-import argparse
 import os
 import socket
 import sys
@@ -11,10 +10,7 @@ from trainables.network.pretrained_weights import no_weights_message
 
 
 def main() -> None:
-    """Fetch weights from timm's hub into its cache."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("arch", nargs="+")
-    args = parser.parse_args()
+    """Fetches the weights of the architectures that the arguments name."""
     unreachable = _hub_unreachable()
     if unreachable:
         # The hub's client would retry for most of a minute. Offline, it only looks into its cache.
@@ -23,7 +19,7 @@ def main() -> None:
 
     from trainables.network.model import check_architecture
 
-    for arch in args.arch:
+    for arch in sys.argv[1:]:
         try:
             check_architecture(arch)
             timm.create_model(arch, pretrained=True)
