@@ -23,9 +23,9 @@ ENOUGH = 40  # dB
 
 @pytest.fixture(scope="module")
 def fastai():
-    from fastai.vision import core
+    from fastai.vision import augment, core
 
-    return SimpleNamespace(**vars(augmentation) | {"TensorImage": core.TensorImage, "PILImage": core.PILImage})
+    return SimpleNamespace(**vars(augment) | {"TensorImage": core.TensorImage, "PILImage": core.PILImage})
 
 
 @pytest.fixture(scope="module")

@@ -48,8 +48,6 @@ FORMAT_VERSION = 5
 """Raise it when the same settings give other pixels or another index."""
 STORAGES = ("auto", MEMORY_MAP, JPEG, OFF)
 JPEG_QUALITY = 95
-JPEG_SHARE = 0.25
-"""Bytes of JPEGs / bytes of their pixels, at most; about 0.15 for photographs."""
 MEMORY_SHARE = 0.5
 """A memory map larger than this share of the memory would be read from the disk repeatedly."""
 
@@ -69,7 +67,7 @@ def presize(
     white_level: int | None = None,
     cache: Path | None = None,
     num_threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> PresizedImages:
     """Opens the cache of `folder` at `size` pixels; the first process on a node builds it.
 
@@ -191,7 +189,7 @@ def estimated_bytes(folder: ImageFolder, size: int, method: str, *, samples: int
 # --- Building it ------------------------------------------------------------------------------------------------------
 
 
-def _build_once(job: _Job, progress: Progress | None) -> PresizedImages:
+def _build_once(job: _Job, progress: Progress) -> PresizedImages:
     """Builds the cache, unless another process builds it first."""
     try:
         job.caches.mkdir(parents=True, exist_ok=True)
@@ -216,7 +214,7 @@ class _Built:
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
-def _build(job: _Job, progress: Progress | None) -> None:
+def _build(job: _Job, progress: Progress) -> None:
     """Writes the cache to a temporary folder and renames it. The caller holds the lock."""
     started = time.perf_counter()
     logger.info("presizing %d images to %d px in %s", len(job.folder.paths), job.size, job.path)
@@ -234,7 +232,7 @@ def _build(job: _Job, progress: Progress | None) -> None:
     logger.info("presized %d images, %.0f MB, in %.1f s", len(built.kept), sum(built.lengths) / 1e6, seconds)
 
 
-def _write_images(job: _Job, target: Path, progress: Progress | None) -> _Built:
+def _write_images(job: _Job, target: Path, progress: Progress) -> _Built:
     built, paths = _Built(), job.folder.paths
     with (target / PIXEL_FILES.get(job.storage, "nothing")).open("wb") as file:
         for index, image in enumerate(_stored(job)):
@@ -247,8 +245,7 @@ def _write_images(job: _Job, target: Path, progress: Progress | None) -> _Built:
                 built.heights.append(height)
                 built.widths.append(width)
                 built.lengths.append(len(stored))
-            if progress:
-                progress(index + 1, len(paths))
+            progress(index + 1, len(paths))
         _flush(file)
     return built
 
@@ -294,8 +291,8 @@ def _readable(job: _Job, built: _Built) -> ImageFolder:
         return folder
     write_unreadable(unreadable_list(job.caches, job.key), built.unreadable)
     _require_few(job, built.unreadable)
-    listed = _listed(job, built.unreadable)
-    logger.warning("skipped %d of %d images that cannot be read: %s", num_bad, len(folder.paths), listed)
+    total, listed = len(folder.paths), _listed(job, built.unreadable)
+    logger.warning("skipped %d of %d images that cannot be read: %s", num_bad, total, listed)
     readable = folder.only(built.kept)
     labelled_images.check_classes(readable, skipped=num_bad)
     return readable
@@ -343,8 +340,7 @@ def _flush(file: BinaryIO) -> None:
 
 
 def _cannot_write(job: _Job, error: OSError) -> DataError:
-    needed = len(job.folder.paths) * job.size * job.size * 3 * 1.4 / 1e9
-    free = ""
+    needed, free = len(job.folder.paths) * job.size * job.size * 3 * 1.4 / 1e9, ""
     with suppress(OSError):
         free = f", {shutil.disk_usage(job.caches).free / 1e9:.2f} GB are free"
     return DataError(
