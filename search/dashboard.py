@@ -23,7 +23,7 @@ from search.cli.messages import command_name, run_cli, say
 from search.options.arguments import positive
 from search.runs.command import CommandRecord
 from search.runs.paths import RunFolder
-from search.runs.trained_model import is_run
+from search.runs.trained_model import require_run
 
 LOCALHOST = "127.0.0.1"
 NAMES = (LOCALHOST, "localhost", "::1")
@@ -78,9 +78,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 def run_folder(path: Path) -> RunFolder:
     """Raises `ValueError` where there is no run, no study yet, or nothing to show it with."""
-    if not is_run(path):
-        what = "is no run: it has no command.json" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {what}. Expected the folder of a run, such as results/<name>.")
+    require_run(path)
     folder = RunFolder(path)
     if not folder.journal.is_file():  # Optuna would begin one
         raise ValueError(f"{path} has no study yet: no trial has started. Try again in a minute.")

@@ -14,18 +14,18 @@ from trainables.ray.worker_group import IDLE_SECONDS, GroupSize
 from trainables.system.text import duration, many
 
 LOOK_SECONDS = 5.0
-"""How old what is known of the cluster may be."""
+"""Maximum age of what is known about the cluster."""
 REMIND_SECONDS = 120.0
-MOST_WAITING = 8
-"""At least so many workers may wait for nodes; where more nodes are up, as many as these have room for."""
+MAX_WAITING = 8
+"""How many workers may wait for nodes, at least; with more nodes up, as many as these have room for."""
 YIELD_SECONDS = IDLE_SECONDS + 10
-"""So long no new trial takes the workers of one that has ended, where others wait for that room: idle workers leave."""
+"""For this long no new trial takes the workers of an ended one if others wait for room: idle workers are released."""
 
 
 class Capacity:
     """What the nodes of the connected cluster have room for, and what the search of one run asks of them.
 
-    Tune saves it with its state. A search that goes on, maybe in another place, takes up what its own start has found.
+    Tune saves it with its state. A resumed search, maybe in another folder, uses the one that its own start has made.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Capacity:
         return self.size.for_arch(arch, self.num_workers)
 
     def has_room(self, live: Collection[int], more: int) -> bool:
-        """Whether a trial of `more` workers may start beside those with `live` workers; the first one always may.
+        """Whether a trial of `more` workers may start besides those with `live` workers; the first one always may.
 
         Some may wait for nodes, which is what makes an autoscaler add them.
         """
@@ -70,20 +70,20 @@ class Capacity:
         wanted = sum(live) + more
         if wanted <= self.present:
             return True
-        most_waiting = max(MOST_WAITING, self.largest, self.present)
+        most_waiting = max(MAX_WAITING, self.largest, self.present)
         yields = time.monotonic() - self._freed < YIELD_SECONDS
         return not yields and wanted <= min(self.reachable, self.present + most_waiting)
 
     def note_end(self, live: Collection[int]) -> None:
-        """One of the trials with `live` workers has ended. Where others wait for room, they get it before a new one:
-        they may need more workers than it had, or be ones whose node was lost. Else it does not matter who waits.
+        """One of the trials with `live` workers has ended. Trials that wait for room get it before a new one: they may
+        need more workers than it had, or may have lost their node. Otherwise it does not matter which of them waits.
         """
         if sum(live) > self.present and (self.num_workers or self._lost_nodes):
             self._freed = time.monotonic()
 
     @property
     def present(self) -> int:
-        """Workers that the nodes which are up have room for."""
+        """Workers for which the present nodes have room."""
         self._look()
         return self._present
 
@@ -98,7 +98,7 @@ class Capacity:
             return
         nodes, before = present_nodes(), self._present
         reachable = reachable_nodes(nodes, launched=self.launched)
-        # An autoscaler adds nodes for the CPUs that are asked for, not for memory: asking for fewer would stop it.
+        # An autoscaler adds nodes for requested CPUs, not for memory: requesting fewer would stop it.
         memory_counts = self.max_trials is None and len(reachable) == len(nodes)
         self._present = self._room(nodes, memory_counts)
         if self._present != before:
@@ -119,17 +119,17 @@ def _capacity_of(run_id: str) -> Capacity:
 
 
 class CapacityNews(tune.Callback):
-    """Says when trials wait for nodes, and when nodes come or go."""
+    """Reports when trials wait for nodes, and when nodes come or go."""
 
     def __init__(self, capacity: Capacity, settings: Mapping[str, Any]) -> None:
         self.capacity = capacity
-        self.settings = settings  # of all trials, but for what is searched
-        self.told: int | None = None
+        self.settings = settings  # of all trials, except what is searched
+        self.reported: int | None = None
         self.waiting_since: float | None = None
         self.reminded = 0.0
 
     def setup(self, *args: Any, **info: Any) -> None:
-        self.told = self.waiting_since = None
+        self.reported = self.waiting_since = None
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         if not self.capacity.launched:
@@ -140,20 +140,21 @@ class CapacityNews(tune.Callback):
             self._wait(present, wanted)
         elif self.waiting_since is not None:
             self.waiting_since = None
-            if present != self.told:
-                say(f"cluster: room for {many(present, 'worker')} now, the search goes on")
-        elif self.told is not None and present != self.told:
-            say(f"cluster: {'more' if present > self.told else 'fewer'} nodes, room for {many(present, 'worker')} now")
-        self.told = present
+            if present != self.reported:
+                say(f"cluster: room for {many(present, 'worker')} now, the search continues")
+        elif self.reported is not None and present != self.reported:
+            change = "more" if present > self.reported else "fewer"
+            say(f"cluster: {change} nodes, room for {many(present, 'worker')} now")
+        self.reported = present
 
     def _workers(self, trials: list[Trial]) -> int:
-        """Of the trials under way."""
+        """Of the running trials."""
         running = ({**self.settings, **trial.config} for trial in trials if trial.status == trial.RUNNING)
         return sum(self.capacity.group_size(recipe["arch"]).num_workers for recipe in running)
 
     def _wait(self, present: int, wanted: int) -> None:
         now = time.monotonic()
-        if self.waiting_since is None or present != self.told:
+        if self.waiting_since is None or present != self.reported:
             self.waiting_since, self.reminded = self.waiting_since or now, now
             say(waiting(present, self.capacity.reachable, wanted))
         elif present < self.capacity.largest and now - self.reminded >= REMIND_SECONDS:
@@ -162,6 +163,6 @@ class CapacityNews(tune.Callback):
 
 
 def waiting(present: int, reachable: int, wanted: int) -> str:
-    """What a search says whose trials do not fit on the nodes that are up."""
+    """What a search says if its trials do not fit on the present nodes."""
     adds = f"its autoscaler can make it {reachable}" if reachable > present else "they wait for nodes to come back"
     return f"cluster: waiting for nodes. Trials need {many(wanted, 'worker')}, there is room for {present}; {adds}"

@@ -1,4 +1,4 @@
-"""How a search goes: who proposes trials, which ones end early, what is to be small, and what confirms the winner."""
+"""How a search works: who proposes trials, which ones end early, what is minimised, and what confirms the winner."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ SEARCHERS = ("tpe", "random", "gp", "cmaes")
 SCHEDULERS = ("rungs", "halving", "median", "none")
 OBJECTIVES = ("error", "error,seconds")
 CONFIRM_SEEDS = 3
-"""So often each of the best configs is trained again with `--confirm`."""
+"""How often each of the best configs is trained again with `--confirm`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,22 +24,20 @@ class Strategy:
     def __post_init__(self) -> None:
         if self.num_objectives > 1 and self.searcher == "cmaes":
             raise ValueError(
-                f"--objective {self.objective}: --searcher cmaes knows one objective. Take tpe, gp or random."
+                f"--objective {self.objective}: --searcher cmaes supports one objective only. Use tpe, gp or random."
             )
         if self.num_objectives > 1 and self.scheduler != "none":
             raise ValueError(
-                f"--objective {self.objective}: --scheduler {self.scheduler} ends trials by their error, and a quick "
-                "one of a higher error may be what is wanted. Leave --scheduler out."
+                f"--objective {self.objective}: --scheduler {self.scheduler} ends trials by their error, but a quick "
+                "one with a higher error may be wanted. Omit --scheduler."
             )
         if self.target_seconds and self.scheduler == "halving":
             raise ValueError(
-                "--target-seconds: --scheduler halving trains what was good at first for longer, whatever it takes. "
-                "Take rungs, median or none."
+                "--target-seconds: --scheduler halving trains the best short trials for longer, however long that "
+                "takes. Use rungs, median or none."
             )
         if self.target_seconds and self.searcher not in ("tpe", "gp"):
-            raise ValueError(
-                f"--target-seconds: --searcher {self.searcher} cannot prefer quick trials. Take tpe or gp."
-            )
+            raise ValueError(f"--target-seconds: --searcher {self.searcher} cannot prefer quick trials. Use tpe or gp.")
 
     @property
     def num_objectives(self) -> int:

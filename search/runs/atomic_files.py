@@ -1,4 +1,4 @@
-"""Writing files so that a kill at any moment leaves either the old content or the new."""
+"""Writing files so that a kill at any time leaves either the old content or the new."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from trainables.system.full_disk import when_there_is_room
 
 
 def write_atomically(path: Path, text: str, *, wait: bool = True) -> None:
-    """Waits while the disk is full, unless told not to."""
+    """Replace the content of a file at once; with `wait`, wait while the disk is full."""
     partial = path.with_name(f".{path.name}.partial")
 
     def write() -> None:
@@ -24,7 +24,7 @@ def write_atomically(path: Path, text: str, *, wait: bool = True) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a whole line to a file that is there; waits while the disk is full."""
+    """Append a whole line to an existing file; waits while the disk is full."""
     content, before = line.encode(), path.stat().st_size
 
     def write() -> None:
@@ -43,7 +43,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Make `folder` hold what `fill` writes into an empty one. Between old and new there is a moment with neither."""
+    """Make `folder` hold what `fill` writes into an empty one. For an instant neither old nor new is there."""
     partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -60,7 +60,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def link_or_copy(file: Path, place: Path) -> None:
-    """`place` becomes another name of `file` where the file system has such. Neither is ever written to again."""
+    """Make `place` a hard link to `file`, or a copy where links do not work. Neither may be written to again."""
     try:
         os.link(file, place)
     except OSError:

@@ -1,4 +1,4 @@
-"""The models that a run keeps: of its best trials in `models/<number>/`, the very best one also in `best/`."""
+"""The models that a run keeps: those of its best trials in `models/<number>/`, the best one also in `best/`."""
 
 import json
 import shutil
@@ -13,22 +13,22 @@ from trainables.training.checkpoint import PREPROCESSING_FILE, SPLIT_FILE, WEIGH
 
 
 class KeptModels:
-    """Folders with a model's weights, preprocessing, split, recipe, labels and metrics. A file's content is on the disk
-    once, in however many of them it is."""
+    """Folders with a model's weights, preprocessing, split, recipe, labels and metrics. A file that is in several of
+    them takes disk space once."""
 
     def __init__(self, folder: RunFolder, *, first: bool) -> None:
         self.folder = folder
-        self.first = first  # trial 0, too, in `first/`
+        self.first = first  # also trial 0, in `first/`
 
     def add(self, checkpoint: Path, *, kept: list[int], **parts: Any) -> None:
-        """A trial has completed, and these are to be `kept` now, the best one first. `parts` are contents of JSON files
-        by name; `metrics` has its number."""
+        """Add the model of a trial that has completed. `kept` are the numbers of the trials to keep now, the best one
+        first; `parts` the contents of JSON files by name, of which `metrics` has the trial's number."""
         number = parts["metrics"]["number"]
 
         def fill(folder: Path) -> None:
             for name in (WEIGHTS_FILE, PREPROCESSING_FILE):
                 link_or_copy(checkpoint / name, folder / name)
-            if (checkpoint / SPLIT_FILE).is_file():  # none of a trial that another version trained
+            if (checkpoint / SPLIT_FILE).is_file():  # absent if an earlier version trained it
                 link_or_copy(checkpoint / SPLIT_FILE, folder / SPLIT_FILE)
             for name, content in parts.items():
                 (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -41,7 +41,7 @@ class KeptModels:
             _replace(self.folder.best, fill)
 
     def retain(self, kept: list[int]) -> None:
-        """These trials keep their models, the best one first, and no others do."""
+        """Keep the models of these trials, the best one first, and remove the others."""
         if self.folder.models.is_dir():
             for folder in self.folder.models.iterdir():
                 if folder.name not in map(str, kept):
@@ -54,7 +54,7 @@ class KeptModels:
         return json.loads(metrics.read_text())["number"] if metrics.is_file() else None
 
     def _make_best(self, model: Path) -> None:
-        if not model.is_dir():  # of a run that another version began
+        if not model.is_dir():  # absent if an earlier version began the run
             return
 
         def fill(folder: Path) -> None:

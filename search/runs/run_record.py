@@ -17,38 +17,51 @@ from search.runs.csv_file import Kind, as_csv, read_table
 from search.runs.paths import RunFolder
 from search.runs.results_table import COMPLETED, CONFIRMED, EPOCH_KINDS, EPOCH_NEEDED, SCORES, TRIAL_KINDS, TRIAL_NEEDED
 from search.runs.statistics import lead, wilson_interval
-from search.runs.trained_model import is_run
+from search.runs.trained_model import require_run
 from trainables.inference.model_folder import read_json, read_model
 from trainables.recipe import Recipe
 from trainables.system.text import shell_command
 
 
 def load(path: Path | str) -> "RunRecord":
-    """The run in `path`, while it goes on or after its end. Raises `ValueError` where there is none, or a damaged one.
-
-    Nothing in the folder is executed, so a run of somebody else's may be loaded.
-    """
+    """See `search.load`."""
     path = Path(path).expanduser()
-    if not is_run(path):
-        what = "is no run: it has no command.json" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {what}. Expected the folder of a run, such as results/<name>.")
+    require_run(path)
     return RunRecord(path)
 
 
 class RunRecord:
-    """The tables are as they were when this was made, see `results/README.md` for their columns."""
+    """What a run has found. The tables are those at the time of loading.
 
-    def __init__(self, path: Path) -> None:
-        self.folder = RunFolder(path)
+    Args:
+        path: The folder of the run, such as `results/<name>`.
+
+    Attributes:
+        trials: One row per trial, by its number; `results/README.md` explains the columns.
+        epochs: One row per epoch.
+        dimensions: The names of the searched settings.
+        command: What the run was asked for, with versions and hardware.
+
+    Raises:
+        ValueError: There is no run, a file of it is damaged, or a later version wrote it.
+
+    Example:
+        >>> run = RunRecord("results/pets")
+        >>> run.trials.groupby("arch")["error_rate"].min().to_dict()
+        {'resnet18': 0.25, 'resnet34': 0.3}
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.folder = RunFolder(Path(path))
         self.path = self.folder.path
         self.command = CommandRecord.load(self.path)
         self.space: dict[str, Any] = read_json(self.folder.space)
         self.dimensions = list(self.space["dimensions"])
         trials = _read_table(self.folder.trials, TRIAL_KINDS, TRIAL_NEEDED, key="number")
         self.trials = trials.set_index("number", drop=False).rename_axis(None)
-        """A row a trial, by its number."""
+        """One row per trial, by its number."""
         self.epochs = _read_table(self.folder.epochs, EPOCH_KINDS, EPOCH_NEEDED)
-        """A row an epoch; `number` is its trial's."""
+        """One row per epoch; `number` is its trial's."""
         self.stops = self.folder.stop_reasons()
         """Why trials were stopped early, by Tune's trial id."""
 
@@ -77,7 +90,7 @@ class RunRecord:
 
     @property
     def later_commands(self) -> list[str]:
-        """The commands that have changed what the run is to do since it was begun, such as one for more trials."""
+        """The commands that have changed the run since it was begun, such as one for more trials."""
         return [shell_command("search.run", *resume.argv) for resume in self.command.resumes if resume.changed]
 
     @property
@@ -119,7 +132,7 @@ class RunRecord:
     @cached_property
     def study(self) -> optuna.Study:
         """The Optuna study as it is in the run's journal. Raises `ValueError` where there is none yet."""
-        if not self.folder.journal.is_file():  # Optuna would begin one
+        if not self.folder.journal.is_file():  # Optuna would create one
             raise ValueError(f"{self.folder} has no study yet: no trial has started.")
         storage = JournalStorage(JournalFileBackend(str(self.folder.journal)))
         return optuna.load_study(study_name=self.space["name"], storage=storage)
@@ -131,6 +144,6 @@ def _read_table(path: Path, kinds: dict[str, Kind], needed: Iterable[str], key: 
         raise ValueError(f"{path.parent} has no {path.name} yet: its first trial has not started.")
     columns, rows = read_table(path, kinds, needed, key)
     table = pd.read_csv(io.StringIO(as_csv(columns, rows)), keep_default_na=False, na_values=[""])
-    # A column without a value has no type of its own.
+    # pandas cannot infer the type of a column without values.
     table = table.astype({name: float for name in SCORES if name in table})
     return table.assign(reason=table["reason"].astype(object).fillna("")) if "reason" in table else table

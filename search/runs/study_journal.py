@@ -1,4 +1,4 @@
-"""The file that keeps the Optuna study, and what kills and full disks may do to it."""
+"""The journal file of the Optuna study, and its protection against kills and full disks."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def open_journal(path: Path) -> JournalStorage:
 
 
 class _WholeLines(JournalFileBackend):
-    """Optuna's, which would leave half a line on a full disk."""
+    """Optuna's backend, which alone would leave half a line on a full disk."""
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         path = Path(self._file_path)
@@ -37,15 +37,15 @@ class _WholeLines(JournalFileBackend):
 
 
 def mend(path: Path) -> None:
-    """Cut off a last line that was being written when the machine stopped: Optuna would write on in it. Raises
-    `ValueError` where the journal is damaged further up."""
+    """Cut off an incomplete last line, which a machine that stopped has left: Optuna would append to it. Raises
+    `ValueError` where the journal is damaged elsewhere."""
     lines = path.read_bytes().splitlines(keepends=True)
     whole = 0
     for number, line in enumerate(lines, start=1):
         if not _is_whole(line):
             if number < len(lines):
                 raise ValueError(
-                    f"{path} is damaged: line {number} is no JSON. Bring it back from a copy, or begin a new run."
+                    f"{path} is damaged: line {number} is no JSON. Restore it from a copy, or begin a new run."
                 )
             os.truncate(path, whole)
         whole += len(line)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from search.options.arguments import resume_command
+from search.runs.command import FILE
 from trainables.inference import predictor
 from trainables.inference.model_folder import ModelFolder, read_model
 from trainables.training.checkpoint import PREPROCESSING_FILE
@@ -28,9 +29,7 @@ def open_model(path: Path | str) -> ModelFolder:
 
 def open_run(path: Path) -> ModelFolder:
     """The best model of the run in `path`. Raises `ValueError`."""
-    if not is_run(path):
-        what = "is no run: it has no command.json" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {what}. Expected the folder of a run, such as results/<name>.")
+    require_run(path)
     if not (path / "best").is_dir():
         raise ValueError(
             f"{path} has no best model yet: no trial has completed. See {path / 'trials.csv'} for the state of its "
@@ -40,7 +39,14 @@ def open_run(path: Path) -> ModelFolder:
 
 
 def is_run(path: Path) -> bool:
-    return (path / "command.json").is_file()
+    return (path / FILE).is_file()
+
+
+def require_run(path: Path) -> None:
+    """Raises `ValueError` where a path is not the folder of a run."""
+    if not is_run(path):
+        what = "is no run: it has no command.json" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {what}. Expected the folder of a run, such as results/<name>.")
 
 
 class Predictor(predictor.Predictor):

@@ -1,4 +1,4 @@
-"""Which networks of a space are tried out before Ray starts, see `trainables.network.architecture`."""
+"""Which networks of a space are tested before Ray starts, see `trainables.network.architecture`."""
 
 import itertools
 from typing import Any
@@ -11,13 +11,13 @@ from trainables.recipe import Recipe
 def check_architectures(space: Space) -> None:
     """Raises `ValueError` that names each architecture that cannot be trained as `space` says, and why.
 
-    Those of the spaces that come with this project take every size and head.
+    Those of the built-in spaces work with every size and head.
     """
     require_trainable(to_try(space))
 
 
 def to_try(space: Space) -> list[dict[str, Any]]:
-    """The decisive settings of the recipes to try: of each architecture all heads at one size, and all sizes."""
+    """The decisive settings of the recipes to test: for each architecture all heads at one size, and all sizes."""
     defaults = Recipe.from_dict(space.settings).to_dict()
     values = {name: _values(space, name, defaults[name]) for name in DECISIVE}
     found = []
@@ -40,7 +40,7 @@ def _values(space: Space, name: str, default: Any) -> tuple[Any, ...]:
 
 
 def known() -> set[str]:
-    """The architectures of the spaces that come with this project."""
+    """The architectures of the built-in spaces."""
     archs = set()
     for space in map(load_space, space_names()):
         archs |= {space.settings["arch"], *getattr(space.dimensions.get("arch"), "values", ())}

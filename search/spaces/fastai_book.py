@@ -34,7 +34,7 @@ LEARNER: dict[str, Any] = {
     "start_size": 0,
     "min_scale": 0.75,
 }
-"""What `vision_learner` does unless told otherwise, with the book's presizing."""
+"""The defaults of `vision_learner`, with the book's presizing."""
 
 
 def fine_tune(epochs: int, *, base_lr: float = 2e-3, freeze_epochs: int = 1) -> dict[str, Any]:
@@ -127,7 +127,7 @@ IMAGENETTE = (
 
 
 def scaled_down(recipe: NamedRecipe, archs: dict[str, str], **sizes: int) -> NamedRecipe:
-    """The same schedule with smaller networks and images, for which nobody published an error."""
+    """The same schedule with smaller networks and images, for which no error was published."""
     arch = archs[recipe.settings["arch"]]
     name = re.sub(r"ResNet-\d+", arch, recipe.name)
     return NamedRecipe(name=name, settings=recipe.settings | {"arch": arch, **sizes}, source=recipe.source)

@@ -12,7 +12,7 @@ from typing import Any
 from trainables.recipe import Recipe, checked_value, has_effect, needed_by, parse_value, spec_of
 
 SWITCH = " > 0"
-"""After a setting's name: a study's parameter that says whether it is off or a number, see `Range.off`."""
+"""Suffix of a setting's name: the study's parameter that says whether it is off or a number, see `Range.off`."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Range:
         if not -math.inf < self.low < self.high < math.inf:  # written so that nan fails too
             raise ValueError(f"a range from {self.low:g} to {self.high:g}: the first number must be the smaller one")
         if (self.log or self.off) and self.low <= 0:
-            why = "a logarithmic range" if self.log else "a range beside 0, which is off,"
+            why = "a logarithmic range" if self.log else "a range with 0, which is off,"
             raise ValueError(f"{why} from {self.low:g} to {self.high:g}: both numbers must be above 0")
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ class Choice:
 Dimension = Range | Choice
 
 TIED = ("epochs", "freeze_epochs", "image_size", "start_size", "presize")
-"""Settings whose values must fit each other, see `Recipe`."""
+"""Settings whose values must be compatible, see `Recipe`."""
 
 FORMS = "NAME=VALUE, NAME=LOW..HIGH, NAME=0,LOW..HIGH or NAME=A,B"
 """What a `--set` can be."""
@@ -84,7 +84,7 @@ FORMS = "NAME=VALUE, NAME=LOW..HIGH, NAME=0,LOW..HIGH or NAME=A,B"
 
 @dataclass(frozen=True, kw_only=True)
 class NamedRecipe:
-    """A recipe that somebody published, with the error that it reached."""
+    """A published recipe, with the error that it reached."""
 
     name: str
     settings: dict[str, Any]  # as changes to those of the space
@@ -95,18 +95,43 @@ class NamedRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """What one search is about. `settings` are the recipe of trial 0; a dimension varies one of them."""
+    """What one search varies, and around which recipe.
+
+    Args:
+        name: The name for `--space`.
+        doc: One line about it.
+        dataset: A name in `trainables.data.datasets.DATASETS`.
+        settings: The recipe of trial 0; settings that it lacks have their defaults.
+        dimensions: The settings that are searched, each with a `Range` or a `Choice`.
+        first: Recipes to try after trial 0, as changes to `settings`.
+        recipes: For `--recipes`, by their common name.
+        pinned: Settings to which the user gave one value.
+        num_trials: How many trials a search has by default.
+        seed: Of proposals and trainings, by default.
+        split_seed: Of the split into training and validation images.
+
+    Raises:
+        ValueError: A setting is unknown or has a value that it cannot take, alone or together with others.
+
+    Example:
+        >>> space = Space(name="mine", doc="birds", dataset="pets", settings={"arch": "resnet18", "epochs": 3},
+        ...               dimensions={"lr_max": Range(1e-4, 1e-2, log=True)})
+        >>> space.first_configs()
+        [{'lr_max': 0.001}]
+        >>> space.with_settings(["epochs=3..6", "lr_max=0.002"]).dimensions
+        {'epochs': Range(low=3, high=6, log=False, off=False)}
+    """
 
     name: str
     doc: str
-    dataset: str  # a name in trainables.data.datasets.DATASETS
+    dataset: str
     settings: dict[str, Any]
     dimensions: dict[str, Dimension]
-    first: tuple[dict[str, Any], ...] = ()  # recipes tried after trial 0, as changes to `settings`
-    recipes: dict[str, tuple[NamedRecipe, ...]] = field(default_factory=dict)  # for `--recipes`, by their common name
-    pinned: tuple[str, ...] = ()  # settings that the user has given one value
+    first: tuple[dict[str, Any], ...] = ()
+    recipes: dict[str, tuple[NamedRecipe, ...]] = field(default_factory=dict)
+    pinned: tuple[str, ...] = ()
     num_trials: int = 20
-    seed: int = 0  # of proposals and trainings, where the command line gives none
+    seed: int = 0
     split_seed: int = 0
 
     def __post_init__(self) -> None:
@@ -150,8 +175,8 @@ class Space:
     def with_settings(self, texts: Iterable[str]) -> "Space":
         """This space with each `NAME=VALUE` pinned and each `=LOW..HIGH`, `=0,LOW..HIGH` or `=A,B` searched.
 
-        Raises one `ValueError` with the problems of all. What settings must be to each other is checked when all are
-        in, so their order does not matter.
+        Raises one `ValueError` with all problems. How settings must relate to each other is checked when all are known,
+        so their order does not matter.
         """
         settings, dimensions, problems = Recipe.from_dict(self.settings).to_dict(), dict(self.dimensions), []
         pinned, texts = dict.fromkeys(self.pinned), list(texts)
@@ -186,11 +211,11 @@ class Space:
         """
         if name not in self.recipes:
             known = ", ".join(self.recipes) or "none"
-            raise ValueError(f"--recipes {name}: the space {self.name} has no such recipes. There are: {known}.")
+            raise ValueError(f"--recipes {name}: the space {self.name} has no such recipes. It has: {known}.")
         base = replace(self, dimensions={}).with_settings(texts)
         if base.dimensions:
             searched = next(iter(base.dimensions))
-            raise ValueError(f"--set {searched}=... gives several values; with --recipes expected a single one")
+            raise ValueError(f"--set {searched}=... gives several values; with --recipes, give a single one")
         pinned = {setting: base.settings[setting] for setting in base.pinned}
         configs = [
             Recipe.from_dict(base.settings | recipe.settings | pinned).to_dict() for recipe in self.recipes[name]
@@ -249,13 +274,13 @@ class Space:
             raise ValueError(f"--set {text}: expected {FORMS}")
         off = [parse_value(name, part) for part in before] == [0]
         if before and not off:
-            raise ValueError(f"--set {text}: only 0, which is off, can stand beside a range; expected {FORMS}")
+            raise ValueError(f"--set {text}: only 0, which is off, can be combined with a range; expected {FORMS}")
         low, high = (parse_value(name, number) for number in numbers)
         if low >= high:
             single = f"; {name}={low:g} is a single value" if low == high else ""
             raise ValueError(f"--set {text}: the first number must be the smaller one{single}")
         if off and low <= 0:
-            raise ValueError(f"--set {text}: the numbers beside 0, which is off, must be above it")
+            raise ValueError(f"--set {text}: the numbers after 0, which is off, must be above it")
         searched = self.dimensions.get(name)
         log = searched.log if isinstance(searched, Range) else spec_of(name).metadata["log"]
         found = Range(low, high, log and low > 0, off)
@@ -269,7 +294,7 @@ def _is_idle(name: str, dimensions: Mapping[str, Dimension], settings: Mapping[s
 
 
 def check_dimension(name: str, dimension: Dimension) -> None:
-    """Raises `ValueError` where a dimension holds values that its setting cannot take, or more caches than a few."""
+    """Raises `ValueError` where a dimension holds values that its setting cannot take, or makes too many caches."""
     if name == "presize" and isinstance(dimension, Range):
         low, high = int(dimension.low), int(dimension.high)
         sizes = ",".join(str(size) for size in sorted({low, (low + high) // 2, high}))
@@ -296,8 +321,8 @@ def space_names() -> list[str]:
 
 
 def load_space(name: str) -> Space:
-    """The space called `name`; raises `ValueError` that lists those that there are."""
+    """The space called `name`; raises `ValueError` that lists all of them."""
     if name not in space_names():
-        raise ValueError(f"--space {name}: there is no such space. There are: {', '.join(space_names())}.")
+        raise ValueError(f"--space {name}: there is no such space. The spaces are: {', '.join(space_names())}.")
     found: Space = importlib.import_module(f"search.spaces.builtin.{name}").SPACE
     return found

@@ -1,7 +1,8 @@
-"""Early termination by complete short recipes: a config is trained anew for longer where it was good.
+"""Early termination by complete short trainings: configs that do well are trained again, for longer.
 
 Half-way through a one-cycle schedule the rate is high and the metric says little. A short schedule that has run to its
-end says more. Asynchronous successive halving (Li et al. 2020) over `epochs`, each rung from the pretrained weights.
+end says more. So this is asynchronous successive halving (Li et al. 2020) over `epochs`, and each rung starts from the
+pretrained weights.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,14 +17,14 @@ from search.spaces.space import Choice, Dimension, Space
 from search.tuning.searcher import FORGOTTEN, OptunaSearcher, as_params, config_of, propose
 
 FACTOR = 3
-"""From one length to the next, and one in so many goes on."""
+"""The ratio of one length to the next, and of the trials that are promoted."""
 
 Config = dict[str, Any]
 
 
 def lengths(epochs: Dimension) -> list[int]:
-    """Epochs of the rungs, shortest first: the most that there are, and the most that are a third of the next rung's
-    at most, as long as there are any."""
+    """Epochs of the rungs, shortest first: the maximum, and below each rung the largest number that is at most a third
+    of it."""
     if isinstance(epochs, Choice):
         allowed = {value for value in epochs.values if value > 0}
     else:
@@ -35,20 +36,20 @@ def lengths(epochs: Dimension) -> list[int]:
 
 
 def check_lengths(space: Space) -> None:
-    """Raises `ValueError` where trials could not begin short."""
+    """Raises `ValueError` where trials cannot start short."""
     epochs = space.dimensions.get("epochs")
     if epochs is None or len(lengths(epochs)) < 2:
         given = f"epochs {'is ' + str(space.settings['epochs']) if epochs is None else 'are ' + str(epochs)}"
         raise ValueError(
-            f"--scheduler halving: {given}, but trials begin with a third of the longest. Search epochs "
-            f"(--set epochs=2..6), the most at least {FACTOR} times the fewest, or take another --scheduler."
+            f"--scheduler halving: {given}, but trials start with a third of the longest. Search epochs "
+            f"(--set epochs=2..6), the maximum at least {FACTOR} times the minimum, or use another --scheduler."
         )
 
 
 def promotion(done: Iterable[tuple[Config, float]], rungs: Sequence[int], taken: Iterable[Config]) -> Config | None:
-    """The best config that is among the best third of its length and has not gone on, with the next length; or None.
+    """The best config that is in the best third of its length and was not promoted yet, with the next length; or None.
 
-    `done` are configs and errors of completed trials, `taken` the configs of all trials there have been.
+    `done` are the configs and errors of completed trials, `taken` the configs of all trials so far.
     """
     done, taken = list(done), list(taken)
     for epochs, longer in reversed(list(pairwise(rungs))):
@@ -61,7 +62,7 @@ def promotion(done: Iterable[tuple[Config, float]], rungs: Sequence[int], taken:
 
 
 class HalvingSearcher(OptunaSearcher):
-    """Proposes the shortest length, and longer ones to configs that were good at it. Each is a trial of its own."""
+    """Proposes the shortest length, and the next length for configs that did well. Each is a trial of its own."""
 
     def _ask(self) -> tuple[optuna.Trial, Config]:
         if len(self.numbers) < len(self.first_configs):
@@ -77,6 +78,6 @@ class HalvingSearcher(OptunaSearcher):
 
 
 def new_searcher(space: Space, journal: Path, *, seed: int, strategy: Strategy, **options: Any) -> OptunaSearcher:
-    """Who proposes by `strategy`; `options` are those of `OptunaSearcher`."""
+    """The searcher of a strategy; `options` are those of `OptunaSearcher`."""
     kind = HalvingSearcher if strategy.scheduler == "halving" else OptunaSearcher
     return kind(space, journal, seed=seed, strategy=strategy, **options)

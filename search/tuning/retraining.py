@@ -8,6 +8,6 @@ from trainables.ray.trial import RETRAINS
 
 
 def retrainings(best: Iterable[tuple[str, dict[str, Any]]], seed: int) -> list[dict[str, Any]]:
-    """Configs of all retrainings, the best trial's first; no trial of the search had a seed above `seed`."""
+    """Configs of all retrainings, the best trial's first. Their seeds are above `seed`, the highest of the search."""
     seeds = range(seed + 1, seed + 1 + CONFIRM_SEEDS)
     return [config | {"seed": new, RETRAINS: trial_id} for trial_id, config in best for new in seeds]

@@ -65,7 +65,7 @@ def test_no_more_trials_start_than_the_memory_is_enough_for(cluster, tmp_path):
 def test_some_trials_wait_for_nodes_that_the_autoscaler_can_add_and_more_once_it_has(cluster, tmp_path):
     cluster.present, cluster.more = [], 100 * [Node(1, 0)]
     found = capacity(tmp_path)
-    most = module.MOST_WAITING
+    most = module.MAX_WAITING
     assert found.has_room([1] * (most - 1), 1) and not found.has_room([1] * most, 1)
     cluster.become(*20 * [Node(1, 0)])
     assert found.has_room([1] * 39, 1) and not found.has_room([1] * 40, 1)
@@ -145,7 +145,7 @@ def test_a_search_says_what_it_waits_for_again_and_again_and_when_it_goes_on(clu
     cluster.now += module.REMIND_SECONDS
     assert "still waiting for nodes, for 2 min" in steps(news, capsys)
     cluster.become(Node(1, 0), Node(4, 0))
-    assert "room for 5 workers now, the search goes on" in steps(news, capsys)
+    assert "room for 5 workers now, the search continues" in steps(news, capsys)
 
 
 def test_trials_that_run_already_are_waited_for_too(cluster, tmp_path, capsys):

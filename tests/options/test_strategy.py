@@ -26,10 +26,10 @@ def test_named_recipes_all_run_to_their_end():
     ("words", "problem"),
     [
         (("--objective", "error,seconds", "--scheduler", "rungs"), "--scheduler rungs ends trials by their error"),
-        (("--objective", "error,seconds", "--searcher", "cmaes"), "--searcher cmaes knows one objective"),
+        (("--objective", "error,seconds", "--searcher", "cmaes"), "--searcher cmaes supports one objective"),
         (("--target-seconds", "60", "--searcher", "random"), "--searcher random cannot prefer quick trials"),
-        (("--target-seconds", "60", "--searcher", "cmaes"), "Take tpe or gp"),
-        (("--target-seconds", "60", "--scheduler", "halving"), "Take rungs, median or none"),
+        (("--target-seconds", "60", "--searcher", "cmaes"), "Use tpe or gp"),
+        (("--target-seconds", "60", "--scheduler", "halving"), "Use rungs, median or none"),
     ],
 )
 def test_what_does_not_go_together_is_refused(words, problem, capsys):

@@ -158,7 +158,7 @@ def test_nothing_is_tried_first_twice():
     ("text", "problem"),
     [
         ("epochs", "--set epochs: expected NAME=VALUE, NAME=LOW..HIGH, NAME=0,LOW..HIGH or NAME=A,B"),
-        ("mixup_alpha=0,0..0.4", "--set mixup_alpha=0,0..0.4: the numbers beside 0, which is off, must be above it"),
+        ("mixup_alpha=0,0..0.4", "--set mixup_alpha=0,0..0.4: the numbers after 0, which is off, must be above it"),
         ("lr_max=0,1e-3..1e-2", "lr_max=0.0 is out of range"),
         ("epochs=", "--set epochs=: expected NAME=VALUE"),
         ("arch=resnet18,", "--set arch=resnet18,: expected NAME=VALUE"),
@@ -175,7 +175,7 @@ def test_nothing_is_tried_first_twice():
         ("epochs=3..", "--set epochs=3..: expected NAME=VALUE, NAME=LOW..HIGH"),
         ("epochs= .. 5", "--set epochs= .. 5: expected NAME=VALUE, NAME=LOW..HIGH"),
         ("epochs=3..5,8", "--set epochs=3..5,8: expected NAME=VALUE, NAME=LOW..HIGH"),
-        ("mixup_alpha=0.05,0.1..0.4", "only 0, which is off, can stand beside a range"),
+        ("mixup_alpha=0.05,0.1..0.4", "only 0, which is off, can be combined with a range"),
         ("arch=resnet18, ,resnet34", "--set arch=resnet18, ,resnet34: expected NAME=VALUE"),
         ("epochs=inf", "epochs=inf is not a whole number"),
         ("lr_max=1e-3..inf", "lr_max=inf is out of range"),
@@ -213,7 +213,7 @@ def test_all_bad_sets_are_answered_together():
         (lambda: Range(0, float("inf")), "a range from 0 to inf"),
         (lambda: Range("1", "2"), "a range from '1' to '2': expected two numbers"),
         (lambda: Range(0, 1, log=True), "a logarithmic range from 0 to 1: both numbers must be above 0"),
-        (lambda: Range(0, 1, off=True), "a range beside 0, which is off, from 0 to 1: both numbers must be above 0"),
+        (lambda: Range(0, 1, off=True), "a range with 0, which is off, from 0 to 1: both numbers must be above 0"),
         (lambda: Choice(()), "a choice of (): expected a tuple of values"),
         (lambda: Choice("resnet18"), "a choice of 'resnet18': expected a tuple of values"),
         (lambda: Choice((3, 5, 3)), "a choice of 3, 5, 3: expected each value once"),
@@ -286,7 +286,7 @@ def test_recipes_that_pins_make_equal_are_run_once():
 @pytest.mark.parametrize(
     ("name", "texts", "message"),
     [
-        ("boook", [], r"no such recipes. There are: book"),
+        ("boook", [], r"no such recipes. It has: book"),
         ("book", ["epochs=1..3"], r"--set epochs=... gives several values"),
         ("book", ["arch=resnet18,resnet34"], r"--set arch=... gives several values"),
     ],

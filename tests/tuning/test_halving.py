@@ -58,7 +58,7 @@ def test_a_config_that_was_good_short_is_trained_long_from_the_start(tmp_path):
 
 @pytest.mark.parametrize("text", ["epochs=2", "epochs=4,6", "epochs=3..8"])
 def test_where_trials_cannot_begin_short_the_search_does_not_begin(text):
-    with pytest.raises(ValueError, match=r"--scheduler halving: epochs (is|are) .*at least 3 times the fewest"):
+    with pytest.raises(ValueError, match=r"--scheduler halving: epochs (is|are) .*at least 3 times the minimum"):
         check_lengths(SPACE.with_settings([text]))
     check_lengths(SPACE)
 

@@ -90,7 +90,7 @@ def test_a_node_that_goes_away_takes_no_finished_epoch_with_it(cluster, start, c
     node = cluster.add_node(num_cpus=1)
     assert search.wait() == 0, search.text
     cluster.remove_node(node, allow_graceful=False)
-    assert "room for 2 workers now, the search goes on" in search.text
+    assert "room for 2 workers now, the search continues" in search.text
     assert [row["status"] for row in tables(search.folder)[0]] == ["completed"] * 2
     reported = re.findall(r"trial +\d+ +epoch \d+/", search.text)
     assert len(reported) == len(set(reported)) == 8
@@ -287,6 +287,6 @@ def test_nodes_that_the_autoscaler_can_add_are_waited_for_by_trials_of_all_sizes
     search = start(autoscaling, *mixed)
     search.wait_for("waiting for nodes. Trials need 2 workers, there is room for 0; its autoscaler can make it 2")
     assert search.wait() == 0, search.text
-    assert "room for 2 workers now, the search goes on" in search.text
+    assert "room for 2 workers now, the search continues" in search.text
     rows = completed(search.folder)
     assert len(rows) == 3 and len({row["arch"] for row in rows}) == 2
