@@ -5,6 +5,7 @@ another: `EmptyTraining` in the place of `FineTune`. All processes of Ray import
 """
 
 import contextlib
+import math
 import os
 import time
 import zlib
@@ -120,7 +121,7 @@ def search_options(
     root: Path, settings: Sequence[str], *, trials: int, workers: int = 1, concurrent: int = 1, seed: int = 0
 ):
     """A search of the quickstart's dimensions as the command line would make it, in a folder of its own."""
-    from search.options.strategy import Strategy
+    from search.options.search_options import SearchOptions
     from search.runs.paths import RunFolder
     from search.spaces.space import load_space
     from search.tuning.tuner import RunOptions
@@ -128,12 +129,14 @@ def search_options(
     space = load_space("quickstart")
     space = replace(space, seed=seed, settings=space.settings | {"seed": seed}).with_settings(settings)
     size = GroupSize(num_workers=workers, cpus_per_worker=1)
-    return RunOptions(
-        space=space, folder=RunFolder(root / "run"), data=str(draw_images(root / "images")), weights=None,
-        cache="auto",
-        labels=["dark", "light"], group_size=size, num_trials=trials, time_budget=None, strategy=Strategy(),
-        max_concurrent=concurrent,
+    options = SearchOptions(
+        space=space.name, trials=trials, max_concurrent=concurrent, keep=1, stall_timeout=math.inf
     )  # fmt: skip
+    images = str(draw_images(root / "images"))
+    folder = RunFolder(root / "run")
+    return RunOptions(
+        options=options, space=space, folder=folder, data=images, labels=["dark", "light"], group_size=size
+    )
 
 
 def pretend_room(workers: int) -> None:

@@ -134,37 +134,25 @@ def connect(prepared: Prepared, folder: "RunFolder", argv: Sequence[str]) -> "Ru
 
     size, num_workers = sizes(options, nodes, setting_values(space, "arch"))
     source = source_of(str(options.data or space.dataset), options.test_split, space.split_seed)
-    weights = str(options.weights) if options.weights else None
     if options.lr_range == "auto":
         from search.lr_find import narrowed_rates
 
         presizing = {"storage": options.cache, "max_unreadable": options.max_unreadable}
+        weights = str(options.weights) if options.weights else None
         rates = narrowed_rates(space, source, prepared.known.digest, weights, size, folder.lr_find, presizing)
         options = replace(options, set=(*options.set, *rates), lr_range="space")  # a resumed search keeps these bounds
         space = searched_space(options)
     run = RunOptions(
+        options=options,
         space=space,
         folder=folder,
         data=source,
         data_digest=prepared.known.digest,
-        weights=weights,
-        cache=options.cache,
-        max_unreadable=options.max_unreadable,
         labels=list(images.classes),
         group_size=size,
         num_workers=num_workers,
-        num_trials=options.trials or space.num_trials,
-        time_budget=options.time_budget,
-        strategy=options.strategy,
-        max_concurrent=options.max_concurrent,
-        address=options.address,
-        recipes=space.recipes[options.recipes] if options.recipes else (),
-        report=options.report,
-        keep=options.keep,
-        keep_first=options.test_split is not None,
-        stall_timeout=options.stall_timeout,
     )
-    write_record(replace(prepared, options=options), run, argv, nodes, ray_dashboard)
+    write_record(prepared, run, argv, nodes, ray_dashboard)
     announce(run, nodes)
     return run
 
@@ -181,7 +169,7 @@ def write_record(
     from search.runs.resume import history
     from search.runs.trust import signature
 
-    folder, options = run.folder, prepared.options
+    folder, options = run.folder, run.options
     before = CommandRecord.load(folder.path) if options.resume else None
     run_id = before.run_id if before and before.run_id else uuid4().hex
     packages = ("finetune-search", "ray", "torch", "torchvision", "timm", "optuna")
@@ -196,8 +184,8 @@ def write_record(
         split_seed=run.space.split_seed,
         group_size=asdict(run.group_size),
         num_workers=run.num_workers,
-        max_concurrent=run.max_concurrent,
-        strategy=run.strategy,
+        max_concurrent=options.max_concurrent,
+        strategy=options.strategy,
         versions={"python": platform.python_version()} | {name: version(name) for name in packages},
         images=before.images if before and before.images else prepared.known,
         files=prepared.files,
@@ -212,18 +200,25 @@ def announce(run: "RunOptions", nodes: "list[Node]") -> None:
     from search.cluster.resources import memory_note, trials_at_once
     from search.runs.disk_space import largest_weights, needs
 
-    size, folder = run.group_size, run.folder
-    note = memory_note(nodes, size, run.max_concurrent)
-    at_once = run.max_concurrent or trials_at_once(nodes, size, None)
+    size, folder, options = run.group_size, run.folder, run.options
+    note = memory_note(nodes, size, options.max_concurrent)
+    at_once = options.max_concurrent or trials_at_once(nodes, size, None)
     others = "".join(f", {arch} on {count}" for arch, count in run.num_workers.items())
-    within = f" in at most {run.time_budget / 60:g} min" if run.time_budget else ""
+    within = f" in at most {options.time_budget / 60:g} min" if options.time_budget else ""
     gpus = f" and {size.gpus_per_worker} GPUs" if size.gpus_per_worker else ""
     say(
         f"search: {run.num_trials} trials{within}, {at_once} at once{note}, each on {many(size.num_workers, 'worker')} "
         f"of {size.cpus_per_worker:g} CPUs{gpus}{others}; the first one waits for its workers to start"
     )
     say(f"results: {folder}/")
-    say(needs(folder, largest_weights(run.space, run.weights), at_once=at_once, kept=run.keep + run.keep_first))
+    say(
+        needs(
+            folder,
+            largest_weights(run.space, run.weights),
+            at_once=at_once,
+            kept=options.keep + (options.test_split is not None),
+        )
+    )
     say(f"watch: {shell_command('search.dashboard', folder)}")
 
 
@@ -271,13 +266,13 @@ def conclude(run: "RunOptions", seconds: float, *, interrupted: bool) -> int:
                 checkpoint.drop(run.folder.checkpoints / row["trial_id"])
     print_trials(run, rows)
     say(f"{many(len(rows), 'trial')} in {duration(seconds)}: {counts(rows)}")
-    if run.time_budget and seconds >= run.time_budget and not interrupted:
-        say(f"the time budget of {duration(run.time_budget)} is spent; --resume with a longer --time-budget continues")
+    if (budget := run.options.time_budget) and seconds >= budget and not interrupted:
+        say(f"the time budget of {duration(budget)} is spent; --resume with a longer --time-budget continues")
     if leaders(rows) and not interrupted:
         read_once(run.folder, run.data_digest)  # before the report, which shows it
-    write_last_report(run, analysis=run.report == "full" and not interrupted)
+    write_last_report(run, analysis=run.options.report == "full" and not interrupted)
     if interrupted:
-        say(f"interrupted. Resume with: {resume_command(run.folder.path, run.address)}")
+        say(f"interrupted. Resume with: {resume_command(run.folder.path, run.options.address)}")
         return INTERRUPTED
     for row in rows:
         if row["status"] == FAILED:
@@ -332,7 +327,7 @@ def ended_by_failures(run: "RunOptions", rows: "list[Row]") -> bool:
 
 def write_last_report(run: "RunOptions", *, analysis: bool) -> None:
     """The report of a search that has ended. Whatever goes wrong with it, the search has its results."""
-    if run.report == "off":
+    if run.options.report == "off":
         return
     from search.cli.errors import errors_said
     from search.report import write_report

@@ -1,7 +1,6 @@
 """One space and the options of a run -> `ray.tune.Tuner`."""
 
 import importlib
-import math
 import sys
 import threading
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from ray.tune.stopper import CombinedStopper
 
 from search.cluster.abandoned_room import AbandonedRoom
 from search.cluster.concurrency import Capacity, CapacityNews
-from search.options.strategy import Strategy
+from search.options.search_options import SearchOptions
 from search.reporting.live_report import LiveReport
 from search.reporting.live_table import Leaderboard
 from search.runs.disk_space import DiskWatch
@@ -30,7 +29,6 @@ from search.tuning.early_stopping import new_scheduler
 from search.tuning.halving import new_searcher
 from search.tuning.searcher import METRIC, OptunaSearcher
 from trainables.data.held_out_images import WithoutTestImages
-from trainables.data.labelled_images import MAX_UNREADABLE
 from trainables.ray.retry_limits import ACTOR_RETRIES, MAX_CONSECUTIVE_FAILURES
 from trainables.ray.trial import FineTuneTrial, TrialOptions, table_id
 from trainables.ray.worker_group import GroupSize
@@ -38,83 +36,77 @@ from trainables.ray.worker_group import GroupSize
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """One search: what it searches, where it writes, and how long it runs."""
+    """One search: what it is asked for, what was found for it, and where it writes."""
 
+    options: SearchOptions
     space: Space
     folder: RunFolder
     data: str | WithoutTestImages  # source of the images, see `trainables.data.source`
-    weights: str | None  # source of pretrained weights
-    cache: str  # how presized images are stored, see `presize`
-    max_unreadable: float = MAX_UNREADABLE  # the share of the images that may be unreadable
+    data_digest: str | None = None  # of the images that every node must have
     labels: list[str]
     group_size: GroupSize
     num_workers: dict[str, int] = field(default_factory=dict)  # of architectures by pattern, see `GroupSize`
-    num_trials: int
-    time_budget: float | None  # seconds
-    strategy: Strategy
-    max_concurrent: int | None  # None: as many as fit, also when the cluster grows or shrinks
-    address: str | None = None  # of an existing Ray cluster
-    recipes: tuple[NamedRecipe, ...] = ()  # the trials are these and no others
-    data_digest: str | None = None  # of the images that every node must have
-    report: str = "full"  # or tables, or off
-    keep: int = 1  # how many of the best trials keep their weights
-    keep_first: bool = False  # the weights of trial 0, which are tested at the end
-    stall_timeout: float = math.inf  # seconds without progress after which a trial's workers are killed
+
+    @property
+    def num_trials(self) -> int:
+        return self.options.trials or self.space.num_trials
+
+    @property
+    def recipes(self) -> tuple[NamedRecipe, ...]:
+        """Those that `--recipes` names: the trials are these and no others."""
+        return self.space.recipes[self.options.recipes] if self.options.recipes else ()
+
+    @property
+    def weights(self) -> str | None:
+        """The source of the pretrained weights."""
+        return str(self.options.weights) if self.options.weights else None
 
 
-def new_tuner(options: RunOptions) -> tune.Tuner:
-    settings = options.space.full_settings
+def new_tuner(run: RunOptions) -> tune.Tuner:
+    options, strategy, folder = run.options, run.options.strategy, run.folder
+    settings = run.space.full_settings
     table = ResultsTable(
-        options.folder,
+        folder,
         settings=settings,
-        dimensions=list(options.space.dimensions),
-        pinned=list(options.space.pinned),
-        labels=options.labels,
-        confirm=options.strategy.confirm,
-        front=options.strategy.num_objectives > 1,
+        dimensions=list(run.space.dimensions),
+        pinned=list(run.space.pinned),
+        labels=run.labels,
+        confirm=strategy.confirm,
+        front=strategy.num_objectives > 1,
         keep=options.keep,
-        keep_first=options.keep_first,
+        keep_first=options.test_split is not None,
     )
     import_tensorboardx()
-    budget = TimeBudget(options.folder, options.time_budget)
-    capacity = capacity_of(options)
-    live_report = [] if options.report == "off" else [LiveReport(options.folder)]
-    num_samples = options.num_trials + options.strategy.num_retrainings
-    leaderboard = Leaderboard(table, num_trials=num_samples, time_budget=options.time_budget)
+    budget, capacity = TimeBudget(folder, options.time_budget), capacity_of(run)
+    searcher = new_searcher(
+        run.space, folder.journal, seed=run.space.seed, strategy=strategy, capacity=capacity, num_trials=run.num_trials
+    )
+    num_samples = run.num_trials + strategy.num_retrainings
+    callbacks = [
+        table,
+        DiskWatch(folder),
+        Leaderboard(table, num_trials=num_samples, time_budget=options.time_budget),
+        CapacityNews(capacity, settings),
+        AbandonedRoom(),
+        tune.logger.TBXLoggerCallback(),
+        *([] if options.report == "off" else [LiveReport(folder)]),
+        Mirroring(folder),
+    ]
     return tune.Tuner(
-        trainable(options, settings),
+        trainable(run, settings),
         tune_config=tune.TuneConfig(
-            search_alg=Resumable(
-                new_searcher(
-                    options.space,
-                    options.folder.journal,
-                    seed=options.space.seed,
-                    strategy=options.strategy,
-                    capacity=capacity,
-                    num_trials=options.num_trials,
-                ),
-                budget,
-            ),
-            scheduler=new_scheduler(options.strategy.scheduler, METRIC, options.space, options.folder.rungs),
+            search_alg=Resumable(searcher, budget),
+            scheduler=new_scheduler(strategy.scheduler, METRIC, run.space, folder.rungs),
             num_samples=num_samples,
             reuse_actors=True,
             trial_name_creator=table_id,
             trial_dirname_creator=table_id,
         ),
         run_config=tune.RunConfig(
-            name=options.folder.tune.name,
-            storage_path=str(options.folder.path),
+            name=folder.tune.name,
+            storage_path=str(folder.path),
             storage_filesystem=whole_files(),
-            callbacks=[
-                table,
-                DiskWatch(options.folder),
-                leaderboard,
-                CapacityNews(capacity, settings),
-                AbandonedRoom(),
-                tune.logger.TBXLoggerCallback(),
-                *live_report,
-                Mirroring(options.folder),
-            ],
+            callbacks=callbacks,
             stop=CombinedStopper(TooManyFailures(table, MAX_CONSECUTIVE_FAILURES), budget),
             failure_config=tune.FailureConfig(max_failures=ACTOR_RETRIES),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -149,45 +141,41 @@ class Resumable(SearchGenerator):
         super().set_state(state | {"total_samples": state["counter"] + self.proposer.most_left()})
 
 
-def restored_tuner(options: RunOptions) -> tune.Tuner:
-    """The search in `options.folder` as it was interrupted: ended trials stay, the others resume."""
-    restorable = tune.Tuner.can_restore(str(options.folder.tune), storage_filesystem=whole_files())
-    tuner = new_tuner(options)  # its settings replace the saved ones: the folder may have moved
+def restored_tuner(run: RunOptions) -> tune.Tuner:
+    """The search in the run's folder as it was interrupted: ended trials stay, the others resume."""
+    tune_folder = str(run.folder.tune)
+    restorable = tune.Tuner.can_restore(tune_folder, storage_filesystem=whole_files())
+    tuner = new_tuner(run)  # its settings replace the saved ones: the folder may have moved
     if not restorable:
         return tuner  # it ended before Tune saved anything
     return tune.Tuner.restore(
-        str(options.folder.tune),
+        tune_folder,
         storage_filesystem=whole_files(),
-        trainable=trainable(options, options.space.full_settings),
+        trainable=trainable(run, run.space.full_settings),
         resume_unfinished=True,
         resume_errored=False,
     )
 
 
-def capacity_of(options: RunOptions) -> Capacity:
-    return Capacity(
-        options.folder.run_id,
-        options.group_size,
-        options.num_workers,
-        options.max_concurrent,
-        launched=options.address is not None,
-    )
+def capacity_of(run: RunOptions) -> Capacity:
+    launched, max_trials = run.options.address is not None, run.options.max_concurrent
+    return Capacity(run.folder.run_id, run.group_size, run.num_workers, max_trials, launched=launched)
 
 
-def trainable(options: RunOptions, settings: dict[str, Any]) -> Any:
+def trainable(run: RunOptions, settings: dict[str, Any]) -> Any:
     """The trial, with what all trials share. Its actor is pinned to the head node, where checkpoints become files."""
     shared = TrialOptions(
         settings=settings,
-        data=options.data,
-        data_digest=options.data_digest,
-        weights=options.weights,
-        checkpoints=str(options.folder.checkpoints),
-        cache=options.cache,
-        max_unreadable=options.max_unreadable,
-        group_size=options.group_size,
-        num_workers=options.num_workers,
-        split_seed=options.space.split_seed,
-        stall_timeout=options.stall_timeout,
+        data=run.data,
+        data_digest=run.data_digest,
+        weights=run.weights,
+        checkpoints=str(run.folder.checkpoints),
+        cache=run.options.cache,
+        max_unreadable=run.options.max_unreadable,
+        group_size=run.group_size,
+        num_workers=run.num_workers,
+        split_seed=run.space.split_seed,
+        stall_timeout=run.options.stall_timeout,
     )
     on_head = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
     return tune.with_resources(tune.with_parameters(FineTuneTrial, options=shared), on_head)

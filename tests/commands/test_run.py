@@ -9,7 +9,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from run_tables import write_run
@@ -18,6 +17,7 @@ from tiny_run import draw_images, write_json
 from search.cluster.resources import Node, sizes
 from search.options.arguments import parse_arguments, resume_command
 from search.options.preparation import space_of
+from search.options.search_options import SearchOptions
 from search.report import write_report
 from search.run import announce, conclude
 from search.runs.command import CommandRecord
@@ -25,6 +25,7 @@ from search.runs.paths import RunFolder
 from search.runs.resume import words_to_show
 from search.runs.run_record import load
 from search.runs.trained_model import open_run
+from search.tuning.tuner import RunOptions
 from trainables.ray.worker_group import GroupSize
 
 ROOT = Path(__file__).parents[2]
@@ -296,17 +297,16 @@ def commands_in(text: str) -> dict[str, list[str]]:
 def test_commands_that_a_search_prints_can_be_pasted_where_results_has_a_space(tmp_path, capsys):
     path = write_run(tmp_path / "my results" / "it's mine")
     space = replace(space_of("quickstart", ["pretrained=false"]), dimensions={})
-    options = SimpleNamespace(
-        space=space, folder=RunFolder(path), group_size=GroupSize(), num_workers={}, num_trials=10, time_budget=None,
-        max_concurrent=1, keep=3, keep_first=False, weights=None, recipes=(), data_digest="", report="tables",
-        address=None,
-    )  # fmt: skip
-    announce(options, [Node(2, 0)])
+    options = SearchOptions(space="quickstart", trials=10, max_concurrent=1, report="tables")
+    run = RunOptions(
+        options=options, space=space, folder=RunFolder(path), data="", labels=[], group_size=GroupSize(), data_digest=""
+    )
+    announce(run, [Node(2, 0)])
     assert commands_in(capsys.readouterr().out) == {"search.dashboard": [str(path)]}
-    assert conclude(options, 60.0, interrupted=False) == 0
+    assert conclude(run, 60.0, interrupted=False) == 0
     found = commands_in(capsys.readouterr().out)
     assert found == {"search.dashboard": [str(path)], "search.export": [str(path), "--out", "exported"]}
-    conclude(options, 60.0, interrupted=True)
+    conclude(run, 60.0, interrupted=True)
     assert commands_in(capsys.readouterr().out)["search.run"][-2:] == ["--results", str(path.parent)]
 
 

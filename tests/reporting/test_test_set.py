@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from opened import watched
@@ -18,18 +17,22 @@ from tiny_run import draw_images, make_run, write_json
 
 from search import export
 from search.options.arguments import parse_arguments
+from search.options.search_options import SearchOptions
 from search.reporting.error_analysis import read_analysis
 from search.reporting.test_set import compare, hold_out, lines, mcnemar, read_once, score
 from search.run import conclude
 from search.runs.paths import RunFolder
 from search.runs.run_record import load, wilson_interval
-from trainables.data.held_out_images import WithoutTestImages, set_aside, share_of, without_test_images
+from search.spaces.space import Range, load_space
+from search.tuning.tuner import RunOptions
+from trainables.data.held_out_images import WithoutTestImages, set_aside, without_test_images
 from trainables.data.labelled_images import DataError, ImageFolder
 from trainables.data.layouts import find_images
 from trainables.data.source import images_digest, images_of
 from trainables.inference.model_folder import read_model
 from trainables.inference.predictor import Predictor
 from trainables.inference.split_record import read_split
+from trainables.ray.worker_group import GroupSize
 
 
 def folder_of(counts: dict[str, int], valid: dict[str, int] | None = None) -> ImageFolder:
@@ -136,8 +139,8 @@ def test_every_node_leaves_out_the_same_images(birds, tmp_path):
 
 def test_a_run_tells_later_readers_its_share(birds):
     found = find_images(birds)
-    assert share_of({"arguments": {"test_split": 0.2}}) == 0.2
-    assert share_of({"arguments": {"test_split": "/elsewhere"}}) is share_of({"arguments": {}}) is share_of({}) is None
+    shares = [SearchOptions.from_record(record).held_out_share for record in ({"test_split": 0.2}, {})]
+    assert shares == [0.2, None] and SearchOptions.from_record({"test_split": "/elsewhere"}).held_out_share is None
     assert without_test_images(found, None, 0) is found
 
 
@@ -303,10 +306,11 @@ def test_a_search_whose_test_goes_wrong_still_has_its_summary_its_report_and_its
     birds = draw_images(tmp_path / "birds", each=4)
     of_run = {"data": str(birds), "arguments": {"recipes": None, "test_split": 0.25, "address": None}}
     write_json(folder.command, json.loads(folder.command.read_text()) | of_run)
-    space = SimpleNamespace(dimensions={"lr_max": None})
-    options = SimpleNamespace(folder=folder, recipes=(), space=space, report="tables", address=None, time_budget=60.0)
-    options.data_digest = images_digest(without_test_images(find_images(birds), 0.25, 0))
-    assert conclude(options, 60.0, interrupted=False) == 0
+    space = replace(load_space("pets"), dimensions={"lr_max": Range(1e-4, 1e-2)})
+    options = SearchOptions(space="pets", report="tables", time_budget=60.0, test_split=0.25)
+    digest = images_digest(without_test_images(find_images(birds), 0.25, 0))
+    found = {"data": str(birds), "data_digest": digest, "labels": [], "group_size": GroupSize()}
+    assert conclude(RunOptions(options=options, space=space, folder=folder, **found), 60.0, interrupted=False) == 0
     said = capsys.readouterr().out
     for part in (
         "no test: KeyError",
