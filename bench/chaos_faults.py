@@ -85,10 +85,6 @@ def worker_hung(victim: Victim, rng: random.Random) -> bool:
     return victim.kill_one("ray::RayTrainWorker", rng, signal.SIGSTOP)
 
 
-def controller_killed(victim: Victim, rng: random.Random) -> bool:
-    return victim.kill_one("ray::TrainController", rng)
-
-
 def group_host_killed(victim: Victim, rng: random.Random) -> bool:
     return victim.kill_one("ray::GroupHost", rng)
 
@@ -160,7 +156,7 @@ Fault = Callable[[Victim, random.Random], bool]
 """Does it; False where what it is about is not there just now."""
 
 OF_ANY_SEARCH: list[Fault] = [
-    worker_killed, worker_hung, controller_killed, group_host_killed, trial_actor_killed, driver_killed,
+    worker_killed, worker_hung, group_host_killed, trial_actor_killed, driver_killed,
     driver_interrupted, disk_full, files_corrupted,
 ]  # fmt: skip
 OF_THIS_MACHINE: list[Fault] = [*OF_ANY_SEARCH, head_killed]

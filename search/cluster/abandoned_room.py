@@ -1,8 +1,8 @@
 """Room on the cluster that a worker group of this search reserved, and that nobody can use or give back any more.
 
 Ray keeps a placement group for as long as its job lives, even when the actor that created it is dead. If its node is
-lost, Ray places it on another one. So the reservation of a worker group whose controller went away with its node takes
-the next room that becomes free, and the trial's new workers wait for that room forever.
+lost, Ray places it on another one. So the reservation of a worker group whose host went away with its node takes the
+next room that becomes free, and the trial's new workers wait for that room forever.
 
 Ray Train 2.60 has a process for this (`PlacementGroupCleaner`), which we leave out. It asks the dashboard whether the
 controller is alive: its thread dies of a ConnectionError where the cluster has no dashboard or several Rays run on the

@@ -15,7 +15,8 @@ from trainables.ray.worker_group import GroupSize
 WORKER_MEMORY = 1.0e9
 """Bytes that a worker takes: measured 0.5 GB with a toy network, 1.1 to 2.0 with EfficientNet-Lite0 at 96 px."""
 TRIAL_MEMORY = 0.6e9
-"""What a trial takes beside its workers: five processes of Ray's and ours, of 0.11 to 0.13 GB each."""
+"""What a trial takes beside its workers: its actor and its group's host have 0.12 GB each. The rest is for workers that
+take more than the above."""
 AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 """`ray up` leaves the cluster's configuration here on the head node, cluster/kubernetes/ the part that counts."""
 

@@ -142,9 +142,9 @@ def test_a_search_grows_and_shrinks_with_its_cluster(cluster, start):
         with stopped(workers()):
             cluster.remove_node(node, allow_graceful=False)
             search.wait_for("cluster: waiting for nodes. Trials need 2 workers, there is room for 1")
-            # With a group's host on the lost node its controller is gone, too. So that this is not left to chance:
-            for controller in named("ray::TrainController", os.getpid()):
-                os.kill(controller, signal.SIGKILL)
+            # A group's host may be on the lost node. So that this is not left to chance:
+            for host in named("ray::GroupHost", os.getpid()):
+                os.kill(host, signal.SIGKILL)
     assert search.wait() == 0, search.text
     assert [row["status"] for row in tables(search.folder)[0]] == ["completed"] * 2
     epochs = tables(search.folder)[1]
@@ -174,7 +174,7 @@ def connected(cluster, monkeypatch):
 
 @ray.remote(num_cpus=0)
 class Reserver:
-    """As the controller of a worker group."""
+    """As the host of a worker group."""
 
     def reserve(self, cpus: float):
         group = placement_group([{"CPU": cpus}])
@@ -214,16 +214,21 @@ def die_once(marker: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@ray.remote(num_cpus=0)
+class Host:
+    def fit(self, folder: Path) -> None:
+        GroupTrainer(
+            (folder / "trained").touch,
+            backend_config=LosesItsFirstWorker(folder / "died"),
+            scaling_config=train.ScalingConfig(num_workers=1),
+            run_config=train.RunConfig(
+                storage_path=str(folder), failure_config=train.FailureConfig(controller_failure_limit=1)
+            ),
+        ).fit()
+
+
 def test_workers_that_were_lost_while_they_met_leave_their_room_to_the_next_ones(connected, tmp_path):
-    trainer = GroupTrainer(
-        (tmp_path / "trained").touch,
-        backend_config=LosesItsFirstWorker(tmp_path / "died"),
-        scaling_config=train.ScalingConfig(num_workers=1),
-        run_config=train.RunConfig(
-            storage_path=str(tmp_path), failure_config=train.FailureConfig(controller_failure_limit=1)
-        ),
-    )
-    trainer.fit()
+    ray.get(Host.remote().fit.remote(tmp_path))
     assert (tmp_path / "died").exists() and (tmp_path / "trained").exists()
 
 

@@ -8,6 +8,7 @@ it import torch before the workers can, another process waits for data sets that
 dashboard every second whether the group is alive (see `search.cluster.abandoned_room`).
 """
 
+import asyncio
 import os
 import socket
 import struct
@@ -16,6 +17,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from unittest.mock import patch
 
 import ray
 from ray.train._internal.utils import get_address_and_port
@@ -23,7 +25,12 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import state, worker_group
+from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.result import Result
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 COLLECTIVE_SECONDS = 1800.0
@@ -33,12 +40,59 @@ LEAVE_SECONDS = 30.0
 
 
 class GroupTrainer(DataParallelTrainer):
-    """Ray Train's, without Ray Data and without its placement group cleaner."""
+    """Ray Train's trainer without what a warm group does not use: Ray Data and the placement group cleaner, and three
+    processes: for the controller, which runs in this one; for requests to the autoscaler, which sees the placement
+    group anyway; and for `ray.train.report`."""
 
-    def _create_default_callbacks(self) -> list[Any]:
+    def _initialize_and_run_controller(self, **arguments: Any) -> Result:
+        arguments["scaling_policy"] = _FixedSize(self.scaling_config)  # type: ignore[arg-type]  # Ray has two
+        with (
+            patch.object(worker_group, "SynchronizationActor", _NoReports),
+            patch.object(state, "_shutdown_sync_actor"),
+        ):
+            controller = _Controller(**arguments)
+            asyncio.run(controller.run())  # type: ignore[no-untyped-call]
+        return controller.get_result()
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
         unwanted = DatasetsCallback | PlacementGroupCleanerCallback
         callbacks = super()._create_default_callbacks()
         return [FreesFailedStart(), *(callback for callback in callbacks if not isinstance(callback, unwanted))]
+
+
+class _FixedSize(FixedScalingPolicy):
+    """Requests nothing beside the placement group."""
+
+    def after_controller_start(self, train_run_context: object) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+
+class _NoReports:
+    """Stands in for the actor where workers meet when they report. Ours never do: they talk to the group's host."""
+
+    @classmethod
+    def options(cls, **unused: object) -> "type[_NoReports]":
+        return cls
+
+    @classmethod
+    def remote(cls, **unused: object) -> "_NoReports":
+        return cls()
+
+
+class _WorkerGroup(worker_group.WorkerGroup):
+    """Its workers inherit this process's environment, which has Ray Train's variables. With one of their own they could
+    not use processes that Ray has started ahead."""
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: object) -> None:  # type: ignore[override]
+        return None
+
+
+class _Controller(TrainController):
+    worker_group_cls = _WorkerGroup
 
 
 class FreesFailedStart(WorkerGroupCallback):
