@@ -100,7 +100,7 @@ class Loader(importlib.abc.Loader):
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "trainables.finetune":
+        if name != "trainables.training.fine_tune":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
