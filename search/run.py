@@ -126,7 +126,7 @@ def mirror_of(options: SearchOptions, folder: "RunFolder") -> AbstractContextMan
 def connect(prepared: Prepared, folder: "RunFolder", argv: Sequence[str]) -> "RunOptions":
     """Start Ray or connect to it, size the trials, and write down what runs."""
     options, space, images = prepared.options, prepared.space, prepared.images
-    nodes, ray_dashboard = start_ray(options.address)
+    nodes = start_ray(options.address)
     from search.cluster.resources import sizes
     from search.options.preparation import setting_values
     from search.reporting.test_set import source_of
@@ -152,14 +152,12 @@ def connect(prepared: Prepared, folder: "RunFolder", argv: Sequence[str]) -> "Ru
         group_size=size,
         num_workers=num_workers,
     )
-    write_record(prepared, run, argv, nodes, ray_dashboard)
+    write_record(prepared, run, argv, nodes)
     announce(run, nodes)
     return run
 
 
-def write_record(
-    prepared: Prepared, run: "RunOptions", argv: Sequence[str], nodes: "list[Node]", ray_dashboard: str
-) -> None:
+def write_record(prepared: Prepared, run: "RunOptions", argv: Sequence[str], nodes: "list[Node]") -> None:
     """What runs, on what: for the report, and for `--resume`."""
     from uuid import uuid4
 
@@ -190,7 +188,6 @@ def write_record(
         images=before.images if before and before.images else prepared.known,
         files=prepared.files,
         data=str(prepared.images.given),
-        ray_dashboard=ray_dashboard,
         hardware=hardware(nodes),
     ).save(folder.path)
     write_atomically(folder.space, json.dumps(run.space.to_record(), indent=2) + "\n")

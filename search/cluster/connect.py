@@ -7,11 +7,15 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from search.cli.messages import say
 from search.cluster.reach import ADDRESS, why_unreachable
 from trainables.system.full_disk import require_writable
 from trainables.system.machine import private_folder
+
+if TYPE_CHECKING:
+    from search.cluster.resources import Node
 
 LONGEST_TEMPORARY = 31
 """Bytes of a temporary folder's path. Ray adds up to 72 (/ray/session_<time>_<pid>/sockets/dash_MetricsHead), and the
@@ -96,28 +100,26 @@ def short_name(path: str, variable: str) -> str:
     )
 
 
-def start_ray(address: str | None) -> tuple[list, str]:
-    """Connect to a cluster or start Ray here: the nodes that a search can have, and host:port of Ray's dashboard."""
+def start_ray(address: str | None) -> "list[Node]":
+    """Connect to a cluster or start Ray here: the nodes that a search can have."""
     import logging
 
     import ray
 
+    from search.cluster.own_ray import start_own_ray
     from search.cluster.resources import present_nodes, reachable_nodes
 
     for name in ("ray", "ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     say("starting Ray on this machine" if address is None else f"connecting to Ray at {address}")
-    context = ray.init(
-        address=address or "local",
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": environment_of_workers()} if address else None,
-    )
+    if address is None:
+        start_own_ray(log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        environment = {"env_vars": environment_of_workers()}
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
     leave_folders_of_others()  # which a cluster's address is looked for in
-    if context.dashboard_url:
-        say(f"Ray's dashboard: http://{context.dashboard_url}")
     check_place()
-    return reachable_nodes(present_nodes(), launched=address is not None), context.dashboard_url or ""
+    return reachable_nodes(present_nodes(), launched=address is not None)
 
 
 def environment_of_workers() -> dict[str, str]:

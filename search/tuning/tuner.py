@@ -10,12 +10,14 @@ from types import ModuleType
 from typing import Any
 
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.search import SearchGenerator
 from ray.tune.stopper import CombinedStopper
 
 from search.cluster.abandoned_room import AbandonedRoom
 from search.cluster.concurrency import Capacity, CapacityNews
 from search.options.search_options import SearchOptions
+from search.cluster.ray_dashboard import RayDashboard
 from search.reporting.live_report import LiveReport
 from search.reporting.live_table import Leaderboard
 from search.runs.disk_space import DiskWatch
@@ -88,6 +90,7 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
         Leaderboard(table, num_trials=num_samples, time_budget=options.time_budget),
         CapacityNews(capacity, settings),
         AbandonedRoom(),
+        RayDashboard(folder),
         tune.logger.TBXLoggerCallback(),
         *([] if options.report == "off" else [LiveReport(folder)]),
         Mirroring(folder),
@@ -177,8 +180,20 @@ def trainable(run: RunOptions, settings: dict[str, Any]) -> Any:
         split_seed=run.space.split_seed,
         stall_timeout=run.options.stall_timeout,
     )
+    if run.options.address is None:
+        share_environment()
     on_head = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
     return tune.with_resources(tune.with_parameters(FineTuneTrial, options=shared), on_head)
+
+
+def share_environment() -> None:
+    """Let trial actors have this process's environment, as all processes of a Ray that starts here have.
+
+    Tune would give them a few variables of their own, and with those neither they nor what they start could use the
+    processes that Ray starts ahead.
+    """
+    class_cache.DEFAULT_ENV_VARS.clear()
+    class_cache.ENV_VARS_TO_PROPAGATE.clear()
 
 
 class _WithoutTorch(MetaPathFinder):
