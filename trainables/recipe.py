@@ -216,12 +216,14 @@ def _require_valid(values: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
+_SPECS = {spec.name: spec for spec in fields(Recipe)}
+
+
 def spec_of(name: str) -> dataclasses.Field[Any]:
     """The field called `name`; raises `ValueError` that lists the known names."""
-    known = {spec.name: spec for spec in fields(Recipe)}
-    if name not in known:
-        raise ValueError(f"unknown setting {name!r}, expected one of: {', '.join(known)}")
-    return known[name]
+    if name not in _SPECS:
+        raise ValueError(f"unknown setting {name!r}, expected one of: {', '.join(_SPECS)}")
+    return _SPECS[name]
 
 
 def has_effect(name: str, values: Mapping[str, Any]) -> bool:

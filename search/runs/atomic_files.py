@@ -25,21 +25,24 @@ def write_atomically(path: Path, text: str, *, wait: bool = True) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Append a whole line to an existing file; waits while the disk is full."""
-    content, before = line.encode(), path.stat().st_size
+    when_there_is_room(lambda: append_whole(path, line.encode()), path)
 
-    def write() -> None:
-        # One write of one line: a kill leaves the file with or without it.
-        file = os.open(path, os.O_WRONLY | os.O_APPEND)
-        try:
-            if os.write(file, content) < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        except OSError:
-            os.truncate(file, before)
-            raise
-        finally:
-            os.close(file)
 
-    when_there_is_room(write, path)
+def append_whole(path: Path, content: bytes, *, sync: bool = False) -> None:
+    """Add all of `content` or nothing; with `sync`, it is on the disk afterwards. Raises `OSError` on a full disk."""
+    # One write: a kill leaves the file with or without it.
+    file = os.open(path, os.O_WRONLY | os.O_APPEND)
+    before = os.fstat(file).st_size
+    try:
+        if os.write(file, content) < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if sync:
+            os.fsync(file)
+    except OSError:
+        os.truncate(file, before)
+        raise
+    finally:
+        os.close(file)
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:

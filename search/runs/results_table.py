@@ -244,7 +244,7 @@ class ResultsTable(tune.Callback):
         """The trials that keep their models, with those of `more`, best first. Where a search is extended, the next to
         be confirmed are others than those that were, which go first."""
         ranked = leaders([*self.rows.values(), *more])
-        by_error = sorted(ranked, key=lambda row: rank(row)[1:])
+        by_error = sorted(ranked, key=lambda row: rank(row)[1:]) if self.confirm else []
         return list(dict.fromkeys(row["number"] for row in (*ranked[: self.keep], *by_error[: self.confirm])))
 
     def _row(self, trial) -> Row:

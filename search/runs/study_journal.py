@@ -7,8 +7,14 @@ from typing import Any
 
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal._file import get_lock_file
+from optuna.storages.journal._storage import JournalOperation
 
+from search.runs.atomic_files import append_whole
 from trainables.system.full_disk import when_there_is_room
+
+FOLLOWED = (JournalOperation.CREATE_TRIAL, JournalOperation.SET_TRIAL_PARAM)
+"""Lines about a trial after which another one comes before it starts."""
 
 
 def open_journal(path: Path) -> JournalStorage:
@@ -20,18 +26,20 @@ def open_journal(path: Path) -> JournalStorage:
 
 
 class _WholeLines(JournalFileBackend):
-    """Optuna's backend, which alone would leave half a line on a full disk."""
+    """Optuna's backend, which alone would leave half a line on a full disk and flush each line to the disk.
+
+    Only lines that something can start from are flushed here. A trial does not start before the line that follows its
+    parameters, so flushing that one is enough.
+    """
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         path = Path(self._file_path)
-        size = path.stat().st_size
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        sync = any(log["op_code"] not in FOLLOWED for log in logs)
 
         def append() -> None:
-            try:
-                super(_WholeLines, self).append_logs(logs)
-            except OSError:
-                os.truncate(path, size)
-                raise
+            with get_lock_file(self._lock):
+                append_whole(path, lines.encode(), sync=sync)
 
         when_there_is_room(append, path)
 

@@ -6,6 +6,7 @@ import math
 import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
@@ -145,14 +146,17 @@ class Space:
 
     def first_configs(self) -> list[dict[str, Any]]:
         """A value for every dimension of each recipe tried first, trial 0 before all; clipped to the dimensions."""
-        defaults = Recipe.from_dict(self.settings).to_dict()
         configs = []
         for changes in ({}, *self.first):
-            values = defaults | changes
+            values = self._defaults | changes
             config = {name: dimension.clip(values[name]) for name, dimension in self.dimensions.items()}
             if config not in configs:
                 configs.append(config)
         return configs
+
+    @cached_property
+    def _defaults(self) -> dict[str, Any]:
+        return Recipe.from_dict(self.settings).to_dict()
 
     @property
     def full_settings(self) -> dict[str, Any]:
@@ -161,7 +165,7 @@ class Space:
 
     def full(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Every setting of a trial with this config."""
-        return Recipe.from_dict(self.settings).to_dict() | dict(config)
+        return self._defaults | dict(config)
 
     def coordinates(self, config: Mapping[str, Any]) -> list[float | None]:
         """Where in the space a config is, 0 to 1 in each dimension; None in those that it lacks."""

@@ -51,6 +51,8 @@ class Curve:
     results: dict[int, tuple[int, float]] = field(default_factory=dict)
     """Progress and metric by rung; 0 is before the first."""
     final: float | None = None
+    seen: dict[int, AtRung] = field(default_factory=dict, repr=False, compare=False)
+    """What `seen_from` has found since the last result."""
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "Curve":
@@ -62,13 +64,16 @@ class Curve:
         if rung in self.results or (rung is None and progress < HALF_WAY):
             return False
         self.results[rung or 0] = (progress, metric)
+        self.seen.clear()
         return True
 
     def seen_from(self, rung: int) -> AtRung:
         """Its first result from `rung` on, or the last where it has none."""
-        known = min((one for one in self.results if one >= rung), default=None)
-        progress, metric = self.results[max(self.results) if known is None else known]
-        return AtRung(metric, progress, self.point)
+        if rung not in self.seen:
+            known = min((one for one in self.results if one >= rung), default=None)
+            progress, metric = self.results[max(self.results) if known is None else known]
+            self.seen[rung] = AtRung(metric, progress, self.point)
+        return self.seen[rung]
 
 
 class ProgressHalvingScheduler(FIFOScheduler):
@@ -100,6 +105,7 @@ class ProgressHalvingScheduler(FIFOScheduler):
         self.keep = keep
         self.forecasts = forecasts
         self.curves: dict[str, Curve] = {}
+        self.texts: dict[str, str] = {}  # `_text` of each curve: a thousand are not formatted for each result
         self.reasons: dict[str, str] = {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
@@ -108,6 +114,7 @@ class ProgressHalvingScheduler(FIFOScheduler):
             saved = json.loads(self.state_file.read_text())
             curves = saved.get("curves", {})  # none in what an older version left
             self.curves = {trial: Curve.from_json(curve) for trial, curve in curves.items()}
+            self.texts = {trial: self._text(trial) for trial in self.curves}
             self.reasons = saved["reasons"]
         return True
 
@@ -126,13 +133,13 @@ class ProgressHalvingScheduler(FIFOScheduler):
         reason = self._reason_to_stop(curve, rung) if rung else ""
         if reason:
             self.reasons[trial.trial_id] = reason
-        self._save()
+        self._save(trial.trial_id)
         return TrialScheduler.STOP if reason else TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller, trial, result: dict[str, Any]) -> None:
         if trial.trial_id in self.curves and result.get("progress") == 100 and np.isfinite(result[self.watched]):
             self.curves[trial.trial_id].final = result[self.watched]
-            self._save()
+            self._save(trial.trial_id)
 
     def expected(self, curves: Sequence[Curve], rung: int) -> list[float]:
         """What the metric of each is expected to be in the end, as seen from `rung`."""
@@ -155,6 +162,13 @@ class ProgressHalvingScheduler(FIFOScheduler):
         forecasted = f", {expected:.4f} expected in the end," if self._finished() else ""
         return f"{self.watched} {curve.results[rung][1]:.4f}{forecasted} above the cut-off {limit:.4f} of rung {rung} %"
 
-    def _save(self) -> None:
-        curves = {trial: vars(curve) for trial, curve in self.curves.items()}
-        write_atomically(self.state_file, json.dumps({"curves": curves, "reasons": self.reasons}))
+    def _save(self, changed: str) -> None:
+        self.texts[changed] = self._text(changed)
+        curves, reasons = ", ".join(self.texts.values()), json.dumps(self.reasons)
+        write_atomically(self.state_file, f'{{"curves": {{{curves}}}, "reasons": {reasons}}}')
+
+    def _text(self, trial_id: str) -> str:
+        """A trial's part of the state file."""
+        curve = self.curves[trial_id]
+        known = {"point": curve.point, "results": curve.results, "final": curve.final}
+        return f"{json.dumps(trial_id)}: {json.dumps(known)}"

@@ -15,6 +15,7 @@ from search.options.strategy import Strategy
 from search.runs.study_journal import open_journal
 from search.spaces.space import SWITCH, Choice, Dimension, Space, ends
 from search.tuning.retraining import retrainings
+from search.tuning.tpe import CachedTPESampler
 from trainables.ray.trial import RETRAINS, text_id
 from trainables.recipe import has_effect, spec_of
 
@@ -324,4 +325,4 @@ def _sampler(strategy: Strategy, seed: int) -> BaseSampler:
     if strategy.searcher == "cmaes":
         return optuna.samplers.CmaEsSampler(**common, warn_independent_sampling=False)
     # One dimension at a time: measured to find more than Optuna 5's default, see results/bench/search_quality.md.
-    return optuna.samplers.TPESampler(**common, multivariate=False, group=False)
+    return CachedTPESampler(**common)

@@ -7,7 +7,6 @@ import os
 import optuna
 import pytest
 
-from search.runs import study_journal
 from search.runs.study_journal import mend, open_journal
 from trainables.system import full_disk
 
@@ -56,27 +55,14 @@ def test_damage_further_up_is_refused_by_its_line(path):
 
 def test_a_full_disk_leaves_no_half_line_and_is_waited_for(path, monkeypatch):
     monkeypatch.setattr(full_disk, "RETRY_SECONDS", 0.01)
-    storage, before = study(path), path.read_bytes()
-    seen = []
+    storage, before, write, tries = study(path), path.read_bytes(), os.write, []
 
-    def fail_twice(self, logs) -> None:
-        if len(seen) < 2:
-            with path.open("ab") as file:
-                file.write(b'{"half a li')
-            raise OSError(errno.ENOSPC, "No space left on device")
-        assert path.read_bytes() == before
-        before_patch(self, logs)
+    def half_of_it_twice(file: int, content: bytes) -> int:
+        tries.append(path.read_bytes())
+        return write(file, content[:10] if len(tries) < 3 else content)
 
-    before_patch = study_journal.JournalFileBackend.append_logs
-
-    def append(self, logs) -> None:
-        try:
-            fail_twice(self, logs)
-        finally:
-            seen.append(path.read_bytes())
-
-    monkeypatch.setattr(study_journal.JournalFileBackend, "append_logs", append)
+    monkeypatch.setattr(os, "write", half_of_it_twice)
     storage.set_user_attr("note", "kept")
-    assert len(seen) == 3
     monkeypatch.undo()
-    assert study(path).user_attrs == {"note": "kept"}
+    assert tries == [before] * 3
+    assert path.read_bytes().startswith(before) and study(path).user_attrs == {"note": "kept"}

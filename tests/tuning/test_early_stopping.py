@@ -4,12 +4,20 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from search.runs.paths import RunFolder
 from search.spaces.space import Range, Space
-from search.tuning.early_stopping import ProgressHalvingScheduler, cut_off, new_scheduler, rung_at
+from search.tuning import early_stopping
+from search.tuning.early_stopping import (
+    Curve,
+    ProgressHalvingScheduler,
+    cut_off,
+    new_scheduler,
+    rung_at,
+)
 
 SPACE = Space(
     name="small",
@@ -140,6 +148,61 @@ def test_a_search_that_goes_on_knows_the_rungs_of_before(scheduler, state_file):
     assert report(later, "b", 60, 0.9) == CONTINUE  # recorded already
     assert report(later, "e", 60, 0.5) == STOP
     assert set(reasons(state_file)) == {"d", "e"}
+
+
+def a_search(seed: int, num_trials: int = 60):
+    """Results of trials in an order as if four ran at a time: trial, progress, error, config."""
+    rng = np.random.default_rng(seed)
+    running, begun = [], 0
+    while begun < num_trials or running:
+        if begun < num_trials and len(running) < 4:
+            epochs, rate = int(rng.integers(1, 6)), float(10 ** rng.uniform(-4, -2))
+            results = [(100 * n // epochs, 0.5 - 0.3 * n / epochs + 0.1 * rng.random()) for n in range(1, epochs + 1)]
+            running.append((f"t{begun}", {"epochs": epochs, "lr_max": rate}, results))
+            begun += 1
+        trial_id, config, results = running[rng.integers(len(running))]
+        yield trial_id, *results.pop(0), config
+        running = [trial for trial in running if trial[2]]
+
+
+def follow(scheduler, results) -> dict[str, str]:
+    """The reasons of the stops."""
+    for trial_id, progress, error, config in results:
+        if trial_id not in scheduler.reasons:
+            report(scheduler, trial_id, progress, error, **config)
+            if progress == 100:
+                complete(scheduler, trial_id, error)
+    return scheduler.reasons
+
+
+def test_what_is_kept_between_results_changes_no_decision(scheduler, state_file, tmp_path):
+    """As a scheduler decides that reads all of it from its file before each result."""
+    forgetful, reasons = tmp_path / "forgetful.json", {}
+    for result in a_search(seed=2):
+        reasons |= follow(made(forgetful), [result])
+    assert follow(scheduler, a_search(seed=2)) == reasons and len(reasons) > 5
+    assert state_file.read_bytes() == forgetful.read_bytes()
+    curves = {trial: Curve.from_json(curve) for trial, curve in saved(state_file)["curves"].items()}
+    assert curves == scheduler.curves
+
+
+def test_a_result_costs_no_more_work_after_many_trials(scheduler, monkeypatch):
+    follow(scheduler, a_search(seed=2))
+    work = {"dumps": 0, "seen": 0}
+
+    def counted(name, function):
+        def count(*args):
+            work[name] += 1
+            return function(*args)
+
+        return count
+
+    monkeypatch.setattr(early_stopping.json, "dumps", counted("dumps", json.dumps))
+    monkeypatch.setattr(early_stopping, "AtRung", counted("seen", early_stopping.AtRung))
+    report(scheduler, "first at this rung", 60, 0.2, epochs=5, lr_max=1e-3)
+    work.update(dumps=0, seen=0)
+    report(scheduler, "next", 60, 0.2, epochs=5, lr_max=1e-3)
+    assert work == {"dumps": 3, "seen": 1}  # its id, its curve, the reasons
 
 
 def test_rungs_and_share_can_be_chosen(state_file):

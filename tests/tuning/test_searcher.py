@@ -1,6 +1,7 @@
 """The searcher on a real Optuna study: the same proposals after a restart, and the truth about every trial."""
 
 import math
+import os
 import pickle
 import warnings
 from dataclasses import replace
@@ -49,6 +50,18 @@ def searcher(journal):
 
 def made(journal, *, seed: int = 0, space: Space = SPACE, num_trials: int | None = None, **method) -> OptunaSearcher:
     return OptunaSearcher(space, journal, strategy=Strategy(**method), seed=seed, num_trials=num_trials)
+
+
+def test_a_proposal_is_on_the_disk_when_it_is_made_and_waits_for_it_once(searcher, journal, monkeypatch):
+    for number in range(8):
+        searcher.suggest(f"t{number}")
+        searcher.on_trial_complete(f"t{number}", result(3, 3, 0.1 * number))
+    waited, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: [sync(file), waited.append(os.fstat(file).st_size)])
+    assert len(searcher.suggest("next")) == len(SPACE.dimensions)
+    assert waited == [journal.stat().st_size]
+    searcher.on_trial_complete("next", result(3, 3, 0.1))
+    assert waited[-1] == journal.stat().st_size
 
 
 def result(epoch: int, total: int, error_rate: float, **more) -> dict:
