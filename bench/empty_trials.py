@@ -75,9 +75,9 @@ def train_nothing() -> None:
 
 
 def serve_nothing(config: dict) -> None:
-    from trainables import finetune  # all that a training imports
+    from trainables.training import fine_tune  # all that a training imports
 
-    finetune.FineTune = EmptyTraining
+    fine_tune.FineTune = EmptyTraining
     product_serve(config)
 
 
