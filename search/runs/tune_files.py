@@ -4,6 +4,7 @@ Tune rewrites the same files in place each second, and a search could not be res
 """
 
 import os
+from functools import partial
 from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,15 @@ import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]  # has no hints
 from ray import tune
 
+from search.runs.atomic_files import append_whole
+from search.runs.paths import RunFolder
+from trainables.system.full_disk import when_there_is_room
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+EVENTS = "event-files"
+"""Before a path, for tensorboardX: `_EventFile` writes it."""
 
 
 class _WholeFile(BufferedWriter):
@@ -72,3 +80,54 @@ class ShortState(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.on_trial_complete(iteration, trials, trial)
+
+
+class EventFiles(tune.logger.TBXLoggerCallback):
+    """TensorBoard's files, in the run's folder from the start. In Tune's place for them those of all trials would be
+    copied each second."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        super().__init__()
+        self._summary_writer_cls = partial(_event_writer, folder.tune)
+
+
+def _event_writer(tune_folder: Path, trial_folder: str, **options: Any) -> Any:
+    from tensorboardX import SummaryWriter
+    from tensorboardX.record_writer import register_writer_factory
+
+    register_writer_factory(EVENTS, _EventFile)
+    return SummaryWriter(f"{EVENTS}:{tune_folder / Path(trial_folder).name}", **options)
+
+
+class _EventFile:
+    """What tensorboardX writes to: whole events, which wait while the disk is full."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.content = _path_of(path), b""
+
+    @classmethod
+    def open(cls, path: str) -> "_EventFile":
+        return cls(path)
+
+    @staticmethod
+    def directory_check(path: str) -> None:
+        when_there_is_room(lambda: _path_of(path).mkdir(parents=True, exist_ok=True), _path_of(path))
+
+    def write(self, content: bytes) -> None:
+        self.content += content
+
+    def flush(self) -> None:
+        def append() -> None:
+            self.path.touch()
+            append_whole(self.path, self.content)
+
+        if self.content:
+            when_there_is_room(append, self.path)
+        self.content = b""
+
+    def close(self) -> None:
+        self.flush()
+
+
+def _path_of(path: str) -> Path:
+    return Path(path.removeprefix(f"{EVENTS}:"))

@@ -25,7 +25,7 @@ from search.runs.paths import RunFolder
 from search.runs.remote_copy import Mirroring
 from search.runs.results_table import ResultsTable, TooManyFailures
 from search.runs.time_budget import TimeBudget
-from search.runs.tune_files import ShortState, whole_files
+from search.runs.tune_files import EventFiles, ShortState, whole_files
 from search.spaces.space import NamedRecipe, Space
 from search.tuning.early_stopping import new_scheduler
 from search.tuning.halving import new_searcher
@@ -92,7 +92,7 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
         AbandonedRoom(),
         RayDashboard(folder),
         ShortState(),
-        tune.logger.TBXLoggerCallback(),
+        EventFiles(folder),
         *([] if options.report == "off" else [LiveReport(folder)]),
         Mirroring(folder),
     ]

@@ -2,14 +2,21 @@
 
 import gc
 import json
+import os
 import pickle
 import subprocess
+from functools import partial
+from pathlib import Path
 
 import pyarrow.fs
 import pytest
 from ray.tune.experiment import Trial
 
-from search.runs.tune_files import ShortState, _WholeFile, whole_files
+from search.runs import tune_files
+from search.runs.atomic_files import append_whole
+from search.runs.paths import RunFolder
+from search.runs.tune_files import EventFiles, ShortState, _WholeFile, whole_files
+from trainables.system import full_disk
 
 
 @pytest.fixture
@@ -79,3 +86,53 @@ def test_an_ended_trial_takes_less_of_the_state_and_keeps_its_last_result():
     trial.restore_run_metadata(ended)
     trial.update_last_result(result | {"error_rate": 0.25})  # a trial that a kill made Tune forget ends once more
     assert trial.metric_analysis["error_rate"]["min"] == 0.25
+
+
+class LoggedTrial:
+    evaluated_params = {"lr_max": 1e-3, "arch": "resnet18"}  # noqa: RUF012
+
+    def __init__(self, tunes_folder) -> None:
+        self.local_path = str(tunes_folder / "t1")
+
+    def init_local_path(self) -> None:
+        """As Tune does it."""
+        Path(self.local_path).mkdir(parents=True, exist_ok=True)
+
+
+def logged(folder, tunes_folder, epochs: int = 3) -> None:
+    trial, events = LoggedTrial(tunes_folder), EventFiles(folder)
+    events.log_trial_start(trial)
+    for epoch in range(1, epochs + 1):
+        events.log_trial_result(epoch, trial, {"training_iteration": epoch, "error_rate": 0.5 / epoch})
+    events.log_trial_end(trial)
+
+
+@pytest.mark.parametrize("name", ["run", "a run: the second"])
+def test_event_files_lie_in_the_run_and_not_where_tune_copies_all_of_them_each_second(tmp_path, name):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = RunFolder(tmp_path / name)
+    logged(folder, tmp_path / "tunes")
+    assert [path for path in (tmp_path / "tunes").rglob("*") if path.is_file()] == []
+    read = event_accumulator.EventAccumulator(str(folder.tune / "t1")).Reload()
+    assert [event.value for event in read.Scalars("ray/tune/error_rate")] == pytest.approx([0.5, 0.25, 0.5 / 3])
+
+
+def test_event_files_wait_while_the_disk_is_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(full_disk, "LOOK_SECONDS", 0.01)
+    write, tries = os.write, []
+
+    def half_of_it_twice(file: int, content: bytes) -> int:
+        tries.append(content)
+        return write(file, content[:10] if len(tries) < 3 else content)
+
+    monkeypatch.setattr(tune_files, "append_whole", partial(append_with, half_of_it_twice, monkeypatch))
+    logged(RunFolder(tmp_path / "full"), tmp_path / "tunes", epochs=1)
+    logged(RunFolder(tmp_path / "whole"), tmp_path / "tunes", epochs=1)
+    full, whole = (next((tmp_path / name).rglob("events.*")).stat().st_size for name in ("full", "whole"))
+    assert full == whole and tries[0] == tries[1] == tries[2]
+
+
+def append_with(write, monkeypatch, path, content) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", write)
+        append_whole(path, content)
