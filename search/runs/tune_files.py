@@ -87,13 +87,13 @@ class EventFiles(tune.logger.TBXLoggerCallback):
     copied each second."""
 
     def __init__(self, folder: RunFolder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._summary_writer_cls = partial(_event_writer, folder.tune)
 
 
 def _event_writer(tune_folder: Path, trial_folder: str, **options: Any) -> Any:
-    from tensorboardX import SummaryWriter
-    from tensorboardX.record_writer import register_writer_factory
+    from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
+    from tensorboardX.record_writer import register_writer_factory  # type: ignore[import-untyped]
 
     register_writer_factory(EVENTS, _EventFile)
     return SummaryWriter(f"{EVENTS}:{tune_folder / Path(trial_folder).name}", **options)
