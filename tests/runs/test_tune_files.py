@@ -118,7 +118,7 @@ def test_event_files_lie_in_the_run_and_not_where_tune_copies_all_of_them_each_s
 
 
 def test_event_files_wait_while_the_disk_is_full(tmp_path, monkeypatch):
-    monkeypatch.setattr(full_disk, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(full_disk, "RETRY_SECONDS", 0.01)
     write, tries = os.write, []
 
     def half_of_it_twice(file: int, content: bytes) -> int:
