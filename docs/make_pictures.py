@@ -1,4 +1,4 @@
-"""The README's pictures, from a real run of the quickstart: `python docs/make_pictures.py`, in about 5 minutes.
+"""The documentation's pictures, from a real run of the quickstart: `python docs/make_pictures.py`, in about 5 minutes.
 
 terminal.png is what the run drew on a terminal when it was half done, report.png and dashboard.png are the pages of the
 finished run. Needs chromium, and the extras quickstart and test.

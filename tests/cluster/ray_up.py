@@ -1,4 +1,4 @@
-"""`ray up` for real, by the README's commands for machines of one's own, on a machine that is this one.
+"""`ray up` for real, by the documented commands for machines of one's own, on a machine that is this one.
 
     python tests/cluster/ray_up.py
 
@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 USER = "finetune-launcher"
 SHORT = {"first": "--trials 3 --set epochs=1 --set image_size=96", "second": "--trials 1 --set epochs=1"}
-"""The README's searches, by name, are cut short so."""
+"""The documented searches, by name, are cut short so."""
 
 
 def main() -> int:
@@ -41,7 +41,7 @@ def main() -> int:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
         environment["RAY_AUTH_MODE"] = "token"
-        for command in readme_commands(ROOT / "README.md"):
+        for command in documented_commands(ROOT / "docs" / "clusters.md"):
             step(shortened(command), here, environment)
         for name, trials in (("first", 3), ("second", 1)):
             check_results(here / "results" / name, trials)
@@ -131,9 +131,9 @@ def checkout(folder: Path, key: Path) -> Path:
     return folder
 
 
-def readme_commands(readme: Path) -> list[str]:
+def documented_commands(page: Path) -> list[str]:
     """The commands for machines of one's own, as they stand there."""
-    block = readme.read_text().partition("<!-- own machines -->\n```sh\n")[2].partition("```")[0]
+    block = page.read_text().partition("<!-- own machines -->\n```sh\n")[2].partition("```")[0]
     return [line.partition("   # ")[0].strip() for line in block.splitlines()]
 
 

@@ -67,8 +67,8 @@ def commands_at_the_top(file):
     return ray_commands(re.sub(r"^#   ", "", header, flags=re.MULTILINE))
 
 
-def commands_of_the_readme(block):
-    return ray_commands(text("README.md").partition(f"<!-- {block} -->\n```sh\n")[2].partition("```")[0])
+def commands_of_the_docs(block):
+    return ray_commands(text("docs/clusters.md").partition(f"<!-- {block} -->\n```sh\n")[2].partition("```")[0])
 
 
 def check_commands(commands, names, file):
@@ -207,8 +207,8 @@ def test_the_commands_at_the_top_are_ones_that_ray_has(file):
     check_commands(commands_at_the_top(file), "get-auth-token up exec attach dashboard rsync-down down", file)
 
 
-def test_the_readmes_commands_for_a_cloud_are_ones_that_ray_has():
-    check_commands(commands_of_the_readme("cloud"), "up exec attach dashboard rsync-down down", AWS)
+def test_the_documented_commands_for_a_cloud_are_ones_that_ray_has():
+    check_commands(commands_of_the_docs("cloud"), "up exec attach dashboard rsync-down down", AWS)
 
 
 # --- cluster.yaml -----------------------------------------------------------------------------------------------------
@@ -345,6 +345,6 @@ def test_own_machines_get_the_same_project_and_start_ray_alike(local):
     assert install.replace("'.[quickstart]'", ".") == theirs
 
 
-def test_the_readmes_commands_for_own_machines_are_ones_that_ray_has():
+def test_the_documented_commands_for_own_machines_are_ones_that_ray_has():
     names = "get-auth-token up submit exec exec exec rsync-down down"
-    check_commands(commands_of_the_readme("own machines"), names, LOCAL)
+    check_commands(commands_of_the_docs("own machines"), names, LOCAL)

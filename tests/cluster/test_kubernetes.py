@@ -223,8 +223,8 @@ def test_the_image_runs_a_python_that_the_project_supports_as_a_user_that_may_wr
     assert f"RUN useradd --uid {group} --create-home {HOME.name}" in dockerfile
 
 
-def test_the_readmes_commands_are_those_of_the_manifest():
-    block = (ROOT / "README.md").read_text().partition("<!-- kubernetes -->\n```sh\n")[2].partition("```")[0]
+def test_the_documented_commands_are_those_of_the_manifest():
+    block = (ROOT / "docs" / "clusters.md").read_text().partition("<!-- kubernetes -->\n```sh\n")[2].partition("```")[0]
     commands = [line.partition("   #")[0].strip() for part in block.splitlines() for line in part.split(" && ")]
     header = re.sub(r" {3,}#.*", "", text("rayjob.yaml"))
     known = [line.removeprefix("#   ") for line in header.splitlines() if line.startswith("#   ")]
