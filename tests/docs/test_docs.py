@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import re
+import runpy
 import shlex
 import sys
 import tomllib
@@ -26,8 +27,9 @@ NAMES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "results
 NAMES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
 COMMANDS = ("run", "check", "lr_find", "export", "predict", "report", "compare", "dashboard")
 MODULES = [f"search.{name}" for name in COMMANDS] + ["trainables.finetune", "trainables.interpret"]
-ELSEWHERE = ("cd", ".", "ssh", "ray", "kubectl", "docker", "sed", "ruff", "pyright")
+ELSEWHERE = ("cd", ".", "ssh", "ray", "kubectl", "docker", "sed", "ruff", "mypy")
 """Programs that are not ours. What `ray` and `kubectl` are told is tested with the cluster files."""
+OF_EXTRAS = ("fastai", "playwright")
 FILE = re.compile(
     r"(?:search|trainables|tests|bench|docs|cluster|results/bench|\.ci)/[\w./*-]*|[A-Z]+\.md|[\w.-]+\.(?:toml|yaml)"
 )
@@ -109,7 +111,12 @@ def script(path: Path, monkeypatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for it
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        if error.name in OF_EXTRAS:
+            pytest.skip(f"needs {error.name}")
+        raise
     return module
 
 
@@ -340,6 +347,23 @@ def test_every_space_searcher_and_scheduler_is_on_the_page_about_searching():
 
     page = text_of("docs/searching.md")
     assert [name for name in (*space_names(), *SEARCHERS, *SCHEDULERS) if f"| `{name}`" not in page] == []
+
+
+def test_every_column_of_the_tables_is_described(tmp_path):
+    from search.runs.paths import RunFolder
+    from search.runs.results_table import EPOCH_COLUMNS, ResultsTable
+
+    table = ResultsTable(RunFolder(tmp_path), settings={}, dimensions=[], labels=[], confirm=1, front=True)
+    for section, columns in (("trials.csv", table.columns), ("epochs.csv", EPOCH_COLUMNS)):
+        described = text_of("results/README.md").partition(f"## {section}")[2].partition("\n## ")[0]
+        assert [name for name in columns if f"`{name}`" not in described] == []
+
+
+def test_the_rooms_are_those_whose_order_is_tested():
+    rooms = runpy.run_path(str(ROOT / "tests" / "house" / "test_rooms.py"))["ROOMS"]
+    section = text_of("CONTRIBUTING.md").partition("## Where things are")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\| (?:`\w+/`)? ?\| `(\w+)/` \|", section, re.MULTILINE)
+    assert listed == [room for package in ("trainables", "search") for room in rooms[package] if room]
 
 
 def test_every_dependency_earns_its_place():
