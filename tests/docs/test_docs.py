@@ -54,7 +54,7 @@ def prose(name: str) -> str:
 
 
 def code_spans(name: str) -> list[str]:
-    return re.findall(r"`([^`\n]+)`", prose(name))
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(name))]
 
 
 def commands(block: str) -> Iterator[list[str]]:
@@ -197,7 +197,7 @@ def known_options() -> set[str]:
 
 @pytest.mark.parametrize("page", NAMES)
 def test_options_exist(page, known_options):
-    ours = prose(page)
+    ours = " ".join(prose(page).split())
     for name, command in SHELL:  # these are parsed as a whole
         ours = ours.replace(f"`{command}`", "") if name == page else ours
     assert set(OPTION.findall(ours)) - known_options == set()
