@@ -1,4 +1,4 @@
-"""The documentation's pictures, from a real run of the quickstart: `python docs/make_pictures.py`, in about 5 minutes.
+"""The documentation's pictures, from a real run of the quickstart: `python docs/make_pictures.py`.
 
 terminal.png is what the run drew on a terminal when it was half done, report.png and dashboard.png are the pages of the
 finished run. Needs chromium, and the extras quickstart and test.
@@ -27,6 +27,11 @@ from rich.text import Text
 HERE = Path(__file__).resolve().parent
 COLUMNS, LINES = 118, 24
 HALF_DONE = "6/10 trials ended"
+WITHOUT_HOME = """home => {
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) texts.currentNode.nodeValue = texts.currentNode.nodeValue.replaceAll(home, '~');
+}"""
+"""Paths on the page begin with ~, whoever makes the picture."""
 UP_AND_CLEAR = re.compile(r"(?:\r?\x1b\[2K|\x1b\[1A\x1b\[2K)+")  # how rich takes a live table back
 
 
@@ -86,6 +91,7 @@ def picture_of_page(browser: Browser, address: str, ready: str, out: Path, heigh
     page.goto(address)
     page.wait_for_selector(ready, timeout=60_000)
     page.wait_for_timeout(3000)  # charts fade in
+    page.evaluate(WITHOUT_HOME, str(Path.home()))
     page.screenshot(path=out)
     compress(out)
 
