@@ -25,7 +25,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 NAMES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "results/README.md"]
 NAMES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
-COMMANDS = ("run", "check", "lr_find", "export", "predict", "report", "compare", "dashboard")
+COMMANDS = ("run", "check", "lr_find", "report", "export", "predict", "compare", "dashboard")
 MODULES = [f"search.{name}" for name in COMMANDS] + ["trainables.finetune", "trainables.interpret"]
 ELSEWHERE = ("cd", ".", "ssh", "ray", "kubectl", "docker", "sed", "ruff", "mypy")
 """Programs that are not ours. What `ray` and `kubectl` are told is tested with the cluster files."""
@@ -339,6 +339,15 @@ def test_every_setting_is_in_the_table_with_its_default_and_range():
             assert tuple(re.findall(r"\w+", allowed)) == limits, name
         else:
             assert tuple(map(float, allowed.split(" to "))) == limits, name
+
+
+def test_the_console_script_has_the_commands_of_the_page():
+    from search.__main__ import COMMANDS as known
+
+    scripts = tomllib.loads(text_of("pyproject.toml"))["project"]["scripts"]
+    assert scripts == {"finetune-search": "search.__main__:main"}
+    assert list(known) == [name.replace("_", "-") for name in COMMANDS]
+    assert [name for name in known if f"`{name}`" not in prose("docs/searching.md") and name != "run"] == []
 
 
 def test_every_space_searcher_and_scheduler_is_on_the_page_about_searching():

@@ -101,8 +101,7 @@ def early_stopping() -> list[str]:
 
 
 def replayed(name: str) -> dict:
-    methods = measured("search_quality")["methods"]
-    return methods.get(name) or methods[name.replace("halving", "annealed")]  # what it was called before
+    return measured("search_quality")["methods"][name]
 
 
 def reliability() -> list[str]:
