@@ -1,6 +1,5 @@
-"""Fixtures that several test files share: a cache of their own, and a small set of drawn images."""
+"""Fixtures that several test files share, such as a small set of drawn images and a Ray; and who runs which tests."""
 
-import functools
 import os
 import tempfile
 from pathlib import Path
@@ -73,6 +72,19 @@ def data(cache, tmp_path_factory) -> Path:
     return draw_images(tmp_path_factory.mktemp("data") / "birds")
 
 
+@pytest.fixture(scope="session")
+def ray_head(search_cache) -> str:
+    """The address of a Ray that searches connect to with `--address`, where its start and its end are not the point.
+
+    Two CPUs, whatever the machine has; without a dashboard, which takes as long to start as all the rest.
+    """
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield cluster.address
+    cluster.shutdown()
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """torch computes with one thread, so that sums have one order."""
@@ -84,26 +96,37 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@functools.cache
-def starts_ray(file: Path) -> bool:
-    """By its text: the process that shares the tests out knows no more of them than their names."""
-    return "pytest.mark.ray" in file.read_text(encoding="utf-8")
-
-
+@pytest.hookimpl(tryfirst=True)  # before anything is deselected
 def pytest_collection_modifyitems(items):
-    """The files whose tests start Ray come first: they take longest."""
-    items.sort(key=lambda item: not starts_ray(item.path))
+    """What starts Ray or compares with fastai is slow, too; the slowest come first, so that no process ends long before
+    the other one."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+        if item.get_closest_marker("ray") or item.get_closest_marker("oracle"):
+            item.add_marker("slow")
+    items.sort(key=lambda item: not item.get_closest_marker("slow"))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """`pytest -n 2`: one process has the files whose tests start Ray, the other one takes the rest, file by file."""
-    from xdist.scheduler import LoadFileScheduling
+    """`pytest -n 2`: one process begins with the tests that start Ray, the other ones with the rest, each file by file.
+    Which has none left helps the others."""
+    from xdist.scheduler import LoadGroupScheduling
 
-    class RayInOneProcess(LoadFileScheduling):
+    class RayInOneProcess(LoadGroupScheduling):
         def _split_scope(self, nodeid: str) -> str:
+            group = super()._split_scope(nodeid)  # "ray", or the test's own name
             file = nodeid.partition("::")[0]
-            return "ray" if starts_ray(config.rootpath / file) else file
+            return f"{file}@{group}" if group == "ray" else file
+
+        def _assign_work_unit(self, node) -> None:
+            of_ray = node is next(iter(self.assigned_work))
+            for scope in self.workqueue:
+                if scope.endswith("@ray") == of_ray:
+                    self.workqueue.move_to_end(scope, last=False)
+                    break
+            super()._assign_work_unit(node)
 
     config.option.loadscopereorder = False  # as sorted above
     return RayInOneProcess(config, log)

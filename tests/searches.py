@@ -1,6 +1,7 @@
 """Searches in processes of their own, with a tiny network on tiny images, and the tables that they leave."""
 
 import csv
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,11 @@ from processes import descendants, named
 
 ROOT = Path(__file__).parents[1]
 PINNED = "pretrained=false presize=40 image_size=32 batch_size=4 freeze_epochs=1 bn_momentum=0.3 div=1 weight_decay=10"
+ALSO_PINNED = "lr_ratio=10 lr_max_frozen=0.002 mixup_alpha=0 smoothing=0.1 train_bn=unfrozen head=linear"
+SEARCHED = "arch=test_resnet.r160_in1k,test_vit.r160_in1k epochs=1..3"
+# With so much weight decay a rate of 10 multiplies the weights by -99 in every step: it diverges, whatever the network.
+SMALL = f"{PINNED} {ALSO_PINNED} {SEARCHED} lr_max=0.001,10".split()
+SEED = 1
 TIMES = ("trial_id", "seconds", "overhead_seconds", "images_per_second")
 EPOCH_TIMES = ("trial_id", "train_seconds", "valid_seconds", "images_per_second", "finished_at")
 
@@ -21,6 +27,7 @@ class Search:
 
     def __init__(self, folder: Path, *arguments: object) -> None:
         self.folder = folder
+        self.on_head = "--address" in arguments
         # The same as `python -m search.run`, and tells at its end whether torch came in.
         code = "import sys; from search import run; code = run.main(); print('torch' in sys.modules); sys.exit(code)"
         common = ["--results", folder.parent, "--name", folder.name]
@@ -62,8 +69,16 @@ class Search:
         return code
 
     def processes(self, title: str) -> list[int]:
-        """Of this search, by what Ray calls them (a pattern)."""
-        return named(title, self.process.pid)
+        """Of this search, by what Ray calls them (a pattern); of all searches on a Ray that the tests started."""
+        return named(title, os.getpid() if self.on_head else self.process.pid)
+
+
+def small_search(folder: Path, data: Path, *arguments: object) -> Search:
+    """One trial at a time, without a report unless `arguments` ask for one: it has tests of its own."""
+    one_at_a_time = ("--max-concurrent", 1, "--cpus-per-worker", 1, "--seed", SEED)
+    if "--report" not in arguments:
+        arguments = (*arguments, "--report", "off")
+    return Search(folder, "--space", "quickstart", "--data", data, *one_at_a_time, *settings(*SMALL), *arguments)
 
 
 def settings(*texts: str) -> list[str]:

@@ -1,13 +1,12 @@
 """The learning-rate finder as a command, and how its suggestions narrow a search."""
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import run_here
 from PIL import Image
 from tiny_run import draw_images
 
@@ -39,9 +38,7 @@ def data(tmp_path_factory) -> Path:
 def command(data, search_cache, tmp_path):
     def run(*arguments: object) -> subprocess.CompletedProcess:
         settings = [word for text in TINY for word in ("--set", text)]
-        line = [sys.executable, "-m", "search.lr_find", "--space", "pets", "--data", data, *settings, *arguments]
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-        return subprocess.run(list(map(str, line)), cwd=tmp_path, env=environment, text=True, capture_output=True)
+        return run_here(lr_find.main, "--space", "pets", "--data", data, *settings, *arguments, cwd=tmp_path)
 
     return run
 

@@ -27,10 +27,11 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def quickstart(browser, tmp_path_factory, search_cache) -> Path:
+def quickstart(browser, tmp_path_factory, ray_head) -> Path:
     """The folder of a real run of the quickstart: three trials of an epoch each."""
     results = tmp_path_factory.mktemp("results")
     command = [sys.executable, "-m", "search.run", "--space", "quickstart", "--results", results, "--name", "quick"]
+    command += ["--address", ray_head]
     command += ["--trials", 3, "--set", "epochs=1", "--set", "freeze_epochs=1", "--set", "image_size=96"]
     child = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
     assert child.returncode == 0, child.stdout + child.stderr

@@ -1,5 +1,6 @@
 """The command line before any search: quick help, and one paragraph on whatever a user got wrong."""
 
+import functools
 import json
 import os
 import shlex
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from in_process import run_here
 from run_tables import write_run
 from tiny_run import draw_images, write_json
 
@@ -19,7 +21,7 @@ from search.options.arguments import parse_arguments, resume_command
 from search.options.preparation import space_of
 from search.options.search_options import SearchOptions
 from search.report import write_report
-from search.run import announce, conclude
+from search.run import announce, conclude, main
 from search.runs.command import CommandRecord
 from search.runs.paths import RunFolder
 from search.runs.resume import words_to_show
@@ -33,17 +35,30 @@ SEARCH = ("-m", "search.run")
 
 
 @pytest.fixture
-def command(tmp_path):
-    """A function that runs `python -m search.run` as somebody with an empty home."""
+def environment(tmp_path) -> dict[str, str]:
+    """That of somebody with an empty home."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "XDG_"))}
     environment |= {"HOME": str(tmp_path / "home"), "FINETUNE_SEARCH_CACHE": str(tmp_path / "cache")}
     (tmp_path / "home").mkdir()
 
-    def run(*arguments: object, python: tuple[str, ...] = SEARCH, timeout: float = 60) -> subprocess.CompletedProcess:
+    return environment
+
+
+@pytest.fixture
+def process(environment):
+    """A function that runs `python -m search.run`, or other code, in a process of its own."""
+
+    def run(*arguments: object, python: tuple[str, ...] = SEARCH) -> subprocess.CompletedProcess:
         words = [sys.executable, *python, *map(str, arguments)]
-        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
 
     return run
+
+
+@pytest.fixture
+def command(environment):
+    """A function that runs the same in this process."""
+    return functools.partial(run_here, main, cwd=ROOT, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +78,18 @@ def assert_refused(ended: subprocess.CompletedProcess, *expected: str) -> str:
     return message
 
 
-def test_help_answers_at_once(command):
+def test_help_answers_at_once(process):
     times = []
     for _ in range(3):
         started = time.monotonic()
-        ended = command("--help")
+        ended = process("--help")
         times.append(time.monotonic() - started)
         assert ended.returncode == 0
     assert min(times) < 1.5, times
 
 
-def test_help_shows_every_option_and_how_to_begin(command):
-    text = command("--help").stdout
+def test_help_shows_every_option_and_how_to_begin(process):
+    text = process("--help").stdout
     options = "space set data weights test-split describe trials time-budget searcher scheduler objective confirm seed "
     options += "target-seconds address workers-per-trial cpus-per-worker gpus-per-worker max-concurrent results name "
     options += "resume storage report cache lr-range recipes"
@@ -85,13 +100,13 @@ def test_help_shows_every_option_and_how_to_begin(command):
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("--space", "pets", "--describe"), ("--trials", "0")])
-def test_neither_help_nor_description_nor_a_mistake_loads_torch_or_ray(command, arguments):
+def test_neither_help_nor_description_nor_a_mistake_loads_torch_or_ray(process, arguments):
     code = (
         "import atexit, sys; from search import run\n"
         "atexit.register(lambda: print('LOADED', sorted({'torch', 'ray', 'optuna', 'pandas'} & set(sys.modules))))\n"
         "run.run_cli(run.main)"
     )
-    assert command(*arguments, python=("-c", code)).stdout.endswith("LOADED []\n")
+    assert process(*arguments, python=("-c", code)).stdout.endswith("LOADED []\n")
 
 
 def test_a_description_names_every_dimension_and_setting(command):
@@ -115,8 +130,8 @@ def test_an_unknown_space_is_refused(command):
     assert_refused(command("--space", "cats"), "--space cats: there is no such space", "quickstart")
 
 
-def test_no_space_at_all_is_refused(command):
-    assert_refused(command(), "--space is required", "quickstart")
+def test_no_space_at_all_is_refused(process):
+    assert_refused(process(), "--space is required", "quickstart")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +162,7 @@ def test_a_seed_that_no_training_can_have_is_refused(command):
 
 
 def test_an_architecture_that_does_not_train_is_refused_before_ray_starts(command):
-    ended = command("--space", "imagenette", "--set", "arch=resnet81", "--set", "pretrained=false", timeout=120)
+    ended = command("--space", "imagenette", "--set", "arch=resnet81", "--set", "pretrained=false")
     assert_refused(ended, "arch='resnet81' is not a timm architecture. Names like it: resnet")
     assert ended.stdout == "checking that these can be trained: resnet81\n"
 
@@ -220,14 +235,14 @@ def test_nothing_is_left_behind_by_a_mistake(command, tmp_path):
     assert not results.exists()
 
 
-def test_a_machine_without_network_and_data_is_told_the_ways_on(command, tmp_path):
+def test_a_machine_without_network_and_data_is_told_the_ways_on(process, tmp_path):
     """The download goes to a proxy that refuses it, so the test needs no particular machine."""
     started = time.monotonic()
     code = (
         "import os; os.environ.update(https_proxy='http://127.0.0.1:9', http_proxy='http://127.0.0.1:9', no_proxy='');"
         "from search import run; run.run_cli(run.main)"
     )
-    ended = command("--space", "pets", python=("-c", code))
+    ended = process("--space", "pets", python=("-c", code))
     assert time.monotonic() - started < 60
     message = assert_refused(ended, "Oxford-IIIT Pet is not available")
     assert "downloading https://www.robots.ox.ac.uk/" in message  # what was tried
@@ -240,7 +255,7 @@ def test_an_address_where_no_cluster_is_is_refused(command, images):
     """The last check before a search, and the first that needs Ray."""
     settings = ("pretrained=false", "arch=test_resnet", "presize=32", "image_size=32")
     pinned = [word for setting in settings for word in ("--set", setting)]
-    ended = command("--space", "quickstart", "--data", images, *pinned, "--address", "127.0.0.1:9", timeout=120)
+    ended = command("--space", "quickstart", "--data", images, *pinned, "--address", "127.0.0.1:9")
     assert_refused(ended, "--address 127.0.0.1:9")
 
 

@@ -329,13 +329,13 @@ def test_a_search_whose_test_goes_wrong_still_has_its_summary_its_report_and_its
 
 @pytest.mark.ray
 @pytest.mark.skipif(sys.platform != "linux", reason="inotify")
-def test_nobody_opens_the_test_images_before_the_search_has_ended_and_nobody_twice(tmp_path, search_cache, capsys):
+def test_nobody_opens_the_test_images_before_the_search_has_ended_and_nobody_twice(tmp_path, ray_head, capsys):
     data = draw_images(tmp_path / "birds", each=20)
     _, test = set_aside(find_images(data), 0.2, 0)
     files = [test.root / path for path in test.paths]
     searched = "arch=test_resnet.r160_in1k epochs=2 head=linear mixup_alpha=0 lr_max=0.0001..0.02"
     command = ["--space", "quickstart", "--data", data, "--test-split", 0.2, "--trials", 3, "--seed", 1]
-    command += ["--cpus-per-worker", 1, "--max-concurrent", 1, *settings(PINNED, searched)]
+    command += ["--cpus-per-worker", 1, "--max-concurrent", 1, "--address", ray_head, *settings(PINNED, searched)]
 
     def trials_ended() -> bool:
         statuses = [row["status"] for row in tables(run)[0]] if (run / "trials.csv").is_file() else []
@@ -361,7 +361,7 @@ def test_nobody_opens_the_test_images_before_the_search_has_ended_and_nobody_twi
     assert all(f'<p class="test">{line}</p>' in report for line in said)
     assert {int(row["train_images"]) + int(row["valid_images"]) for row in tables(run)[1]} == {48}
 
-    search, before = Search(run, "--resume"), (run / "test.json").read_bytes()
+    search, before = Search(run, "--resume", "--address", ray_head), (run / "test.json").read_bytes()
     with watched(files, trials_ended) as opened:
         assert search.wait() == 0, search.text
     assert not opened
@@ -370,7 +370,7 @@ def test_nobody_opens_the_test_images_before_the_search_has_ended_and_nobody_twi
     analysis = read_analysis(load(run))  # of the images that validated it
     assert analysis.counts.sum() - analysis.counts.trace() == round(float(best["error_rate"]) * analysis.counts.sum())
 
-    search = Search(run, "--resume", "--trials", 4)  # one that has ended is extended
+    search = Search(run, "--resume", "--address", ray_head, "--trials", 4)  # one that has ended is extended
     with watched(files, bool) as opened:
         assert search.wait() == 0, search.text
     assert not opened and (run / "test.json").read_bytes() == before

@@ -1,6 +1,7 @@
-"""Whole searches on a real Ray, with a tiny network on tiny images: their end, their interruption, their failures.
+"""Whole searches on a real Ray, with a tiny network on tiny images: their end, their interruption, their losses.
 
-Found by `pytest -m ray`. Every search starts Ray of its own, which is what takes the time here.
+One search that nothing happens to, and others that end with its tables. Nearly all start a Ray of their own, which is
+what takes the time here.
 """
 
 import json
@@ -16,7 +17,7 @@ import pytest
 from object_store import s3_server
 from optuna.trial import TrialState
 from processes import descendants, left_after, listening_addresses, stopped
-from searches import EPOCH_TIMES, PINNED, TIMES, Search, completed, settings, tables, without
+from searches import EPOCH_TIMES, SMALL, TIMES, Search, completed, small_search, tables, without
 from tiny_run import draw_images
 
 from search.runs.remote_run import RemoteRun
@@ -26,24 +27,12 @@ from search.tuning.searcher import FORGOTTEN
 
 pytestmark = pytest.mark.ray
 
-SEARCHED = "arch=test_resnet.r160_in1k,test_vit.r160_in1k epochs=1..3"
-# With so much weight decay a rate of 10 multiplies the weights by -99 in every step: it diverges, whatever the network.
-ALSO_PINNED = "lr_ratio=10 lr_max_frozen=0.002 mixup_alpha=0 smoothing=0.1 train_bn=unfrozen head=linear"
-SETTINGS = f"{PINNED} {ALSO_PINNED} {SEARCHED} lr_max=0.001,10".split()
 NUM_TRIALS = 6
-SEED = 1
 
 
 @pytest.fixture(scope="module")
 def class_folders(tmp_path_factory) -> Path:
     return draw_images(tmp_path_factory.mktemp("search") / "data", each=20)
-
-
-def start(folder: Path, data: Path, *arguments: object) -> Search:
-    one_at_a_time = ("--max-concurrent", 1, "--cpus-per-worker", 1, "--seed", SEED)
-    if "--report" not in arguments:
-        arguments = (*arguments, "--report", "off")  # it has tests of its own
-    return Search(folder, "--space", "quickstart", "--data", data, *one_at_a_time, *settings(*SETTINGS), *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +42,7 @@ def undisturbed(class_folders, search_cache, tmp_path_factory) -> Search:
     with pytest.MonkeyPatch.context() as patch:  # no obstacle: a temporary folder whose path is too long for sockets
         (folder.parent / ("temporary" * 12)).mkdir()
         patch.setenv("TMPDIR", str(folder.parent / ("temporary" * 12)))
-        search = start(folder, class_folders, "--trials", NUM_TRIALS, "--report", "full")
+        search = small_search(folder, class_folders, "--trials", NUM_TRIALS, "--report", "full")
     search.wait_for("trial 1 .*epoch 1/")
     titles = {"trial actor": "ray::(FineTuneTrial|ResourceTrainable)", "worker": "ray::RayTrainWorker"}
     search.has_torch = {name: [maps_torch(pid) for pid in search.processes(title)] for name, title in titles.items()}
@@ -109,7 +98,7 @@ def test_forecasts_know_how_every_trial_ended(undisturbed):
 
 
 def test_trial_0_is_the_default_recipe(undisturbed):
-    default = load_space("quickstart").with_settings(SETTINGS).first_configs()[0]
+    default = load_space("quickstart").with_settings(SMALL).first_configs()[0]
     first = tables(undisturbed.folder)[0][0]
     assert {name: first[name] for name in default} == {name: str(value) for name, value in default.items()}
 
@@ -175,7 +164,7 @@ def test_a_lost_worker_ctrl_c_a_kill_and_a_lost_actor_leave_no_trace_in_the_end(
     """One search that all of it happens to ends with the tables of the undisturbed one."""
     expected_trials, expected_epochs = tables(undisturbed.folder)
 
-    search = start(tmp_path / "disturbed", class_folders, "--trials", NUM_TRIALS)
+    search = small_search(tmp_path / "disturbed", class_folders, "--trials", NUM_TRIALS)
     search.wait_for(r"trial 0 .*epoch 1/")
     [worker] = search.processes("ray::RayTrainWorker")
     os.kill(worker, signal.SIGKILL)
@@ -240,7 +229,7 @@ def test_a_search_whose_head_is_lost_goes_on_from_its_storage(undisturbed, class
     """On another disk, in another folder, with its images in another place and with a trial more, it ends with the
     tables of the undisturbed one."""
     data = shutil.copytree(class_folders, tmp_path / "data")
-    lost = start(tmp_path / "lost" / "run", data, "--trials", 3, "--storage", s3)
+    lost = small_search(tmp_path / "lost" / "run", data, "--trials", 3, "--storage", s3)
     lost.wait_for(r"trial 0 .*completed")
     with stopped(lost.processes("ray::RayTrainWorker")):  # so that the search cannot end before it is copied
         [ended] = completed(lost.folder)
@@ -272,8 +261,10 @@ def test_a_search_whose_head_is_lost_goes_on_from_its_storage(undisturbed, class
     assert command["resumes"][0]["changed"] == ["data", "trials"]
 
 
-def test_two_workers_learn_what_one_learns_and_survive_the_loss_of_one(undisturbed, class_folders, tmp_path):
-    search = start(tmp_path / "two", class_folders, "--trials", 2, "--workers-per-trial", 2)
+def test_two_workers_learn_what_one_learns_and_survive_the_loss_of_one(undisturbed, class_folders, ray_head, tmp_path):
+    search = small_search(
+        tmp_path / "two", class_folders, "--trials", 2, "--workers-per-trial", 2, "--address", ray_head
+    )
     search.wait_for(r"trial 1 .*starts")
     workers = search.processes("ray::RayTrainWorker")
     assert len(workers) == 2
@@ -286,92 +277,6 @@ def test_two_workers_learn_what_one_learns_and_survive_the_loss_of_one(undisturb
         assert (epoch["number"], epoch["epoch"], epoch["stage"]) == (other["number"], other["epoch"], other["stage"])
         for loss in ("train_loss", "valid_loss"):
             assert float(epoch[loss]) == pytest.approx(float(other[loss]), rel=1e-3)
-
-
-def test_the_best_are_trained_again_and_the_front_is_marked(class_folders, search_cache, tmp_path):
-    """A kill while they are trained again takes nothing with it."""
-    pinned = ("--set", "epochs=1..4", "--set", "lr_max=0.001..0.01")
-    method = ("--objective", "error,seconds", "--confirm", 2)
-    search = start(tmp_path / "confirmed", class_folders, "--trials", 3, *method, *pinned)
-    search.wait_for(r"trial 4 .*epoch 1/")
-    search.process.kill()
-    search.wait()
-    resumed = Search(search.folder, "--resume")
-    assert resumed.wait() == 0, resumed.text
-    trials, _ = tables(search.folder)
-    first, again = trials[:3], trials[3:]
-    assert [row["status"] for row in trials] == ["completed"] * 3 + ["retrained"] * 6
-    best = [row for row in first if row["confirmed_error_rate"]]
-    assert len(best) == 2
-    for row in best:
-        mine = [other for other in again if other["retrains"] == row["number"]]
-        assert {other["seed"] for other in mine} == {str(SEED + n) for n in (1, 2, 3)}
-        assert {other["epochs_total"] for other in mine} == {row["epochs_total"]}
-        mean = sum(float(other["error_rate"]) for other in mine) / 3
-        assert float(row["confirmed_error_rate"]) == pytest.approx(mean, abs=1e-5)
-    scores = ("confirmed_error_rate", "error_rate", "valid_loss")
-    winner = min(best, key=lambda row: [float(row[score]) for score in scores])
-    assert json.loads((search.folder / "best/metrics.json").read_text())["trial_id"] == winner["trial_id"]
-    assert re.search(rf"best: trial {winner['number']} with .* in the mean of 3 more seeds\)", resumed.text)
-    quickest = min(first, key=lambda row: float(row["seconds"]))
-    assert quickest["front"] == "yes" and "best for their cost: " in resumed.text
-    assert all(len(trial.values) == 2 for trial in load(search.folder).study.trials)
-
-
-def test_five_failures_in_a_row_end_the_search(class_folders, search_cache, tmp_path):
-    hopeless = ("--set", "lr_max=9,10", "--set", "arch=test_vit.r160_in1k", "--set", "epochs=2")
-    search = start(tmp_path / "hopeless", class_folders, "--trials", 30, *hopeless)
-    assert search.wait() == 1, search.text
-    rows, _ = tables(search.folder)
-    assert [row["status"] for row in rows[:5]] == ["failed"] * 5
-    assert len(rows) <= 6  # one more may have started
-    assert all(row["status"] != "running" for row in rows)
-    assert "no trial completed" in search.text
-    assert not (search.folder / "best").exists()
-    assert not [trial for trial in load(search.folder).study.trials if trial.state == TrialState.RUNNING]
-    again = Search(search.folder, "--resume")  # it goes on, and gives up likewise
-    assert again.wait() == 1, again.text
-    later, _ = tables(search.folder)
-    assert later[: len(rows)] == rows and len(rows) + 5 <= len(later) <= len(rows) + 6
-
-
-def test_the_books_recipes_are_run_and_shown_beside_the_published_errors(class_folders, search_cache, tmp_path):
-    pinned = f"{PINNED} arch=test_resnet.r160_in1k head=linear concat_pool=false epochs=1 lr_max=1e-4 lr_ratio=1"
-    common = ("--data", class_folders, "--max-concurrent", 1, "--cpus-per-worker", 1)
-    search = Search(tmp_path / "book", "--space", "pets", "--recipes", "book", *common, *settings(pinned))
-    assert search.wait() == 0, search.text
-    rows, _ = tables(search.folder)
-    assert [row["status"] for row in rows] == ["completed"] * len(rows)
-    assert (
-        len({tuple(row[name] for name in ("lr_max_frozen", "lr_ratio_frozen", "div")) for row in rows}) == len(rows) > 2
-    )
-    for recipe in load_space("pets").recipes["book"]:
-        [line] = [line for line in search.lines if line.startswith(recipe.name + " ")]
-        trial, error = re.search(r" (\d+) +2/2 +\d+ +([0-9.]+) %", line).groups()
-        assert float(error) == pytest.approx(100 * float(rows[int(trial)]["error_rate"]), abs=0.06)
-        assert f"{100 * recipe.error_rate:.1f} %" in line
-    assert {row["presize"] for row in rows} == {"40"}  # what is pinned is in the table
-
-
-def test_the_finder_narrows_the_rates_of_a_search_once(class_folders, search_cache, tmp_path):
-    narrow = ("--lr-range", "auto", "--set", "lr_max=1e-5..1", "--set", "lr_max_frozen=1e-5..1", "--set", "epochs=1")
-    search = start(tmp_path / "narrowed", class_folders, "--trials", 2, *narrow)
-    assert search.wait() == 0, search.text
-    found = re.search(r"searching lr_max_frozen=(\S+)\.\.(\S+), lr_max=(\S+)\.\.(\S+), curves", search.text).groups()
-    frozen, unfrozen = list(map(float, found[:2])), list(map(float, found[2:]))
-    for low, high in (frozen, unfrozen):
-        assert 1e-5 <= low < high <= 1
-        assert high / low < 2e4
-    for row in tables(search.folder)[0]:
-        assert frozen[0] <= float(row["lr_max_frozen"]) <= frozen[1]
-        assert unfrozen[0] <= float(row["lr_max"]) <= unfrozen[1]
-    pictures = {path.name for path in (search.folder / "lr_find").iterdir()}
-    archs = ("test_resnet.r160_in1k", "test_vit.r160_in1k")
-    assert pictures == {f"{arch}-{stage}.png" for arch in archs for stage in ("frozen", "unfrozen")}
-    command = json.loads((search.folder / "command.json").read_text())
-    assert command["arguments"]["lr_range"] == "space"  # a resumed search keeps the bounds and runs no finder
-    assert any(text.startswith("lr_max_frozen=") for text in command["arguments"]["set"][-2:])
-    assert search.lines[-1] == "False"  # no torch in the driver
 
 
 def maps_torch(pid: int) -> bool:

@@ -7,11 +7,13 @@ import hashlib
 import json
 import os
 import re
-import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from processes import stopped
 from searches import EPOCH_TIMES, PINNED, TIMES, Search, settings, tables, without
 from tiny_run import draw_images
 
@@ -40,39 +42,49 @@ def exactly(folder: Path) -> tuple:
     return without(trials, TIMES), without(epochs, EPOCH_TIMES), weights
 
 
-def test_a_search_killed_in_the_frozen_and_the_unfrozen_stage_ends_as_if_nothing_had_been(class_folders, tmp_path):
-    arguments = (*COMMON, "--data", class_folders, "--trials", 1, *settings(EVERYTHING))
+def test_a_search_killed_in_the_frozen_and_the_unfrozen_stage_ends_as_if_nothing_had_been(
+    class_folders, ray_head, tmp_path
+):
+    """Meanwhile nobody else may go on with it, nor with other images."""
+    arguments = (*COMMON, "--data", class_folders, "--trials", 1, "--address", ray_head, *settings(EVERYTHING))
     undisturbed = Search(tmp_path / "undisturbed", *arguments)
     assert undisturbed.wait() == 0, undisturbed.text
 
     search = Search(tmp_path / "killed", *arguments)
-    # In the second frozen epoch, and in an unfrozen one after the images have grown.
-    for epoch in (r"trial 0 .*epoch 1/6 \(frozen\)", r"trial 0 .*epoch 4/6 \(unfrozen\)"):
-        search.wait_for(epoch)
-        time.sleep(0.2)
-        search.process.kill()
-        search.wait()
-        assert len(tables(search.folder)[1]) < len(tables(undisturbed.folder)[1])
-        search = Search(search.folder, *arguments)  # the same command again goes on
+    search.wait_for(r"trial 0 .*epoch 1/6 \(frozen\)")
+    with stopped(search.processes("ray::RayTrainWorker")):
+        second = Search(search.folder, "--resume", "--address", ray_head)
+        assert second.wait() != 0
+        assert "is being written by another search" in second.text
+    time.sleep(0.2)  # in the second frozen epoch
+    kill(search, undisturbed)
+    with without_one_image(class_folders):
+        changed = Search(search.folder, "--resume", "--address", ray_head)
+        assert changed.wait() != 0
+        assert "its images have changed: 179 instead of 180" in changed.text
+
+    search = Search(search.folder, *arguments)  # the same command again goes on
+    search.wait_for(r"trial 0 .*epoch 4/6 \(unfrozen\)")
+    time.sleep(0.2)  # after the images have grown
+    kill(search, undisturbed)
+    search = Search(search.folder, *arguments)
     assert search.wait() == 0, search.text
     assert f"resuming {search.folder}/" in search.text
     assert exactly(search.folder) == exactly(undisturbed.folder)
 
 
-def test_a_second_search_of_the_same_name_is_refused_and_so_are_other_images(class_folders, tmp_path):
-    arguments = (*COMMON, "--trials", 2, *settings(EVERYTHING))
-    data = draw_images(tmp_path / "data", each=20)
-    search = Search(tmp_path / "one", *arguments, "--data", data)
-    search.wait_for("trial 0 .*starts")
-    second = Search(search.folder, "--resume")
-    assert second.wait() != 0
-    assert "is being written by another search" in second.text
-    search.process.send_signal(signal.SIGINT)
-    assert search.wait() == 130
-    next(data.glob("*/*.jpg")).unlink()
-    changed = Search(search.folder, "--resume")
-    assert changed.wait() != 0
-    assert "its images have changed: 59 instead of 60" in changed.text
+def kill(search: Search, undisturbed: Search) -> None:
+    search.process.kill()
+    search.wait()
+    assert len(tables(search.folder)[1]) < len(tables(undisturbed.folder)[1])
+
+
+@contextmanager
+def without_one_image(folder: Path) -> Iterator[None]:
+    image = next(folder.glob("*/*.jpg"))
+    aside = image.rename(folder.parent / image.name)
+    yield
+    aside.rename(image)
 
 
 # --- Bad trials -------------------------------------------------------------------------------------------------------
@@ -135,13 +147,13 @@ def test_a_trial_that_kills_its_workers_and_one_that_diverges_fail_alone(class_f
 # --- The disk ---------------------------------------------------------------------------------------------------------
 
 
-def test_forty_trials_never_take_more_than_three_training_states_beside_the_cache(tmp_path):
+def test_forty_trials_never_take_more_than_three_training_states_beside_the_cache(ray_head, tmp_path):
     """A network of real size, so that its state is what counts; hard links count once."""
     recipe = f"{PINNED} weight_decay=0.01 arch=tf_efficientnet_lite0 epochs=2 tta_views=0 lr_max=0.0001..0.001 "
     data = draw_images(tmp_path / "data", each=4)
     recipe += "freeze_epochs=0"
     arguments = ("--data", data, "--trials", 40, "--keep", 2, "--searcher", "random", "--scheduler", "none")
-    search = Search(tmp_path / "runs" / "kept", *COMMON, *arguments, *settings(recipe))
+    search = Search(tmp_path / "runs" / "kept", *COMMON, *arguments, "--address", ray_head, *settings(recipe))
     largest_state, largest = 0, 0
     deadline = time.monotonic() + 900
     while search.process.poll() is None:
