@@ -85,6 +85,12 @@ def ray_head(search_cache) -> str:
     cluster.shutdown()
 
 
+@pytest.fixture
+def checked_here(monkeypatch):
+    """Exports are checked in this process, which has torch already."""
+    monkeypatch.setattr("search.exporting.verification.in_new_process", lambda check, *arguments: check(*arguments))
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """torch computes with one thread, so that sums have one order."""

@@ -5,10 +5,13 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
+
+import torch
 
 from trainables.system.command_line import run_cli
 
@@ -16,9 +19,9 @@ from trainables.system.command_line import run_cli
 def run_here(
     main: Callable[[], int | None], *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess:
-    """What `python -m <module> <arguments>` returns and prints; environment and logging are as before afterwards.
+    """What `python -m <module> <arguments>` returns and prints, without what processes below it print.
 
-    What processes below it print is not in it.
+    Afterwards the environment, logging and torch's threads are as before.
     """
     words = [sys.modules[main.__module__].__file__, *map(str, arguments)]
     out, error = io.StringIO(), io.StringIO()
@@ -27,6 +30,8 @@ def run_here(
         environment,
         mock.patch.object(sys, "argv", words),
         unchanged_logging(),
+        unchanged_threads(),
+        warnings.catch_warnings(),
         chdir(cwd or Path.cwd()),
         redirect_stdout(out),
         redirect_stderr(error),
@@ -34,7 +39,7 @@ def run_here(
         try:
             run_cli(main)
         except SystemExit as ended:
-            code = ended.code
+            code = ended.code or 0
     return subprocess.CompletedProcess(words, code, out.getvalue(), error.getvalue())
 
 
@@ -45,6 +50,13 @@ def unchanged_logging() -> Iterator[None]:
     for logger in loggers():
         level, logger.handlers[:] = before.get(logger, (logging.NOTSET, []))
         logger.setLevel(level)
+
+
+@contextmanager
+def unchanged_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def loggers() -> list[logging.Logger]:

@@ -1,17 +1,20 @@
 """The sweep over timm's families runs from start to end, and its table says what trains and what is refused."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+from in_process import run_here
+
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import architectures  # noqa: E402
 
 
 def test_the_sweep_runs_and_writes_its_results(tmp_path):
     archs = ["--arch", "test_resnet", "gemma4_vit_167m_enc", "--size", "96", "--out", str(tmp_path)]
-    command = [sys.executable, str(ROOT / "bench/architectures.py"), *archs]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = run_here(architectures.main, *archs, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     table = (tmp_path / "architectures.md").read_text()
     assert "| test_resnet | 0.5 | 96 | trains |  |" in table

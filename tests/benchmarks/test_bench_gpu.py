@@ -2,22 +2,21 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from in_process import run_here
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import gpu  # noqa: E402
+
 SMALL = ["--image-size", "16", "--presize", "24", "--images", "24", "--steps", "2", "--warmup", "1", "--matmul", "64"]
 RATES = ("step_images_per_second", "pipeline_images_per_second", "epoch_images_per_second")
 NUMBERS = (*RATES, "pipeline_over_step", "tflops", "gflops_per_image", "share_of_peak", "contiguous_images_per_second")
-
-
-def run(*options: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "bench/gpu.py"), *options]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def results(tmp_path_factory) -> tuple[dict, str]:
     """gpu.json and gpu.md of two architectures, of which the second cannot take so small images."""
     out = tmp_path_factory.mktemp("results")
     archs = ["--arch", "test_resnet", "test_convnext", "--precision", "fp32", "bf16"]
-    done = run("--device", "cpu", "--out", str(out), *archs, *SMALL, "--layouts", cwd=out)
+    done = run_here(gpu.main, "--device", "cpu", "--out", str(out), *archs, *SMALL, "--layouts", cwd=out)
     assert done.returncode == 0, done.stderr[-3000:]
     result, table = json.loads((out / "gpu.json").read_text()), (out / "gpu.md").read_text()
     for text in (json.dumps(result), table):
@@ -63,6 +62,6 @@ def test_what_cannot_run_is_a_row_with_the_reason(results):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_without_a_gpu_it_says_how_to_run_on_a_cpu(tmp_path):
-    done = run(cwd=tmp_path)
+    done = run_here(gpu.main, cwd=tmp_path)
     assert done.returncode == 2 and "there is no CUDA GPU; --device cpu --out DIR" in done.stderr
     assert not list(tmp_path.iterdir())

@@ -2,17 +2,20 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
+from in_process import run_here
+
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import predict  # noqa: E402
 
 
 def test_the_benchmark_runs_and_writes_its_results(tmp_path):
     small = ["--images", "20", "--repeats", "2", "--batch-size", "8", "--presize", "64", "--image-size", "48"]
-    command = [sys.executable, str(ROOT / "bench/predict.py"), *small, "--arch", "test_resnet", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = run_here(predict.main, *small, "--arch", "test_resnet", "--out", tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "predict.json").read_text())
     found = result["models"]["test_resnet"]

@@ -1,13 +1,13 @@
 """Searches replayed on learning curves: what answers a proposal, what is counted, and the benchmark as a whole."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from in_process import run_here
 
 from search.options.strategy import Strategy
 from search.spaces.space import Choice, Range, Space
@@ -161,9 +161,9 @@ def test_the_setting_that_decides_is_known_and_named(table):
 
 
 def test_the_benchmark_runs_and_writes_its_results(tmp_path):
-    command = [sys.executable, str(ROOT / "bench/search_quality.py"), "--seeds", "2", "--budget", "16"]
-    command += ["--methods", "tpe", "tpe, halving", search_quality.TOP_K, "--jobs", "1", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    options = ["--seeds", "2", "--budget", "16"]
+    options += ["--methods", "tpe", "tpe, halving", search_quality.TOP_K, "--jobs", "1", "--out", str(tmp_path)]
+    done = run_here(search_quality.main, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "search_quality.json").read_text())
     assert {"random", "random, 4 at once", "tpe", "tpe, halving, 4 at once", search_quality.TOP_K} <= set(

@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,18 @@ ALL = "safetensors,onnx,pt2"
 LABELS = ("<script>alert(1)</script>", 'a"b', "a|b")
 TINY = [f"test_{family}.r160_in1k" for family in ("resnet", "efficientnet", "convnext", "vit")]
 REAL = ["resnet18", "tf_efficientnet_lite0", "convnext_atto", "vit_tiny_patch16_224"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data) -> Path:
+    """A run of one epoch."""
+    return make_run(tmp_path_factory.mktemp("runs") / "tiny", data, epochs=1)
+
+
+@pytest.fixture
+def run(tmp_path, trained) -> Path:
+    """The same, to be spoilt."""
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def model_folder(path: Path, arch: str, head: str, side: int) -> ModelFolder:
@@ -134,8 +147,8 @@ def test_an_architecture_that_cannot_be_exported_is_named(tmp_path):
         export_formats.write_formats(folder, DependsOnPixels(), ("safetensors", "pt2"), tmp_path)
 
 
-def test_a_spoilt_format_is_not_exported(tmp_path, data, monkeypatch, capsys):
-    run = make_run(tmp_path / "run", data, epochs=1)
+@pytest.mark.usefixtures("checked_here")
+def test_a_spoilt_format_is_not_exported(tmp_path, run, monkeypatch, capsys):
     honest = export_formats.write_formats
 
     def spoil(folder, model, formats, out):
@@ -151,8 +164,7 @@ def test_a_spoilt_format_is_not_exported(tmp_path, data, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["onnx", "pt2"])
-def test_a_damaged_file_is_told_as_one(tmp_path, data, name):
-    run = make_run(tmp_path / "run", data, epochs=1)
+def test_a_damaged_file_is_told_as_one(tmp_path, run, data, name):
     export.write(open_run(run), tmp_path / "out")
     (tmp_path / "out" / export_formats.FILES[name]).write_bytes(b"spoilt")
     with pytest.raises(verification.Differs, match=rf"^model.{name} cannot be run: .* Nothing was exported") as error:
@@ -161,8 +173,7 @@ def test_a_damaged_file_is_told_as_one(tmp_path, data, name):
 
 
 @pytest.mark.parametrize("batch_sizes", [{12}, {1}])
-def test_a_file_that_takes_one_batch_size_only_is_found_out(tmp_path, data, monkeypatch, batch_sizes):
-    run = make_run(tmp_path / "run", data, epochs=1)
+def test_a_file_that_takes_one_batch_size_only_is_found_out(tmp_path, run, data, monkeypatch, batch_sizes):
     export.write(open_run(run), tmp_path / "out", ("safetensors",))
 
     def opener(path):
@@ -178,8 +189,7 @@ def test_a_file_that_takes_one_batch_size_only_is_found_out(tmp_path, data, monk
         verification.check_export(tmp_path / "out", run / "best", data, 3, formats=("onnx",))
 
 
-def test_a_logit_that_is_no_number_is_found_out(tmp_path, data, monkeypatch):
-    run = make_run(tmp_path / "run", data, epochs=1)
+def test_a_logit_that_is_no_number_is_found_out(tmp_path, run, data, monkeypatch):
     export.write(open_run(run), tmp_path / "out", ("safetensors",))
     nothing = lambda path: lambda images: np.full((len(images), 3), np.nan, np.float32)  # noqa: E731
     monkeypatch.setattr(export_formats, "OPENERS", {"onnx": nothing})
@@ -205,8 +215,7 @@ def test_a_training_that_validated_in_bf16_is_compared_in_fp32(tmp_path, data):
     )
 
 
-def test_what_is_asked_for_wrongly_is_said_before_any_work(tmp_path, data):
-    run = make_run(tmp_path / "run", data, epochs=1)
+def test_what_is_asked_for_wrongly_is_said_before_any_work(tmp_path, run):
     with pytest.raises(ValueError, match=r"--format tflite is unknown. Known: safetensors, onnx, pt2"):
         export.main([str(run), "--out", str(tmp_path / "out"), "--format", "onnx,tflite"])
     code = "import sys; sys.modules['onnxruntime'] = None; from search import export; export.run_cli(export.main)"
@@ -216,8 +225,8 @@ def test_what_is_asked_for_wrongly_is_said_before_any_work(tmp_path, data):
     assert child.stderr == "error: --format onnx needs onnxruntime: pip install onnx onnxruntime onnxscript\n"
 
 
-def test_another_export_with_fewer_formats_is_replaced_by_force(tmp_path, data):
-    run, out = make_run(tmp_path / "run", data, epochs=1), tmp_path / "out"
+def test_another_export_with_fewer_formats_is_replaced_by_force(tmp_path, run):
+    out = tmp_path / "out"
     assert export.main([str(run), "--out", str(out), "--format", ALL, "--no-check"]) == 0
     assert export.main([str(run), "--out", str(out), "--no-check", "--force"]) == 0
     assert not (out / "model.onnx").exists() and (out / "model.safetensors").exists()
@@ -227,14 +236,14 @@ def test_another_export_with_fewer_formats_is_replaced_by_force(tmp_path, data):
 
 
 @pytest.fixture
-def searched(tmp_path, data) -> Path:
+def searched(tmp_path, data, trained) -> Path:
     """Tables of ten trials, with a real model as their winner."""
     folder = write_run(tmp_path / "run")
     best = load(folder).best
     for name in ("best", "interpretation"):
         (folder / name).rename(tmp_path / name)
     command = json.loads((folder / "command.json").read_text())
-    make_run(folder, data, epochs=1)
+    shutil.copytree(trained, folder, dirs_exist_ok=True)
     write_json(folder / "command.json", command | {"data": str(data), "split_seed": 3})
     metrics = json.loads((folder / "best/metrics.json").read_text())
     write_json(folder / "best/metrics.json", metrics | {"number": int(best.name), "trial_id": best["trial_id"]})
@@ -260,6 +269,7 @@ def kept(searched, tmp_path, data) -> Path:
     return model
 
 
+@pytest.mark.usefixtures("checked_here")
 def test_a_kept_trial_that_is_not_the_winner_is_exported_and_passes_its_check(kept, searched, tmp_path, capsys):
     winner, out = load(searched).best.name, tmp_path / "out"
     assert export.main([str(searched), "--trial", kept.name, "--out", str(out)]) == 0
@@ -312,8 +322,7 @@ def test_data_with_spaces_and_pinned_settings_are_in_the_command(searched):
     assert "--data '/my photos'" in again and "--weights" not in again and "--set image_size=96" in again
 
 
-def test_a_run_without_tables_knows_its_best_trial_only(tmp_path, data):
-    run = make_run(tmp_path / "run", data, epochs=1)
+def test_a_run_without_tables_knows_its_best_trial_only(tmp_path, run):
     assert export.main([str(run), "--trial", "abc_00007", "--no-check", "--out", str(tmp_path / "out")]) == 0
     with pytest.raises(ValueError, match=r"--trial 6: there is no such trial in .* Its trials: abc_00007"):
         export.main([str(run), "--trial", "6", "--out", str(tmp_path / "other")])
