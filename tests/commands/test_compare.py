@@ -1,17 +1,13 @@
 """Runs side by side: the figures are the runs' own, and what is not comparable is said."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from in_process import run_here
 from run_tables import write_run
 
 from search import compare
 from search.runs.run_record import load
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +47,7 @@ def test_importance_and_recipes_stand_side_by_side(folders):
 
 def test_the_command_prints_it_and_writes_a_page(folders, tmp_path):
     out = tmp_path / "compare.html"
-    command = [sys.executable, "-m", "search.compare", *map(str, folders), "--out", str(out)]
-    child = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    child = run_here(compare.main, *folders, "--out", out)
     assert child.returncode == 0, child.stderr
     assert "a/pets" in child.stdout and "b/pets" in child.stdout and "warning" not in child.stdout
     html = out.read_text()

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from in_process import run_here
 from tiny_run import draw_images, make_run, write_json
 
 from search import export
@@ -23,7 +24,6 @@ from trainables.inference.predictor import load_model
 
 pytestmark = pytest.mark.usefixtures("cache")
 
-ROOT = Path(__file__).resolve().parents[2]
 FILES = {"model.safetensors", "config.json", "preprocessing.json", "recipe.json", "labels.json", "metrics.json"}
 FILES |= {"README.md", "split.json"}
 
@@ -237,8 +237,7 @@ def test_a_checkpoint_that_is_replaced_during_the_check_is_told_as_that(tmp_path
 
 
 def test_what_is_no_run_is_one_paragraph_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "search.export", str(tmp_path), "--out", str(tmp_path / "out")]
-    child = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    child = run_here(export.main, tmp_path, "--out", tmp_path / "out")
     assert child.returncode == 2
     assert child.stderr.startswith(f"error: {tmp_path} is no run: it has no command.json.")
     assert child.stderr.count("\n") == 1 and not child.stdout

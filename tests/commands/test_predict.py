@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from in_process import run_here
 from PIL import Image
 from tiny_run import make_run, write_json
 
@@ -283,8 +284,7 @@ def test_the_command_labels_without_ray_and_help_needs_no_torch(run, data):
 
 
 def test_a_wrong_folder_is_one_paragraph_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "search.predict", str(tmp_path / "nowhere"), "cat.jpg"]
-    child = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    child = run_here(predict.main, tmp_path / "nowhere", "cat.jpg")
     assert child.returncode == 2
     assert child.stderr.startswith(f"error: There is no folder {tmp_path / 'nowhere'}.")
     assert child.stderr.count("\n") == 1 and not child.stdout

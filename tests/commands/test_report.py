@@ -2,13 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 import time
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
+from in_process import run_here
 from run_tables import write_run
 from tiny_run import make_run
 
@@ -16,8 +14,6 @@ from search import report
 from search.reporting import error_analysis
 from search.runs.results_table import COMPLETED
 from search.runs.run_record import load
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Page(HTMLParser):
@@ -207,8 +203,7 @@ def test_without_the_images_the_report_says_why_it_has_no_confusion_matrix(tmp_p
 
 
 def test_what_is_no_run_is_one_paragraph_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "search.report", str(tmp_path)]
-    child = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    child = run_here(report.main, tmp_path)
     assert child.returncode == 2
     assert child.stderr.startswith(f"error: {tmp_path} is no run") and child.stderr.count("\n") == 1
 

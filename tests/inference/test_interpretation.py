@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from in_process import run_here
 from PIL import Image
 from tiny_run import draw_images, make_run
 
@@ -221,8 +222,7 @@ def test_right_is_blue_and_wrong_red_and_classes_that_do_not_occur_are_not_drawn
 
 
 def test_the_command_writes_all_files_and_prints_what_they_say(tmp_path, run, data, images):
-    command = [sys.executable, "-m", "trainables.interpret", "--model", str(run / "best"), "--data", str(data)]
-    child = subprocess.run([*command, "--out", str(tmp_path / "a/b")], capture_output=True, text=True, cwd=ROOT)
+    child = run_here(command.main, "--model", run / "best", "--data", data, "--out", tmp_path / "a/b")
     assert child.returncode == 0, child.stderr
     out = tmp_path / "a/b"
     assert sorted(file.name for file in out.iterdir()) == sorted(FILES)
@@ -341,7 +341,7 @@ def test_an_image_that_can_no_longer_be_read_does_not_shift_the_split_unseen(tmp
 
 def test_help_is_quick_and_teaches():
     code = (
-        "import sys; from trainables import interpret\n"
+        "import sys; from trainables import interpret as command\n"
         "try: command.main(['--help'])\n"
         "except SystemExit: pass\n"
         "assert not {'torch', 'ray', 'matplotlib', 'search'} & set(sys.modules)"
@@ -353,8 +353,7 @@ def test_help_is_quick_and_teaches():
 
 
 def test_bad_input_is_one_paragraph_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "trainables.interpret", "--model", str(tmp_path / "nowhere"), "--data", "."]
-    child = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    child = run_here(command.main, "--model", tmp_path / "nowhere", "--data", ".")
     assert child.returncode == 2
     assert child.stderr == (
         f"error: There is no folder {tmp_path / 'nowhere'}. Expected an exported model, or best/ of a run.\n"
