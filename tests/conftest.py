@@ -1,6 +1,9 @@
 """Fixtures that several test files share, such as a small set of drawn images and a Ray; and who runs which tests."""
 
+import ast
+import functools
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -104,34 +107,40 @@ def one_thread():
 
 @pytest.hookimpl(tryfirst=True)  # before anything is deselected
 def pytest_collection_modifyitems(items):
-    """What starts Ray or compares with fastai is slow, too; the slowest come first, so that no process ends long before
-    the other one."""
+    """What starts Ray or compares with fastai is slow, too. The slowest come first, so that no process is left alone with
+    them in the end."""
     for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
         if item.get_closest_marker("ray") or item.get_closest_marker("oracle"):
             item.add_marker("slow")
-    items.sort(key=lambda item: not item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (not item.get_closest_marker("slow"), item.path.parent.name != "whole"))
+
+
+@functools.cache
+def tests_with_ray(file: Path) -> set[str]:
+    """By the file's text: the process that shares the tests out knows no more of them than their names."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tests = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    marked = ast.unparse([node for node in tree.body if isinstance(node, ast.Assign)])
+    if re.search(r"^pytestmark = .*pytest\.mark\.ray\b", marked, re.MULTILINE):
+        return {test.name for test in tests}
+    return {test.name for test in tests if "pytest.mark.ray" in map(ast.unparse, test.decorator_list)}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """`pytest -n 2`: one process begins with the tests that start Ray, the other ones with the rest, each file by file.
-    Which has none left helps the others."""
-    from xdist.scheduler import LoadGroupScheduling
+    """`pytest -n 2`: one process begins with the tests that start Ray, the other one with the rest, each file by file.
+    Which has none left helps the other."""
+    from xdist.scheduler import LoadFileScheduling
 
-    class RayInOneProcess(LoadGroupScheduling):
+    class RayInOneProcess(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            group = super()._split_scope(nodeid)  # "ray", or the test's own name
-            file = nodeid.partition("::")[0]
-            return f"{file}@{group}" if group == "ray" else file
+            file, _, test = nodeid.partition("::")
+            return f"ray: {file}" if test.partition("[")[0] in tests_with_ray(config.rootpath / file) else file
 
         def _assign_work_unit(self, node) -> None:
-            of_ray = node is next(iter(self.assigned_work))
-            for scope in self.workqueue:
-                if scope.endswith("@ray") == of_ray:
-                    self.workqueue.move_to_end(scope, last=False)
-                    break
+            with_ray = node is next(iter(self.assigned_work))
+            fitting = (scope for scope in self.workqueue if scope.startswith("ray: ") == with_ray)
+            self.workqueue.move_to_end(next(fitting, next(iter(self.workqueue))), last=False)
             super()._assign_work_unit(node)
 
     config.option.loadscopereorder = False  # as sorted above

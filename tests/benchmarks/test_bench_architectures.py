@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 from in_process import run_here
 
 ROOT = Path(__file__).parents[2]
@@ -12,6 +13,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import architectures  # noqa: E402
 
 
+@pytest.mark.slow
 def test_the_sweep_runs_and_writes_its_results(tmp_path):
     archs = ["--arch", "test_resnet", "gemma4_vit_167m_enc", "--size", "96", "--out", str(tmp_path)]
     done = run_here(architectures.main, *archs, cwd=tmp_path)

@@ -32,6 +32,7 @@ def results(tmp_path_factory) -> tuple[dict, str]:
     return result, table
 
 
+@pytest.mark.slow
 def test_every_architecture_precision_and_stage_has_its_numbers(results):
     result, table = results
     assert {"device", "peak_tflops", "rows", "settings", "hardware", "versions", "command", "seed"} < set(result)
@@ -50,6 +51,7 @@ def test_every_architecture_precision_and_stage_has_its_numbers(results):
     assert 2.5 * frozen < unfrozen < 3 * frozen  # the backbone's backward pass is twice its forward one, or a bit less
 
 
+@pytest.mark.slow
 def test_what_cannot_run_is_a_row_with_the_reason(results):
     result, table = results
     rows = [row for row in result["rows"] if row["arch"] == "test_convnext"]

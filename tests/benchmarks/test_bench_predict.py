@@ -5,6 +5,7 @@ import math
 import sys
 from pathlib import Path
 
+import pytest
 from in_process import run_here
 
 ROOT = Path(__file__).parents[2]
@@ -13,6 +14,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import predict  # noqa: E402
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_writes_its_results(tmp_path):
     small = ["--images", "20", "--repeats", "2", "--batch-size", "8", "--presize", "64", "--image-size", "48"]
     done = run_here(predict.main, *small, "--arch", "test_resnet", "--out", tmp_path, cwd=tmp_path)

@@ -160,6 +160,7 @@ def test_the_setting_that_decides_is_known_and_named(table):
     assert quality_replay.most_important(done.completed[:4], 0.5) is None
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_writes_its_results(tmp_path):
     options = ["--seeds", "2", "--budget", "16"]
     options += ["--methods", "tpe", "tpe, halving", search_quality.TOP_K, "--jobs", "1", "--out", str(tmp_path)]

@@ -288,6 +288,7 @@ def test_command_exits_with_2_for_a_missing_folder_and_1_for_a_finding(tmp_path)
     assert (empty.returncode, empty.stderr) == (1, "")
 
 
+@pytest.mark.slow
 def test_the_quickstart_is_ready_to_train_and_torch_is_not_needed(search_cache, tmp_path):
     code = """
 import sys

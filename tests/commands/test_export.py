@@ -39,6 +39,7 @@ def run(tmp_path, trained) -> Path:
     return shutil.copytree(trained, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_timm_loads_the_model_that_was_trained_and_the_error_is_the_tables(tmp_path, trained, capsys):
     out = tmp_path / "new" / "my export"
     assert export.main([str(trained), "--out", str(out)]) == 0

@@ -43,6 +43,7 @@ def command(data, search_cache, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "stage"), [((), "frozen"), (("--unfrozen",), "unfrozen")])
 def test_the_command_draws_the_curve_and_prints_four_suggestions(command, tmp_path, options, stage):
     ended = command(*options)

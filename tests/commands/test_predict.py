@@ -265,6 +265,7 @@ def test_control_characters_in_names_do_not_reach_the_terminal():
     assert printable("é\x1b[31m\n\udce9") == "é\\x1b[31m\\n\\udce9"
 
 
+@pytest.mark.slow
 def test_the_command_labels_without_ray_and_help_needs_no_torch(run, data):
     code = (
         "import sys; from search import predict, export\n"

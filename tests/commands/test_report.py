@@ -173,6 +173,7 @@ def test_an_analysis_of_an_earlier_winner_is_not_shown(tmp_path):
     assert error_analysis.read_analysis(load(folder)) is None
 
 
+@pytest.mark.slow
 def test_the_winners_errors_are_looked_at_once_with_the_images_of_its_validation(tmp_path, cache, data, capfd):
     folder = write_run(tmp_path / "run")
     for made in ("best", "interpretation"):

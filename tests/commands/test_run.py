@@ -161,6 +161,7 @@ def test_a_seed_that_no_training_can_have_is_refused(command):
     assert_refused(command("--space", "quickstart", "--seed", "-1"), "seed=-1 is out of range")
 
 
+@pytest.mark.slow
 def test_an_architecture_that_does_not_train_is_refused_before_ray_starts(command):
     ended = command("--space", "imagenette", "--set", "arch=resnet81", "--set", "pretrained=false")
     assert_refused(ended, "arch='resnet81' is not a timm architecture. Names like it: resnet")

@@ -83,6 +83,7 @@ def test_both_formats_give_the_models_logits_for_any_batch_size(tmp_path, arch, 
             assert run(images).dtype == np.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 @pytest.mark.parametrize("arch", REAL)
 def test_a_trained_model_is_the_same_by_every_way_to_load_it(tmp_path, data, arch, head):

@@ -181,6 +181,7 @@ def plain_photo(path: Path, colour: tuple[int, int, int]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_code_for_this_project_and_for_timm_labels_a_photo(tmp_path, data, monkeypatch, capsys):
     run, out = make_run(tmp_path / "run", data), tmp_path / "out"
     export.export(run, out, check=False)
@@ -214,6 +215,7 @@ def test_the_code_that_reads_a_photo_sees_what_training_saw(tmp_path, monkeypatc
     assert difference.mean() < 1 and difference.max() < 12
 
 
+@pytest.mark.slow
 def test_the_code_for_onnx_and_pt2_labels_a_photo_without_this_project(tmp_path, data):
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason="needs the extra onnx")
