@@ -107,8 +107,7 @@ def one_thread():
 
 @pytest.hookimpl(tryfirst=True)  # before anything is deselected
 def pytest_collection_modifyitems(items):
-    """What starts Ray or compares with fastai is slow, too. The slowest come first, so that no process is left alone with
-    them in the end."""
+    """What starts Ray or compares with fastai is slow, too. The slowest come first, so that processes end together."""
     for item in items:
         if item.get_closest_marker("ray") or item.get_closest_marker("oracle"):
             item.add_marker("slow")
