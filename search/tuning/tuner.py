@@ -16,8 +16,8 @@ from ray.tune.stopper import CombinedStopper
 
 from search.cluster.abandoned_room import AbandonedRoom
 from search.cluster.concurrency import Capacity, CapacityNews
-from search.options.search_options import SearchOptions
 from search.cluster.ray_dashboard import RayDashboard
+from search.options.search_options import SearchOptions
 from search.reporting.live_report import LiveReport
 from search.reporting.live_table import Leaderboard
 from search.runs.disk_space import DiskWatch
