@@ -120,7 +120,7 @@ def caches_folder() -> Path:
 class _Job:
     folder: ImageFolder
     size: int
-    method: str
+    resize_method: str
     white_level: int
     storage: str
     """As requested, which may be auto, until one is chosen."""
@@ -160,7 +160,7 @@ def _open(job: _Job) -> PresizedImages | None:
 
 def _choose(job: _Job) -> str:
     """The storage to build. Raises `OSError` if it certainly does not fit on the disk."""
-    needed, storage = estimated_bytes(job.folder, job.size, job.method), job.storage
+    needed, storage = estimated_bytes(job.folder, job.size, job.resize_method), job.storage
     memory, free = total_memory(), shutil.disk_usage(job.caches).free
     sizes = f"about {needed / 1e9:.2f} GB of pixels, {memory / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB of disk free"
     if storage == "auto":
@@ -256,7 +256,7 @@ def _stored(job: _Job) -> Iterator[Stored | UnreadableImage]:
     def one(path: str) -> Stored | UnreadableImage:
         try:
             image = read_image(job.folder.root / path, job.size, job.white_level)
-            image = resize(image, job.size, job.method)
+            image = resize(image, job.size, job.resize_method)
         except UnreadableImage as error:
             return error
         height, width = image.shape[:2]
@@ -319,8 +319,7 @@ def _write_index(job: _Job, folder: ImageFolder, built: _Built, target: Path) ->
     index = {
         "format": FORMAT_VERSION,
         "root": str(folder.root.absolute()),
-        "resize_method": job.method,
-        **{name: getattr(job, name) for name in ("size", "white_level", "storage")},
+        **{name: getattr(job, name) for name in ("size", "white_level", "resize_method", "storage")},
         **{name: getattr(folder, name) for name in ("layout", "classes", "paths", "labels", "valid")},
         **{name: getattr(built, name) for name in ("heights", "widths", "lengths")},
         "nbytes": sum(built.lengths),
