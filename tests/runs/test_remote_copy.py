@@ -407,7 +407,7 @@ def refused(monkeypatch, capsys, *arguments: str) -> str:
     ("/mnt/runs", "'/mnt/runs' is not an address in an object store"),
     ("s3://", "is not an address in an object store"),
     ("s3://AKIA:verysecret@bucket/runs", "s3://bucket/runs contains a key"),
-    ("s3://bucket/runs?zone=verysecret", "s3://bucket/runs is no address that can be used"),
+    ("s3://bucket/runs?zone=verysecret", "s3://bucket/runs is not a usable address"),
     ("s3://nobody-has-it/runs", "s3://nobody-has-it/runs/birds/ cannot be used: .*NO_SUCH_BUCKET"),
     ("file:///proc/runs", "file:///proc/runs/birds/ cannot be used"),
 ])  # fmt: skip
