@@ -27,8 +27,9 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def quickstart(browser, tmp_path_factory, ray_head) -> Path:
+def quickstart(browser, tmp_path_factory, request) -> Path:
     """The folder of a real run of the quickstart: three trials of an epoch each."""
+    ray_head = request.getfixturevalue("ray_head")  # not before it is known that there is a browser
     results = tmp_path_factory.mktemp("results")
     command = [sys.executable, "-m", "search.run", "--space", "quickstart", "--results", results, "--name", "quick"]
     command += ["--address", ray_head]
