@@ -89,9 +89,10 @@ def ray_head(search_cache) -> str:
 
 
 @pytest.fixture
-def checked_here(monkeypatch):
-    """Exports are checked in this process, which has torch already."""
-    monkeypatch.setattr("search.exporting.verification.in_new_process", lambda check, *arguments: check(*arguments))
+def no_new_process(monkeypatch):
+    """What labels images in a process of its own does it in this one, which has torch already."""
+    for module in ("search.exporting.verification", "trainables.system.new_process"):
+        monkeypatch.setattr(f"{module}.in_new_process", lambda function, *arguments: function(*arguments))
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def test_timm_loads_the_model_that_was_trained_and_the_error_is_the_tables(tmp_p
     np.testing.assert_allclose(np.load(tmp_path / "outputs.npy"), expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("checked_here")
+@pytest.mark.usefixtures("no_new_process")
 def test_an_mlp_head_is_exported_for_our_own_predictor_and_timm_refuses_it(tmp_path, data, capsys):
     run = make_run(tmp_path / "run", data, head="mlp", hidden=16)
     out = tmp_path / "out"
@@ -98,7 +98,7 @@ def test_timm_loads_another_pooling_alike(tmp_path, data):
         assert way.difference < 1e-5
 
 
-@pytest.mark.usefixtures("checked_here")
+@pytest.mark.usefixtures("no_new_process")
 @pytest.mark.parametrize(("method", "crop_mode"), [("squish", "squash"), ("pad", "border")])
 def test_another_resize_method_travels_with_the_export(tmp_path, data, capsys, method, crop_mode):
     run = make_run(tmp_path / "run", data, resize_method=method, epochs=1)
@@ -129,7 +129,7 @@ def test_the_statistics_of_the_pretrained_weights_travel_with_the_export(tmp_pat
 # --- The check --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("checked_here")
+@pytest.mark.usefixtures("no_new_process")
 def test_a_model_that_is_not_the_tables_is_not_exported(tmp_path, run, capsys):
     file = run / "best/metrics.json"
     metrics = json.loads(file.read_text())
@@ -146,7 +146,7 @@ def test_a_model_that_is_not_the_tables_is_not_exported(tmp_path, run, capsys):
     assert {file.name for file in out.iterdir()} == FILES
 
 
-@pytest.mark.usefixtures("checked_here")
+@pytest.mark.usefixtures("no_new_process")
 def test_without_the_images_the_export_is_made_and_the_missing_check_said(tmp_path, run, capsys):
     command = json.loads((run / "command.json").read_text())
     write_json(run / "command.json", command | {"data": str(tmp_path / "gone")})

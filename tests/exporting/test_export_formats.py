@@ -148,7 +148,7 @@ def test_an_architecture_that_cannot_be_exported_is_named(tmp_path):
         export_formats.write_formats(folder, DependsOnPixels(), ("safetensors", "pt2"), tmp_path)
 
 
-@pytest.mark.usefixtures("checked_here")
+@pytest.mark.usefixtures("no_new_process")
 def test_a_spoilt_format_is_not_exported(tmp_path, run, monkeypatch, capsys):
     honest = export_formats.write_formats
 
@@ -270,7 +270,7 @@ def kept(searched, tmp_path, data) -> Path:
     return model
 
 
-@pytest.mark.usefixtures("checked_here")
+@pytest.mark.usefixtures("no_new_process")
 def test_a_kept_trial_that_is_not_the_winner_is_exported_and_passes_its_check(kept, searched, tmp_path, capsys):
     winner, out = load(searched).best.name, tmp_path / "out"
     assert export.main([str(searched), "--trial", kept.name, "--out", str(out)]) == 0

@@ -276,6 +276,7 @@ def test_winner_and_trial_0_are_scored_by_their_labels_of_the_same_images(ended,
     assert found["pair"] == compare(right["winner"], right["trial_0"])
 
 
+@pytest.mark.usefixtures("no_new_process")
 def test_a_test_image_that_cannot_be_read_is_left_out_and_said(ended, data, tmp_path):
     copy = shutil.copytree(data, tmp_path / "copy")
     write_json(ended.command, json.loads(ended.command.read_text()) | {"data": str(copy)})
