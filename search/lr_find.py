@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.cli.messages import command_name, run_cli, say
+from search.cli.messages import command_name, say
 from search.options.arguments import add_cache, add_max_unreadable, positive, search_command
 from search.options.search_options import folder_or_uri
 from search.spaces.space import Range, Space, space_names
+from trainables.system.command_line import run_cli
 from trainables.system.text import last_line
 
 if TYPE_CHECKING:

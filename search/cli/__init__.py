@@ -1,1 +1,1 @@
-"""What all commands share: messages, interrupts, errors, and numbers as people read them."""
+"""What all commands share: messages, interrupts and the reporting of errors."""

@@ -1,27 +1,27 @@
-"""What goes wrong after a search has ended is said and takes nothing else with it: the search has its results."""
+"""Reports errors that must not stop the caller, such as those after a search: its results are safe."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from search.cli.messages import say
 
-MOST = 400
-"""Characters of an error; some hold a table of all memory."""
+MAX_LENGTH = 400
+"""Characters of a message; some errors contain a dump of all memory."""
 
 
-def told(error: Exception) -> str:
-    """An error in one line. Of the kinds that are not meant for users, the name, too."""
-    text = " ".join(str(error).split())[:MOST]
+def error_line(error: Exception) -> str:
+    """An error in one line, with its type's name unless it is meant for users."""
+    text = " ".join(str(error).split())[:MAX_LENGTH]
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 @contextmanager
-def errors_said(what: str, once_more: str = "") -> Iterator[None]:
-    """Within it an error ends no more than this. It is said after `what`, such as "no report", with the command that
-    does it once more."""
+def report_errors(what: str, retry: str = "") -> Iterator[None]:
+    """Print an error instead of raising it, after `what`, such as "no report", and with the command to `retry`."""
     try:
         yield
-    except BrokenPipeError:  # nobody listens
+    except BrokenPipeError:  # no one reads the output
         raise
     except Exception as error:
-        say(f"{what}: {told(error)}" if not once_more else f"{what}: {told(error).rstrip('.')}. Once more: {once_more}")
+        line = error_line(error)
+        say(f"{what}: {line.rstrip('.')}. To try again: {retry}" if retry else f"{what}: {line}")

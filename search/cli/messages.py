@@ -1,4 +1,4 @@
-"""What the commands of `python -m search.<name>` share beside their end: what they say, and how a search stops."""
+"""How the commands print messages, and how a search handles interrupts."""
 
 import logging
 import os
@@ -6,10 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
-from trainables.system.command_line import INTERRUPTED, run_cli
 from trainables.system.text import printable_lines
-
-__all__ = ["INTERRUPTED", "Interruptible", "command_name", "run_cli", "say"]
 
 LOGGERS = (
     "data.fetch",
@@ -23,19 +20,19 @@ LOGGERS = (
 
 
 class Interruptible:
-    """Within it, the first Ctrl-C (or SIGTERM) asks Tune to save its state and return; a second one ends at once.
+    """Within it, the first Ctrl-C (or SIGTERM) asks Tune to save its state and return; a second one exits at once.
 
-    Tune then waits for the epochs under way. They are not wanted any more, so the wait is cut short.
+    Tune then waits for the running epochs. No one needs them any more, so the wait is cut short.
     """
 
-    PATIENCE = 6.0  # seconds, of which saving takes a fraction of one
+    MAX_WAIT = 6.0  # seconds; saving takes a fraction of one
 
     def __init__(self) -> None:
         self.interrupted = False
 
     def __enter__(self) -> "Interruptible":
-        # Tune ends in good order on SIGUSR1, too, and leaves SIGINT to us by TUNE_DISABLE_SIGINT_HANDLER. Until it
-        # listens, a signal is a plain interrupt.
+        # Tune also stops cleanly on SIGUSR1; TUNE_DISABLE_SIGINT_HANDLER leaves SIGINT to us. Until Tune listens, any
+        # signal is a plain interrupt.
         handlers = dict.fromkeys((signal.SIGUSR1, signal.SIGALRM), _interrupt)
         handlers |= dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._pass_on)
         self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -51,8 +48,8 @@ class Interruptible:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        print("ending the search: saving its state (again to end at once)", flush=True)
-        signal.setitimer(signal.ITIMER_REAL, self.PATIENCE)
+        print("stopping the search: saving its state (interrupt again to exit at once)", flush=True)
+        signal.setitimer(signal.ITIMER_REAL, self.MAX_WAIT)
         os.kill(os.getpid(), signal.SIGUSR1)
 
 
@@ -70,6 +67,7 @@ def command_name(module: str) -> str:
 
 
 def say(text: str) -> None:
+    """Print `text` at once, with control characters escaped."""
     print(printable_lines(text), flush=True)
 
 

@@ -1,1 +1,1 @@
-"""Ray: connecting to it, its resources, and the number of trials at once."""
+"""Ray: connecting to it, its resources, and how many trials run at once."""

@@ -164,5 +164,5 @@ class CapacityNews(tune.Callback):
 
 def waiting(present: int, reachable: int, wanted: int) -> str:
     """What a search says if its trials do not fit on the present nodes."""
-    adds = f"its autoscaler can make it {reachable}" if reachable > present else "they wait for nodes to come back"
-    return f"cluster: waiting for nodes. Trials need {many(wanted, 'worker')}, there is room for {present}; {adds}"
+    more = f"the autoscaler can raise that to {reachable}" if reachable > present else "lost nodes may return"
+    return f"cluster: waiting for nodes. Trials need {many(wanted, 'worker')}, there is room for {present}; {more}"

@@ -17,10 +17,10 @@ from trainables.system.machine import private_folder
 if TYPE_CHECKING:
     from search.cluster.resources import Node
 
-LONGEST_TEMPORARY = 31
-"""Bytes of a temporary folder's path. Ray adds up to 72 (/ray/session_<time>_<pid>/sockets/dash_MetricsHead), and the
-path of a socket has 107 at most, on macOS 103. Longer ones end Ray's start, or cost it its dashboard and a minute."""
-SHORT_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
+MAX_TEMPORARY_PATH = 31
+"""Bytes of a temporary folder's path. Ray adds up to 72 (/ray/session_<time>_<pid>/sockets/dash_MetricsHead), and a
+socket's path has at most 107, on macOS 103. With more, Ray does not start, or loses its dashboard and a minute."""
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def prepare_environment(address: str | None) -> None:
@@ -50,18 +50,18 @@ def prepare_environment(address: str | None) -> None:
 
 
 def prepare_folders() -> None:
-    """Places for the sockets and logs of a Ray that starts here. Raises `ValueError` where there are none."""
-    leave_folders_of_others()
+    """Set up folders for the sockets and logs of a Ray that starts here. Raises `ValueError` if none can be used."""
+    avoid_folders_of_other_users()
     for variable in ("RAY_TMPDIR", "TMPDIR"):
         path = os.environ.get(variable, "")
-        if len(os.fsencode(path)) > LONGEST_TEMPORARY:
+        if len(os.fsencode(path)) > MAX_TEMPORARY_PATH:
             require_writable(Path(path), variable)
-            os.environ[variable] = short_name(path, variable)
+            os.environ[variable] = short_link(path, variable)
     require_writable(temporary_folder(), "RAY_TMPDIR")
 
 
 def provide_token() -> None:
-    """Ray keeps the token of what it starts here in the home folder, which may be read-only."""
+    """Ray stores the token of a cluster that it starts in the home folder, which may be read-only."""
     token = Path("~/.ray/auth_token").expanduser()
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() and not token.is_file():
         try:
@@ -71,32 +71,32 @@ def provide_token() -> None:
 
 
 def temporary_folder() -> Path:
-    """Where Ray puts its own."""
+    """The folder in which Ray makes its own."""
     default = os.environ.get("TMPDIR", "/tmp") if sys.platform.startswith("linux") else "/tmp"
     return Path(os.environ.get("RAY_TMPDIR", default))
 
 
-def leave_folders_of_others() -> None:
-    """Ray's folders belong to whose Ray came first. Where Tune may not lock there, it restores no search."""
+def avoid_folders_of_other_users() -> None:
+    """Use a private folder if another user's Ray owns the shared ones: Tune needs locks there to resume a search."""
     shared = [temporary_folder() / name for name in ("ray", "_ray_lockfiles")]
     closed = any(folder.exists() and not os.access(folder, os.W_OK) for folder in shared)
     if closed and (own := private_folder()):
         os.environ["RAY_TMPDIR"] = str(own)
 
 
-def short_name(path: str, variable: str) -> str:
-    """A link to a folder whose path is too long for Ray's sockets, until this process ends."""
-    for place in SHORT_PLACES:
+def short_link(path: str, variable: str) -> str:
+    """A link to a folder whose path is too long for Ray's sockets; it is removed when this process exits."""
+    for folder in SHORT_FOLDERS:
         try:
-            own = Path(tempfile.mkdtemp(prefix="ray-", dir=place))
+            own = Path(tempfile.mkdtemp(prefix="ray-", dir=folder))
             atexit.register(shutil.rmtree, own, ignore_errors=True)
             (own / "t").symlink_to(Path(path).absolute())
         except OSError:
             continue
         return str(own / "t")
     raise ValueError(
-        f"{variable}={path} is too long for the sockets that Ray makes there, and a link to it can be made in none of "
-        f"{', '.join(SHORT_PLACES)}. Set RAY_TMPDIR to a folder whose path has at most {LONGEST_TEMPORARY} bytes."
+        f"{variable}={path} is too long for the sockets that Ray makes there, and no link to it can be made in "
+        f"{' or '.join(SHORT_FOLDERS)}. Set RAY_TMPDIR to a folder whose path has at most {MAX_TEMPORARY_PATH} bytes."
     )
 
 
@@ -115,20 +115,20 @@ def start_ray(address: str | None) -> "list[Node]":
     if address is None:
         start_own_ray(log_to_driver=False, logging_level=logging.ERROR)
     else:
-        environment = {"env_vars": environment_of_workers()}
+        environment = {"env_vars": worker_environment()}
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
-    leave_folders_of_others()  # which a cluster's address is looked for in
-    check_place()
+    avoid_folders_of_other_users()  # which a cluster's address is looked for in
+    require_head_node()
     return reachable_nodes(present_nodes(), launched=address is not None)
 
 
-def environment_of_workers() -> dict[str, str]:
-    """What workers of a cluster must be told. Those of a Ray that starts here have this process's environment; with one
-    of their own they could not take the processes that Ray starts ahead."""
+def worker_environment() -> dict[str, str]:
+    """Variables for the workers of a cluster. Those of a Ray that starts here inherit this environment; with one of
+    their own they could not use the processes that Ray starts in advance."""
     return {name: value for name, value in os.environ.items() if name.startswith(("RAY_TRAIN_", "OMP_WAIT"))}
 
 
-def check_place() -> None:
+def require_head_node() -> None:
     """Raises `ValueError` unless this is the head node, where trials leave their checkpoints."""
     import ray
 
@@ -142,21 +142,21 @@ def check_place() -> None:
 
 
 def check_address(address: str | None) -> None:
-    """Raises `ValueError` where a search cannot join the cluster at `address`, within seconds and before any work."""
+    """Raises `ValueError` within seconds, before any work, if a search cannot join the cluster at `address`."""
     if address is None:
         return
-    given, meant = f"--address {address}", address
+    option, meant = f"--address {address}", address
     if address == "auto" and (meant := os.environ.get("RAY_ADDRESS") or address) != address:
-        given = f"--address auto, which is RAY_ADDRESS={meant}"
+        option = f"--address auto, which is RAY_ADDRESS={meant}"
     if meant.startswith("ray://"):
         raise ValueError(
-            f"{given}: a search writes its results where it runs, which is the head node. Start it there: "
+            f"{option}: a search writes its results where it runs, which is the head node. Start it there: "
             "ray job submit -- python -m search.run --address auto ..., or ray submit with the cluster's file."
         )
     host, _, port = meant.rpartition(":")
     if meant != "auto" and not (host and port.isdigit() and 1024 <= int(port) < 65536 and "/" not in host):
         raise ValueError(
-            f"{given} is no address of a Ray cluster. Expected auto, or host:port, such as 10.0.0.5:6379. {ADDRESS}"
+            f"{option} is not an address of a Ray cluster. Expected auto, or host:port such as 10.0.0.5:6379. {ADDRESS}"
         )
     if problem := why_unreachable(meant):
-        raise ValueError(f"{given}: {problem}")
+        raise ValueError(f"{option}: {problem}")

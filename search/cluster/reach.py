@@ -1,20 +1,21 @@
-"""Whether a Ray cluster can be joined from here, asked in a process of its own: Ray tries for minutes, or aborts."""
+"""Checks in a separate process that a Ray cluster can be joined from here: Ray would try for minutes, or abort."""
 
 import os
 import socket
 import subprocess
 import sys
+from typing import Any
 
-SECONDS = 40
-"""For all of it. It takes 2 s where a cluster answers, and 10 s where something else listens."""
+TIMEOUT_SECONDS = 40
+"""Of the whole check. It takes 2 s if a cluster answers, and 10 s if something else listens."""
 TCP_SECONDS = 5
-PATIENCE = {"RAY_py_gcs_connect_timeout_s": "4", "RAY_gcs_rpc_server_connect_timeout_s": "2"}
-"""Ray's own are 30 and 5 s, and it tries 20 times."""
+RAY_TIMEOUTS = {"RAY_py_gcs_connect_timeout_s": "4", "RAY_gcs_rpc_server_connect_timeout_s": "2"}
+"""Ray's defaults are 30 and 5 s, and it retries 20 times."""
 ADDRESS = (
-    "Give the address that `ray start` printed on the head node, or auto on the head node itself, or leave --address "
-    "out to start Ray on this machine."
+    "Give the address that `ray start` printed on the head node, or auto on the head node itself, or omit --address "
+    "to start Ray on this machine."
 )
-VERSIONS = "Install its versions here, or these on all of its nodes, and start it anew."
+VERSIONS = "Install the cluster's versions here, or these versions on all of its nodes, and restart it."
 TOKEN = (
     "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token that the cluster was started with "
     "(on its head node: ray get-auth-token)."
@@ -22,19 +23,20 @@ TOKEN = (
 
 
 def why_unreachable(address: str) -> str:
-    """What keeps a search from joining the cluster at `address` (auto, or host:port), and what to do; or nothing."""
+    """Why a search cannot join the cluster at `address` (auto, or host:port) and what to do, or an empty string."""
     command = [sys.executable, "-m", "search.cluster.reach", address]
+    env = os.environ | RAY_TIMEOUTS
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=os.environ | PATIENCE)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=env)
     except subprocess.TimeoutExpired:
-        return f"no Ray cluster answers there within {SECONDS} s. {ADDRESS}"
+        return f"no Ray cluster answers there within {TIMEOUT_SECONDS} s. {ADDRESS}"
     if ended.returncode:
-        return f"Ray cannot connect ({(ended.stderr.strip().splitlines() or ['it says nothing'])[-1]})."
+        return f"Ray cannot connect ({(ended.stderr.strip().splitlines() or ['no message'])[-1]})."
     return ended.stdout.strip()
 
 
 def main(address: str) -> str:
-    """The same, in that process. The steps are those of `ray.init`."""
+    """The check itself, in that process. Its steps are those of `ray.init`."""
     import ray
     from ray._private import services
     from ray._private.authentication import authentication_token_setup as authentication
@@ -42,7 +44,8 @@ def main(address: str) -> str:
     try:
         at = services.canonicalize_bootstrap_address(address)
     except ConnectionError:
-        return f"no Ray runs on this machine. {ADDRESS}"
+        return f"Ray is not running on this machine. {ADDRESS}"
+    assert at is not None  # only for address=None
     try:
         socket.create_connection(services.extract_ip_port(at), timeout=TCP_SECONDS).close()
     except OSError as error:
@@ -51,24 +54,24 @@ def main(address: str) -> str:
         authentication.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         authentication.ensure_token_if_auth_enabled(create_token_if_missing=False)
-        client = ray._raylet.GcsClient(address=at)
+        cython: Any = ray._raylet
+        client = cython.GcsClient(address=at)
         services.get_node_to_connect_for_driver(client, timeout_seconds=TCP_SECONDS)
     except ray.exceptions.AuthenticationError:
-        return f"the cluster at {at} wants another token than this process has. {TOKEN}"
+        return f"the cluster at {at} expects a different token. {TOKEN}"
     except ray.exceptions.RpcError as error:
-        return f"what answers at {at} is no Ray cluster ({error}). {ADDRESS}"
+        return f"{at} is not a Ray cluster ({error}). {ADDRESS}"
     except RuntimeError as error:
-        where = "Start the search on its head node."
-        return f"this machine is not found among the nodes of the cluster at {at} ({error}). {where}"
-    return why_other_versions(client)
+        return f"this machine is not a node of the cluster at {at} ({error}). Start the search on its head node."
+    return version_mismatch(client)
 
 
-def why_other_versions(client) -> str:
-    """Ray wants its own version and that of Python to be the same on all machines."""
+def version_mismatch(client: Any) -> str:
+    """Ray requires the same versions of Ray and Python on all machines."""
     from ray._common.usage.usage_lib import get_cluster_metadata
     from ray._private.utils import check_version_info
 
-    if (metadata := get_cluster_metadata(client)) is None:  # a head that is coming up
+    if (metadata := get_cluster_metadata(client)) is None:  # the head is still starting
         return ""
     try:
         check_version_info(metadata, "this machine")

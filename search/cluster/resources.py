@@ -1,4 +1,4 @@
-"""From what the cluster has to the workers of a trial and the number of trials at once."""
+"""Works out a trial's workers and the number of concurrent trials from the cluster's resources."""
 
 import fnmatch
 import math
@@ -13,12 +13,12 @@ from search.options.search_options import SearchOptions
 from trainables.ray.worker_group import GroupSize
 
 WORKER_MEMORY = 1.0e9
-"""Bytes that a worker takes: measured 0.5 GB with a toy network, 1.1 to 2.0 with EfficientNet-Lite0 at 96 px."""
+"""Bytes that a worker needs: measured 0.5 GB with a toy network, 1.1 to 2.0 with EfficientNet-Lite0 at 96 px."""
 TRIAL_MEMORY = 0.6e9
-"""What a trial takes beside its workers: its actor and its group's host have 0.12 GB each. The rest is for workers that
-take more than the above."""
+"""Bytes that a trial needs besides its workers: 0.12 GB each for its actor and its group's host. The rest is for workers
+that need more than the above."""
 AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
-"""`ray up` leaves the cluster's configuration here on the head node, cluster/kubernetes/ the part that counts."""
+"""`ray up` writes the cluster's configuration here on the head node; cluster/kubernetes/ writes the relevant part."""
 
 
 @dataclass(frozen=True)
@@ -26,26 +26,28 @@ class Node:
     cpus: float
     gpus: float
     memory: float | None = field(default=None, compare=False)
-    """Bytes that Ray found free for processes when it started; None where that is not known."""
+    """Bytes that Ray found free for processes when it started; None if unknown."""
 
     def workers(self, size: GroupSize) -> int:
-        """How many workers of this size fit on the node."""
+        """How many workers of this size its CPUs and GPUs suffice for."""
         fits = [self.cpus / size.cpus_per_worker] if size.cpus_per_worker else []
         fits += [self.gpus / size.gpus_per_worker] if size.gpus_per_worker else []
         return math.floor(min(fits))
 
     def workers_in_memory(self, size: GroupSize) -> int:
-        """The same, of those that its memory is enough for."""
+        """The same, limited by its memory."""
         if self.memory is None:
             return self.workers(size)
         return min(self.workers(size), int(self.memory / (WORKER_MEMORY + TRIAL_MEMORY / size.num_workers)))
 
 
-def group_size(nodes: list[Node], *, num_workers: int, cpus_per_worker: float | None, gpus_per_worker: int | None):
-    """The size of a trial's worker group; what is not asked for follows from the nodes.
+def group_size(
+    nodes: list[Node], *, num_workers: int, cpus_per_worker: float | None, gpus_per_worker: int | None
+) -> GroupSize:
+    """The size of a trial's worker group; None means that the nodes decide.
 
-    A GPU per worker where there are GPUs, with its share of the node's CPUs; else two CPUs, which train one trial
-    faster than they train two at once slowed by the second start-up.
+    A GPU per worker if there are GPUs, with its share of the node's CPUs; else two CPUs: they train one trial faster
+    than two concurrent ones, which the second start-up slows.
     """
     largest = max(nodes, key=lambda node: (node.gpus, node.cpus), default=Node(0, 0))
     if gpus_per_worker is None:
@@ -57,51 +59,43 @@ def group_size(nodes: list[Node], *, num_workers: int, cpus_per_worker: float | 
 
 
 def room(nodes: list[Node], size: GroupSize) -> int:
-    """How many workers of this size the nodes have room for; a worker never spans nodes, a trial may."""
+    """How many workers of this size fit on the nodes; a worker never spans nodes, a trial may."""
     return sum(node.workers(size) for node in nodes)
 
 
 def room_in_memory(nodes: list[Node], size: GroupSize, at_least: int) -> int:
-    """How many of them should run at once: `at_least` may, whatever the memory is, which is only estimated."""
+    """How many of them should run at once: at least `at_least`, since the need for memory is only an estimate."""
     return min(room(nodes, size), max(at_least, sum(node.workers_in_memory(size) for node in nodes)))
 
 
 def trials_at_once(nodes: list[Node], size: GroupSize, asked: int | None) -> int:
-    """How many trials run at once: those that were asked for, or those that CPUs, GPUs and memory are enough for.
+    """How many trials run at once: as many as requested, or as many as CPUs, GPUs and memory suffice for.
 
-    Raises `ValueError` with the arithmetic where the request can never be scheduled.
+    Raises `ValueError` with the arithmetic if the request can never be scheduled.
     """
     workers = room(nodes, size)
-    most = workers // size.num_workers
-    if most >= max(1, asked or 1):
+    if workers // size.num_workers >= max(1, asked or 1):
         return asked or room_in_memory(nodes, size, size.num_workers) // size.num_workers
-    per_worker = f"{size.cpus_per_worker:g} CPUs" + (
-        f" and {size.gpus_per_worker} GPUs" if size.gpus_per_worker else ""
-    )
-    have = ", ".join(_kinds(nodes)) or "nothing"
-    wanted = f"{asked} trials at once of {size.num_workers}" if asked else f"A trial of {size.num_workers}"
+    per_worker = f"{size.cpus_per_worker:g} CPUs"
+    if size.gpus_per_worker:
+        per_worker += f" and {size.gpus_per_worker} GPUs"
+    counts = Counter(nodes).items()
+    have = ", ".join(f"{f'{n} x ' if n > 1 else ''}{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node, n in counts)
+    wanted = f"{asked} concurrent trials of {size.num_workers}" if asked else f"A trial of {size.num_workers}"
     raise ValueError(
         f"This can never be scheduled. {wanted} workers, each with {per_worker}, needs room for "
-        f"{(asked or 1) * size.num_workers} workers, but the cluster's nodes ({have}) have room for {workers}. "
-        f"Lower --max-concurrent, --workers-per-trial, --cpus-per-worker or --gpus-per-worker, or add nodes."
+        f"{(asked or 1) * size.num_workers} workers, but the cluster's nodes ({have or 'nothing'}) have room for "
+        f"{workers}. Lower --max-concurrent, --workers-per-trial, --cpus-per-worker or --gpus-per-worker, or add nodes."
     )
 
 
 def memory_note(nodes: list[Node], size: GroupSize, asked: int | None) -> str:
-    """What to say where memory limits the trials at once, or is not enough for those that were asked for."""
+    """A note if memory limits the number of concurrent trials, or may not suffice for the requested number."""
     enough, fit = trials_at_once(nodes, size, None), room(nodes, size) // size.num_workers
     if enough >= (asked or fit):
         return ""
-    memory = sum(node.memory or 0 for node in nodes) / 1e9
-    if asked:
-        return f" (the free memory of {memory:.1f} GB is enough for about {enough})"
-    return f" (there is room for {fit}, and {memory:.1f} GB of memory free for about {enough}; see --max-concurrent)"
-
-
-def _kinds(nodes: list[Node]) -> list[str]:
-    """Such as "3 x 8 CPUs and 1 GPUs"."""
-    counts = Counter(nodes)
-    return [f"{f'{n} x ' if n > 1 else ''}{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node, n in counts.items()]
+    memory = f"free memory of {sum(node.memory or 0 for node in nodes) / 1e9:.1f} GB suffices for about {enough}"
+    return f" (the {memory})" if asked else f" ({fit} fit by CPUs and GPUs, but {memory}; see --max-concurrent)"
 
 
 def present_nodes() -> list[Node]:
@@ -112,16 +106,16 @@ def present_nodes() -> list[Node]:
 
 
 def reachable_nodes(present: list[Node], *, launched: bool) -> list[Node]:
-    """The nodes that are up, or those that the cluster's autoscaler can make it have, whichever is more.
+    """The nodes that are up, or those that the cluster's autoscaler can start, whichever is more.
 
-    `launched`: the cluster was there before; a Ray that the search started on this machine has no autoscaler.
+    `launched`: the cluster existed before; a Ray that the search started on this machine has no autoscaler.
     """
     choices = (present, _nodes_of_launcher()) if launched else (present,)
     return max(choices, key=lambda nodes: (sum(n.gpus for n in nodes), sum(n.cpus for n in nodes)))
 
 
 def _nodes_of_launcher() -> list[Node]:
-    """From the cluster's configuration: the autoscaler itself tells nobody (Ray 2.60)."""
+    """From the cluster's configuration: the autoscaler itself does not tell (Ray 2.60)."""
     path = AUTOSCALER_CONFIG.expanduser()
     if not path.is_file():
         return []
@@ -141,21 +135,19 @@ def hardware(nodes: list[Node]) -> dict[str, Any]:
     """This machine and the nodes of the connected cluster, for the record."""
     import ray
 
-    kinds = [
-        name.removeprefix("accelerator_type:") for name in ray.cluster_resources() if name.startswith("accelerator")
-    ]
+    prefix = "accelerator_type:"
     return {
         "processor": _processor(),
         "cpus": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "system": f"{platform.system()} {platform.machine()}",
         "nodes": [{"cpus": node.cpus, "gpus": node.gpus} for node in nodes],
-        "gpu_types": sorted(kinds),
+        "gpu_types": sorted(name.removeprefix(prefix) for name in ray.cluster_resources() if name.startswith(prefix)),
     }
 
 
 def _processor() -> str:
-    """Its name as Linux knows it, else its architecture."""
+    """Its name in Linux, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

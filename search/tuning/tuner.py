@@ -14,8 +14,8 @@ from ray.tune.execution import class_cache
 from ray.tune.search import SearchGenerator
 from ray.tune.stopper import CombinedStopper
 
-from search.cluster.abandoned_room import AbandonedRoom
 from search.cluster.concurrency import Capacity, CapacityNews
+from search.cluster.orphaned_placement_groups import PlacementGroupCleanup
 from search.cluster.ray_dashboard import RayDashboard
 from search.options.search_options import SearchOptions
 from search.reporting.live_report import LiveReport
@@ -89,7 +89,7 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
         DiskWatch(folder),
         Leaderboard(table, num_trials=num_samples, time_budget=options.time_budget),
         CapacityNews(capacity, settings),
-        AbandonedRoom(),
+        PlacementGroupCleanup(),
         RayDashboard(folder),
         ShortState(),
         EventFiles(folder),

@@ -56,7 +56,8 @@ SAYS = """
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from search.cli.messages import run_cli, say
+from search.cli.messages import say
+from trainables.system.command_line import run_cli
 
 def main():
     say("data: Öland ± 1")
@@ -80,7 +81,7 @@ def test_a_terminal_that_knows_only_ascii_shows_escapes_and_costs_nothing():
 @pytest.mark.parametrize("output", ["print('x' * 100_000)", "print('x')"])
 def test_output_that_goes_to_a_full_disk_is_one_paragraph(output):
     """In the middle of it, or when the last of it is written."""
-    code = f"from search.cli.messages import run_cli\nrun_cli(lambda: {output} or 0)"
+    code = f"from trainables.system.command_line import run_cli\nrun_cli(lambda: {output} or 0)"
     with Path("/dev/full").open("w") as full:
         ended = python(code, stdout=full)
     assert (ended.returncode, ended.stderr.decode().count("\n")) == (2, 1), ended.stderr.decode()

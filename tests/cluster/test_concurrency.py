@@ -140,7 +140,7 @@ def test_a_search_says_what_it_waits_for_again_and_again_and_when_it_goes_on(clu
     cluster.present, cluster.more = [Node(1, 0)], [Node(4, 0)]
     news = CapacityNews(capacity(tmp_path, num_workers=2), SETTINGS)
     waits = steps(news, capsys)
-    assert "waiting for nodes. Trials need 2 workers, there is room for 1; its autoscaler can make it 5" in waits
+    assert "waiting for nodes. Trials need 2 workers, there is room for 1; the autoscaler can raise that to 5" in waits
     assert steps(news, capsys) == ""
     cluster.now += module.REMIND_SECONDS
     assert "still waiting for nodes, for 2 min" in steps(news, capsys)
@@ -152,7 +152,7 @@ def test_trials_that_run_already_are_waited_for_too(cluster, tmp_path, capsys):
     news = CapacityNews(capacity(tmp_path, of_archs={"resnet101": 2}), SETTINGS)
     assert steps(news, capsys, trial("RUNNING", arch="resnet101"), trial("TERMINATED")) == ""
     waits = steps(news, capsys, trial("RUNNING", arch="resnet101"), trial("RUNNING"))
-    assert "Trials need 3 workers, there is room for 2; they wait for nodes to come back" in waits
+    assert "Trials need 3 workers, there is room for 2; lost nodes may return" in waits
     cluster.now += 2 * module.REMIND_SECONDS
     assert steps(news, capsys, trial("RUNNING", arch="resnet101"), trial("RUNNING")) == ""  # the others go on
     assert steps(news, capsys, trial("RUNNING")) == ""

@@ -10,7 +10,7 @@ import pytest
 from processes import as_user, open_to_all
 
 from search.cluster import connect
-from search.cluster.connect import LONGEST_TEMPORARY, prepare_folders, provide_token
+from search.cluster.connect import MAX_TEMPORARY_PATH, prepare_folders, provide_token
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,7 +57,7 @@ pathlib.Path(os.environ[{variable!r}], "note").touch()
     environment = os.environ | {variable: str(long)}
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     short = Path(ended.stdout.strip())
-    assert len(str(short)) <= LONGEST_TEMPORARY, ended.stderr
+    assert len(str(short)) <= MAX_TEMPORARY_PATH, ended.stderr
     assert (long / "note").is_file()  # what is written there is where the user wants it
     assert not os.path.lexists(short) and not short.parent.exists()
 
@@ -68,7 +68,7 @@ def test_a_temporary_folder_that_is_short_enough_stays(tmp_path, monkeypatch):
 
 
 def test_where_no_short_name_can_be_made_the_variable_is_named_with_what_ray_leaves_for_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(connect, "SHORT_PLACES", ("/proc",))
+    monkeypatch.setattr(connect, "SHORT_FOLDERS", ("/proc",))
     monkeypatch.setenv("TMPDIR", f"/scratch/{'x' * 40}")
     with pytest.raises(ValueError, match=r"TMPDIR=/scratch/x+ is too long .* Set RAY_TMPDIR to .* at most 31 bytes"):
         prepare_folders()
@@ -89,11 +89,11 @@ def test_beside_the_ray_of_another_user_a_search_has_a_folder_of_its_own(tmp_pat
 
     def chosen() -> str:
         tempfile.tempdir = None
-        connect.leave_folders_of_others()
+        connect.avoid_folders_of_other_users()
         return os.environ["RAY_TMPDIR"]
 
     assert as_user(54321, chosen) == str(tmp_path / "finetune-search-54321")
-    connect.leave_folders_of_others()
+    connect.avoid_folders_of_other_users()
     assert "RAY_TMPDIR" not in os.environ
 
 

@@ -17,7 +17,7 @@ def environment(monkeypatch, tmp_path):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.setattr(reach, "PATIENCE", dict.fromkeys(reach.PATIENCE, "1"))
+    monkeypatch.setattr(reach, "RAY_TIMEOUTS", dict.fromkeys(reach.RAY_TIMEOUTS, "1"))
 
 
 @pytest.fixture
@@ -41,12 +41,12 @@ def refused(address: str, seconds: float = 15) -> str:
 )
 def test_what_is_no_address_is_refused_with_those_that_are(address):
     said = refused(address, seconds=1)
-    assert said.startswith(f"--address {address} is no address of a Ray cluster. Expected auto, or host:port")
+    assert said.startswith(f"--address {address} is not an address of a Ray cluster. Expected auto, or host:port")
 
 
 def test_auto_where_no_cluster_runs_is_refused(monkeypatch):
     monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)  # those of others on this machine
-    assert reach.main("auto") == f"no Ray runs on this machine. {reach.ADDRESS}"
+    assert reach.main("auto") == f"Ray is not running on this machine. {reach.ADDRESS}"
 
 
 def test_the_cluster_of_an_environment_that_is_gone_is_refused_by_its_name(monkeypatch):
@@ -65,7 +65,7 @@ def test_the_cluster_of_an_environment_is_left_alone_without_address(monkeypatch
 
 
 def test_what_listens_and_is_no_ray_is_refused(silent):
-    assert "is no Ray cluster (Timed out" in refused(f"localhost:{silent}")
+    assert "is not a Ray cluster (Timed out" in refused(f"localhost:{silent}")
 
 
 def test_a_host_that_nobody_knows_is_refused():
@@ -75,4 +75,4 @@ def test_a_host_that_nobody_knows_is_refused():
 def test_a_missing_token_is_refused_with_where_it_goes(silent, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     said = refused(f"127.0.0.1:{silent}")
-    assert "wants another token than this process has" in said and "RAY_AUTH_TOKEN" in said
+    assert "expects a different token" in said and "RAY_AUTH_TOKEN" in said

@@ -76,8 +76,8 @@ def test_memory_counts_in_how_many_trials_run_at_once(nodes, group, at_once):
 def test_what_memory_has_to_do_with_it_is_said():
     nodes = [Node(64, 0, 10.1e9)]
     said = memory_note(nodes, workers(2), None)
-    assert said == " (there is room for 32, and 10.1 GB of memory free for about 6; see --max-concurrent)"
-    assert memory_note(nodes, workers(2), 20) == " (the free memory of 10.1 GB is enough for about 6)"
+    assert said == " (32 fit by CPUs and GPUs, but free memory of 10.1 GB suffices for about 6; see --max-concurrent)"
+    assert memory_note(nodes, workers(2), 20) == " (the free memory of 10.1 GB suffices for about 6)"
     assert memory_note(nodes, workers(2), 6) == memory_note([Node(64, 0, 200e9)], workers(2), None) == ""
     assert memory_note([Node(64, 0)], workers(2), None) == ""
 
@@ -106,7 +106,7 @@ def test_a_worker_never_spans_nodes_but_a_trial_may():
          "(2 CPUs and 0 GPUs) have room for 1."),
         (LAPTOP, workers(1, 1), None, "each with 1 CPUs and 1 GPUs, needs room for 1 workers"),
         (GPU_NODE, workers(8, 1, num_workers=4), 3,
-         "3 trials at once of 4 workers, each with 8 CPUs and 1 GPUs, needs room for 12 workers, but the cluster's "
+         "3 concurrent trials of 4 workers, each with 8 CPUs and 1 GPUs, needs room for 12 workers, but the cluster's "
          "nodes (96 CPUs and 8 GPUs) have room for 8."),
         (MIXED, workers(1, 1, num_workers=6), None,
          "(8 CPUs and 0 GPUs, 32 CPUs and 4 GPUs, 8 CPUs and 1 GPUs) have room for 5."),

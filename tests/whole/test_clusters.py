@@ -25,8 +25,8 @@ from ray.util import get_node_ip_address, placement_group, placement_group_table
 from searches import PINNED, Search, completed, settings, tables
 from tiny_run import draw_images
 
-from search.cluster.abandoned_room import free_abandoned_room
 from search.cluster.connect import check_address
+from search.cluster.orphaned_placement_groups import remove_orphaned_placement_groups
 from trainables.ray.process_group import GroupTrainer
 
 pytestmark = pytest.mark.ray
@@ -189,7 +189,7 @@ def test_room_that_was_reserved_by_what_went_away_with_its_node_is_given_back(co
     ray.kill(lost)
     assert not wanted.wait(2)
     for _ in range(2):
-        free_abandoned_room()
+        remove_orphaned_placement_groups()
         assert wanted.wait(20)
     assert [placement_group_table(group)["state"] for group in (abandoned, in_use)] == ["REMOVED", "CREATED"]
 
@@ -290,7 +290,7 @@ def test_nodes_that_the_autoscaler_can_add_are_waited_for_by_trials_of_all_sizes
     archs = settings("arch=test_resnet.r160_in1k,test_vit.r160_in1k epochs=1")
     mixed = ("--workers-per-trial", "test_vit*=2", "--trials", 3, *archs)
     search = start(autoscaling, *mixed)
-    search.wait_for("waiting for nodes. Trials need 2 workers, there is room for 0; its autoscaler can make it 2")
+    search.wait_for("waiting for nodes. Trials need 2 workers, there is room for 0; the autoscaler can raise that to 2")
     assert search.wait() == 0, search.text
     assert "room for 2 workers now, the search continues" in search.text
     rows = completed(search.folder)

@@ -5,7 +5,7 @@ workers on other machines cannot reach it. NCCL looks at the network interfaces 
 
 Ray Train's own `TorchTrainer` does the rest, but more slowly: the process that starts a group and the one that watches
 it import torch before the workers can, another process waits for data sets that do not exist, and another one asks the
-dashboard every second whether the group is alive (see `search.cluster.abandoned_room`).
+dashboard every second whether the group is alive (see `search.cluster.orphaned_placement_groups`).
 """
 
 import asyncio

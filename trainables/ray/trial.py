@@ -140,7 +140,7 @@ class FineTuneTrial(tune.Trainable):
     def cleanup(self) -> None:
         if self.host is not None:
             # The host ends with this actor. A group that still waits for resources cannot leave: the search frees
-            # what it reserved, see `search.cluster.abandoned_room`.
+            # what it reserved, see `search.cluster.orphaned_placement_groups`.
             self.host.close.remote()
             ray.wait([self.host.ended.remote()], timeout=CLOSE_SECONDS)
         self.host = None
