@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.schedulers import TrialScheduler
 
 from search.options.strategy import Strategy
-from search.reporting.charts import LEAST_FOR_IMPORTANCE, study_importances
+from search.reporting.importance import MIN_TRIALS, study_importances
 from search.spaces.space import Space
 from search.tuning.early_stopping import Curve, ProgressHalvingScheduler, new_scheduler, rung_at
 from search.tuning.halving import lengths, new_searcher
@@ -336,7 +336,7 @@ def short_and_long(table: CurveTable) -> list[tuple[float, float]]:
 
 def most_important(trials: Sequence[FrozenTrial], best_share: float) -> str | None:
     """The dimension that a summary of a search would name first after these completed trials."""
-    if len(trials) < LEAST_FOR_IMPORTANCE:
+    if len(trials) < MIN_TRIALS:
         return None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study()

@@ -23,7 +23,7 @@ from quality_replay import CurveTable, Replay, Training, most_important, replay,
 from scipy.stats import kendalltau
 
 from search.options.strategy import Strategy
-from search.reporting.charts import BEST_SHARE
+from search.reporting.importance import BEST_SHARE
 from trainables.system.text import many
 
 BASELINE, TOP_K = "random", "random, top K after one epoch"

@@ -1,9 +1,8 @@
-"""Runs side by side, in the terminal and as one HTML file: `python -m search.compare RUN RUN...`."""
+"""Compares runs in the terminal and in one HTML file: `python -m search.compare RUN RUN...`."""
 
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -12,55 +11,43 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from search.cli.messages import command_name, run_cli, say
+from search.cli.messages import command_name, say
 from search.reporting import html_page
-from search.reporting.charts import FAMILIES, Chart, end_times, importances, plain
+from search.reporting.charts import FAMILIES, Chart, end_times, plain
+from search.reporting.importance import importances
 from search.runs.atomic_files import write_atomically
 from search.runs.results_table import COMPLETED, FAILED, STOPPED
 from search.runs.run_record import RunRecord, load
+from trainables.system.command_line import run_cli
 from trainables.system.full_disk import require_writable_file
 from trainables.system.text import duration, many, percent
 
 EXAMPLES = """
 examples:
   python -m search.compare results/pets-20250101-120000 results/pets-20250102-090000
-      best errors with intervals, what they cost, which settings mattered, and the winners' recipes
+      best errors with intervals, their costs, the importance of the settings, and the winners' recipes
   python -m search.compare results/pets-* --out compare.html
       the same with charts, as one HTML file
 
-Exit code 0, or 2 if a run or an option is no good.
+Exit code 0, or 2 if a run or an option is invalid.
 """
 
 
-@dataclass(frozen=True)
-class Line:
-    """One run in the comparison, everything as text; empty where it is not known."""
-
-    name: str
-    best: str
-    interval: str
-    first: str
-    trials: str
-    epochs: str
-    trained: str
-    took: str
-
-
-HEADINGS = Line("run", "best", "95 % interval", "trial 0", "trials", "epochs", "trained", "took")
+HEADINGS = ["run", "best", "95 % interval", "trial 0", "trials", "epochs", "trained", "took"]
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=command_name("search.compare"),
-        description="Put runs side by side: best error, budget, importance of the settings, and the winners' recipes.",
+        description="Compare runs: best error, budget, importance of the settings, and the winners' recipes.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the folder of a run; two or more")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the comparison as HTML, too")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the comparison as HTML")
     args = parser.parse_args(argv)
     if len(args.runs) < 2:
-        parser.error("a comparison needs two runs or more")
+        parser.error("a comparison needs two or more runs")
     return args
 
 
@@ -87,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """The folders' names, or as much of their paths as tells them apart. Raises `ValueError` for the same one twice."""
+    """The folders' names, or as much of their paths as makes them unique. Raises `ValueError` if one is given twice."""
     for parts in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-parts:]) for path in paths]
         if len(set(names)) == len(names):
@@ -97,35 +84,35 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def tables(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str, list[list[str]]]:
-    """The comparison as tables by title, each with its headings as first row."""
-    lines = [HEADINGS, *(line(run, name) for run, name in zip(runs, names, strict=True))]
+    """The comparison as tables by title; the first row of each has the headings."""
     dimensions = list(dict.fromkeys(name for run in runs for name in run.dimensions))
     shares = [importances(run) for run in runs]
     head = ["setting", *names]
     rated = [[name, *(percent(found[name], 0) if name in found else "" for found in shares)] for name in dimensions]
     recipes = [[name, *(_setting(run, name) for run in runs)] for name in dimensions]
-    found = {"Best error and budget": [list(vars(one).values()) for one in lines]}
+    found = {"Best error and budget": [HEADINGS, *map(_row, runs, names)]}
     if any(shares):
         found["Importance of the settings (PED-ANOVA; empty: too few trials, or not searched)"] = [head, *rated]
     return found | {"The winners' recipes": [head, *recipes]}
 
 
-def line(run: RunRecord, name: str) -> Line:
+def _row(run: RunRecord, name: str) -> list[str]:
+    """A run's best error and budget; empty texts for what is not known."""
     best, first = run.best, run.first
     low_high = run.interval(best) if best is not None else None
     counts = run.trials["status"].value_counts()
     ended = ", ".join(f"{counts[status]} {status}" for status in (COMPLETED, STOPPED, FAILED) if status in counts)
     minutes = end_times(run)
-    return Line(
-        name=name,
-        best="none completed" if best is None else f"{percent(best['error_rate'])} (trial {best.name})",
-        interval=" to ".join(map(percent, low_high)) if low_high else "",
-        first="" if first is None else percent(first["error_rate"]),
-        trials=f"{len(run.trials)}: {ended}" if ended else str(len(run.trials)),
-        epochs=str(len(run.epochs)),
-        trained=duration(run.trials["seconds"].sum()),
-        took=duration(60 * minutes.max()) if len(minutes) else "",
-    )
+    return [
+        name,
+        "none completed" if best is None else f"{percent(best['error_rate'])} (trial {best.name})",
+        " to ".join(map(percent, low_high)) if low_high else "",
+        "" if first is None else percent(first["error_rate"]),
+        f"{len(run.trials)}: {ended}" if ended else str(len(run.trials)),
+        str(len(run.epochs)),
+        duration(run.trials["seconds"].sum()),
+        duration(60 * minutes.max()) if len(minutes) else "",
+    ]
 
 
 def warnings(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
@@ -133,11 +120,11 @@ def warnings(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
     splits = {(run.command.data, run.command.split_seed, run.num_valid) for run in runs}
     if len(splits) == 1:
         return []
-    said = "; ".join(
+    listed = "; ".join(
         f"{name}: {run.command.data}, seed {run.command.split_seed}, {run.num_valid or 'unknown'} images"
         for name, run in zip(names, runs, strict=True)
     )
-    return [f"the runs did not validate on the same images, so their errors are not comparable ({said})"]
+    return [f"the runs did not validate on the same images, so their errors are not comparable ({listed})"]
 
 
 def _setting(run: RunRecord, name: str) -> str:
@@ -153,7 +140,7 @@ def _rich(rows: list[list[str]]) -> Table:
     for i, heading in enumerate(rows[0]):
         table.add_column(Text(heading), justify="right" if i else "left", overflow="fold")
     for row in rows[1:]:
-        table.add_row(*map(Text, row))  # a name is no markup
+        table.add_row(*map(Text, row))  # Text, as a name is not markup
     return table
 
 
@@ -161,8 +148,8 @@ def _rich(rows: list[list[str]]) -> Table:
 
 
 def render(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
-    """The comparison as one HTML file that opens without a network."""
-    charts = [chart for chart in (incumbents(runs, names), weights(runs, names)) if chart is not None]
+    """The comparison as one self-contained HTML file."""
+    charts = [chart for chart in (incumbents(runs, names), importance_chart(runs, names)) if chart is not None]
     return html_page.render(
         "compare.html",
         charts,
@@ -174,8 +161,8 @@ def render(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
 
 
 def incumbents(runs: Sequence[RunRecord], names: Sequence[str]) -> Chart | None:
-    """Error of each run's best trial over the seconds of training that all its trials had until then."""
-    figure, said = go.Figure(), []
+    """Error of each run's best trial over the training time of all its trials until then."""
+    figure, parts = go.Figure(), []
     for i, (run, name) in enumerate(zip(runs, names, strict=True)):
         minutes = end_times(run)
         trials = run.trials.assign(minutes=minutes).sort_values("minutes")
@@ -194,17 +181,17 @@ def incumbents(runs: Sequence[RunRecord], names: Sequence[str]) -> Chart | None:
             marker={"symbol": symbol, "size": 8},
             hovertemplate="%{y:.1%} after %{x:.1f} min of training<extra></extra>",
         )
-        said.append(f"{name} comes to {percent(best[-1])} in {done['spent'].iloc[-1]:.1f} min")
-    if not said:
+        parts.append(f"{name} reaches {percent(best[-1])} in {done['spent'].iloc[-1]:.1f} min")
+    if not parts:
         return None
     figure.update_xaxes(title_text="minutes of training and validation, all trials together", rangemode="tozero")
     figure.update_yaxes(title_text="validation error", tickformat=".0%", rangemode="tozero")
-    return Chart("incumbents", "Error of the best trial over the budget", f"{'; '.join(said)}.", figure)
+    return Chart("incumbents", "Error of the best trial over the budget", f"{'; '.join(parts)}.", figure)
 
 
-def weights(runs: Sequence[RunRecord], names: Sequence[str]) -> Chart | None:
+def importance_chart(runs: Sequence[RunRecord], names: Sequence[str]) -> Chart | None:
     """Importance of each setting in each run, side by side."""
-    figure, said = go.Figure(), []
+    figure, parts = go.Figure(), []
     for i, (run, name) in enumerate(zip(runs, names, strict=True)):
         if not (shares := importances(run)):
             continue
@@ -215,11 +202,11 @@ def weights(runs: Sequence[RunRecord], names: Sequence[str]) -> Chart | None:
             marker={"color": FAMILIES[i % len(FAMILIES)][0]},
         )
         first, share = next(iter(shares.items()))
-        said.append(f"in {name} most depends on {first} ({percent(share, 0)})")
-    if not said:
+        parts.append(f"in {name}, {first} matters most ({percent(share, 0)})")
+    if not parts:
         return None
     figure.update_yaxes(title_text="share of the importance", tickformat=".0%")
-    return Chart("importances", "Importance of the settings", f"{'; '.join(said).capitalize()}.", figure)
+    return Chart("importances", "Importance of the settings", f"{'; '.join(parts).capitalize()}.", figure)
 
 
 if __name__ == "__main__":

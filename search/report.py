@@ -1,4 +1,4 @@
-"""A run as one HTML file that opens without a network: `python -m search.report RUN`. Every run makes it as it goes."""
+"""Writes a run as one self-contained HTML file: `python -m search.report RUN`. Every search also does as it runs."""
 
 import argparse
 import math
@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
-from search.cli.messages import command_name, run_cli, say
-from search.reporting import charts, html_page, test_set
+from search.cli.messages import command_name, say
+from search.reporting import charts, html_page, test_set, winner_charts
 from search.reporting.error_analysis import ErrorAnalysis, analyse, read_analysis
 from search.runs.atomic_files import write_atomically
 from search.runs.command import CommandRecord
 from search.runs.results_table import COMPLETED, CONFIRMED, FAILED, RETRAINED, RUNNING, SCORES, STOPPED
 from search.runs.run_record import RunRecord, load
+from search.spaces.space import dimension_text
+from trainables.system.command_line import run_cli
 from trainables.system.full_disk import require_writable_file
 from trainables.system.text import duration, many, percent, shell_command
 
@@ -28,9 +31,9 @@ examples:
   python -m search.report results/pets-20250101-120000
       writes results/pets-20250101-120000/report.html; open it in a browser, or print it
   python -m search.report results/pets-20250101-120000 --no-analysis --out now.html
-      of a search that is going on, at once: without labelling the validation images for the confusion matrix
+      of a running search, at once: without labelling the validation images for the confusion matrix
 
-Exit code 0, or 2 if the run or an option is no good.
+Exit code 0, or 2 if the run or an option is invalid.
 """
 
 
@@ -44,7 +47,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run, such as results/<name>")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: RUN/report.html)")
     parser.add_argument("--no-analysis", action="store_true", help=(
-        "do not label the validation images with the winner; what is known of its errors already is still shown"
+        "do not label the validation images with the winner; errors that are already known are still shown"
     ))  # fmt: skip
     return parser.parse_args(argv)
 
@@ -60,13 +63,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_report(run: RunRecord, out: Path, *, analysis: bool) -> None:
-    """Write the report of `run` to `out`: at once what the tables tell, then again with the winner's errors.
+    """Write the report of `run` to `out`: at once from its tables, then again with the winner's errors.
 
-    Raises `ValueError` where `out` cannot be written.
+    Raises `ValueError` if `out` cannot be written.
     """
     _write(out, render(run))
     if analysis and run.best is not None and read_analysis(run) is None:
-        say(f"labelling the validation images with trial {run.best.name} for the report (Ctrl-C leaves that out)")
+        say(f"labelling the validation images with trial {run.best.name} for the report (Ctrl-C skips this)")
         _write(out, render(run, no_analysis=analyse(run)))
 
 
@@ -78,16 +81,17 @@ def _write(out: Path, text: str) -> None:
 
 
 def render(run: RunRecord, *, no_analysis: str = "") -> str:
-    """The report as HTML. `no_analysis` says why the winner's errors are not in it."""
+    """The report as HTML. `no_analysis` says why it lacks the winner's errors."""
     found = read_analysis(run)
-    search_charts, winner_charts = charts.search_charts(run), winner_figures(run, found)
-    cards = [_card("best-card", "Best", run.best, run)] if run.best is not None else []
-    if run.first is not None and run.first.name != run.best.name:
+    found_charts, about_winner = charts.search_charts(run), winner_figures(run, found)
+    best, first = run.best, run.first
+    cards = [_card("best-card", "Best", best, run)] if best is not None else []
+    if best is not None and first is not None and first.name != best.name:
         what = "Trial 0" if run.command.arguments.recipes else "Trial 0, the space's own recipe"
-        cards.append(_card("first-card", what, run.first, run))
+        cards.append(_card("first-card", what, first, run))
     return html_page.render(
         "report.html",
-        [*search_charts, *winner_charts],
+        [*found_charts, *about_winner],
         name=run.path.name,
         doc=run.space["doc"],
         headline=headline(run),
@@ -97,8 +101,8 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
         verdict=verdict(run),
         test=test_set.lines(run.folder),
         facts=facts(run),
-        search_charts=[chart.name for chart in search_charts],
-        winner_charts=[chart.name for chart in winner_charts],
+        search_charts=[chart.name for chart in found_charts],
+        winner_charts=[chart.name for chart in about_winner],
         winner=_winner(run),
         no_analysis=no_analysis,
         confused=found.most_confused() if found else [],
@@ -114,8 +118,9 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
 
 
 def winner_figures(run: RunRecord, found: ErrorAnalysis | None) -> list[charts.Chart]:
-    shown = [charts.confusion(found.counts, found.classes)] if found else []
-    return [*shown, charts.schedule(run.best_recipe)] if run.best_recipe else shown
+    recipe = run.best_recipe
+    shown = [winner_charts.confusion(found.counts, found.classes)] if found else []
+    return [*shown, winner_charts.schedule(recipe)] if recipe else shown
 
 
 # --- What ran, and what came of it ------------------------------------------------------------------------------------
@@ -133,24 +138,25 @@ def headline(run: RunRecord) -> str:
 
 
 def verdict(run: RunRecord) -> str:
-    """How sure the winner's lead on trial 0 is, in words; empty without both."""
+    """How certain the winner's lead over trial 0 is, in words; empty without both."""
     if run.best is None:
         return "No trial has completed, so there is no winner yet." if len(run.trials) else ""
     if not run.lead:
         return ""
     return (
         f"The winner is {run.lead}. It is the best of {len(run.completed)} trials on the same {run.num_valid} images "
-        "that are reported here, so expect a little more error on new ones."
+        "that are reported here, so expect a slightly larger error on new ones."
     )
 
 
-def _card(name: str, title: str, row: pd.Series, run: RunRecord) -> dict[str, Any]:
+def _card(name: str, title: str, row: "pd.Series[Any]", run: RunRecord) -> dict[str, Any]:
     error, interval = row["error_rate"], run.interval(row)
     lines = [f"validation error, trial {row.name}"]
     if interval:
         low, high = map(percent, interval)
-        wrong = round(error * run.num_valid)
-        lines.append(f"{wrong} of {run.num_valid} images wrong; 95 % interval {low} to {high}")
+        num_valid = run.num_valid or 0
+        wrong = round(error * num_valid)
+        lines.append(f"{wrong} of {num_valid} images wrong; 95 % interval {low} to {high}")
     if not math.isnan(row["tta_error_rate"]):
         lines.append(f"{percent(row['tta_error_rate'])} with test-time augmentation")
     lines.append(f"{row['seconds']:.0f} s of training and validation")
@@ -158,12 +164,12 @@ def _card(name: str, title: str, row: pd.Series, run: RunRecord) -> dict[str, An
 
 
 def facts(run: RunRecord) -> list[tuple[str, str]]:
-    """What ran and when, as terms and texts; what is not known is left out."""
+    """What ran and when, as terms and texts, as far as it is known."""
     last = run.epochs["finished_at"].max() if len(run.epochs) else ""
-    dimensions = "; ".join(f"{name} {values}" for name, values in run.space["dimensions"].items())
+    dimensions = "; ".join(f"{name} {dimension_text(saved)}" for name, saved in run.space["dimensions"].items())
     found = [
-        ("started", _moment(run.command.started_at)),
-        ("last epoch ended", _moment(last)),
+        ("started", _minute(run.command.started_at)),
+        ("last epoch ended", _minute(last)),
         ("images", run.command.data),
         ("split", _split(run)),
         ("searched", dimensions),
@@ -176,10 +182,8 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
 def _strategy(run: RunRecord) -> str:
     """Such as "searcher tpe, scheduler rungs, objective error, seed 6"."""
     strategy = asdict(run.command.strategy) if run.command.strategy else {}
-    known = {name: value for name, value in strategy.items() if value}
-    return ", ".join(
-        f"{name.replace('_', ' ')} {value}" for name, value in (known | {"seed": run.space["seed"]}).items()
-    )
+    chosen = {name: value for name, value in strategy.items() if value} | {"seed": run.space["seed"]}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.items())
 
 
 def _split(run: RunRecord) -> str:
@@ -220,7 +224,7 @@ def _node(cpus: float, gpus: float) -> str:
 def _winner(run: RunRecord) -> dict[str, Any] | None:
     if run.best is None:
         return None
-    settings = [(name, _said(run.best[name])) for name in run.dimensions]
+    settings = [(name, _short(run.best[name])) for name in run.dimensions]
     return {"number": run.best.name, "settings": settings}
 
 
@@ -236,7 +240,7 @@ class Column:
 
 
 def columns(run: RunRecord) -> list[Column]:
-    """The columns of the table: outcome, cost, what was searched or pinned, and why it ended."""
+    """The columns of the table: outcome, cost, searched and pinned settings, and why a trial ended."""
     shown = [Column("trial", "number"), Column("status", "status", is_text=True), Column("epochs", "epochs_done")]
     shown.append(Column("error", "error_rate", is_share=True))
     if run.trials["tta_error_rate"].notna().any():
@@ -246,29 +250,25 @@ def columns(run: RunRecord) -> list[Column]:
     shown += [Column("loss", "valid_loss"), Column("seconds", "seconds")]
     known = {"number", "trial_id", *SCORES, *(column.source for column in shown)}
     known |= {CONFIRMED, "epochs_total", "overhead_seconds", "images_per_second", "reason"}
-    for name in (name for name in run.trials.columns if name not in known):
-        shown.append(Column(name, name, is_text=not pd.api.types.is_numeric_dtype(run.trials[name])))
+    settings = [name for name in run.trials.columns if name not in known]
+    shown += [Column(name, name, is_text=not is_numeric_dtype(run.trials[name])) for name in settings]
     return [*shown, Column("reason", "reason", is_text=True)]
 
 
 def table(run: RunRecord) -> list[dict[str, Any]]:
-    """A row per trial, best first, as the page shows it."""
+    """A row per trial, best first."""
     shown, best = columns(run), None if run.best is None else run.best.name
     order = run.trials.sort_values(["error_rate", "valid_loss", "number"], kind="stable", na_position="last")
     return [
-        {
-            "status": row["status"],
-            "is_best": number == best,
-            "cells": [_cell(row, column) for column in shown],
-        }
+        {"status": row["status"], "is_best": number == best, "cells": [_cell(row, column) for column in shown]}
         for number, row in order.iterrows()
     ]
 
 
-def _cell(row: pd.Series, column: Column) -> dict[str, str]:
+def _cell(row: "pd.Series[Any]", column: Column) -> dict[str, str]:
     value = row[column.source]
     missing = isinstance(value, float) and math.isnan(value)
-    text = "" if missing else percent(value) if column.is_share else _said(value)
+    text = "" if missing else percent(value) if column.is_share else _short(value)
     if column.source == "epochs_done":
         text = f"{row['epochs_done']}/{row['epochs_total']}"
     elif column.source == "seconds":
@@ -277,13 +277,13 @@ def _cell(row: pd.Series, column: Column) -> dict[str, str]:
     return {"text": text, "value": "" if missing else str(value), "kind": kind}
 
 
-def _said(value: Any) -> str:
-    """A number in three digits; anything else as it is."""
+def _short(value: Any) -> str:
+    """A float in three digits; anything else as it is."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _moment(text: str) -> str:
-    """An ISO time as people write it, to the minute and with its offset."""
+def _minute(text: str) -> str:
+    """An ISO time to the minute, with its offset."""
     return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M %z") if text else ""
 
 

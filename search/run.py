@@ -10,12 +10,13 @@ from datetime import datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from search.cli.messages import INTERRUPTED, Interruptible, run_cli, say, show_progress
+from search.cli.messages import Interruptible, say, show_progress
 from search.cluster.connect import check_address, prepare_environment, start_ray
 from search.options.arguments import parse_arguments, resume_command
 from search.options.preparation import check_weights, find_data, pinned, presize_here, say_depth, searched_space
 from search.options.search_options import SearchOptions
 from search.spaces.space import Space
+from trainables.system.command_line import INTERRUPTED, run_cli
 from trainables.system.text import duration, many, shell_command
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def execute(run: "RunOptions", *, resume: bool) -> bool:
     """Run the trials to the end of the search; whether the user interrupted it."""
     import ray
 
-    from search.cli.errors import errors_said
+    from search.cli.errors import report_errors
     from search.tuning.searcher import end_study
     from search.tuning.tuner import new_tuner, restored_tuner
 
@@ -240,7 +241,7 @@ def execute(run: "RunOptions", *, resume: bool) -> bool:
     finally:
         ray.shutdown()
     if not search.interrupted:  # then --resume continues its trials
-        with errors_said("the study could not be brought up to date"):
+        with report_errors("the study could not be brought up to date"):
             end_study(run.folder.journal, run.space.name)
     return search.interrupted
 
@@ -250,14 +251,14 @@ def execute(run: "RunOptions", *, resume: bool) -> bool:
 
 def conclude(run: "RunOptions", seconds: float, *, interrupted: bool) -> int:
     """The leaderboard, where things are, and what to do next. The exit code: 0 if there is a winner."""
-    from search.cli.errors import errors_said
+    from search.cli.errors import report_errors
     from search.reporting.live_table import counts
     from search.reporting.test_set import read_once
     from search.runs.results_table import FAILED, RUNNING, leaders, read_trials
     from trainables.training import checkpoint
 
     rows = read_trials(run.folder.trials)
-    with errors_said("states of ended trials could not be removed"):
+    with report_errors("states of ended trials could not be removed"):
         for row in rows:
             if row["status"] != RUNNING:  # an epoch that was running when the search ended has left its state
                 checkpoint.drop(run.folder.checkpoints / row["trial_id"])
@@ -296,12 +297,12 @@ def print_trials(run: "RunOptions", rows: "list[Row]") -> None:
 
 def say_results(run: "RunOptions") -> None:
     """What the search found, where it is, and the next command."""
-    from search.cli.errors import errors_said
+    from search.cli.errors import report_errors
     from search.reporting.summary import summary
     from search.reporting.test_set import lines
     from search.runs.run_record import load
 
-    with errors_said("no summary"):
+    with report_errors("no summary"):
         for line in (*summary(load(run.folder.path)), *lines(run.folder)):
             say(line)
     say(f"table: {run.folder}/trials.csv    best checkpoint: {run.folder}/best/")
@@ -312,10 +313,10 @@ def say_results(run: "RunOptions") -> None:
 
 def ended_by_failures(run: "RunOptions", rows: "list[Row]") -> bool:
     """Whether too many consecutive failures aborted the search; says so."""
-    from search.runs.results_table import FAILED, failures_in_a_row
+    from search.runs.results_table import FAILED, consecutive_failures
     from trainables.ray.retry_limits import MAX_CONSECUTIVE_FAILURES
 
-    if failures_in_a_row(run.folder) < MAX_CONSECUTIVE_FAILURES:
+    if consecutive_failures(run.folder) < MAX_CONSECUTIVE_FAILURES:
         return False
     last = [row for row in rows if row["status"] == FAILED][-1]
     say(f"ended early: {MAX_CONSECUTIVE_FAILURES} trials failed, one after another; the last one: {last['reason']}")
@@ -326,14 +327,14 @@ def write_last_report(run: "RunOptions", *, analysis: bool) -> None:
     """The report of a search that has ended. Whatever goes wrong with it, the search has its results."""
     if run.options.report == "off":
         return
-    from search.cli.errors import errors_said
+    from search.cli.errors import report_errors
     from search.report import write_report
     from search.reporting.live_report import end_live_report
     from search.runs.run_record import load
 
     end_live_report(run.folder)
     try:
-        with errors_said("no report"):
+        with report_errors("no report"):
             write_report(load(run.folder.path), run.folder.report, analysis=analysis)
     except KeyboardInterrupt:
         say(f"report skipped. Write it with: {shell_command('search.report', run.folder)}")

@@ -15,7 +15,12 @@ from PIL import Image
 from search.runs.results_table import COMPLETED, EPOCH_COLUMNS, FAILED, METRICS, STOPPED, as_csv
 from trainables.recipe import Recipe
 
-DIMENSIONS = {"arch": "resnet18, resnet34", "epochs": "1..3", "lr_max": "0.0001..0.01 (log)", "mixup_alpha": "0..0.4"}
+DIMENSIONS = {
+    "arch": {"values": ["resnet18", "resnet34"]},
+    "epochs": {"low": 1, "high": 3, "log": False, "off": False},
+    "lr_max": {"low": 0.0001, "high": 0.01, "log": True, "off": False},
+    "mixup_alpha": {"low": 0, "high": 0.4, "log": False, "off": False},
+}
 DISTRIBUTIONS = {
     "arch": optuna.distributions.CategoricalDistribution(["resnet18", "resnet34"]),
     "epochs": optuna.distributions.IntDistribution(1, 3),
@@ -67,6 +72,8 @@ def write_run(
     columns = ["number", "trial_id", "status", *METRICS, "seconds", *DIMENSIONS, "reason"]
     (folder / "trials.csv").write_text(as_csv(columns, trials))
     (folder / "epochs.csv").write_text(as_csv(EPOCH_COLUMNS, epochs))
+    rungs = {row["trial_id"]: 50 for row in trials if row["status"] == STOPPED}
+    (folder / "rungs.json").write_text(json.dumps({"reasons": dict.fromkeys(rungs, "bad"), "rungs": rungs}))
     _write_frame(folder, name)
     _write_study(folder, name, trials)
     done = [row for row in trials if row["status"] == COMPLETED]

@@ -1,7 +1,7 @@
 """Self-contained HTML pages: charts, styles and scripts in one file that opens without a network.
 
-A page may show texts of others' making (class names, paths, reasons). They are escaped, and its content security policy
-lets only the scripts run that are named there by their hash, so a text that slipped through would still not run.
+A page may show untrusted texts (class names, paths, reasons). They are escaped. As a second barrier, its content
+security policy allows only the scripts that it lists by hash.
 """
 
 import base64
@@ -19,11 +19,11 @@ from search.reporting.charts import Chart
 from trainables.system.text import percent
 
 FOLDER = Path(__file__).parent / "pages"
-HEIGHT = 400  # px of a chart that asks for no other
+HEIGHT = 400  # px, of a chart that sets none
 
 
 def render(template: str, charts: Sequence[Chart], **context: Any) -> str:
-    """The HTML text of `pages/<template>`, which finds its charts by name in `charts`."""
+    """The HTML of `pages/<template>`, which refers to `charts` by name."""
     plotly, script = get_plotlyjs().replace("\r\n", "\n"), (FOLDER / "page.js").read_text(encoding="utf-8")
     sources = " ".join(f"'sha256-{_hash(text)}'" for text in (plotly, script))
     return _environment().get_template(template).render(
@@ -36,7 +36,7 @@ def render(template: str, charts: Sequence[Chart], **context: Any) -> str:
 
 
 def chart_data(chart: Chart) -> str:
-    """A chart for the page's script, as JSON that cannot end the element it stands in."""
+    """A chart for the page's script, as JSON that cannot close its HTML element."""
     figure = go.Figure(chart.figure)
     figure.update_layout(
         template=go.layout.Template(),
@@ -47,7 +47,8 @@ def chart_data(chart: Chart) -> str:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
     )
-    return figure.to_json().replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    text: str = figure.to_json()
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 @cache

@@ -1,28 +1,31 @@
-"""What a person sees while a search runs: a live table on a terminal, a line per event in a log file."""
+"""What a running search shows: a live table on a terminal, or a line per event in a log file."""
 
 import math
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray import tune
-from rich.console import Console, Group
+from ray.tune.experiment import Trial
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from search.runs.results_table import COMPLETED, CONFIRMED, RUNNING, ResultsTable, Row, leaders, row_of
+from search.runs.csv_file import Row
+from search.runs.results_table import COMPLETED, CONFIRMED, RUNNING, ResultsTable, leaders, row_of
 from search.runs.time_budget import seconds_spent
 from search.spaces.space import NamedRecipe
 from trainables.ray.trial import table_id
 from trainables.system.text import duration, percent
 
-SHOWN = 8
+MAX_SHOWN = 8  # completed trials
 
 
 class Leaderboard(tune.Callback):
-    """Reads the results table, so it must come after it among the callbacks."""
+    """Reads the results table, so it must follow it in the list of callbacks."""
 
     def __init__(self, table: ResultsTable, *, num_trials: int, time_budget: float | None) -> None:
         self.table = table
@@ -32,7 +35,7 @@ class Leaderboard(tune.Callback):
         self.spent_before = 0.0
         self.live: Live | None = None
 
-    def setup(self, **info: Any) -> None:
+    def setup(self, *args: Any, **info: Any) -> None:
         self.started = time.monotonic()
         self.spent_before = seconds_spent(self.table.folder)
         self.ended_before = self._num_ended()
@@ -41,30 +44,35 @@ class Leaderboard(tune.Callback):
             self.live = Live(console=self.console, get_renderable=self._render, refresh_per_second=2, transient=True)
             self.live.start()
 
-    def on_trial_start(self, iteration: int, trials: list, trial, **info: Any) -> None:
-        row = self.table.rows[table_id(trial)]
+    def _row(self, trial: Trial) -> Row:
+        return self.table.rows[table_id(trial)]
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        row = self._row(trial)
         self._say(row, f"starts: {_recipe(row, self.table.dimensions)}")
 
-    def on_trial_result(self, iteration: int, trials: list, trial, result: dict[str, Any], **info: Any) -> None:
-        row = self.table.rows[table_id(trial)]
-        if not result["failure"]:
-            epoch = f"epoch {row['epochs_done']}/{row['epochs_total']} ({result['stage']})"
-            losses = f"train loss {result['train_loss']:.3f}, valid loss {row['valid_loss']:.3f}"
-            parts = result.get("batch_parts", 1)  # more than one where the memory did not suffice
-            split = f", each batch in {parts} parts for want of memory" if parts > 1 else ""
-            self._say(
-                row, f"{epoch}: error {_percent(row)}, {losses}, {result['images_per_second']:.0f} images/s{split}"
-            )
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        row = self._row(trial)
+        if result["failure"]:
+            return
+        epoch = f"epoch {row['epochs_done']}/{row['epochs_total']} ({result['stage']})"
+        losses = f"train loss {result['train_loss']:.3f}, valid loss {row['valid_loss']:.3f}"
+        parts = result.get("batch_parts", 1)
+        split = f", each batch in {parts} parts to save memory" if parts > 1 else ""
+        speed = f"{result['images_per_second']:.0f} images/s"
+        self._say(row, f"{epoch}: error {_percent(row['error_rate'])}, {losses}, {speed}{split}")
 
-    def on_trial_complete(self, iteration: int, trials: list, trial, **info: Any) -> None:
-        row = self.table.rows[table_id(trial)]
-        reason = f": {row['reason']}" if row["reason"] else f": error {_percent(row)}"
-        self._say(row, f"{row['status']}{reason}. {self._summary()}")
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        row = self._row(trial)
+        outcome = row["reason"] or f"error {_percent(row['error_rate'])}"
+        self._say(row, f"{row['status']}: {outcome}. {self._summary()}")
 
-    def on_trial_error(self, iteration: int, trials: list, trial, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self.on_trial_complete(iteration, trials, trial)
 
-    def on_experiment_end(self, trials: list, **info: Any) -> None:
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         self.close()
 
     def close(self) -> None:
@@ -73,12 +81,11 @@ class Leaderboard(tune.Callback):
             self.live = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"live": None, "console": None}  # Tune pickles its callbacks; a terminal does not travel
+        return self.__dict__ | {"live": None, "console": None}  # Tune pickles its callbacks; a terminal cannot be
 
     def _say(self, row: Row, text: str) -> None:
         if self.live is None:
-            clock = time.strftime("%H:%M:%S")
-            line = f"{clock}  trial {row['number']:<3} {text}"
+            line = f"{time.strftime('%H:%M:%S')}  trial {row['number']:<3} {text}"
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _num_ended(self) -> int:
@@ -86,9 +93,11 @@ class Leaderboard(tune.Callback):
 
     def _summary(self) -> str:
         best = leaders(self.table.rows.values())
-        incumbent = f"best error {_percent(best[0])} (trial {best[0]['number']})" if best else "no trial completed yet"
-        most = max(self.num_trials, len(self.table.rows))  # other trials than before may be trained again
-        return f"{self._num_ended()}/{most} trials ended, {incumbent}, {self._time_left()}"
+        incumbent = "no trial completed yet"
+        if best:
+            incumbent = f"best error {_percent(best[0]['error_rate'])} (trial {best[0]['number']})"
+        total = max(self.num_trials, len(self.table.rows))  # after an extension, more trials may be trained again
+        return f"{self._num_ended()}/{total} trials ended, {incumbent}, {self._time_left()}"
 
     def _time_left(self) -> str:
         elapsed = time.monotonic() - self.started
@@ -97,16 +106,16 @@ class Leaderboard(tune.Callback):
         if ended:
             guesses.append(elapsed / ended * (self.num_trials - self._num_ended()))
         left = f", about {duration(max(0, min(guesses)))} left" if guesses else ""
-        return f"{duration(self.spent_before + elapsed)} gone{left}"
+        return f"{duration(self.spent_before + elapsed)} elapsed{left}"
 
     def _render(self) -> Group:
-        """No higher than the terminal: half of it for the running trials, the rest for the best ones."""
+        """At most as high as the terminal: half for the running trials, the rest for the best ones."""
         rows = list(self.table.rows.values())
         running = [row for row in rows if row["status"] == RUNNING]
         height = self.console.size.height
         shown = running[: max(1, height // 2 - 3)]
-        best = leaders(rows)[: max(0, min(SHOWN, height - len(shown) - 7))]  # below: two lines or three
-        parts = [rows_table([*shown, *best], self.table.dimensions, fold=False)]
+        best = leaders(rows)[: max(0, min(MAX_SHOWN, height - len(shown) - 7))]  # two or three lines follow
+        parts: list[RenderableType] = [rows_table([*shown, *best], self.table.dimensions, fold=False)]
         if len(shown) < len(running):
             parts.append(Text(f"and {len(running) - len(shown)} more running", style="dim"))
         bar = Table.grid(expand=True)
@@ -116,50 +125,47 @@ class Leaderboard(tune.Callback):
 
 def leaderboard(rows: list[Row], dimensions: list[str]) -> Table:
     """The best completed trials, as a table for `rich`."""
-    return rows_table(leaders(rows)[:SHOWN], dimensions)
+    return rows_table(leaders(rows)[:MAX_SHOWN], dimensions)
 
 
 def rows_table(rows: list[Row], dimensions: list[str], *, fold: bool = True) -> Table:
-    """Trials as a table for `rich`, a running one with a bar of its epochs; without `fold`, a line each."""
+    """Trials as a table for `rich`, with a bar for the epochs of a running one; without `fold`, one line each."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    widths = {"trial": 5, "status": 10, "epochs": 6, "error": 7, "loss": 5, "seconds": 7}  # recipes give way first
+    # With these widths, only the recipe shrinks in a narrow terminal.
+    widths = {"trial": 5, "status": 10, "epochs": 6, "error": 7, "loss": 5, "seconds": 7}
     for name, width in widths.items():
         table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True, min_width=width)
-    more = {name: of_row for name, of_row in MORE.items() if any(map(of_row, rows))}
-    for name in more:
+    optional = {name: cell for name, cell in OPTIONAL_COLUMNS.items() if any(map(cell, rows))}
+    for name in optional:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("recipe", overflow="fold")
     for row in rows:
-        known = row["epochs_done"] > 0
-        cells = [str(row["number"]), _status(row), f"{row['epochs_done']}/{row['epochs_total']}"]
-        cells += [_percent(row) if known else "", f"{row['valid_loss']:.3f}" if known else "", f"{row['seconds']:.0f}"]
-        cells += [of_row(row) for of_row in more.values()]
+        scores = [_percent(row["error_rate"]), f"{row['valid_loss']:.3f}"] if row["epochs_done"] > 0 else ["", ""]
+        cells = [str(row["number"]), _status(row), f"{row['epochs_done']}/{row['epochs_total']}", *scores]
+        cells.append(f"{row['seconds']:.0f}")
+        cells += [cell(row) for cell in optional.values()]
         recipe = _recipe(row, dimensions)
-        # The column may wrap, or it would not give way: it is the text that does not.
+        # A column that cannot wrap would not shrink, so only its text does not wrap.
         table.add_row(*cells, recipe if fold else Text(recipe, no_wrap=True, overflow="ellipsis"))
     return table
 
 
-MORE = {
-    "confirmed": lambda row: _share(row.get(CONFIRMED)),  # the mean of the retrainings
+OPTIONAL_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "confirmed": lambda row: _percent(row.get(CONFIRMED)),  # the mean of the retrainings
     "front": lambda row: "*" if row.get("front") else "",
 }
-"""Columns that only some searches have."""
 
 
 def _status(row: Row) -> str | ProgressBar:
     if row["status"] != RUNNING:
-        return row["status"]
+        return str(row["status"])
     done, total = row["epochs_done"], row["epochs_total"]
     return ProgressBar(total=total, completed=done, width=10, pulse=done == 0)
 
 
 def recipes_table(dimensions: list[str], recipes: Sequence[NamedRecipe], rows: list[Row]) -> Table:
-    """Named recipes with the errors that they reached here and those that were published, as a table for `rich`.
-
-    The columns of published errors are there only where there are any.
-    """
-    published = [[_share(recipe.error_rate), _share(recipe.tta_error_rate)] for recipe in recipes]
+    """Named recipes with their errors here and, where known, the published ones, as a table for `rich`."""
+    published = [[_percent(recipe.error_rate), _percent(recipe.tta_error_rate)] for recipe in recipes]
     shown = [any(errors) for errors in zip(*published, strict=True)]
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("recipe")
@@ -182,26 +188,20 @@ def _recipe_cells(row: Row | None) -> list[str]:
     costs = [str(row["number"]), f"{row['epochs_done']}/{row['epochs_total']}", f"{row['seconds']:.0f}"]
     if row["status"] != COMPLETED:
         return [*costs, row["status"], ""]
-    return [*costs, _share(row["error_rate"]), _share(row["tta_error_rate"])]
+    return [*costs, _percent(row["error_rate"]), _percent(row["tta_error_rate"])]
 
 
 def counts(rows: list[Row]) -> str:
-    by_status = {
-        status: sum(row["status"] == status for row in rows) for status in dict.fromkeys(r["status"] for r in rows)
-    }
-    return ", ".join(f"{count} {status}" for status, count in by_status.items())
+    """Such as "7 completed, 3 stopped early"."""
+    return ", ".join(f"{count} {status}" for status, count in Counter(row["status"] for row in rows).items())
+
+
+def _percent(error_rate: float | None) -> str:
+    return "" if error_rate is None or math.isnan(error_rate) else percent(error_rate)
 
 
 def _recipe(row: Row, dimensions: list[str]) -> str:
     return "  ".join(f"{name} {_short(row[name])}" for name in dimensions)
-
-
-def _percent(row: Row) -> str:
-    return _share(row["error_rate"])
-
-
-def _share(error_rate: float | None) -> str:
-    return "" if error_rate is None or math.isnan(error_rate) else percent(error_rate)
 
 
 def _short(value: Any) -> str:

@@ -1,12 +1,11 @@
-"""`--test-split`: images held out of a whole search and read once at its end, for the winner and for trial 0."""
+"""`--test-split`: images held out of a whole search and read once, at its end, for the winner and trial 0."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.cli.errors import errors_said, told
+from search.cli.errors import error_line, report_errors
 from search.cli.messages import say
 from search.options.arguments import resume_command
 from search.runs.command import CommandRecord
@@ -20,8 +19,7 @@ from trainables.system.text import many, percent, some
 if TYPE_CHECKING:
     from search.runs.paths import RunFolder
 
-CHANCE = 0.05
-"""A difference that chance makes as often as this, or more often, counts as noise."""
+SIGNIFICANCE = 0.05  # a larger p-value may be noise
 
 
 # --- Before the search ------------------------------------------------------------------------------------------------
@@ -30,31 +28,33 @@ CHANCE = 0.05
 def hold_out(
     images: ImageFolder, test_split: float | Path | str | None, seed: int, *, read: bool = False
 ) -> ImageFolder:
-    """The images that the search may know; says how many it may not, and whether they have been `read` already. Raises
-    `DataError` where that cannot be."""
+    """The images that the search may use; prints how many are held out, and whether they were `read` already.
+
+    Raises `DataError` if the test images cannot be held out.
+    """
     if test_split is None:
         return images
     test = held_out(images, test_split, seed)
-    when = "they have been read, and are not read again" if read else "they are opened once, when the search has ended"
+    when = "already read, and not read again" if read else "opened once, after the search"
     say(f"test: {len(test.paths)} images held out; {when}")
     return without_test_images(images, held_share(test_split), seed)
 
 
 def source_of(source: str, test_split: float | Path | None, seed: int) -> str | WithoutTestImages:
-    """Where every node gets the images from that the search may know."""
+    """Where every node gets the images that the search may use."""
     share = held_share(test_split)
     return source if share is None else WithoutTestImages(source, share, seed)
 
 
 def held_out(images: ImageFolder, test_split: float | Path | str, seed: int) -> ImageFolder:
     """The test images: a share of all `images`, or a folder with others of the same classes."""
-    if held_share(test_split) is not None:
+    if isinstance(test_split, float):
         return set_aside(images, test_split, seed)[1]
     test = find_unchecked(test_split)
     if different := sorted(set(images.classes) ^ set(test.classes)):
         raise DataError(
-            f"--test-split {test.root} has other classes than {images.root}: only one of the two has "
-            f"{some(different, 'class', 'classes')}. Class names are compared letter by letter."
+            f"--test-split {test.root} does not have the classes of {images.root}: only one of them has "
+            f"{some(different, 'class', 'classes')}. Class names must match exactly."
         )
     if both := len(_identities(test) & _identities(images)):
         raise DataError(
@@ -65,7 +65,7 @@ def held_out(images: ImageFolder, test_split: float | Path | str, seed: int) -> 
 
 
 def _identities(images: ImageFolder) -> set[tuple[int, int]]:
-    """Of the files themselves, whatever links lead to them."""
+    """Device and inode of the files, which identify them whatever links lead to them."""
     found = [images.root / path for path in images.paths]
     return {(status.st_dev, status.st_ino) for status in (path.stat() for path in found if path.exists())}
 
@@ -74,38 +74,39 @@ def _identities(images: ImageFolder) -> set[tuple[int, int]]:
 
 
 def read_once(folder: "RunFolder", digest: str | None) -> None:
-    """Label the test images with the winner and with trial 0, and keep the outcome in the run's test.json.
+    """Label the test images with the winner and with trial 0, and save the outcome in the run's test.json.
 
-    Does nothing where that is there already, or none were held out. `digest` is that of the images that the search
-    knew. Whatever goes wrong, such as running out of memory, the search has its results: it is said.
+    Does nothing if test.json exists or no images were held out. `digest` is that of the images that the search used.
+    Errors, such as running out of memory, are only printed: the search has its results.
     """
     from search.runs.atomic_files import write_atomically
 
     command = CommandRecord.load(folder.path)
     if command.arguments.test_split is None or folder.test.is_file():
         return
-    once_more = resume_command(folder.path, command.arguments.address)
+    retry = resume_command(folder.path, command.arguments.address)
     try:
-        with errors_said("no test", once_more):
+        with report_errors("no test", retry):
             outcome = measure(folder, _test_images(command, digest))
             write_atomically(folder.test, json.dumps(outcome, indent=2) + "\n")
     except KeyboardInterrupt:
-        say(f"test left out. Once more: {once_more}")
+        say(f"test skipped. To run it: {retry}")
 
 
 def _test_images(command: CommandRecord, digest: str | None) -> ImageFolder:
     from trainables.data.source import images_digest
 
     images, options, seed = find_images(command.data), command.arguments, command.split_seed
+    assert options.test_split is not None  # see read_once
     if images_digest(without_test_images(images, options.held_out_share, seed)) != digest:
         raise DataError(
-            f"the images in {images.root} are others than when the search began, so some may have been trained on"
+            f"the images in {images.root} have changed since the search began, so it may have trained on some of them"
         )
     return held_out(images, options.test_split, seed)
 
 
 def measure(folder: "RunFolder", test: ImageFolder) -> dict[str, Any]:
-    """What test.json holds, see `results/README.md`. Raises `DataError` where no test image can be read."""
+    """The content of test.json, see `results/README.md`. Raises `DataError` if no test image can be read."""
     from trainables.system.new_process import in_new_process
 
     models = {_number(model): model for model in (folder.first, folder.best) if model.is_dir()}
@@ -125,10 +126,9 @@ def measure(folder: "RunFolder", test: ImageFolder) -> dict[str, Any]:
 
 
 def label(models: Sequence[Path], test: ImageFolder) -> list[list[bool | None]]:
-    """For each model, whether it labels each image right, as validation in training would; None: it cannot be read.
+    """For each model, whether it labels each image correctly, as validation in training would; None: it is unreadable.
 
-    Runs in a process of its own. Raises `ValueError` alone: torch's errors are nothing that the one which asks could
-    read without importing torch.
+    Runs in a separate process. Raises only `ValueError`: the caller could not unpickle torch's errors without torch.
     """
     from trainables.inference.predictor import Predictor
 
@@ -140,11 +140,11 @@ def label(models: Sequence[Path], test: ImageFolder) -> list[list[bool | None]]:
             for each in predictions
         ]
     except Exception as error:
-        raise ValueError(told(error)) from None
+        raise ValueError(error_line(error)) from None
 
 
 def score(number: int, right: Sequence[bool]) -> dict[str, Any]:
-    """The error of a trial on the images that it has right or wrong, with its 95 % Wilson interval."""
+    """The error of a trial whose labels are `right` or wrong, with its 95 % Wilson interval."""
     wrong, total = len(right) - sum(right), len(right)
     error_rate = wrong / total
     interval = wilson_interval(error_rate, total)
@@ -152,51 +152,48 @@ def score(number: int, right: Sequence[bool]) -> dict[str, Any]:
 
 
 def compare(winner: Sequence[bool], first: Sequence[bool]) -> dict[str, Any]:
-    """How many images only one of the two has right, and the p-value of the exact McNemar test (two-sided)."""
+    """How many images only one of the two labels correctly, and the p-value of the exact McNemar test (two-sided)."""
     only_winner = sum(a and not b for a, b in zip(winner, first, strict=True))
     only_first = sum(b and not a for a, b in zip(winner, first, strict=True))
-    return {
-        "only_winner_right": only_winner,
-        "only_trial_0_right": only_first,
-        "p_value": mcnemar(only_winner, only_first),
-    }
+    p_value = mcnemar(only_winner, only_first)
+    return {"only_winner_right": only_winner, "only_trial_0_right": only_first, "p_value": p_value}
 
 
 def mcnemar(one: int, other: int) -> float:
-    """How often chance would make two counts so different, or more, were each image as likely in either (McNemar
-    1947, by the binomial distribution)."""
-    both = one + other
-    return min(1.0, 2 * sum(math.comb(both, k) for k in range(min(one, other) + 1)) / 2**both)
+    """How often chance alone would make two counts differ at least this much (McNemar 1947, exact)."""
+    from scipy.stats import binomtest  # takes a second to import
+
+    return float(binomtest(one, one + other).pvalue) if one + other else 1.0
 
 
 def _number(model: Path) -> int:
-    return read_json(model / "metrics.json")["number"]
+    return int(read_json(model / "metrics.json")["number"])
 
 
 # --- In words ---------------------------------------------------------------------------------------------------------
 
 
 def read_test(folder: "RunFolder") -> dict[str, Any] | None:
-    """What the run's test.json holds, or None where the test images have not been read."""
+    """The content of the run's test.json, or None if the test images have not been read."""
     return read_json(folder.test) if folder.test.is_file() else None
 
 
 def lines(folder: "RunFolder") -> list[str]:
-    """What test.json says, in words; none where there is none yet."""
+    """The content of test.json in words; empty if there is none yet."""
     if (found := read_test(folder)) is None:
         return []
     winner, first = found["winner"], found["trial_0"]
-    texts = [f"{said(winner)}; {said(first)}" if first else said(winner)]
+    texts = [f"{describe_score(winner)}; {describe_score(first)}" if first else describe_score(winner)]
     if first:
-        texts.append(_difference(winner["trial"], found["pair"]))
+        texts.append(_describe_difference(winner["trial"], found["pair"]))
     if found["unreadable"]:
-        texts.append(f"{many(found['unreadable'], 'image')} left out, which could not be read")
+        texts.append(f"{many(found['unreadable'], 'image')} skipped: unreadable")
     if folder.best.is_dir() and (number := _number(folder.best)) != winner["trial"]:
-        texts.append(f"trial {number} has won since, and has no test: the images are read once")
+        texts.append(f"trial {number} has won since, but is not tested: the images are read only once")
     return [f"test: {text}" for text in texts]
 
 
-def said(scored: dict[str, Any]) -> str:
+def describe_score(scored: dict[str, Any]) -> str:
     """The error of one trial, with its interval."""
     low, high = (100 * end for end in scored["interval"])
     return (
@@ -205,10 +202,11 @@ def said(scored: dict[str, Any]) -> str:
     )
 
 
-def _difference(number: int, pair: dict[str, Any]) -> str:
+def _describe_difference(number: int, pair: dict[str, Any]) -> str:
     ours, theirs = pair["only_winner_right"], pair["only_trial_0_right"]
-    counts = f"{ours} images only trial {number} has right, {theirs} only trial 0 (McNemar's p {pair['p_value']:.2g})"
-    if pair["p_value"] >= CHANCE:
+    p_value = pair["p_value"]
+    counts = f"only trial {number} is right on {ours} images, only trial 0 on {theirs} (McNemar's p {p_value:.2g})"
+    if p_value >= SIGNIFICANCE:
         return f"{counts}: the difference may be noise"
     better, worse = (number, 0) if ours > theirs else (0, number)
     return f"{counts}: trial {better} is better than trial {worse} by more than noise"

@@ -42,3 +42,7 @@ class RunFolder:
     def stop_reasons(self) -> dict[str, str]:
         """Why trials were stopped early, by trial id, as the scheduler keeps it in its state file."""
         return dict(json.loads(self.rungs.read_text())["reasons"]) if self.rungs.is_file() else {}
+
+    def stop_rungs(self) -> dict[str, int]:
+        """The rung, in percent, at which trials were stopped early, by trial id; empty for runs of earlier versions."""
+        return dict(json.loads(self.rungs.read_text()).get("rungs", {})) if self.rungs.is_file() else {}

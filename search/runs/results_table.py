@@ -1,4 +1,4 @@
-"""The results table: `trials.csv` with one row a trial, `epochs.csv` with one row an epoch."""
+"""The results table: `trials.csv` with one row per trial, `epochs.csv` with one row per epoch."""
 
 import math
 import shutil
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.experiment import Trial
 
 from search.options.strategy import CONFIRM_SEEDS
 from search.runs.atomic_files import append_line, write_atomically
-from search.runs.csv_file import Row, as_csv, as_text, decimal, moment, one_of, read_table, whole, whole_or_none
+from search.runs.csv_file import Kind, Row, as_csv, as_text, decimal, moment, one_of, read_table, whole, whole_or_none
 from search.runs.kept_models import KeptModels
 from search.runs.paths import RunFolder
 from trainables.ray.trial import RETRAINS, table_id
@@ -21,38 +22,28 @@ from trainables.training import checkpoint
 from trainables.training.checkpoint import WEIGHTS_FILE
 
 COMPLETED, STOPPED, FAILED, RUNNING = "completed", "stopped early", "failed", "running"
-RETRAINED = "retrained"
-"""A trial that was one of the best once more, with another seed. It does not compete."""
+RETRAINED = "retrained"  # one of the best trials again, with another seed; it is not ranked
 METRICS = ("error_rate", "tta_error_rate", "valid_loss", "accuracy", "epochs_done", "epochs_total")
-SCORES = METRICS[:4]
-"""Metrics that a trial without a finished epoch, or a failed one, does not have."""
+SCORES = METRICS[:4]  # a failed trial, or one without a finished epoch, has none
 COSTS = ("seconds", "overhead_seconds", "images_per_second")
-CONFIRMED = "confirmed_error_rate"
-"""Mean error rate of a trial's retrainings."""
+CONFIRMED = "confirmed_error_rate"  # mean of a trial's retrainings
 EPOCH_COLUMNS = [
-    "number",
-    "trial_id",
-    "epoch",
-    "stage",
-    "progress",
-    "train_loss",
-    "valid_loss",
-    "error_rate",
-    "accuracy",
+    *("number", "trial_id", "epoch", "stage", "progress", "train_loss", "valid_loss", "error_rate", "accuracy"),
+    *("train_seconds", "valid_seconds", "images_per_second", "train_images", "valid_images", "batch_parts"),
+    "finished_at",
 ]
-EPOCH_COLUMNS += ["train_seconds", "valid_seconds", "images_per_second", "train_images", "valid_images", "batch_parts"]
-EPOCH_COLUMNS += ["finished_at"]
 
-TRIAL_KINDS = {
+TRIAL_KINDS: dict[str, Kind] = {
     "number": whole,
     "status": one_of(COMPLETED, STOPPED, FAILED, RUNNING, RETRAINED),
     **dict.fromkeys((*SCORES, *COSTS, CONFIRMED), decimal),
     **dict.fromkeys(("epochs_done", "epochs_total"), whole),
     RETRAINS: whole_or_none,
 }
-"""What the fields of `trials.csv` are; those of settings are text."""
+"""Types of the fields of `trials.csv`; settings are texts."""
 TRIAL_NEEDED = ("number", "trial_id", "status", "error_rate", "epochs_done", "epochs_total")
-EPOCH_KINDS = dict.fromkeys(EPOCH_COLUMNS, decimal) | {
+EPOCH_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(EPOCH_COLUMNS, decimal),
     **dict.fromkeys(("number", "epoch"), whole),
     **dict.fromkeys(("trial_id", "stage"), str),
     **dict.fromkeys(("progress", "train_images", "valid_images", "batch_parts"), whole_or_none),
@@ -62,8 +53,8 @@ EPOCH_NEEDED = ("number", "trial_id", "epoch", "error_rate")
 
 
 def rank(row: Row) -> tuple[float, ...]:
-    """Sorts completed trials best first: lowest mean error rate of the retrainings, those without them last; then
-    lowest error rate, ties by validation loss, and then the earlier one."""
+    """Key that sorts completed trials best first: by the mean error rate of their retrainings (none: last), then by
+    error rate, validation loss, and number."""
     confirmed = row.get(CONFIRMED, math.nan)
     return (math.inf if math.isnan(confirmed) else confirmed), row["error_rate"], row["valid_loss"], row["number"]
 
@@ -83,12 +74,12 @@ def pareto_front(rows: Iterable[Row]) -> list[Row]:
 
 
 class ResultsTable(tune.Callback):
-    """Keeps the tables as the search goes. After a kill at any moment the files on disk are whole, and `setup` reads
-    them back when the search goes on.
+    """Writes the tables during a search. The files on disk are complete even after a kill, and `setup` reads them when
+    the search is resumed.
 
-    A trial's `error_rate` and the other metrics are those of its last epoch; `tta_error_rate`, with test-time
-    augmentation, is known at the end only. `seconds` is its training and validation;
-    `overhead_seconds` is how long its workers did neither before its first epoch, since the trial before it.
+    A trial's metrics are those of its last epoch; `tta_error_rate`, with test-time augmentation, is known only at its
+    end. `seconds` is the time of training and validation, `overhead_seconds` the time between the workers' previous
+    trial and its first epoch.
     """
 
     def __init__(
@@ -107,111 +98,107 @@ class ResultsTable(tune.Callback):
         self.folder = folder
         self.settings = settings
         self.dimensions = dimensions
-        self.pinned = list(pinned)  # settings that the user gave one value: the same in all rows
+        self.pinned = list(pinned)  # settings that the user fixed: the same in all rows
         self.labels = labels
-        self.confirm = confirm  # so many of the best are trained again
+        self.confirm = confirm  # how many of the best are trained again
         self.front = front  # whether to mark the Pareto front of error rate and seconds
-        self.keep = keep  # so many of the best keep their weights
-        self.keep_first = keep_first  # trial 0's weights, too, in `first/`
+        self.keep = keep  # how many of the best keep their weights
+        self.keep_first = keep_first  # also trial 0's weights, in `first/`
         self.models = KeptModels(folder, first=keep_first)
         self.rows: dict[str, Row] = {}
-        self.lines: dict[str, str] = {}  # of trials.csv, by trial: a thousand rows are not formatted for each event
+        self.lines: dict[str, str] = {}  # of trials.csv, by trial: formatting all rows for each event would be slow
         self.epoch_rows: dict[tuple[str, int], Row] = {}  # by trial and epoch
-        self.running: dict[str, Any] = {}  # Tune's trials, by trial
-        self.repeating: set[str] = set()  # trials that had ended before a kill, of which Tune has not taken note
-        self.failures_in_a_row = 0
-        """How many trials have failed without another end between them, since this start of the search."""
+        self.running: dict[str, Trial] = {}  # by trial id in the table
+        self.repeating: set[str] = set()  # trials that had ended before a kill without Tune having saved that
+        self.consecutive_failures = 0  # since this start of the search
         _tables[folder.run_id] = self
 
-    def __reduce__(self) -> tuple:
-        """Tune saves its callbacks and its stopper apart from each other, the latter once a second. The rows are on
-        disk anyway, and those who shared this table share the one that is read back."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tune pickles its callbacks and its stopper separately, the latter once a second. The rows are on disk anyway,
+        and what shared this table shares it again after unpickling."""
         names = ("settings", "dimensions", "labels", "pinned", "confirm", "front", "keep", "keep_first")
         given = {name: getattr(self, name) for name in names}
         return _table_of, (self.folder, given)
 
     @property
     def columns(self) -> list[str]:
-        of_method = ["front"] * self.front + [CONFIRMED, RETRAINS, "seed"] * bool(self.confirm)
-        settings = [name for name in (*self.dimensions, *self.pinned) if name not in of_method]
-        return ["number", "trial_id", "status", *METRICS, *COSTS, *of_method, *settings, "reason"]
+        of_strategy = ["front"] * self.front + [CONFIRMED, RETRAINS, "seed"] * bool(self.confirm)
+        settings = [name for name in (*self.dimensions, *self.pinned) if name not in of_strategy]
+        return ["number", "trial_id", "status", *METRICS, *COSTS, *of_strategy, *settings, "reason"]
 
-    def setup(self, **info: Any) -> None:
+    def setup(self, *args: Any, **info: Any) -> None:
         self.rows = {row["trial_id"]: row for row in read_trials(self.folder.trials)}
         self.epoch_rows = {(row["trial_id"], row["epoch"]): row for row in read_epochs(self.folder.epochs)}
         self.restored = False
         self._write_all()
-        self.models.retain(self._kept())  # fewer, where a search goes on with a smaller --keep
+        self.models.retain(self._kept())  # fewer if a search is resumed with a smaller --keep
 
-    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
-        """Before the first step, drop the trials that began after Tune last saved its state: a kill made it forget
-        them, and it runs others in their place."""
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Before the first step, drop the trials that started after Tune last saved its state: it has lost them in a
+        kill, and runs others instead."""
         if self.restored:
             return
         self.restored = True
         known = {table_id(trial): trial for trial in trials}
         running = [trial_id for trial_id, row in self.rows.items() if row["status"] == RUNNING]
         self.running = {trial_id: known[trial_id] for trial_id in running if trial_id in known}
-        forgotten = set(running) - set(known)
-        if not forgotten:
+        lost = set(running) - set(known)
+        if not lost:
             return
-        self.rows = {i: row for i, row in self.rows.items() if i not in forgotten}
-        self.epoch_rows = {key: row for key, row in self.epoch_rows.items() if key[0] not in forgotten}
+        self.rows = {i: row for i, row in self.rows.items() if i not in lost}
+        self.epoch_rows = {key: row for key, row in self.epoch_rows.items() if key[0] not in lost}
         self._write_all()
-        for trial_id in forgotten:
+        for trial_id in lost:
             shutil.rmtree(self.folder.checkpoints / trial_id, ignore_errors=True)
 
-    def on_trial_start(self, iteration: int, trials: list, trial, **info: Any) -> None:
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         row = self._row(trial)
-        if row["status"] != RUNNING:  # a kill came before Tune saved its end: it will say its last result once more
+        if row["status"] != RUNNING:  # killed before Tune saved its end: Tune will repeat its last result
             self.repeating.add(row["trial_id"])
         self.running[row["trial_id"]] = trial
         self._write_trials(row)
 
-    def on_trial_result(self, iteration: int, trials: list, trial, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: Row, **info: Any) -> None:
         row = self._row(trial)
         if row["trial_id"] in self.repeating:
             if result["failure"] or result["epoch"] == row["epochs_done"]:
                 return
-            self.repeating.remove(row["trial_id"])  # its files were lost, and it begins anew
+            self.repeating.remove(row["trial_id"])  # its files were lost, so it starts again
             row |= {"status": RUNNING, "reason": ""}
         if result["failure"]:
-            fail(row, result["failure"])
-            return
-        row |= {name: result.get(name, math.nan) for name in (*SCORES, "epochs_total", "images_per_second")}
+            return fail(row, result["failure"])
+        row |= {name: result.get(name, math.nan) for name in (*SCORES, *COSTS, "epochs_total")}
         row["epochs_done"] = result["epoch"]
-        row |= {name: result[name] for name in ("seconds", "overhead_seconds")}
         self._add_epoch(row, result)
         if row["epochs_done"] == row["epochs_total"] and row[RETRAINS] == "":
-            self._keep_weights(trial, row)  # a trial counts as complete when its weights are where they are looked for
+            self._keep_weights(trial, row)  # a complete trial has its weights in place
         self._write_trials(row)
 
-    def on_trial_complete(self, iteration: int, trials: list, trial, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         row = self._row(trial)
-        if row["status"] != RUNNING:
-            pass  # it has failed, or had ended before a kill
-        elif row["epochs_done"] == row["epochs_total"]:
-            row["status"] = COMPLETED if row[RETRAINS] == "" else RETRAINED
-        else:
-            row["status"] = STOPPED
-            row["reason"] = self.folder.stop_reasons().get(trial.trial_id, "the search ended")
+        if row["status"] == RUNNING:  # else it has failed, or had ended before a kill
+            if row["epochs_done"] == row["epochs_total"]:
+                row["status"] = COMPLETED if row[RETRAINS] == "" else RETRAINED
+            else:
+                reason = self.folder.stop_reasons().get(trial.trial_id, "the search ended")
+                row |= {"status": STOPPED, "reason": reason}
         self._end(row)
         if row["status"] == RETRAINED:
             self._confirm(row[RETRAINS])
 
-    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
-        """A search that ends (time budget, too many failures) terminates its trials without telling callbacks."""
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """A search that stops (time budget, too many failures) terminates its trials without calling callbacks."""
         for trial in [trial for trial in self.running.values() if trial.status == trial.TERMINATED]:
             self.on_trial_complete(iteration, trials, trial)
 
-    def on_trial_error(self, iteration: int, trials: list, trial, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         row = self._row(trial)
         fail(row, last_line(trial.get_error() or "") or "its actor was lost")
         self._end(row)
 
     def _end(self, row: Row) -> None:
         if row["trial_id"] not in self.repeating:
-            self.failures_in_a_row = self.failures_in_a_row + 1 if row["status"] == FAILED else 0
+            self.consecutive_failures = self.consecutive_failures + 1 if row["status"] == FAILED else 0
         self.repeating.discard(row["trial_id"])
         self.running.pop(row["trial_id"], None)
         self._write_trials(row, *self._mark_front())
@@ -219,7 +206,7 @@ class ResultsTable(tune.Callback):
         self.models.retain(self._kept())
 
     def _mark_front(self) -> list[Row]:
-        """The rows of which this is news."""
+        """Mark the Pareto front. Returns the rows that changed."""
         if not self.front:
             return []
         front = {row["trial_id"] for row in pareto_front(self.rows.values())}
@@ -233,52 +220,42 @@ class ResultsTable(tune.Callback):
         again = [r for r in self.rows.values() if r[RETRAINS] == number and r["status"] == RETRAINED]
         if len(again) < CONFIRM_SEEDS:
             return
-        row = next((row for row in self.rows.values() if row["number"] == number), None)
-        if row is None:  # somebody removed it
-            return
-        row[CONFIRMED] = sum(r["error_rate"] for r in again) / len(again)
-        self._write_trials(row)
-        self.models.retain(self._kept())
+        for row in [row for row in self.rows.values() if row["number"] == number]:  # none if the user has removed it
+            row[CONFIRMED] = sum(r["error_rate"] for r in again) / len(again)
+            self._write_trials(row)
+            self.models.retain(self._kept())
 
     def _kept(self, *more: Row) -> list[int]:
-        """The trials that keep their models, with those of `more`, best first. Where a search is extended, the next to
-        be confirmed are others than those that were, which go first."""
+        """The trials, with `more`, that keep their models: first the best, then those that are to be confirmed next."""
         ranked = leaders([*self.rows.values(), *more])
         by_error = sorted(ranked, key=lambda row: rank(row)[1:]) if self.confirm else []
         return list(dict.fromkeys(row["number"] for row in (*ranked[: self.keep], *by_error[: self.confirm])))
 
-    def _row(self, trial) -> Row:
+    def _row(self, trial: Trial) -> Row:
         trial_id = table_id(trial)
         if trial_id not in self.rows:
-            nothing_yet = dict.fromkeys((*SCORES, "images_per_second"), math.nan)
             recipe = self.settings | trial.config
-            retrains = next((row["number"] for i, row in self.rows.items() if i == recipe.get(RETRAINS)), "")
-            self.rows[trial_id] = dict(
-                number=self._next_number(),
-                trial_id=trial_id,
-                status=RUNNING,
-                **nothing_yet,
-                epochs_done=0,
-                epochs_total=recipe["epochs"] + recipe["freeze_epochs"],
-                seconds=0.0,
-                overhead_seconds=math.nan,
-                reason="",
-                **{"front": "", CONFIRMED: math.nan, RETRAINS: retrains},
+            retrains = self.rows[recipe[RETRAINS]]["number"] if recipe.get(RETRAINS) in self.rows else ""
+            self.rows[trial_id] = {
+                **{"number": self._next_number(), "trial_id": trial_id, "status": RUNNING},
+                **dict.fromkeys((*SCORES, *COSTS, CONFIRMED), math.nan),
+                **{"epochs_done": 0, "epochs_total": recipe["epochs"] + recipe["freeze_epochs"], "seconds": 0.0},
+                **{"reason": "", "front": "", RETRAINS: retrains},
                 **{name: recipe[name] for name in (*self.dimensions, *self.pinned, "seed")},
-            )
+            }
         return self.rows[trial_id]
 
     def _next_number(self) -> int:
-        """Epochs count, too: they are still there where a damaged row of `trials.csv` was removed by hand."""
+        """Epochs count, too: they remain if the user has removed a damaged row of `trials.csv`."""
         return 1 + max((row["number"] for row in (*self.rows.values(), *self.epoch_rows.values())), default=-1)
 
-    def _keep_weights(self, trial, row: Row) -> None:
+    def _keep_weights(self, trial: Trial, row: Row) -> None:
         found = checkpoint.newest(self.folder.checkpoints / row["trial_id"])
-        # Without weights it has ended and was looked at before: a kill made Tune forget that.
+        # Without weights, it had ended before a kill that made Tune forget it.
         if not found or not (found / WEIGHTS_FILE).is_file():
             return
         known = {name: row[name] for name in row if name not in ("front", CONFIRMED, RETRAINS)}
-        metrics = known | trial.config | {"status": COMPLETED}  # a row read back has its dimensions as text
+        metrics = known | trial.config | {"status": COMPLETED}  # a row that was read back has its dimensions as texts
         recipe = Recipe.from_dict(self.settings | trial.config).to_dict()
         kept = self._kept(row | {"status": COMPLETED})
         self.models.add(found, kept=kept, recipe=recipe, labels=self.labels, metrics=metrics)
@@ -288,12 +265,12 @@ class ResultsTable(tune.Callback):
         epoch = {name: result[name] for name in EPOCH_COLUMNS if name in result}
         epoch |= {"number": row["number"], "trial_id": row["trial_id"], "finished_at": finished_at}
         key = row["trial_id"], result["epoch"]
-        repeated = key in self.epoch_rows  # its trial went on from before it
+        repeated = key in self.epoch_rows  # its trial was resumed from before it
         self.epoch_rows[key] = epoch
         if repeated:
             self._write_epochs()
-            return
-        append_line(self.folder.epochs, as_csv(EPOCH_COLUMNS, [epoch], header=False))
+        else:
+            append_line(self.folder.epochs, as_csv(EPOCH_COLUMNS, [epoch], header=False))
 
     def _write_epochs(self) -> None:
         write_atomically(self.folder.epochs, as_csv(EPOCH_COLUMNS, self.epoch_rows.values()))
@@ -317,19 +294,19 @@ def _table_of(folder: RunFolder, given: dict[str, Any]) -> ResultsTable:
 
 
 def fail(row: Row, reason: str) -> None:
-    """A trial that failed scores nothing, however well its last epoch went."""
-    writable = reason.encode(errors="backslashreplace").decode()  # a file that it names may have no UTF-8 name
+    """A failed trial has no scores, however good its last epoch was."""
+    writable = reason.encode(errors="backslashreplace").decode()  # it may contain a file name that is not UTF-8
     row |= dict.fromkeys(SCORES, math.nan) | {"status": FAILED, "reason": writable}
 
 
-def failures_in_a_row(folder: RunFolder) -> int:
-    """How many trials have failed, one after another, since the last one that did not, in this start of a search."""
+def consecutive_failures(folder: RunFolder) -> int:
+    """How many trials have failed in a row in this start of a search."""
     table = _tables.get(folder.run_id)
-    return table.failures_in_a_row if table else 0
+    return table.consecutive_failures if table else 0
 
 
 class TooManyFailures(tune.Stopper):
-    """Ends a search in which one trial after another fails: it is the search that is wrong, not the trials."""
+    """Stops a search after `limit` consecutive failures: the search must be wrong, not the trials."""
 
     def __init__(self, table: ResultsTable, limit: int) -> None:
         self.table = table
@@ -339,13 +316,13 @@ class TooManyFailures(tune.Stopper):
         return False
 
     def stop_all(self) -> bool:
-        return self.table.failures_in_a_row >= self.limit
+        return self.table.consecutive_failures >= self.limit
 
 
 def read_trials(path: Path, needed: Iterable[str] = TRIAL_NEEDED) -> list[Row]:
-    """The rows of `trials.csv` with numbers as numbers; dimensions as in the file. None where there is no file yet.
+    """The rows of `trials.csv` with numbers as numbers and settings as texts; empty if there is no file yet.
 
-    Raises `ValueError` where it is damaged or lacks one of the columns `needed`.
+    Raises `ValueError` if it is damaged or lacks one of the columns `needed`.
     """
     if not path.is_file():
         return []
@@ -357,17 +334,17 @@ def read_trials(path: Path, needed: Iterable[str] = TRIAL_NEEDED) -> list[Row]:
 
 
 def read_epochs(path: Path) -> list[Row]:
-    """The rows of `epochs.csv`, likewise."""
+    """The rows of `epochs.csv`; empty if there is no file yet."""
     return read_table(path, EPOCH_KINDS, EPOCH_NEEDED)[1] if path.is_file() else []
 
 
 def check_tables(folder: RunFolder, dimensions: Iterable[str]) -> None:
-    """Raises `ValueError` where a table is damaged: before a search goes on, not in the middle of it."""
+    """Raises `ValueError` if a table is damaged: before a search is resumed, not in the middle of it."""
     read_trials(folder.trials, (*TRIAL_NEEDED, *dimensions))
     read_epochs(folder.epochs)
 
 
 def row_of(rows: Iterable[Row], config: dict[str, Any]) -> Row | None:
-    """The row of the trial with these values of the dimensions, among rows as they are read back."""
+    """The row of the trial with these values of the dimensions, among rows that were read from the file."""
     texts = {name: str(as_text(value)) for name, value in config.items()}
     return next((row for row in rows if all(row[name] == text for name, text in texts.items())), None)

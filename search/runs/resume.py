@@ -14,7 +14,7 @@ from search.options.search_options import SearchOptions
 from search.runs.command import FORMAT, CommandRecord, FilesRecord, ImagesRecord, Resume
 from search.runs.paths import RunFolder
 from search.runs.trust import require_own
-from search.spaces.space import Space
+from search.spaces.space import Space, dimension_text
 from trainables.inference.model_folder import read_json
 from trainables.system.file_systems import shown
 from trainables.system.text import duration
@@ -216,7 +216,7 @@ def require_same(folder: RunFolder, space: Mapping[str, Any], images: ImagesReco
             f"{folder}/ cannot be resumed, its images have changed: {_image_changes(before, images)}. Restore them, or "
             "begin a new run."
         )
-    if folder.space.is_file() and (found := _changes(read_json(folder.space), json.loads(json.dumps(space)))):
+    if folder.space.is_file() and (found := _changes(_with_texts(read_json(folder.space)), _with_texts(space))):
         raise ValueError(
             f"{folder}/ cannot be resumed, its search space has changed: {'; '.join(found)}. Undo that, or begin a new "
             "run."
@@ -229,6 +229,12 @@ def require_same(folder: RunFolder, space: Mapping[str, Any], images: ImagesReco
             raise ValueError(
                 f"{folder}/ cannot be resumed, its {what} have changed. Give {option} as it was, or begin a new run."
             )
+
+
+def _with_texts(space: Mapping[str, Any]) -> dict[str, Any]:
+    """A space's record with its dimensions as texts, which earlier versions saved instead of their fields."""
+    dimensions = {name: dimension_text(saved) for name, saved in space["dimensions"].items()}
+    return dict(json.loads(json.dumps({**space, "dimensions": dimensions})))
 
 
 def _image_changes(before: ImagesRecord, now: ImagesRecord) -> str:

@@ -16,7 +16,7 @@ from search.runs.command import CommandRecord
 from search.runs.csv_file import Kind, as_csv, read_table
 from search.runs.paths import RunFolder
 from search.runs.results_table import COMPLETED, CONFIRMED, EPOCH_KINDS, EPOCH_NEEDED, SCORES, TRIAL_KINDS, TRIAL_NEEDED
-from search.runs.statistics import lead, wilson_interval
+from search.runs.statistics import describe_lead, wilson_interval
 from search.runs.trained_model import require_run
 from trainables.inference.model_folder import read_json, read_model
 from trainables.recipe import Recipe
@@ -64,6 +64,13 @@ class RunRecord:
         """One row per epoch; `number` is its trial's."""
         self.stops = self.folder.stop_reasons()
         """Why trials were stopped early, by Tune's trial id."""
+        self.stop_rungs = self.folder.stop_rungs()
+        """The rung, in percent, at which they were."""
+
+    def is_log(self, dimension: str) -> bool:
+        """Whether a dimension is a logarithmic range; runs of earlier versions do not tell."""
+        saved = self.space["dimensions"][dimension]
+        return isinstance(saved, dict) and saved.get("log", False)
 
     @property
     def completed(self) -> pd.DataFrame:
@@ -82,6 +89,12 @@ class RunRecord:
         """The row of trial 0, the space's own recipe, or None unless it completed."""
         at = self.completed["number"] == 0
         return self.completed[at].iloc[0] if at.any() else None
+
+    @property
+    def pareto_front(self) -> pd.DataFrame:
+        """The completed trials that no other one beats in both error rate and seconds, cheapest first."""
+        done = self.completed.sort_values(["seconds", "error_rate"], kind="stable")
+        return done[done["error_rate"] < done["error_rate"].cummin().shift(fill_value=math.inf)]
 
     @property
     def best_recipe(self) -> Recipe | None:
@@ -127,7 +140,7 @@ class RunRecord:
             row["error_rate"] if math.isnan(confirmed := row.get(CONFIRMED, math.nan)) else confirmed
             for row in (best, first)
         )
-        return lead(error, firsts, self.num_valid, len(self.completed))
+        return describe_lead(error, firsts, self.num_valid, len(self.completed))
 
     @cached_property
     def study(self) -> optuna.Study:

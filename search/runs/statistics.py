@@ -1,4 +1,4 @@
-"""How sure error rates are that were seen in so many images, and whether one is lower by more than noise."""
+"""Confidence intervals of error rates, and whether one error rate is lower than another by more than noise."""
 
 import math
 from statistics import NormalDist
@@ -9,9 +9,10 @@ Interval = tuple[float, float]
 
 
 def wilson_interval(error_rate: float, num_images: int, level: float = 0.95) -> Interval:
-    """The interval of a share seen in `num_images` images (Wilson 1927), both ends in 0..1.
+    """The confidence interval of an error rate on `num_images` images (Wilson 1927), both ends in 0..1.
 
-    Raises `ValueError` where there are no images or the share is none.
+    Unlike `scipy.stats.binomtest`, it takes the mean error rate of several trainings, which is no whole number of
+    images. Raises `ValueError` if there are no images or the rate is not in 0..1.
     """
     if num_images < 1 or not 0 <= error_rate <= 1:
         raise ValueError(f"error_rate is {error_rate} of {num_images} images; expected 0 to 1 of 1 or more images.")
@@ -23,9 +24,9 @@ def wilson_interval(error_rate: float, num_images: int, level: float = 0.95) -> 
 
 
 def difference_interval(error_rate: float, other: float, num_images: int, level: float = 0.95) -> Interval:
-    """The interval of `other` - `error_rate`, each seen in `num_images` images (Newcombe 1998, method 10).
+    """The confidence interval of `other` - `error_rate`, each on `num_images` images (Newcombe 1998, method 10).
 
-    It takes the images for different ones. Where they are the same, it is wider than it had to be.
+    It assumes different images. For the same images it is wider than necessary.
     """
     low, high = wilson_interval(error_rate, num_images, level)
     other_low, other_high = wilson_interval(other, num_images, level)
@@ -36,11 +37,10 @@ def difference_interval(error_rate: float, other: float, num_images: int, level:
     )
 
 
-def lead(winner: float, first: float, num_images: int, num_trials: int) -> str:
-    """What the winner's lead on trial 0 is worth, in words, where it is the best of `num_trials`.
+def describe_lead(winner: float, first: float, num_images: int, num_trials: int) -> str:
+    """Whether the lead of the winner, the best of `num_trials`, over trial 0 is more than noise, in words.
 
-    The luckiest of many looks better than it is. So each of them gets its share of the 5 % (Bonferroni), and trial 0,
-    which was there before, makes one less.
+    The luckiest of many looks better than it is. So each trial except trial 0 gets its share of the 5 % (Bonferroni).
     """
     others = max(1, num_trials - 1)
     low, high = difference_interval(winner, first, num_images, 1 - 0.05 / others)

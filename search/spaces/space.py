@@ -234,7 +234,7 @@ class Space:
 
     def to_record(self) -> dict[str, Any]:
         """The space as a run's space.json keeps it."""
-        record = asdict(self) | {"dimensions": {name: str(of) for name, of in self.dimensions.items()}}
+        record = asdict(self)
         del record["recipes"]  # what could have run
         return record
 
@@ -290,6 +290,13 @@ class Space:
         found = Range(low, high, log and low > 0, off)
         check_dimension(name, found)
         return found
+
+
+def dimension_text(saved: Mapping[str, Any] | str) -> str:
+    """A dimension in a run's space.json as text, which is all that earlier versions saved."""
+    if isinstance(saved, str):
+        return saved
+    return str(Choice(tuple(saved["values"])) if "values" in saved else Range(**saved))
 
 
 def _is_idle(name: str, dimensions: Mapping[str, Dimension], settings: Mapping[str, Any]) -> bool:

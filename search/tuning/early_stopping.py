@@ -107,6 +107,7 @@ class ProgressHalvingScheduler(FIFOScheduler):
         self.curves: dict[str, Curve] = {}
         self.texts: dict[str, str] = {}  # `_text` of each curve: a thousand are not formatted for each result
         self.reasons: dict[str, str] = {}
+        self.stop_rungs: dict[str, int] = {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Called once before the search starts or goes on: take up what was there before."""
@@ -116,6 +117,7 @@ class ProgressHalvingScheduler(FIFOScheduler):
             self.curves = {trial: Curve.from_json(curve) for trial, curve in curves.items()}
             self.texts = {trial: self._text(trial) for trial in self.curves}
             self.reasons = saved["reasons"]
+            self.stop_rungs = saved.get("rungs", {})
         return True
 
     def on_trial_result(self, tune_controller, trial, result: dict[str, Any]) -> str:
@@ -131,8 +133,9 @@ class ProgressHalvingScheduler(FIFOScheduler):
         if not curve.add(progress, value, rung):
             return TrialScheduler.CONTINUE
         reason = self._reason_to_stop(curve, rung) if rung else ""
-        if reason:
+        if rung and reason:
             self.reasons[trial.trial_id] = reason
+            self.stop_rungs[trial.trial_id] = rung
         self._save(trial.trial_id)
         return TrialScheduler.STOP if reason else TrialScheduler.CONTINUE
 
@@ -164,8 +167,8 @@ class ProgressHalvingScheduler(FIFOScheduler):
 
     def _save(self, changed: str) -> None:
         self.texts[changed] = self._text(changed)
-        curves, reasons = ", ".join(self.texts.values()), json.dumps(self.reasons)
-        write_atomically(self.state_file, f'{{"curves": {{{curves}}}, "reasons": {reasons}}}')
+        curves, stops = ", ".join(self.texts.values()), json.dumps({"reasons": self.reasons, "rungs": self.stop_rungs})
+        write_atomically(self.state_file, f'{{"curves": {{{curves}}}, {stops[1:]}')
 
     def _text(self, trial_id: str) -> str:
         """A trial's part of the state file."""

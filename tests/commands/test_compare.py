@@ -74,7 +74,7 @@ def test_the_same_run_twice_and_a_run_alone_are_refused(folders, capsys):
         compare.main([str(folders[0]), str(folders[0])])
     with pytest.raises(SystemExit):
         compare.main([str(folders[0])])
-    assert "needs two runs or more" in capsys.readouterr().err
+    assert "needs two or more runs" in capsys.readouterr().err
 
 
 def test_a_comparison_that_cannot_be_written_is_refused_before_it_is_made(folders, tmp_path, capsys):

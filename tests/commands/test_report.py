@@ -153,7 +153,7 @@ def test_a_search_in_which_nothing_completed_has_a_report_without_a_winner(tmp_p
     (folder / "trials.csv").write_text(table.replace(COMPLETED, "running"))
     html = report.render(load(folder))
     assert "No trial has completed, so there is no winner yet." in html
-    assert "The search was still going on when this was written" in html
+    assert "The search was still running when this was written" in html
 
 
 def test_a_thousand_trials_are_still_one_small_file_in_seconds(tmp_path):
@@ -221,4 +221,4 @@ def test_a_report_is_written_whatever_keeps_the_winners_errors_from_being_looked
     (folder / "interpretation" / "top_losses.csv").write_text("path,predicted,actual,loss,probability\n0.jpg,cat\n")
     (folder / "best" / "metrics.json").unlink()
     report.write_report(load(folder), folder / "report.html", analysis=True)
-    assert "could not be looked at: " in (folder / "report.html").read_text()
+    assert "could not be analysed: " in (folder / "report.html").read_text()

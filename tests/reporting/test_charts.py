@@ -1,5 +1,6 @@
 """The charts of a report: they draw what the tables say, and their captions say it in words."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,9 +9,11 @@ import pandas as pd
 import pytest
 from run_tables import DISTRIBUTIONS, write_run
 
-from search.reporting import charts
+from search.reporting import charts, winner_charts
+from search.reporting.importance import importances, study_importances
 from search.runs.command import Resume
 from search.runs.run_record import load
+from search.spaces.space import dimension_text
 from trainables.recipe import Recipe
 
 SWITCHED = optuna.distributions.CategoricalDistribution([True, False])
@@ -72,8 +75,28 @@ def test_parallel_coordinates_pass_the_best_trial_last_and_name_both_ends_of_an_
     assert list(chart.figure.layout.xaxis.ticktext) == [*run.dimensions, "error_rate"]
 
 
+def test_a_run_of_an_earlier_version_has_its_charts_without_rungs_and_logarithms(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "rungs.json").write_text(json.dumps({"reasons": {"t3": "bad"}}))
+    space = json.loads((folder / "space.json").read_text())
+    texts = {name: dimension_text(saved) for name, saved in space["dimensions"].items()}
+    (folder / "space.json").write_text(json.dumps(space | {"dimensions": texts}))
+    run = load(folder)
+    assert texts["lr_max"] == "0.0001..0.01 (log)" and not run.is_log("lr_max")
+    assert charts.learning_curves(run).caption.endswith("of 10 trials. 2 trials ended early.")
+    assert charts.parallel_coordinates(run) is not None
+
+
+def test_a_logarithmic_range_is_drawn_as_such(run):
+    chart = charts.parallel_coordinates(run)
+    rates = run.trials["lr_max"][run.trials["error_rate"].notna()]
+    drawn = sorted(y for t in chart.figure.data for x, y in zip(t.x, t.y, strict=True) if x == 2)
+    logs = np.sort(np.log(rates))
+    assert drawn == pytest.approx(((logs - logs[0]) / (logs[-1] - logs[0])).tolist())
+
+
 def test_what_moves_the_error_is_the_most_important(tmp_path):
-    shares = charts.importances(load(write_run(tmp_path / "run", num_trials=60)))
+    shares = importances(load(write_run(tmp_path / "run", num_trials=60)))
     assert next(iter(shares)) == "lr_max"
     assert sum(shares.values()) == pytest.approx(1)
 
@@ -81,8 +104,8 @@ def test_what_moves_the_error_is_the_most_important(tmp_path):
 def test_ten_trials_are_enough_to_see_that_the_network_decides():
     params = [{"arch": ("resnet18", "resnet34")[n % 2], "lr_max": 10 ** (-4 + 0.2 * n)} for n in range(10)]
     study = study_of(params, [0.5 - 0.3 * (n % 2) + 0.001 * (3 * n % 10) for n in range(10)])
-    assert charts.study_importances(study)["arch"] > 0.9
-    assert charts.study_importances(study, best_share=0.1)["arch"] < 0.1  # Optuna's own: a single trial
+    assert study_importances(study)["arch"] > 0.9
+    assert study_importances(study, best_share=0.1)["arch"] < 0.1  # Optuna's own: a single trial
 
 
 def study_of(params: list[dict], errors: list[float]) -> optuna.Study:
@@ -95,15 +118,15 @@ def study_of(params: list[dict], errors: list[float]) -> optuna.Study:
 
 def test_where_the_worst_error_is_that_of_many_the_better_ones_are_told_from_them():
     params = [{"arch": "resnet34" if n < 3 else "resnet18", "epochs": 1 + n % 3} for n in range(10)]
-    assert charts.study_importances(study_of(params, [0.02, 0.03, 0.02] + 7 * [0.5]))["arch"] > 0.8
+    assert study_importances(study_of(params, [0.02, 0.03, 0.02] + 7 * [0.5]))["arch"] > 0.8
     with pytest.raises(ValueError, match="the same error"):
-        charts.study_importances(study_of(params, 10 * [0.0]))
+        study_importances(study_of(params, 10 * [0.0]))
 
 
 def test_whether_a_setting_is_off_is_part_of_what_it_matters():
     off, on = {"mixup_alpha > 0": False}, {"mixup_alpha > 0": True, "mixup_alpha": 0.2}
     params = [{"epochs": 1 + n % 3} | (off if n % 2 else on) for n in range(12)]
-    shares = charts.study_importances(study_of(params, [0.2 + 0.2 * (n % 2) + 0.001 * n for n in range(12)]))
+    shares = study_importances(study_of(params, [0.2 + 0.2 * (n % 2) + 0.001 * n for n in range(12)]))
     assert list(shares) == ["mixup_alpha", "epochs"] and sum(shares.values()) == pytest.approx(1)
 
 
@@ -118,7 +141,7 @@ def test_a_winner_by_its_mean_is_not_taken_for_the_lowest_error(tmp_path):
 
 
 def test_the_front_holds_no_trial_that_another_beats_in_both(run):
-    front = charts.pareto_front(run.completed)
+    front = run.pareto_front
     for _, row in run.completed.iterrows():
         better = front[(front["seconds"] <= row["seconds"]) & (front["error_rate"] <= row["error_rate"])]
         assert len(better)
@@ -127,7 +150,7 @@ def test_the_front_holds_no_trial_that_another_beats_in_both(run):
 
 def test_rates_and_momentum_are_those_of_the_one_cycle_schedule():
     recipe = Recipe.from_dict({"freeze_epochs": 1, "epochs": 3, "lr_max": 0.01, "lr_ratio": 100, "pct_start": 0.3})
-    epochs, earliest, head, momentum = map(np.asarray, charts.schedule_curves(recipe, points=1000))
+    epochs, earliest, head, momentum = map(np.asarray, winner_charts.schedule_curves(recipe, points=1000))
     unfrozen = epochs >= 1
     assert head[unfrozen].max() == pytest.approx(0.01, rel=1e-3)
     assert earliest[unfrozen].max() == pytest.approx(0.0001, rel=1e-3)
@@ -138,16 +161,16 @@ def test_rates_and_momentum_are_those_of_the_one_cycle_schedule():
 
 def test_without_a_frozen_stage_the_schedule_starts_unfrozen():
     recipe = Recipe.from_dict({"freeze_epochs": 0, "epochs": 2})
-    epochs, *_ = charts.schedule_curves(recipe)
+    epochs, *_ = winner_charts.schedule_curves(recipe)
     assert epochs[0] == 0 and max(epochs) < 2
-    assert "frozen up to" not in charts.schedule(recipe).caption.replace("unfrozen up to", "")
+    assert "frozen up to" not in winner_charts.schedule(recipe).caption.replace("unfrozen up to", "")
 
 
 def test_a_confusion_matrix_of_many_classes_shows_those_with_the_most_errors():
     counts = 3 * np.eye(100, dtype=np.int64)
     counts[7, 93] = 5
     names = [f"class {i}" for i in range(100)]
-    chart = charts.confusion(counts, names)
+    chart = winner_charts.confusion(counts, names)
     shown = list(chart.figure.layout.xaxis.ticktext)
     assert len(shown) == 40 and {"class 7", "class 93"} <= set(shown)
     wrong = trace(chart, "wrong")
@@ -157,7 +180,7 @@ def test_a_confusion_matrix_of_many_classes_shows_those_with_the_most_errors():
 
 def test_names_are_text_not_markup(tmp_path):
     run = load(write_run(tmp_path / "run", arch="<b>bold</b>"))
-    for chart in [*charts.search_charts(run), charts.confusion(np.eye(1, dtype=np.int64), ["<a href='x'>"])]:
+    for chart in [*charts.search_charts(run), winner_charts.confusion(np.eye(1, dtype=np.int64), ["<a href='x'>"])]:
         assert "<b>" not in chart.figure.to_json().replace("\\u003c", "<")
         assert "<a " not in chart.figure.to_json().replace("\\u003c", "<")
 

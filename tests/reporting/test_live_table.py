@@ -84,7 +84,7 @@ def test_below_are_a_bar_of_all_trials_the_incumbent_and_the_time_left():
     board.started = time.monotonic() - 90
     bar, summary = drawn(board).splitlines()[-2:]
     assert 28 <= len(bar.strip()) <= 32  # three of ten trials, of 100 columns
-    assert summary == "3/10 trials ended, best error 0.0 % (trial 0), 1 min 30 s gone, about 3 min 30 s left"
+    assert summary == "3/10 trials ended, best error 0.0 % (trial 0), 1 min 30 s elapsed, about 3 min 30 s left"
 
 
 def test_a_time_budget_ends_the_search_sooner_than_its_trials():
@@ -98,11 +98,11 @@ def test_what_earlier_starts_have_spent_counts_for_the_time_budget(tmp_path):
     board.table.folder = RunFolder(tmp_path / "run")
     TimeBudget(board.table.folder, 120).spent = 60.0
     board.setup()
-    assert "1 min 0 s gone, about 1 min 0 s left" in drawn(board) or "about 59 s left" in drawn(board)
+    assert "1 min 0 s elapsed, about 1 min 0 s left" in drawn(board) or "about 59 s left" in drawn(board)
 
 
 def test_before_the_first_end_nobody_knows_the_time_left():
-    assert "0/10 trials ended, no trial completed yet, 0 s gone" in drawn(board_of(RUNNING))
+    assert "0/10 trials ended, no trial completed yet, 0 s elapsed" in drawn(board_of(RUNNING))
     assert "left" not in drawn(board_of(RUNNING))
 
 
@@ -155,7 +155,7 @@ def test_a_search_in_a_terminal_draws_the_live_table_and_ends_with_the_leaderboa
     assert child.wait(60) == 0, text
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
     assert "\x1b[?25l" in text and "\x1b[?25h" in text  # the cursor was hidden, and is back
-    assert re.search(r"1/2 trials ended, best error \d+\.\d % \(trial 0\), .* gone, about .* left", plain)
+    assert re.search(r"1/2 trials ended, best error \d+\.\d % \(trial 0\), .* elapsed, about .* left", plain)
     assert re.search(r"^ +0 +━+.* +[1-8]/9 ", plain, re.MULTILINE)
     last = plain[plain.rindex("trial  status") :]
     assert "2 trials in" in last and "2 completed" in last and last.count("━") == 0

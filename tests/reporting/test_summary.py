@@ -47,7 +47,7 @@ def test_a_confirmed_winner_is_named_with_the_mean_of_its_retrainings(folder):
     numbers = list(load(folder).completed.index[:2])
     run = changed(folder, confirmed_error_rate=dict(zip(numbers, (0.4, 0.3), strict=True)))
     assert run.best.name == numbers[1]
-    assert "(30.0 % in the mean of 3 more seeds" in summary(run)[0].replace("with test-time augmentation, ", "(")
+    assert "(30.0 % on average over 3 more seeds" in summary(run)[0].replace("with test-time augmentation, ", "(")
 
 
 def confirmed_best_two(folder):
@@ -61,14 +61,14 @@ def test_a_retraining_that_failed_is_said_to_be_missing(folder):
     one, other = load(folder).completed.index[:2]
     failed = load(folder).trials.query("status == 'failed'").index[0]
     run = changed(folder, confirmed_error_rate={one: 0.3}, retrains={failed: str(other)})
-    assert f"confirmed: 1 of the best 2; a retraining failed of trial {other}" in summary(run)
+    assert f"confirmed: 1 of the best 2; retraining failed for trial {other}" in summary(run)
 
 
 def test_a_search_that_ended_before_all_were_confirmed_says_so(folder):
     confirmed_best_two(folder)
     numbers = list(load(folder).completed.index[:2])
     [line] = [line for line in summary(changed(folder, confirmed_error_rate={numbers[0]: 0.3})) if "confirmed" in line]
-    assert line == "confirmed: 1 of the best 2; the search ended before the others were"
+    assert line == "confirmed: 1 of the best 2; the search ended before the others"
     done = summary(changed(folder, confirmed_error_rate=dict.fromkeys(numbers, 0.3)))
     assert not any(line.startswith("confirmed") for line in done)
 
@@ -77,7 +77,7 @@ def test_an_extended_search_whose_new_best_are_not_confirmed_says_so(folder):
     confirmed_best_two(folder)
     best = list(load(folder).completed.index)
     lines = summary(changed(folder, confirmed_error_rate=dict.fromkeys(best[2:4], 0.3)))
-    assert "confirmed: 0 of the best 2; the search ended before the others were" in lines
+    assert "confirmed: 0 of the best 2; the search ended before the others" in lines
     all_four = summary(changed(folder, confirmed_error_rate=dict.fromkeys(best[:4], 0.3)))
     assert not any(line.startswith("confirmed") for line in all_four)
 

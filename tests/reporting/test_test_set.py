@@ -208,7 +208,7 @@ def test_a_clear_winner_is_said_to_be_better_by_more_than_noise(folder):
     assert written(folder, ours, theirs) == [
         "test: trial 6 has 7 of 120 wrong (5.8 %, 95 % interval 2.9 to 11.6 %); "
         "trial 0 has 34 of 120 wrong (28.3 %, 95 % interval 21.0 to 37.0 %)",
-        "test: 29 images only trial 6 has right, 2 only trial 0 (McNemar's p 4.6e-07): "
+        "test: only trial 6 is right on 29 images, only trial 0 on 2 (McNemar's p 4.6e-07): "
         "trial 6 is better than trial 0 by more than noise",
     ]
     assert score(6, ours)["interval"] == wilson_interval(7 / 120, 120)
@@ -232,7 +232,7 @@ def test_without_a_trial_0_the_winner_stands_alone(folder):
 def test_a_later_winner_is_not_taken_for_the_tested_one(folder):
     write_json(folder.best / "metrics.json", {"number": 9})
     assert written(folder, (True, False), None)[1] == (
-        "test: trial 9 has won since, and has no test: the images are read once"
+        "test: trial 9 has won since, but is not tested: the images are read only once"
     )
 
 
@@ -283,7 +283,7 @@ def test_a_test_image_that_cannot_be_read_is_left_out_and_said(ended, data, tmp_
     (copy / set_aside(find_images(copy), 0.25, 3)[1].paths[0]).write_bytes(b"no image")
     read_once(ended, known_digest(copy))
     assert json.loads(ended.test.read_text())["winner"]["total"] == 14
-    assert lines(ended)[-1] == "test: 1 image left out, which could not be read"
+    assert lines(ended)[-1] == "test: 1 image skipped: unreadable"
 
 
 def test_images_that_changed_during_the_search_are_not_taken_for_held_out_ones(ended, data, capsys):
@@ -299,7 +299,7 @@ def test_running_out_of_memory_over_the_test_images_is_said(ended, data, capsys)
     read_once(ended, known_digest(data))
     said = capsys.readouterr().out.splitlines()[-1]
     assert said.startswith("no test: RuntimeError: ") and "memory" in said
-    assert ". Once more: python -m search.run --resume --name run" in said and not ended.test.exists()
+    assert ". To try again: python -m search.run --resume --name run" in said and not ended.test.exists()
 
 
 def test_a_search_whose_test_goes_wrong_still_has_its_summary_its_report_and_its_exit_code(tmp_path, capsys):

@@ -44,19 +44,19 @@ def test_clear_removes_them_and_says_what_that_freed(kept, capsys):
     assert f"removed 3 caches, {stored / 1e6:.1f} MB" in capsys.readouterr().out
     assert [path.name for path in folders()] == ["mine"]
     assert check.main(["--cache"]) == 0
-    assert "no presized images are kept" in capsys.readouterr().out
+    assert "there are no presized images in" in capsys.readouterr().out
 
 
 def test_what_is_being_built_is_left_alone(kept, capsys):
     key = kept["off"].path.name[:32]
     with FileLock(caches_folder() / f".{key}.lock"):
         assert check.main(["--cache", "clear"]) == 0
-    assert "left alone: 3 that are being built" in capsys.readouterr().out
+    assert "kept: 3 that are still being built" in capsys.readouterr().out
     assert len(folders()) == 3
 
 
 def test_a_wrong_word_and_a_missing_space_are_refused(capsys):
-    for words, problem in ((["--cache", "wipe"], "invalid choice: 'wipe'"), ([], "--space is needed")):
+    for words, problem in ((["--cache", "wipe"], "invalid choice: 'wipe'"), ([], "--space is required")):
         with pytest.raises(SystemExit) as ended:
             check.main(words)
         assert ended.value.code == 2

@@ -14,7 +14,7 @@ from search.options.search_options import SearchOptions
 from search.report import write_report
 from search.runs.command import FORMAT, CommandRecord, FilesRecord, ImagesRecord, Resume
 from search.runs.paths import RunFolder
-from search.runs.results_table import ResultsTable, failures_in_a_row
+from search.runs.results_table import ResultsTable, consecutive_failures
 from search.runs.resume import options_to_resume
 from search.runs.time_budget import TimeBudget, seconds_spent
 
@@ -118,8 +118,8 @@ def test_two_runs_of_one_name_in_different_folders_do_not_share_their_state(tmp_
         folders.append(RunFolder(path))
     tables = [ResultsTable(folder, settings={}, dimensions=[], labels=[]) for folder in folders]
     budgets = [TimeBudget(folder, None) for folder in folders]
-    tables[0].failures_in_a_row, budgets[0].spent = 3, 60.0
-    assert [failures_in_a_row(folder) for folder in folders] == [3, 0]
+    tables[0].consecutive_failures, budgets[0].spent = 3, 60.0
+    assert [consecutive_failures(folder) for folder in folders] == [3, 0]
     assert [seconds_spent(folder) for folder in folders] == [60.0, 0.0]
     folders[0].path.rename(tmp_path / "moved")
     assert seconds_spent(RunFolder(tmp_path / "moved")) == 60.0

@@ -434,15 +434,15 @@ def names(folder) -> list[str]:
 
 
 def test_failures_count_from_the_last_success(table):
-    assert table.failures_in_a_row == 0
+    assert table.consecutive_failures == 0
     fail(table, "a")
     complete(table, "b", 0.1)
     for i in range(3):
         fail(table, f"c{i}")
     table.on_trial_start(0, [], FakeTrial("running"))
-    assert table.failures_in_a_row == 3
+    assert table.consecutive_failures == 3
     complete(table, "d", 0.1)
-    assert table.failures_in_a_row == 0
+    assert table.consecutive_failures == 0
 
 
 def test_so_many_failures_in_a_row_end_the_search(table):
@@ -459,9 +459,9 @@ def test_failures_of_before_do_not_end_a_search_that_goes_on(table, folder):
     for i in range(5):
         fail(table, f"a{i}")
     later = made(folder)
-    assert later.failures_in_a_row == 0
+    assert later.consecutive_failures == 0
     fail(later, "b")
-    assert later.failures_in_a_row == 1
+    assert later.consecutive_failures == 1
 
 
 def test_trial_ids_in_the_table_cannot_be_taken_for_numbers():
@@ -503,7 +503,7 @@ def test_a_stopped_trial_stays_stopped_when_a_kill_comes_before_the_next_save(ta
         repeat(later, trial, result(2, 0.8))
     assert folder.trials.read_text() == before
     assert {row["status"] for row in later.rows.values()} == {STOPPED}
-    assert later.failures_in_a_row == 0
+    assert later.consecutive_failures == 0
 
 
 def test_failures_that_are_said_once_more_are_not_failures_of_this_start(table, folder):
@@ -516,9 +516,9 @@ def test_failures_that_are_said_once_more_are_not_failures_of_this_start(table, 
     for trial in trials:
         repeat(later, trial, {"failure": "diverged", "error_rate": math.nan, "done": True})
     repeat(later, lost, result(1, 0.1))  # the last epoch that it finished
-    assert folder.trials.read_text() == before and later.failures_in_a_row == 0
+    assert folder.trials.read_text() == before and later.consecutive_failures == 0
     fail(later, "b")
-    assert later.failures_in_a_row == 1
+    assert later.consecutive_failures == 1
 
 
 def test_a_winner_that_says_its_result_once_more_keeps_its_weights_while_others_end(table, folder):

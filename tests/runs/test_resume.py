@@ -259,6 +259,13 @@ def test_another_space_is_refused_with_the_difference(folder):
     assert "dimensions.epochs was '1..3' and is '1..4'" in str(refused.value)
 
 
+def test_a_space_that_an_earlier_version_saved_as_texts_is_the_same(folder):
+    fields = {"low": 1, "high": 3, "log": False, "off": False}
+    require_same(folder, SPACE | {"dimensions": {"epochs": fields}}, IMAGES, FILES)
+    with pytest.raises(ValueError, match=r"dimensions.epochs was '1..3' and is '1..3 \(log\)'"):
+        require_same(folder, SPACE | {"dimensions": {"epochs": fields | {"log": True}}}, IMAGES, FILES)
+
+
 # --- Whose run it is --------------------------------------------------------------------------------------------------
 
 

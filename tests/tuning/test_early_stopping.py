@@ -130,10 +130,11 @@ def test_results_that_are_no_numbers_neither_stop_nor_count(scheduler, state_fil
     assert set(saved(state_file)["curves"]) == {"a", "b", "c"}
 
 
-def test_a_stop_says_why(scheduler, state_file):
+def test_a_stop_says_why_and_at_which_rung(scheduler, state_file):
     for name, error in (("a", 0.1), ("b", 0.2), ("c", 0.3), ("d", 0.5)):
         report(scheduler, name, 60, error)
     assert reasons(state_file) == {"d": "error_rate 0.5000 above the cut-off 0.2600 of rung 60 %"}
+    assert RunFolder(state_file.parent).stop_rungs() == {"d": 60}
 
 
 def test_nothing_was_stopped_where_nothing_is_on_record(tmp_path):
