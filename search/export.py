@@ -1,9 +1,9 @@
-"""Take a run's best model away as a folder of its own, checked: `python -m search.export RUN --out DIR`.
+"""Export a run's best model to a folder of its own and verify it: `python -m search.export RUN --out DIR`.
 
-`model.safetensors` and `config.json` are timm's local format. A linear head loads with
-`timm.create_model("local-dir:DIR", pretrained=True)`; a head=mlp is not of timm's making, so its config.json says that
-it loads with `search.predict.Predictor`, as all exports do. `preprocessing.json` holds what `config.json` cannot, and
-README.md, the model card, says it all in words.
+`model.safetensors` and `config.json` are timm's local format: a linear head loads with
+`timm.create_model("local-dir:DIR", pretrained=True)`. timm has no head=mlp, so its config.json refers to
+`search.predict.Predictor`, which loads every export. `preprocessing.json` holds what `config.json` cannot. README.md is
+the model card.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.cli.messages import command_name, run_cli
+from search.cli.messages import command_name
 from search.exporting import export_formats
 from search.exporting.verification import Differs, check_against_table
 from search.runs.atomic_files import replace_folder
@@ -24,56 +24,55 @@ from search.runs.trained_model import open_run
 from trainables.data.labelled_images import MAX_UNREADABLE
 from trainables.inference.model_folder import ModelFolder, read_json, read_model
 from trainables.inference.predictor import load_model
+from trainables.system.command_line import run_cli
 from trainables.system.text import percent, shell_command
 from trainables.training.checkpoint import PREPROCESSING_FILE, SPLIT_FILE, WEIGHTS_FILE
 
-if TYPE_CHECKING:  # Ray comes with it, which --help and the new process can do without
+if TYPE_CHECKING:  # imports Ray, which --help and the new process do not need
     from search.runs.run_record import RunRecord
 
 CONFIG_FILE, CARD_FILE = "config.json", "README.md"
 COPIED = (PREPROCESSING_FILE, "recipe.json", "labels.json", "metrics.json", SPLIT_FILE)
 FILES = (*export_formats.FILES.values(), CONFIG_FILE, CARD_FILE, *COPIED)
-"""All that an export can hold."""
+"""All that an export may contain."""
 TIMM_CROP_MODES = {"crop": "center", "squish": "squash", "pad": "border"}
-
 
 EXAMPLES = """
 examples:
   python -m search.export results/quickstart-20250101-120000 --out exported
   python -m search.predict exported cat.jpg
-      the best model as timm's local format, with its labels, preprocessing, recipe, metrics and a model card
+      the best model in timm's local format, with its labels, preprocessing, recipe, metrics and a model card
   python -m search.export results/quickstart-20250101-120000 --out exported --format safetensors,onnx,pt2
-      model.onnx and model.pt2 (torch.export) as well, for any batch size: pixels in 0..1 in, logits out; they run
+      also model.onnx and model.pt2 (torch.export), for any batch size: pixels in 0..1 in, logits out; they run
       without this project, onnx in ONNX Runtime (to write it: pip install onnx onnxruntime onnxscript), pt2 in torch
   python -m search.export results/quickstart-20250101-120000 --out exported --trial 6
-      another one of the best trials; of one whose weights are not kept it says how to train it again
+      another of the best trials; if its weights were not kept, prints the command that trains it again
 
-Before it says done, a new process opens every format and labels all validation images of the run; the errors must be
-those of the run's table, but for one image. onnx and pt2 compute in fp32: where training validated in bf16 or fp16,
-their errors must be those of the checkpoint in fp32, which are then shown beside the table's. Exit code 0 if so (or if
-the images are not on this machine, with a warning), 1 if not, 2 if the run or an option is no good. Nothing is left in
-DIR but after success.
+A new process then opens every format and labels all validation images of the run. The number of errors must match the
+run's table within one image. onnx and pt2 compute in fp32: where training validated in bf16 or fp16, their errors must
+match the checkpoint's in fp32, which are shown next to the table's. Exit code 0 if they match (or if the images are not
+on this machine, with a warning), 1 if not, 2 if the run or an option is invalid. DIR is written only on success.
 """
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=command_name("search.export"),
-        description="Write the best model of a run to a folder that timm and search.predict load, and check it.",
+        description="Write the best model of a run to a folder that timm and search.predict load, and verify it.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run, such as results/<name>")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--trial", metavar="ID", help=(
-        "a trial's number or id; a run keeps the weights of its best ones (--keep); default: the very best"
+        "a trial's number or id; a run keeps the weights of its best trials (--keep); default: the best"
     ))  # fmt: skip
     parser.add_argument("--format", default="safetensors", metavar="LIST", help=(
-        "of safetensors, onnx and pt2, separated by commas; the first is always written (safetensors)"
+        "safetensors, onnx and pt2, separated by commas; safetensors is always written and the default"
     ))  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace an earlier export in DIR")
     parser.add_argument("--no-check", action="store_true", help=(
-        "do not check against the table, for when the images have changed since the run"
+        "do not check against the table; for images that have changed since the run"
     ))  # fmt: skip
     return parser.parse_args(argv)
 
@@ -101,31 +100,44 @@ def export(
     force: bool = False,
     check: bool = True,
 ) -> None:
-    """Write the best model of `run` to `out`, checked first; prints what it finds.
+    """Write the best model of `run`, or that of `trial`, to `out` and verify it; prints the outcome.
 
-    Raises `ValueError` where there is nothing to export or `out` is taken, `Differs` where the check fails.
+    Args:
+        run: the folder of a run.
+        out: the folder to write. It must not exist, or be empty.
+        trial: a trial's number or id; the default is the best trial.
+        formats: of safetensors, onnx and pt2.
+        force: replace an earlier export in `out`.
+        check: compare its errors on the validation images with the run's table.
+
+    Raises:
+        ValueError: there is no model to export, or `out` cannot be used.
+        Differs: the check failed; `out` is not written.
     """
+    from search.exporting.model_card import model_card
+
     run, out = run.expanduser(), out.expanduser().absolute()
-    best = model_of(run, trial)
-    metrics = read_json(best.path / "metrics.json")
+    model = find_model(run, trial)
+    metrics = read_json(model.path / "metrics.json")
     export_formats.require_packages(formats)
     require_free(out, force=force)
-    print(f"exporting trial {metrics['trial_id']}: {best.recipe.arch}, {percent(metrics['error_rate'], 2)} wrong")
+    print(f"exporting trial {metrics['trial_id']}: {model.recipe.arch}, {percent(metrics['error_rate'], 2)} wrong")
 
     def require_same_best() -> None:
-        if not best.path.is_dir() or read_json(best.path / "metrics.json") != metrics:
-            raise ValueError(f"A better trial of {run} completed while it was exported. Export again.")
+        if not model.path.is_dir() or read_json(model.path / "metrics.json") != metrics:
+            raise ValueError(f"A better trial of {run} completed during the export. Export again.")
 
     def fill(folder: Path) -> None:
-        write(best, folder, formats)
-        write_card(best, metrics, run, formats, folder)
+        write(model, folder, formats)
+        card = model_card(model, metrics, CommandRecord.load(run), record_of(run), formats)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
         require_same_best()
         if not check:
             return
         try:
-            check_against_table(folder, run, best.path, metrics, formats)
+            check_against_table(folder, run, model.path, metrics, formats)
         except Differs:
-            require_same_best()  # the check reads the checkpoint, which another may have replaced
+            require_same_best()  # the checkpoint that the check reads may have been replaced
             raise
 
     try:
@@ -134,15 +146,8 @@ def export(
         raise ValueError(f"{out} cannot be written: {error}. Make room, or give another --out.") from error
 
 
-def write_card(best: ModelFolder, metrics: dict[str, Any], run: Path, formats: tuple[str, ...], folder: Path) -> None:
-    from search.exporting.model_card import model_card
-
-    text = model_card(best, metrics, CommandRecord.load(run), record_of(run), formats)
-    (folder / CARD_FILE).write_text(text, encoding="utf-8")
-
-
 def record_of(run: Path) -> RunRecord | None:
-    """The run's tables, where it has them."""
+    """The run's tables, or None if they are missing or damaged."""
     from search.runs.run_record import load
 
     try:
@@ -151,45 +156,44 @@ def record_of(run: Path) -> RunRecord | None:
         return None
 
 
-def model_of(run: Path, trial: str | None) -> ModelFolder:
-    """The best model of `run`, or that of a `trial` (its number or id). Raises `ValueError` where its weights are gone
-    or were never there."""
+def find_model(run: Path, trial: str | None) -> ModelFolder:
+    """The best model of `run`, or that of `trial` (a number or id). Raises `ValueError` if its weights are missing."""
     best = open_run(run)
     metrics = read_json(best.path / "metrics.json")
     if trial is None or trial in (metrics["trial_id"], str(metrics.get("number"))):
         return best
     record = record_of(run)
+    unknown = f"--trial {trial}: there is no such trial in {run}. Its trials:"
     if record is None or record.trials.empty:
-        raise ValueError(f"--trial {trial}: there is no such trial in {run}. Its trials: {metrics['trial_id']}.")
-    rows = record.trials
-    found = rows[(rows["trial_id"] == trial) | (rows["number"].astype(str) == trial)]
+        raise ValueError(f"{unknown} {metrics['trial_id']}.")
+    numbers, ids = record.trials["number"], record.trials["trial_id"]
+    found = record.trials[(ids == trial) | (numbers.astype(str) == trial)]
     if found.empty:
-        known = f"{rows['number'].min()} to {rows['number'].max()} (or by id, such as {metrics['trial_id']})"
-        raise ValueError(f"--trial {trial}: there is no such trial in {run}. Its trials: {known}.")
+        raise ValueError(f"{unknown} {numbers.min()} to {numbers.max()} (or by id, such as {metrics['trial_id']}).")
     row = found.iloc[0]
-    kept = kept_models(record, metrics.get("number"))
-    if row["number"] in kept:
-        return read_model(kept[row["number"]])
+    folders = weight_folders(record, metrics.get("number"))
+    if row["number"] in folders:
+        return read_model(folders[row["number"]])
     score = "" if math.isnan(row["error_rate"]) else f", {percent(row['error_rate'], 2)} wrong"
     raise ValueError(
-        f"--trial {trial}: trial {row['number']} ({row['status']}{score}) has no weights any more: a run keeps those "
-        f"of its best trials only (--keep; here {', '.join(map(str, sorted(kept))) or metrics['trial_id']}). "
+        f"--trial {trial}: the weights of trial {row['number']} ({row['status']}{score}) were not kept: a run keeps "
+        f"those of its best trials only (--keep; here {', '.join(map(str, sorted(folders))) or metrics['trial_id']}). "
         f"Train this one again with: {training_command(record, row)}"
     )
 
 
-def kept_models(record: RunRecord, best: int | None) -> dict[int, Path]:
-    """Number -> folder of the trials whose weights a run keeps, be it for `--test-split`."""
+def weight_folders(record: RunRecord, best: int | None) -> dict[int, Path]:
+    """Trial number -> folder of its weights, for all trials whose weights the run has kept."""
     folder = record.folder
-    places = [(0, folder.first), (best, folder.best), *((n, folder.models / str(n)) for n in record.trials["number"])]
-    return {number: place for number, place in places if number is not None and place.is_dir()}
+    paths = [(0, folder.first), (best, folder.best), *((n, folder.models / str(n)) for n in record.trials["number"])]
+    return {number: path for number, path in paths if number is not None and path.is_dir()}
 
 
 def training_command(record: RunRecord, row: Any) -> str:
-    """The search of one trial that repeats the recipe of a row; `trainables.finetune` leaves no weights."""
+    """A search with one trial that repeats a row's recipe (`trainables.finetune` would not keep the weights)."""
     options, space = record.command.arguments, record.space
     settings = space.get("settings", {})
-    # Of named recipes the space's own dimensions are settings like others, and searched unless all are pinned.
+    # With named recipes the space's own dimensions are plain settings, and would be searched unless all are pinned.
     names = list(settings) if options.recipes else [*record.dimensions, *space.get("pinned", [])]
     values = {name: row[name] if name in row else settings[name] for name in dict.fromkeys(names) if name != "seed"}
     words = ["--space", space["name"], "--trials", "1"]
@@ -198,12 +202,12 @@ def training_command(record: RunRecord, row: Any) -> str:
     if options.max_unreadable != MAX_UNREADABLE:
         words += ["--max-unreadable", str(options.max_unreadable)]
     words += ["--seed", str(space["seed"])] if space.get("seed") is not None else []
-    settings = (word for name, value in values.items() for word in ("--set", f"{name}={value}"))
-    return shell_command("search.run", *words, *settings)
+    pinned = (word for name, value in values.items() for word in ("--set", f"{name}={value}"))
+    return shell_command("search.run", *words, *pinned)
 
 
 def require_free(out: Path, *, force: bool) -> None:
-    """Raises `ValueError` unless `out` can be written; `force` gives up an earlier export, never anything else."""
+    """Raises `ValueError` unless `out` is free; `force` also accepts an earlier export, but nothing else."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -213,16 +217,16 @@ def require_free(out: Path, *, force: bool) -> None:
         raise ValueError(f"--out {out} is not empty. Give another folder, or --force to replace an earlier export.")
     if foreign := sorted(names.difference(FILES)):
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-        raise ValueError(f"--out {out} holds more than an export ({shown}), which --force will not remove.")
-    if names and WEIGHTS_FILE not in names:  # such as somebody's own README.md
-        raise ValueError(f"--out {out} is no earlier export: it has no {WEIGHTS_FILE}; --force will not remove it.")
+        raise ValueError(f"--out {out} contains files that no export writes ({shown}); --force will not remove them.")
+    if names and WEIGHTS_FILE not in names:  # such as a README.md of the user
+        raise ValueError(f"--out {out} is not an earlier export: it has no {WEIGHTS_FILE}. --force will not remove it.")
 
 
-def write(best: ModelFolder, folder: Path, formats: tuple[str, ...] = ("safetensors",)) -> None:
-    """All files of an export but its card, into an empty folder."""
+def write(model_folder: ModelFolder, folder: Path, formats: tuple[str, ...] = ("safetensors",)) -> None:
+    """Write all files of an export except its card to an empty folder."""
     import timm
 
-    model, preprocessing = load_model(best), best.preprocessing
+    model, preprocessing = load_model(model_folder), model_folder.preprocessing
     side = preprocessing.image_size
     config: dict[str, Any] = {
         "pretrained_cfg": {
@@ -232,20 +236,20 @@ def write(best: ModelFolder, folder: Path, formats: tuple[str, ...] = ("safetens
             "interpolation": "bilinear",
             "crop_pct": 1.0,
             "crop_mode": TIMM_CROP_MODES[preprocessing.resize_method],
-            # recommendations for the weights that the training started from
+            # the pretrained weights' own recommendations no longer apply
             "test_input_size": None,
             "test_crop_pct": None,
         },
-        "label_names": list(best.labels),
+        "label_names": list(model_folder.labels),
     }
-    if best.recipe.head == "mlp":
+    if model_folder.recipe.head == "mlp":
         config["note"] = "head=mlp: timm cannot build this classifier; load the folder with search.predict.Predictor"
     timm.models.save_for_hf(model, str(folder), model_config=config, safe_serialization=True)
-    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors leaves it for its owner alone
+    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors makes it readable by its owner only
     for name in COPIED:
-        if name != SPLIT_FILE or (best.path / name).is_file():  # none of a model that another version trained
-            shutil.copyfile(best.path / name, folder / name)
-    export_formats.write_formats(best, model, formats, folder)
+        if name != SPLIT_FILE or (model_folder.path / name).is_file():  # an earlier version wrote none
+            shutil.copyfile(model_folder.path / name, folder / name)
+    export_formats.write_formats(model_folder, model, formats, folder)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""The README.md of an export: what the model is, how to use it, what it was trained on, and how far to trust it."""
+"""The README.md of an export: what the model is, how to use it, what it was trained on, and its limits."""
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import PurePath
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from search.exporting.export_formats import INPUT, ONNX_FILE, OPSET, OUTPUT, PROGRAM_FILE
-from search.reporting.test_set import read_test, said
+from search.reporting.test_set import describe_score, read_test
 from search.runs.command import CommandRecord
 from search.runs.run_record import RunRecord
 from search.runs.statistics import wilson_interval
@@ -55,7 +56,7 @@ wide, high = ({presize} - side for side in photo.size)
 edges = (high // 2, high - high // 2), (wide // 2, wide - wide // 2), (0, 0)
 photo = Image.fromarray(np.pad(photo, edges, mode="reflect"))""",
 }
-"""How an image becomes a square of the presized side, by Pillow: nearly as in training."""
+"""Code by Pillow that makes an image a square of the presized side, nearly as in training."""
 ONNX = f"""
 import onnxruntime
 
@@ -69,13 +70,12 @@ import torch
 model = torch.export.load("{PROGRAM_FILE}").module()
 print(labels[model(torch.from_numpy(images))[0].argmax()])
 """
-METHODS = {
+RESIZE_METHODS = {
     "crop": "its shorter side is resized to {presize} px and the centre square taken",
     "squish": "it is squeezed to a square of {presize} px",
-    "pad": "its longer side is resized to {presize} px and the rest of a square filled by mirroring the edges",
+    "pad": "its longer side is resized to {presize} px and the rest of the square filled by mirroring the edges",
 }
-MOST_LABELS = 200
-"""More would bury the rest of the card."""
+MAX_LABELS = 200  # in the card; labels.json has them all
 
 
 def model_card(
@@ -85,33 +85,40 @@ def model_card(
     run: RunRecord | None,
     formats: Sequence[str],
 ) -> str:
-    """The card as Markdown; `run` tells the size of the splits and of the search, and may be missing."""
-    parts = [_front_matter(model), _summary(model, metrics, run), _use(model, formats)]
-    parts += [_data(model, command, run), _errors(metrics, run), LIMITS, _preprocessing(model)]
-    parts += [_recipe(model), _made_with(command)]
+    """The card as Markdown, with the sizes of the splits and of the search if `run` is known."""
+    parts = (
+        _front_matter(model),
+        _summary(model, metrics, run),
+        _usage(model, formats),
+        _data(model, command, run),
+        _errors(metrics, run),
+        LIMITS,
+        _preprocessing(model),
+        _recipe(model),
+        _versions(command),
+    )
     return "\n\n".join(parts) + "\n"
 
 
 def text(value: object) -> str:
-    """`value` in Markdown as it is, whatever it looks like, in one line."""
+    """`value` in one line, escaped so that Markdown shows it as it is."""
     line = printable(" ".join(str(value).split()))
     line = re.sub(r"(?<![^\W_])_|_(?![^\W_])|[\\*#\[\]~$]", r"\\\g<0>", line)
     line = escape(line, quote=False).replace("|", "&#124;").replace("`", "&#96;")
-    # what GitHub and model hubs make links of by themselves
+    # what GitHub and model hubs turn into links
     return line.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
 
 
 def _front_matter(model: ModelFolder) -> str:
-    """For model hubs: YAML, of which JSON is a part. No base model: the weights may have come from anywhere."""
-    fields = {
-        # the hubs show how to load it with this, which timm cannot do with another head
-        "library_name": "timm" if model.recipe.head == "linear" else "finetune-search",
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "timm", "finetune-search"],
-        "metrics": ["accuracy"],
-    }
-    lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
-    return "\n".join(["---", *lines, "---"])
+    """YAML for model hubs. It names no base model: the weights may come from anywhere."""
+    data = ModelCardData(
+        # hubs show how to load the model with this library; timm cannot build other heads
+        library_name="timm" if model.recipe.head == "linear" else "finetune-search",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "finetune-search"],
+        metrics=["accuracy"],
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _summary(model: ModelFolder, metrics: dict[str, Any], run: RunRecord | None) -> str:
@@ -128,15 +135,15 @@ def _summary(model: ModelFolder, metrics: dict[str, Any], run: RunRecord | None)
     )
 
 
-def _use(model: ModelFolder, formats: Sequence[str]) -> str:
-    """Ways to load it; the code runs as it stands, beside this file and an image called photo.jpg."""
-    parts = ["## How to use it", "Run in this folder, beside an image called photo.jpg."]
-    parts += ["With the project that made it, which reads images as in training, in a shell or from Python:"]
+def _usage(model: ModelFolder, formats: Sequence[str]) -> str:
+    """Code that loads and runs the model in each format."""
+    parts = ["## How to use it", "Run in this folder, with an image called photo.jpg in it."]
+    parts += ["With finetune-search, which reads images as in training, in a shell or from Python:"]
     parts += [_code(OURS_SHELL, "sh"), _code(OURS)]
     if model.recipe.head == "linear":
         parts += ["With timm:", _code(TIMM)]
     else:
-        parts.append("timm cannot build its head (head=mlp); the other formats hold all of it.")
+        parts.append("timm cannot build its head (head=mlp); the other formats contain the whole model.")
     if {"onnx", "pt2"} & set(formats):
         side = model.preprocessing.image_size
         read = (READ % SQUARES[model.preprocessing.resize_method]).format(
@@ -145,26 +152,27 @@ def _use(model: ModelFolder, formats: Sequence[str]) -> str:
         parts += [
             f"The other formats take RGB pixels in 0..1 that are **not** normalised, `{INPUT}`, float32 (batch, 3, "
             f"{side}, {side}), for any number of images, and give `{OUTPUT}`, float32 (batch, {len(model.labels)}). "
-            "Read so, by Pillow, which rounds a little otherwise than training did:",
+            "With Pillow, which rounds slightly differently from training, an image is read like this:",
             _code(read),
         ]
     if "onnx" in formats:
         parts += [
-            f"and then with ONNX Runtime (opset {OPSET}; the labels are in the file's metadata, too):",
+            f"and then run with ONNX Runtime (opset {OPSET}; the labels are also in the file's metadata):",
             _code(ONNX),
         ]
     if "pt2" in formats:
-        parts += ["or with torch alone, of the version that wrote the file or a later one:", _code(PROGRAM)]
+        parts += ["or run with torch alone, in the version that wrote the file or a later one:", _code(PROGRAM)]
     return "\n\n".join(parts)
 
 
 def _data(model: ModelFolder, command: CommandRecord, run: RunRecord | None) -> str:
-    rows = [("data set", PurePath(split_level(command.data)[0]).name), ("classes", str(len(model.labels)))]
+    rows: list[tuple[str, Any]] = [("data set", PurePath(split_level(command.data)[0]).name)]
+    rows.append(("classes", len(model.labels)))
     if run is not None and run.num_train and run.num_valid:
         rows += [("training images", run.num_train), ("validation images", run.num_valid)]
-    rows.append(("seed of the split, where the data has none of its own", command.split_seed))
-    shown = _table(("output", "class"), enumerate(model.labels[:MOST_LABELS]))
-    more = len(model.labels) - MOST_LABELS
+    rows.append(("seed of the split, unless the data has its own", command.split_seed))
+    shown = _table(("output", "class"), enumerate(model.labels[:MAX_LABELS]))
+    more = len(model.labels) - MAX_LABELS
     rest = f"\n\nand {more} more, in labels.json" if more > 0 else ""
     return f"## Data\n\n{_table(('', ''), rows)}\n\nClasses, in the order of the outputs:\n\n{shown}{rest}"
 
@@ -181,37 +189,37 @@ def _errors(metrics: dict[str, Any], run: RunRecord | None) -> str:
         rows.append(("validation loss", f"{metrics['valid_loss']:.4f}"))
     trials = "" if run is None else f" {many(len(run.completed), 'completed trial')} of"
     return (
-        f"## Error\n\n{_table(('', ''), rows)}\n\nThese same validation images chose this model among{trials} a "
+        f"## Error\n\n{_table(('', ''), rows)}\n\nThe same validation images chose this model among{trials} a "
         "search, so the figures are optimistic: expect a somewhat larger error on new images of the same kind. The "
-        f"interval is that of the number of images, and does not allow for the choice.{_test(metrics, run)}"
+        f"interval reflects the number of images, not the choice.{_test(metrics, run)}"
     )
 
 
 def _test(metrics: dict[str, Any], run: RunRecord | None) -> str:
-    """The error on images that the search did not know, where some were held out for that."""
+    """The error on test images that were held out of the search, if any."""
     tested = None if run is None else read_test(run.folder)
     scores = [score for score in (tested["winner"], tested["trial_0"]) if score] if tested else []
-    if not (mine := [said(score) for score in scores if score["trial"] == metrics.get("number")]):
+    if not (mine := [describe_score(score) for score in scores if score["trial"] == metrics.get("number")]):
         return ""
-    return f"\n\nOn test images, which the search did not know and which were read once, at its end, {mine[0]}."
+    return f"\n\nOn test images, which were held out of the search and read once, at its end, {mine[0]}."
 
 
 def _preprocessing(model: ModelFolder) -> str:
     found = model.preprocessing
-    square = METHODS[found.resize_method].format(presize=found.presize)
+    square = RESIZE_METHODS[found.resize_method].format(presize=found.presize)
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (found.mean, found.std))
     return (
-        f"## Preprocessing\n\nAn image is turned upright (EXIF) and made RGB, {square}, and the square is resized to "
-        f"{found.image_size} px, all bilinear. Pixels in 0..1 are normalised by mean ({mean}) and standard deviation "
-        f"({std}), per RGB channel; inside the model in the ONNX and pt2 formats, outside of it for timm."
+        f"## Preprocessing\n\nAn image is turned upright (EXIF) and converted to RGB, {square}, and the square is "
+        f"resized to {found.image_size} px, always bilinearly. Pixels in 0..1 are normalised by mean ({mean}) and "
+        f"standard deviation ({std}) per RGB channel: by the model itself as ONNX and pt2, before it with timm."
     )
 
 
 LIMITS = """## Limits
 
-The model answers with one of its classes whatever the image shows, and its probabilities are not calibrated. Of images
-of another kind than those it was trained on, by camera, place, crop or time, nothing is known. What its training images
-or pretrained weights are biased to, it is too."""
+The model answers with one of its classes whatever the image shows, and its probabilities are not calibrated. Nothing is
+known about its errors on images unlike its training images, such as from another camera, place, crop or time. It shares
+the biases of its training images and pretrained weights."""
 
 
 def _recipe(model: ModelFolder) -> str:
@@ -219,13 +227,13 @@ def _recipe(model: ModelFolder) -> str:
     return f"## Recipe\n\n{_table(('setting', 'value', 'meaning'), rows)}"
 
 
-def _made_with(command: CommandRecord) -> str:
+def _versions(command: CommandRecord) -> str:
     rows = list(command.versions.items())
     rows += [(name, value) for name, value in command.hardware.items() if not isinstance(value, list)]
     return f"## Made with\n\n{_table(('', ''), rows)}" if rows else "## Made with\n\nfinetune-search"
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple]) -> str:
+def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(map(text, row))} |" for row in rows)])
 

@@ -1,13 +1,16 @@
-"""Whether an export does what the run's table says: a new process opens it and labels the validation images."""
+"""Verifies an export against the run's table: a new process opens it and labels the validation images."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from search.exporting import export_formats
+from search.exporting.export_formats import Floats
 from search.runs.command import CommandRecord
 from search.runs.trained_model import Predictor
 from trainables.data.labelled_images import DataError
@@ -15,17 +18,23 @@ from trainables.data.layouts import split_level
 from trainables.system.new_process import in_new_process
 from trainables.system.text import percent
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Logits = Callable[["torch.Tensor"], Floats]
+"""A uint8 batch -> its logits (n, classes)."""
 MAX_DIFFERENCE = 0.01
-"""Largest difference of a logit from the checkpoint's, as a share of the largest one; more is another model."""
+"""Of a logit from the checkpoint's, as a share of the largest logit; with more, it is not the same model."""
 
 
 class Differs(Exception):
-    """The written folder does not do what the run's table says."""
+    """The exported folder does not match the run's table."""
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to load an export, and what came of it on the validation images."""
+class LoaderResult:
+    """How the export did on the validation images when loaded in one way, such as by timm or as ONNX."""
 
     name: str
     num_wrong: int
@@ -40,86 +49,84 @@ class Check:
     """What a new process found out about an exported folder."""
 
     num_images: int
-    ways: tuple[Way, ...]
+    results: tuple[LoaderResult, ...]
     on_gpu: bool
     fp32_wrong: int | None = None
-    """The checkpoint's errors in fp32, which onnx and pt2 compute in; None where training validated in it, too."""
+    """The checkpoint's errors in fp32, which onnx and pt2 compute in; None if training validated in fp32, too."""
 
 
 def check_against_table(
     folder: Path, run: Path, checkpoint: Path, metrics: dict[str, Any], formats: tuple[str, ...] = ("safetensors",)
 ) -> None:
-    """Load `folder` in a new process and compare it with the `checkpoint` of the run that it was exported from, and its
-    errors with those in the run's table, `metrics`. Raises `Differs`; prints what it finds."""
+    """Load `folder` in a new process; compare its logits with the `checkpoint`'s, and its errors with the run's table,
+    `metrics`. Prints the outcome. Raises `Differs`."""
     command = CommandRecord.load(run)
     data = Path(command.data)
+    not_checked = "warning: not checked against the table"
     if not Path(split_level(str(data))[0]).is_dir():
-        print(f"warning: not checked against the table: the run's images, {data}, are not here", file=sys.stderr)
+        print(f"{not_checked}: the run's images, {data}, are not here", file=sys.stderr)
         return
     print(f"checking on the validation images of {data}", flush=True)
     try:
         split = command.split_seed, command.arguments.held_out_share
         found = in_new_process(check_export, folder, checkpoint, data, *split, command.arguments.cache, formats)
     except DataError as error:
-        print(
-            f"warning: not checked against the table, as the run's images are no longer there. {error}", file=sys.stderr
-        )
+        print(f"{not_checked}: the run's images are no longer there. {error}", file=sys.stderr)
         return
     trained_on_gpu = bool(command.group_size.get("gpus_per_worker"))
-    for way in found.ways:
-        require_same(way, found, metrics["error_rate"], trained_on_gpu, data)
-    print(outcome(found, metrics["error_rate"]))
-    beside = "" if found.on_gpu == trained_on_gpu else "; a GPU and a CPU round differently, so 1 % is allowed"
-    print(f"check passed{beside}")
+    for result in found.results:
+        require_same(result, found, metrics["error_rate"], trained_on_gpu, data)
+    print(outcome_table(found, metrics["error_rate"]))
+    note = "" if found.on_gpu == trained_on_gpu else "; a GPU and a CPU round differently, so 1 % is allowed"
+    print(f"check passed{note}")
 
 
-def require_same(way: Way, found: Check, error_rate: float, trained_on_gpu: bool, data: Path) -> None:
-    """Raises `Differs` where `way` labels more or fewer images wrong than expected, or gives other logits.
+def require_same(result: LoaderResult, found: Check, error_rate: float, trained_on_gpu: bool, data: Path) -> None:
+    """Raises `Differs` if the number of wrong images is not as expected, or if the logits differ.
 
-    Expected is what the run's table says; of a graph, which computes in fp32, what the checkpoint gets wrong in fp32
-    where training validated in less.
+    The run's table gives the expected number. A graph computes in fp32: where training validated in a lower precision,
+    its expected number is that of the checkpoint in fp32.
     """
     in_table = error_rate * found.num_images
-    shown = f"{way.num_wrong} of {found.num_images} images wrong"
-    if way.name in export_formats.OPENERS and found.fp32_wrong is not None:
-        if abs(way.num_wrong - found.fp32_wrong) > 1:
+    shown = f"{result.num_wrong} of {found.num_images} images wrong"
+    if result.name in export_formats.OPENERS and found.fp32_wrong is not None:
+        if abs(result.num_wrong - found.fp32_wrong) > 1:
             raise Differs(
-                f"the exported model ({way.name}) differs from the checkpoint in fp32: {shown}, and "
+                f"the exported model ({result.name}) differs from the checkpoint in fp32: {shown}, and "
                 f"{found.fp32_wrong} of the checkpoint's. Nothing was exported."
             )
-    elif not abs(way.num_wrong - in_table) <= tolerance(found, trained_on_gpu) + 1e-6:  # so that nan fails
+    elif not abs(result.num_wrong - in_table) <= tolerance(found, trained_on_gpu) + 1e-6:  # so that nan fails
         raise Differs(
-            f"the exported model ({way.name}) differs from the run's table: {shown}, in the table {in_table:.0f}. "
+            f"the exported model ({result.name}) differs from the run's table: {shown}, in the table {in_table:.0f}. "
             f"Nothing was exported. Have the images in {data} changed since? Then --no-check exports without this "
             "comparison."
         )
-    if not way.difference <= MAX_DIFFERENCE * max(1, way.largest):
+    if not result.difference <= MAX_DIFFERENCE * max(1, result.largest):
         raise Differs(
-            f"{way.name} makes another model of the export than the one trained: its logits differ by up to "
-            f"{way.difference:.3g}, of at most {way.largest:.3g}. Nothing was exported."
+            f"the exported model ({result.name}) is not the trained one: its logits differ by up to "
+            f"{result.difference:.3g}, and the largest is {result.largest:.3g}. Nothing was exported."
         )
 
 
 def tolerance(found: Check, trained_on_gpu: bool) -> int:
-    """Images: 1, and 1 % of them where the training validated on another device."""
+    """Images: 1, or 1 % of them if training validated on another kind of device."""
     return 1 if found.on_gpu == trained_on_gpu else max(1, found.num_images // 100)
 
 
-def outcome(found: Check, error_rate: float) -> str:
-    """What the check found as a table: a line for each way to load the export."""
+def outcome_table(found: Check, error_rate: float) -> str:
+    """The outcome as text: a line for each way to load the export."""
 
     def share(wrong: float) -> str:
         return f"{wrong:.0f} of {found.num_images} wrong ({percent(wrong / found.num_images, 2)})"
 
     in_table = share(error_rate * found.num_images)
     rows = [("", "on the validation images", "in the run's table", "largest difference of a logit")]
-    rows += [(way.name, share(way.num_wrong), in_table, f"{way.difference:.2g}") for way in found.ways]
+    rows += [(result.name, share(result.num_wrong), in_table, f"{result.difference:.2g}") for result in found.results]
     if found.fp32_wrong is not None:
         rows.append(("checkpoint in fp32", share(found.fp32_wrong), in_table, "-"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = ("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(f"  {line.rstrip()}" for line in lines)
 
 
 def check_export(
@@ -131,13 +138,11 @@ def check_export(
     storage: str = "auto",
     formats: tuple[str, ...] = ("safetensors",),
 ) -> Check:
-    """Label the validation split of `data`, of which the run held out `test_share`, with every format in `folder`, read
-    as training reads it, and compare the logits with those of the `checkpoint`'s folder.
+    """Label the validation split of `data`, of which the run held out `test_share`, with every format in `folder`.
 
-    Raises `DataError` where these are not the images of the run, `Differs` where a format cannot be run.
+    Images are read as in training, and the logits compared with those of the model in the folder `checkpoint`. Raises
+    `DataError` if these are not the images of the run, `Differs` if a format cannot be run.
     """
-    import numpy as np
-
     from trainables.data.held_out_images import without_test_images
     from trainables.data.layouts import find_images
     from trainables.data.presize import presize
@@ -149,53 +154,53 @@ def check_export(
     white = preprocessing.white_level
     images = presize(known, *sizes, storage=storage, white_level=white, max_unreadable=1)  # the run read what it could
     if images.classes != predictor.labels:
-        raise DataError(f"{data} holds other classes now: {len(images.classes)}, and {len(predictor.labels)} then.")
+        raise DataError(f"{data} has {len(images.classes)} classes now, other than the run's {len(predictor.labels)}.")
     valid = images.split(seed=split_seed)[1]
-    ways, labels = loaders(folder, predictor, formats), images.labels[valid]
-    wrong, difference, largest = (dict.fromkeys(ways, 0) for _ in range(3))
-    place, fp32_wrong = 0, 0
+    models, labels = load_all(folder, predictor, formats), images.labels[valid]
+    wrong = dict.fromkeys(models, 0)
+    difference, largest = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0)
+    start, fp32_wrong = 0, 0
     for batch in predictor.batches([images[i] for i in valid]):
-        logits = {name: way(batch) for name, way in ways.items()}
-        expected, truth = reference(trained, batch), labels[place : place + len(batch)]
-        fp32_wrong += int((expected["fp32"].argmax(axis=1) != truth).sum())
-        for name, found in logits.items():
-            theirs = expected["fp32" if name in export_formats.OPENERS else "as trained"]
+        as_trained, fp32 = reference_logits(trained, batch)
+        truth = labels[start : start + len(batch)]
+        fp32_wrong += int((fp32.argmax(axis=1) != truth).sum())
+        for name, model in models.items():
+            found = model(batch)
+            expected = fp32 if name in export_formats.OPENERS else as_trained
             wrong[name] += int((found.argmax(axis=1) != truth).sum())
             # numpy's maximum keeps a nan, which Python's max would lose
-            difference[name] = float(np.maximum(difference[name], abs(found - theirs).max()))
-            largest[name] = max(largest[name], float(abs(theirs).max()))
-        place += len(batch)
-    found = tuple(Way(name, wrong[name], difference[name], largest[name]) for name in ways)
+            difference[name] = float(np.maximum(difference[name], abs(found - expected).max()))
+            largest[name] = max(largest[name], float(abs(expected).max()))
+        start += len(batch)
+    results = tuple(LoaderResult(name, wrong[name], difference[name], largest[name]) for name in models)
     reduced = trained.amp_dtype is not None
-    return Check(len(valid), found, predictor.device.type == "cuda", fp32_wrong if reduced else None)
+    return Check(len(valid), results, predictor.device.type == "cuda", fp32_wrong if reduced else None)
 
 
-def loaders(folder: Path, predictor: Predictor, formats: tuple[str, ...]) -> dict[str, Callable]:
-    """The ways to load an export by name: functions of a uint8 batch that give the logits as an array."""
+def load_all(folder: Path, predictor: Predictor, formats: tuple[str, ...]) -> dict[str, Logits]:
+    """The export loaded in every way, by name: functions of a uint8 batch that return the logits."""
     import timm
     import torch
 
-    ways: dict[str, Callable] = {"safetensors": lambda batch: forward(predictor, predictor.model, batch)}
+    models: dict[str, Logits] = {"safetensors": lambda batch: forward(predictor, predictor.model, batch)}
     if predictor.recipe.head == "linear":
-        theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        theirs.to(predictor.device, memory_format=torch.channels_last)
-        ways["timm"] = lambda batch: forward(predictor, theirs, batch)
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        model = model.to(predictor.device).to(memory_format=torch.channels_last)
+        models["timm"] = lambda batch: forward(predictor, model, batch)
     for name, opener in export_formats.OPENERS.items():
         if name in formats:
-            ways[name] = graph(opener, folder / export_formats.FILES[name])
-    return ways
+            models[name] = graph(opener, folder / export_formats.FILES[name])
+    return models
 
 
-def graph(opener: Callable, file: Path) -> Callable:
-    """What is in `file` as a function of a uint8 batch. Of each batch it takes one image alone, then the others, so
-    that no number of images is the only one that it is tried with."""
-    import numpy as np
-
+def graph(opener: Callable[[Path], export_formats.Graph], file: Path) -> Logits:
+    """The graph in `file` as a function of a uint8 batch. It gets one image alone and then the others, so that every
+    check uses more than one batch size."""
     with or_differs(file):
         model = opener(file)
 
-    def run(batch):
-        images = batch.cpu().contiguous().numpy().astype("float32") / 255
+    def run(batch: "torch.Tensor") -> Floats:
+        images = batch.cpu().contiguous().numpy().astype(np.float32) / np.float32(255)
         with or_differs(file):
             return np.concatenate([model(part) for part in (images[:1], images[1:]) if len(part)])
 
@@ -204,7 +209,7 @@ def graph(opener: Callable, file: Path) -> Callable:
 
 @contextmanager
 def or_differs(file: Path) -> Iterator[None]:
-    """Raises `Differs` for whatever a runtime raises of `file`; not all of that could be sent to another process."""
+    """Raises `Differs` instead of whatever a runtime raises: not every error can be sent to another process."""
     try:
         yield
     except Exception as error:
@@ -212,19 +217,20 @@ def or_differs(file: Path) -> Iterator[None]:
         raise Differs(f"{file.name} cannot be run: {reason} Nothing was exported.") from None
 
 
-def forward(predictor: Predictor, model, batch):
+def forward(predictor: Predictor, model: "nn.Module", batch: "torch.Tensor") -> Floats:
     import torch
 
     with torch.inference_mode():
-        return predictor.forward(model, batch).cpu().numpy()
+        logits: Floats = predictor.forward(model, batch).cpu().numpy()
+    return logits
 
 
-def reference(trained: Predictor, batch) -> dict[str, Any]:
+def reference_logits(trained: Predictor, batch: "torch.Tensor") -> tuple[Floats, Floats]:
     """The checkpoint's logits, in the precision that training validated in and in fp32."""
-    found = {"as trained": forward(trained, trained.model, batch)}
+    as_trained = forward(trained, trained.model, batch)
     if trained.amp_dtype is None:
-        return found | {"fp32": found["as trained"]}
+        return as_trained, as_trained
     dtype, trained.amp_dtype = trained.amp_dtype, None
-    found["fp32"] = forward(trained, trained.model, batch)
+    fp32 = forward(trained, trained.model, batch)
     trained.amp_dtype = dtype
-    return found
+    return as_trained, fp32

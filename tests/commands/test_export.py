@@ -17,7 +17,7 @@ from tiny_run import draw_images, make_run, write_json
 
 from search import export
 from search.exporting import verification
-from search.exporting.verification import Check, Differs, Way, check_export
+from search.exporting.verification import Check, Differs, LoaderResult, check_export
 from search.predict import Predictor, find_files
 from search.runs.trained_model import open_model, open_run
 from trainables.inference.predictor import load_model
@@ -92,10 +92,10 @@ def test_timm_loads_another_pooling_alike(tmp_path, data):
     export.write(open_run(run), out)
     found = check_export(out, run / "best", data, split_seed=3)
     error_rate = json.loads((run / "best/metrics.json").read_text())["error_rate"]
-    assert [way.name for way in found.ways] == ["safetensors", "timm"]
-    for way in found.ways:
-        assert way.num_wrong == pytest.approx(error_rate * found.num_images)
-        assert way.difference < 1e-5
+    assert [result.name for result in found.results] == ["safetensors", "timm"]
+    for result in found.results:
+        assert result.num_wrong == pytest.approx(error_rate * found.num_images)
+        assert result.difference < 1e-5
 
 
 @pytest.mark.usefixtures("no_new_process")
@@ -161,12 +161,12 @@ def test_images_of_other_classes_are_no_check(tmp_path, run):
     (other / "wren").rename(other / "kiwi")
     out.mkdir()
     export.write(open_run(run), out)
-    with pytest.raises(verification.DataError, match="holds other classes now"):
+    with pytest.raises(verification.DataError, match="classes now, other than the run's"):
         check_export(out, run / "best", other, split_seed=3)
 
 
-def check(num_wrong: int, difference: float = 0.0, *, way: str = "safetensors", on_gpu=False, fp32=None) -> Check:
-    return Check(200, (Way(way, num_wrong, difference, largest=10.0),), on_gpu=on_gpu, fp32_wrong=fp32)
+def check(num_wrong: int, difference: float = 0.0, *, loader: str = "safetensors", on_gpu=False, fp32=None) -> Check:
+    return Check(200, (LoaderResult(loader, num_wrong, difference, largest=10.0),), on_gpu=on_gpu, fp32_wrong=fp32)
 
 
 @pytest.mark.parametrize(
@@ -177,10 +177,10 @@ def check(num_wrong: int, difference: float = 0.0, *, way: str = "safetensors", 
         (0.05, check(8), False),
         (0.05, check(12, on_gpu=True), True),  # trained on CPUs, checked on a GPU
         (0.05, check(13, on_gpu=True), False),
-        (0.05, check(12, way="onnx"), False),
-        (0.05, check(14, way="onnx", fp32=13), True),  # fp32, where training validated in bf16
-        (0.05, check(10, way="onnx", fp32=13), False),
-        (0.05, check(12, way="timm", fp32=12), False),
+        (0.05, check(12, loader="onnx"), False),
+        (0.05, check(14, loader="onnx", fp32=13), True),  # fp32, where training validated in bf16
+        (0.05, check(10, loader="onnx", fp32=13), False),
+        (0.05, check(12, loader="timm", fp32=12), False),
         (0.05, check(10, 0.09), True),
         (0.05, check(10, 0.5), False),  # the same errors by chance, but another model
         (0.05, check(10, float("nan")), False),
@@ -209,7 +209,7 @@ def test_a_taken_folder_is_kept_and_force_replaces_an_earlier_export_only(tmp_pa
     assert export.main([str(run), "--out", str(out), "--no-check", "--force"]) == 0
     assert json.loads((out / "labels.json").read_text()) == ["blue_tit", "robin", "wren"]
     (out / "thesis.txt").touch()
-    with pytest.raises(ValueError, match=r"holds more than an export \(thesis.txt\), which --force will not remove"):
+    with pytest.raises(ValueError, match=r"files that no export writes \(thesis.txt\); --force will not"):
         export.main([str(run), "--out", str(out), "--no-check", "--force"])
     with pytest.raises(ValueError, match="is a file"):
         export.main([str(run), "--out", str(out / "thesis.txt")])
@@ -220,7 +220,7 @@ def test_somebodys_own_readme_is_no_earlier_export(tmp_path, run):
     out = tmp_path / "out"
     out.mkdir()
     (out / "README.md").write_text("mine")
-    with pytest.raises(ValueError, match=r"is no earlier export: it has no model.safetensors"):
+    with pytest.raises(ValueError, match=r"is not an earlier export: it has no model.safetensors"):
         export.main([str(run), "--out", str(out), "--no-check", "--force"])
     assert (out / "README.md").read_text() == "mine"
 
@@ -232,7 +232,7 @@ def test_a_checkpoint_that_is_replaced_during_the_check_is_told_as_that(tmp_path
         raise Differs("its logits differ")
 
     monkeypatch.setattr(export, "check_against_table", another_completes)
-    with pytest.raises(ValueError, match=r"A better trial of .* completed while it was exported"):
+    with pytest.raises(ValueError, match=r"A better trial of .* completed during the export"):
         export.main([str(run), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 

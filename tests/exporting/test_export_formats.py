@@ -98,8 +98,8 @@ def test_a_trained_model_is_the_same_by_every_way_to_load_it(tmp_path, data, arc
     found = verification.check_export(out, run / "best", data, split_seed=3, formats=formats)
     wrong = round(found.num_images * json.loads((run / "best/metrics.json").read_text())["error_rate"])
     ways = ["safetensors", "timm", "onnx", "pt2"] if head == "linear" else ["safetensors", "onnx", "pt2"]
-    assert {way.name: way.num_wrong for way in found.ways} == dict.fromkeys(ways, wrong)
-    assert all(way.difference <= 1e-4 * max(1, way.largest) for way in found.ways)
+    assert {result.name: result.num_wrong for result in found.results} == dict.fromkeys(ways, wrong)
+    assert all(result.difference <= 1e-4 * max(1, result.largest) for result in found.results)
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
@@ -144,7 +144,7 @@ def test_an_architecture_that_cannot_be_exported_is_named(tmp_path):
             return images if images.sum() > 0 else -images
 
     folder = model_folder(tmp_path, TINY[0], "linear", side=32)
-    with pytest.raises(ValueError, match=r"test_resnet.r160_in1k cannot be exported as pt2: .* Leave it out of --for"):
+    with pytest.raises(ValueError, match=r"test_resnet.r160_in1k cannot be exported as pt2: .* Remove it from --for"):
         export_formats.write_formats(folder, DependsOnPixels(), ("safetensors", "pt2"), tmp_path)
 
 
@@ -195,10 +195,10 @@ def test_a_logit_that_is_no_number_is_found_out(tmp_path, run, data, monkeypatch
     nothing = lambda path: lambda images: np.full((len(images), 3), np.nan, np.float32)  # noqa: E731
     monkeypatch.setattr(export_formats, "OPENERS", {"onnx": nothing})
     found = verification.check_export(tmp_path / "out", run / "best", data, 3, formats=("onnx",))
-    way = next(way for way in found.ways if way.name == "onnx")
-    assert np.isnan(way.difference)
+    result = next(result for result in found.results if result.name == "onnx")
+    assert np.isnan(result.difference)
     with pytest.raises(verification.Differs):
-        verification.require_same(way, found, way.num_wrong / found.num_images, False, data)
+        verification.require_same(result, found, result.num_wrong / found.num_images, False, data)
 
 
 def test_a_training_that_validated_in_bf16_is_compared_in_fp32(tmp_path, data):
@@ -207,12 +207,12 @@ def test_a_training_that_validated_in_bf16_is_compared_in_fp32(tmp_path, data):
     found = verification.check_export(
         tmp_path / "out", run / "best", data, 3, formats=export_formats.parse_formats(ALL)
     )
-    differences = {way.name: way.difference for way in found.ways}
+    differences = {result.name: result.difference for result in found.results}
     assert differences["safetensors"] == 0  # beside the checkpoint in bf16, too
     assert differences["onnx"] < 1e-4 and differences["pt2"] < 1e-4
-    assert found.fp32_wrong == next(way.num_wrong for way in found.ways if way.name == "onnx")
+    assert found.fp32_wrong == next(result.num_wrong for result in found.results if result.name == "onnx")
     assert re.search(
-        rf"^  checkpoint in fp32 +{found.fp32_wrong} of 12 wrong", verification.outcome(found, 0.5), re.MULTILINE
+        rf"^  checkpoint in fp32 +{found.fp32_wrong} of 12 wrong", verification.outcome_table(found, 0.5), re.MULTILINE
     )
 
 

@@ -17,7 +17,7 @@ from run_tables import NUM_VALID, write_run
 from tiny_run import make_run
 
 from search import export
-from search.exporting.model_card import MOST_LABELS, model_card, text
+from search.exporting.model_card import MAX_LABELS, model_card, text
 from search.options.search_options import SearchOptions
 from search.predict import Predictor
 from search.runs.command import CommandRecord
@@ -157,8 +157,8 @@ def test_names_that_a_terminal_or_a_file_cannot_hold_are_escaped():
 
 
 def test_of_a_great_many_classes_the_first_are_shown():
-    found = card(folder(labels=[f"class{i}" for i in range(MOST_LABELS + 5)]))
-    assert f"class{MOST_LABELS - 1} " in found and f"class{MOST_LABELS} " not in found and "and 5 more" in found
+    found = card(folder(labels=[f"class{i}" for i in range(MAX_LABELS + 5)]))
+    assert f"class{MAX_LABELS - 1} " in found and f"class{MAX_LABELS} " not in found and "and 5 more" in found
 
 
 # --- Its code runs ----------------------------------------------------------------------------------------------------
