@@ -1,4 +1,4 @@
-"""A run in the browser, while it goes on or after its end: `python -m search.dashboard RUN`."""
+"""Shows a running or finished run in the browser: `python -m search.dashboard RUN`."""
 
 import argparse
 import contextlib
@@ -9,38 +9,38 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from socketserver import ThreadingMixIn
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from search.cli.messages import command_name, run_cli, say
+from search.cli.messages import command_name, say
 from search.options.arguments import positive
 from search.runs.command import CommandRecord
 from search.runs.paths import RunFolder
 from search.runs.trained_model import require_run
+from trainables.system.command_line import run_cli
 
 LOCALHOST = "127.0.0.1"
 NAMES = (LOCALHOST, "localhost", "::1")
-"""What this machine is called by its own browser, also at the end of an SSH tunnel."""
-MOST_PORTS = 100
-"""How many ports after a taken one are tried."""
-Application = Callable[[dict, Callable], Iterable[bytes]]
+"""This machine's names in its own browser, and in one at the other end of an SSH tunnel."""
+MAX_PORTS = 100  # to try when the first is taken
 
 EXAMPLES = """
 examples:
   python -m search.dashboard results/pets-20250101-120000
-      optuna-dashboard, TensorBoard and the report of a run; Ctrl-C ends them
+      optuna-dashboard, TensorBoard and the report of a run; Ctrl-C stops them
   ssh -L 8080:127.0.0.1:8080 -L 6006:127.0.0.1:6006 HEAD
-      from a laptop to a cluster's head node, where the command above runs; then open the same addresses here
+      on a laptop, to a cluster's head node that runs the command above; then open the same addresses on the laptop
 
-Nothing can be changed from the browser, and only this machine can connect. Exit code 130 after Ctrl-C, 2 if the run or
-an option is no good.
+The browser cannot change anything, and only this machine can connect. Exit code 130 after Ctrl-C, 2 if the run or an
+option is invalid.
 """
 
 
@@ -53,9 +53,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run, such as results/<name>")
     for name, port in (("--port", 8080), ("--tensorboard-port", 6006)):
-        parser.add_argument(
-            name, type=positive, default=port, metavar="N", help=f"the next free one is taken from here on ({port})"
-        )
+        text = f"the first port to try; the next free one is used (default {port})"
+        parser.add_argument(name, type=positive, default=port, metavar="N", help=text)
     return parser.parse_args(argv)
 
 
@@ -72,18 +71,19 @@ def main(argv: list[str] | None = None) -> NoReturn:
         say(f"TensorBoard:      {curves}")
         if ray := ray_dashboard(folder):
             say(f"Ray's dashboard:  {ray}")
-        say("Ctrl-C ends this; a search that is going on goes on")
+        say("Ctrl-C stops this; a running search continues")
         server.serve_forever()
+        raise AssertionError("serve_forever returned")
 
 
 def run_folder(path: Path) -> RunFolder:
-    """Raises `ValueError` where there is no run, no study yet, or nothing to show it with."""
+    """Raises `ValueError` if there is no run, no study yet, or no dashboard installed."""
     require_run(path)
     folder = RunFolder(path)
-    if not folder.journal.is_file():  # Optuna would begin one
+    if not folder.journal.is_file():  # Optuna would start one
         raise ValueError(f"{path} has no study yet: no trial has started. Try again in a minute.")
     if not _installed("optuna_dashboard"):
-        raise ValueError("optuna-dashboard is not installed. Get it with: pip install optuna-dashboard tensorboard")
+        raise ValueError("optuna-dashboard is not installed. Install it with: pip install optuna-dashboard tensorboard")
     return folder
 
 
@@ -91,24 +91,24 @@ def run_folder(path: Path) -> RunFolder:
 
 
 class ReadOnlyJournal(JournalFileBackend):
-    """The journal belongs to the search, which may be writing it."""
+    """A journal that belongs to a search, which may be writing to it."""
 
-    def append_logs(self, logs: list[dict]) -> None:
-        raise PermissionError("this dashboard only reads")
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        raise PermissionError("this dashboard is read-only")
 
 
-def application(folder: RunFolder) -> Application:
-    """optuna-dashboard and the report, guarded."""
+def application(folder: RunFolder) -> WSGIApplication:
+    """optuna-dashboard and the report, read-only and for this machine only."""
     from optuna_dashboard import wsgi
 
     study = wsgi(JournalStorage(ReadOnlyJournal(str(folder.journal))))
     return for_this_machine(read_only(with_report(study, folder.report)))
 
 
-def with_report(inner: Application, report: Path) -> Application:
-    """`inner`, and the report as it is now under /report."""
+def with_report(inner: WSGIApplication, report: Path) -> WSGIApplication:
+    """`inner` plus the current report at /report."""
 
-    def serve(environment: dict, start_response: Callable) -> Iterable[bytes]:
+    def serve(environment: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if environment["PATH_INFO"] != "/report":
             return inner(environment, start_response)
         if not report.is_file():
@@ -119,14 +119,14 @@ def with_report(inner: Application, report: Path) -> Application:
     return serve
 
 
-def for_this_machine(inner: Application) -> Application:
-    """`inner` for those who asked for this machine by name.
+def for_this_machine(inner: WSGIApplication) -> WSGIApplication:
+    """`inner`, for requests that address this machine by name.
 
-    A page of somebody else's may make its own name point here (DNS rebinding) and would then read all; its requests
-    still carry its name.
+    A malicious web page can make its own name resolve to this machine (DNS rebinding) to read everything, but its
+    requests still carry its name.
     """
 
-    def serve(environment: dict, start_response: Callable) -> Iterable[bytes]:
+    def serve(environment: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if not _is_this_machine(environment.get("HTTP_HOST", "")):
             return _refuse(start_response, "403 Forbidden", f"Ask for http://{LOCALHOST}.")
         return inner(environment, start_response)
@@ -134,14 +134,13 @@ def for_this_machine(inner: Application) -> Application:
     return serve
 
 
-def read_only(inner: Application) -> Application:
-    """`inner` for those who read; optuna-dashboard asks for all it shows by GET."""
+def read_only(inner: WSGIApplication) -> WSGIApplication:
+    """`inner` without requests that could change anything; optuna-dashboard loads all it shows by GET."""
 
-    def serve(environment: dict, start_response: Callable) -> Iterable[bytes]:
+    def serve(environment: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if environment["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            return _refuse(
-                start_response, "405 Method Not Allowed", "This dashboard only reads.", ("Allow", "GET, HEAD")
-            )
+            allowed = ("Allow", "GET, HEAD")
+            return _refuse(start_response, "405 Method Not Allowed", "This dashboard is read-only.", allowed)
         return inner(environment, start_response)
 
     return serve
@@ -154,7 +153,7 @@ def _is_this_machine(host: str) -> bool:
         return False
 
 
-def _refuse(start_response: Callable, status: str, reason: str, *headers: tuple[str, str]) -> list[bytes]:
+def _refuse(start_response: StartResponse, status: str, reason: str, *headers: tuple[str, str]) -> list[bytes]:
     start_response(status, [("Content-Type", "text/plain; charset=utf-8"), *headers])
     return [f"{reason}\n".encode()]
 
@@ -165,26 +164,25 @@ def _refuse(start_response: Callable, status: str, reason: str, *headers: tuple[
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A browser that hangs up is no error."""
+    def handle_error(self, *args: Any) -> None:
+        """A browser that hangs up is not an error."""
         if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
+            super().handle_error(*args)
 
 
 class _Quiet(WSGIRequestHandler):
-    def log_message(self, *words: object) -> None:
-        """Not a line per request."""
+    def log_message(self, *args: object) -> None:
+        """Do not print a line for every request."""
 
 
-def serve_on_free_port(served: Application, port: int) -> WSGIServer:
-    """A server on `port` of this machine or the next free one. Raises `ValueError` where there is none."""
-    free = free_port(port)
-    return make_server(LOCALHOST, free, served, _Server, _Quiet)
+def serve_on_free_port(served: WSGIApplication, port: int) -> WSGIServer:
+    """A server on `port` of this machine or the next free one. Raises `ValueError` if there is none."""
+    return make_server(LOCALHOST, free_port(port), served, _Server, _Quiet)
 
 
 def free_port(wanted: int) -> int:
-    """`wanted` or the next port that nobody listens on. Raises `ValueError` where there is none."""
-    for port in range(wanted, min(wanted + MOST_PORTS, 2**16)):
+    """The first free port from `wanted` on. Raises `ValueError` if there is none."""
+    for port in range(wanted, min(wanted + MAX_PORTS, 2**16)):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -192,26 +190,25 @@ def free_port(wanted: int) -> int:
             except OSError:
                 continue
             if port != wanted:
-                say(f"port {wanted} is taken: taking {port}")
+                say(f"port {wanted} is taken: using {port}")
             return port
-    raise ValueError(f"No port is free from {wanted} on. Give another one, such as --port 9000, between 1 and 65535.")
+    raise ValueError(f"No port is free from {wanted} on. Give another one between 1 and 65535, such as --port 9000.")
 
 
 @contextlib.contextmanager
 def tensorboard(folder: RunFolder, port: int) -> Iterator[str]:
-    """TensorBoard as a process of its own, as long as this lasts: its address, or how to get it."""
+    """Runs TensorBoard in a separate process. Yields its address, or how to install it."""
     if not _installed("tensorboard"):
-        yield "not installed; get it with: pip install tensorboard"
+        yield "not installed; install it with: pip install tensorboard"
         return
     port = free_port(port)
     command = [sys.executable, "-c", "from search.dashboard import serve_tensorboard; serve_tensorboard()"]
-    nowhere = subprocess.DEVNULL
     process = subprocess.Popen(
         [*command, "--logdir", str(folder.tune), "--host", LOCALHOST, "--port", str(port)],
-        stdin=subprocess.PIPE,  # closes with us, see serve_tensorboard
-        stdout=nowhere,
-        stderr=nowhere,
-        start_new_session=True,  # Ctrl-C is for us, and we end it
+        stdin=subprocess.PIPE,  # closes when this process ends, see serve_tensorboard
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C stops only this process, which stops TensorBoard
     )
     try:
         yield f"http://{LOCALHOST}:{port} (takes some seconds to start)"
@@ -224,15 +221,15 @@ def tensorboard(folder: RunFolder, port: int) -> Iterator[str]:
 
 
 def serve_tensorboard() -> NoReturn:
-    """TensorBoard by its own arguments, guarded, until its stdin is closed.
+    """TensorBoard with its own arguments, for this machine only, until its stdin is closed.
 
-    The dashboard may end without a chance to end it: by SIGKILL, or by SIGHUP when a terminal or SSH session closes.
+    The dashboard may die without stopping it: by SIGKILL, or by SIGHUP when a terminal or SSH session closes.
     """
     threading.Thread(target=_end_with_stdin, daemon=True).start()
-    from tensorboard import main_lib, program
+    from tensorboard import main_lib, program  # type: ignore[import-untyped]  # published without hints
 
     main_lib.global_init()
-    # It asks for some of what it shows by POST, so it is not read_only; it has nothing that could be changed.
+    # It loads some of what it shows by POST, so it is not read_only; there is nothing to change.
     board = program.TensorBoard(server_class=lambda app, flags: program.WerkzeugServer(for_this_machine(app), flags))
     board.configure(argv=("", *sys.argv[1:]))
     sys.exit(board.main())
@@ -244,7 +241,7 @@ def _end_with_stdin() -> None:
 
 
 def ray_dashboard(folder: RunFolder) -> str:
-    """The address that Ray had when the run started, if somebody listens there now."""
+    """The address that Ray had when the run started, if something listens there now."""
     address = CommandRecord.load(folder.path).ray_dashboard
     host, _, port = address.rpartition(":")
     with contextlib.suppress(OSError, ValueError):
@@ -256,7 +253,7 @@ def ray_dashboard(folder: RunFolder) -> str:
 def _installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ValueError:  # `sys.modules` holds something else under this name
+    except ValueError:  # for a module without a spec
         return False
 
 

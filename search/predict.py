@@ -1,12 +1,12 @@
-"""Label images with a finished run's best model or an exported one: `python -m search.predict DIR_OR_RUN IMAGE...`.
+"""Label images with a run's best model or an exported one: `python -m search.predict DIR_OR_RUN IMAGE...`.
 
-The same from Python, best label first:
+The same in Python, the most probable label first:
 
     from search.predict import Predictor
     predictions = Predictor("exported").predict(["cat.jpg", "dog.jpg"])
     predictions[0].labels[0], predictions[0].probabilities[0]
 
-Needs no Ray, and imports torch only once there is something to label.
+Needs no Ray, and imports torch only if there is something to label.
 """
 
 import argparse
@@ -17,26 +17,28 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 
-from search.cli.messages import command_name, run_cli
+from search.cli.messages import command_name
 from search.runs.trained_model import Predictor, open_model
 from trainables.data.image_file import SUFFIXES
 from trainables.inference.predictor import Prediction
+from trainables.system.command_line import run_cli
 from trainables.system.text import printable
 
 EXAMPLES = """
 examples:
   python -m search.predict exported cat.jpg holiday/ "more/*.png"
-      files, whole folders and patterns; prints a line for each image
+      files, folders and patterns; prints a line for each image
   python -m search.predict results/pets-20250101-120000 cat.jpg --top 3
-      straight from a run, with its best model so far, and the three most probable labels
+      the three most probable labels from a run's best model so far
   python -m search.predict exported cat.jpg --tta 4
-      with test-time augmentation: the mean over four augmented views and the centre view
+      with test-time augmentation: the mean of four augmented views and the centre view
   python -m search.predict exported holiday/ --csv > labels.csv
-      for a spreadsheet or a program; --json gives one JSON object a line
+      for a spreadsheet or a program; --json prints one JSON object per line
 
-Exit code 0 if at least one image was labelled, 1 if none could be read, 2 if the model or an option is no good.
+Exit code 0 if at least one image was labelled, 1 if none was readable, 2 if the model or an option is invalid.
 """
 
 
@@ -56,7 +58,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     ))  # fmt: skip
     parser.add_argument("--top", type=_positive, default=1, metavar="K", help="the K most probable labels (default 1)")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON object a line: path, labels, probabilities")
+    form.add_argument("--json", action="store_true", help="one JSON object per line: path, labels, probabilities")
     form.add_argument("--csv", action="store_true", help="a row for each label: path, rank, label, probability")
     parser.add_argument("--tta", type=_positive, default=0, metavar="N", help=(
         "average over N augmented views and the centre view of each image: slower, often a little better"
@@ -68,12 +70,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    open_model(args.model)  # before the search for images and the import of torch, which take their time
+    open_model(args.model)  # before searching for images and importing torch, which take time
     paths = []
     for given in args.images:
         found = find_files(given)
         if not found:
-            why = "no images there" if Path(given).expanduser().is_dir() else "no file matches this pattern"
+            why = "it contains no images" if Path(given).expanduser().is_dir() else "no file matches this pattern"
             print(f"skipped {printable(given)}: {why}", file=sys.stderr)
         paths += found
     if not paths:
@@ -95,9 +97,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def find_files(given: str) -> list[Path]:
-    """The image files meant by a file, a folder or a pattern. A file is taken at its word, whatever its suffix.
+    """The image files of a file, a folder or a pattern. A file may have any suffix.
 
-    What exists is no pattern, and neither are the folders before one: `2024 [raw]/*.jpg` looks into `2024 [raw]`.
+    An existing path is never a pattern, nor are the folders before one: `2024 [raw]/*.jpg` searches `2024 [raw]`.
     """
     path = Path(given).expanduser()
     if path.is_dir():
@@ -111,7 +113,7 @@ def find_files(given: str) -> list[Path]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    """Images in a folder and its sub-folders, hidden ones aside; links to folders are not followed."""
+    """Images in a folder and its sub-folders except hidden ones, without following links to folders."""
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
@@ -121,8 +123,8 @@ def _images_below(folder: Path) -> list[Path]:
 
 
 def _writer(args: argparse.Namespace, paths: list[Path], labels: Sequence[str]) -> Callable[[Prediction], None]:
-    """What writes a prediction to stdout in the form asked for; writes the head of the table."""
-    if args.csv:  # for programs: UTF-8 whatever the terminal is, and names that are none as they are
+    """A function that writes a prediction to stdout in the requested form; writes the header of a table."""
+    if args.csv and isinstance(sys.stdout, TextIOWrapper):  # programs get UTF-8, and file names as they are
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     if args.json:
 
@@ -154,7 +156,7 @@ def _writer(args: argparse.Namespace, paths: list[Path], labels: Sequence[str]) 
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar where stderr is a terminal and the table does not show the progress by itself."""
+    """A progress bar if stderr is a terminal and stdout, which shows the progress itself, is not."""
     if sys.stdout.isatty() or not sys.stderr.isatty():
         yield lambda: None
         return

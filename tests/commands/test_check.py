@@ -189,7 +189,7 @@ def test_wide_sets_show_their_smallest_and_largest_classes(tmp_path, capsys):
     shown = [line.split("]")[0].split("[c")[1] for line in text.splitlines() if line.startswith("class [")]
     assert code == 0
     assert shown == ["20", *(f"{i:02}" for i in range(9)), "36", "37", "38", "39", "40"]
-    assert "... 26 more classes (shown are the 10 smallest and the 5 largest)" in text
+    assert "... 26 more classes (these are the 10 smallest and the 5 largest)" in text
     assert "all 41 classes" in text
 
 

@@ -128,14 +128,14 @@ def test_nothing_can_be_changed(served, folder, method, path):
     before = (folder / "study.journal").read_bytes()
     body = json.dumps({"body": "x", "version": 1, "study_name": "x", "directions": ["minimize"]}).encode()
     headers = {"Content-Type": "application/json"}
-    assert served.get(path, method=method, data=body, headers=headers) == (405, "This dashboard only reads.\n")
+    assert served.get(path, method=method, data=body, headers=headers) == (405, "This dashboard is read-only.\n")
     assert (folder / "study.journal").read_bytes() == before
     assert not list(folder.glob("study.journal.*"))
 
 
 def test_the_journal_cannot_be_written_even_from_within(folder):
     storage = JournalStorage(dashboard.ReadOnlyJournal(str(folder / "study.journal")))
-    with pytest.raises(PermissionError, match="only reads"):
+    with pytest.raises(PermissionError, match="is read-only"):
         optuna.create_study(storage=storage, study_name="another")
 
 
@@ -166,7 +166,7 @@ def test_tensorboard_comes_up_beside_it_and_taken_ports_are_passed_over(served, 
         urlopen(Request(f"http://127.0.0.1:{first}/data/runs", headers={"Host": "evil.example"}), timeout=10)
     second = Served(folder)
     port = served.port_of("optuna-dashboard")
-    assert f"port {port} is taken: taking {second.port_of('optuna-dashboard')}" in second.text
+    assert f"port {port} is taken: using {second.port_of('optuna-dashboard')}" in second.text
     assert second.get("/api/studies")[0] == 200
     assert second.end(signal.SIGTERM) == 128 + signal.SIGTERM
 
@@ -193,7 +193,7 @@ def test_tensorboard_ends_with_a_terminal_that_closes(folder):
 
 def test_without_tensorboard_it_says_how_to_get_it(folder):
     served = Served(folder, preamble="sys.modules['tensorboard'] = None")
-    assert "TensorBoard:      not installed; get it with: pip install tensorboard" in served.text
+    assert "TensorBoard:      not installed; install it with: pip install tensorboard" in served.text
     assert served.get("/api/studies")[0] == 200
     served.end(signal.SIGINT)
 
@@ -202,7 +202,7 @@ def test_without_optuna_dashboard_it_says_how_to_get_it(folder):
     served = Served(folder, preamble="sys.modules['optuna_dashboard'] = None")
     assert served.process.wait(20) == 2
     assert served.lines == [
-        "error: optuna-dashboard is not installed. Get it with: pip install optuna-dashboard tensorboard"
+        "error: optuna-dashboard is not installed. Install it with: pip install optuna-dashboard tensorboard"
     ]
 
 

@@ -178,7 +178,7 @@ def test_exit_code_1_if_no_image_could_be_read(run, damaged, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
     assert predict.main([str(run), str(empty), str(tmp_path / "*.webp")]) == 1
-    assert f"skipped {empty}: no images there" in capsys.readouterr().err
+    assert f"skipped {empty}: it contains no images" in capsys.readouterr().err
 
 
 def test_a_lone_path_is_one_image_and_what_is_no_path_is_refused(data, predictor):
