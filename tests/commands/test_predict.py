@@ -306,7 +306,7 @@ def copy_of_run(run: Path, to: Path) -> Path:
         ("best/labels.json", b'["a", "b"]', r"does not match the recipe.json next to it: .*size mismatch"),
         ("best/labels.json", None, r"best is incomplete: labels.json is missing"),
         ("best/recipe.json", b"{", r"recipe.json cannot be read"),
-        ("best/recipe.json", b"[]", r"recipe.json is damaged: it holds a list, expected a dict"),
+        ("best/recipe.json", b"[]", r"recipe.json is damaged: it contains a list, expected a dict"),
         ("best/recipe.json", b'{"depth": 3}', r"recipe.json: .*depth"),
         ("best/preprocessing.json", b'{"presize": 40}', r"preprocessing.json is damaged"),
     ],
