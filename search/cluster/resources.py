@@ -15,7 +15,7 @@ from trainables.ray.worker_group import GroupSize
 WORKER_MEMORY = 1.0e9
 """Bytes that a worker needs: measured 0.5 GB with a toy network, 1.1 to 2.0 with EfficientNet-Lite0 at 96 px."""
 TRIAL_MEMORY = 0.6e9
-"""Bytes that a trial needs besides its workers: 0.12 GB each for its actor and its group's host, and the rest for workers
+"""Bytes that a trial needs besides its workers: 0.12 GB each for its actor and its group's host, the rest for workers
 that need more than the above."""
 AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 """`ray up` writes the cluster's configuration here on the head node; cluster/kubernetes/ writes the relevant part."""

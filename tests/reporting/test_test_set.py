@@ -133,7 +133,7 @@ def test_every_node_leaves_out_the_same_images(birds, tmp_path):
     shutil.copytree(birds, tmp_path / "node" / "birds")
     there = WithoutTestImages(str(tmp_path / "node" / "birds"), 0.2, 7)
     assert images_of(there, images_digest(kept)).paths == kept.paths and len(kept.paths) == 24
-    with pytest.raises(DataError, match="not those that the search was started with"):
+    with pytest.raises(DataError, match="not those that the search started with"):
         images_of(str(birds), images_digest(kept))
 
 
@@ -160,7 +160,7 @@ def test_a_test_folder_that_is_none_is_refused(birds, tmp_path):
     with pytest.raises(DataError, match="1 of its images are among those to train and validate on"):
         hold_out(found, other, 0)
     (other / "robin").rename(other / "Robin")
-    with pytest.raises(DataError, match=r"only one of the two has 2 classes \('Robin', 'robin'\)"):
+    with pytest.raises(DataError, match=r"only one of them has 2 classes \('Robin', 'robin'\)"):
         hold_out(found, other, 0)
 
 
