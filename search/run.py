@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.describe:
         print(searched_space(options).describe())
         return 0
+    prepare_environment(options.address)  # before anything imports Ray, which reads it then
     from search.runs.paths import RunFolder
     from search.runs.resume import is_begun, options_to_resume, said_changes
     from search.runs.run_lock import alone_in
@@ -81,7 +82,6 @@ class Prepared:
 
 def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
     """Find the data and check everything that can be checked before Ray starts."""
-    prepare_environment(options.address)
     check_address(options.address)
     show_progress()
     space = searched_space(options)

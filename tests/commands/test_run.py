@@ -88,6 +88,16 @@ def test_help_answers_at_once(process):
     assert min(times) < 1.5, times
 
 
+def test_the_environment_is_ready_before_ray_is_imported(environment):
+    """Ray reads it then; a Ray that starts here would listen on all addresses otherwise."""
+    code = (
+        "import sys; from search import run\n"
+        "run.prepare_environment = lambda address: sys.exit('ray' in sys.modules)\n"
+        "run.main(['--space', 'quickstart', '--resume', '--name', 'x', '--trials', '9'])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment).returncode == 0
+
+
 def test_help_shows_every_option_and_how_to_begin(process):
     text = process("--help").stdout
     options = "space set data weights test-split describe trials time-budget searcher scheduler objective confirm seed "
