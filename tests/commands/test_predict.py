@@ -13,7 +13,7 @@ import pytest
 import torch
 from in_process import run_here
 from PIL import Image
-from tiny_run import make_run, write_json
+from tiny_run import SETTINGS, make_run, write_json
 
 from search import predict
 from search.predict import Prediction, Predictor, find_files
@@ -59,6 +59,19 @@ def test_the_network_sees_the_pixels_that_validation_sees(run, data, predictor):
     training.close()
     assert torch.equal(torch.cat(seen), expected)
     assert logits.shape == (len(images), 3)
+
+
+def test_images_of_twelve_bits_have_the_shades_that_validation_sees(tmp_path):
+    for name, value in (("dark", 16), ("light", 4095)):
+        (tmp_path / name).mkdir()
+        for n in (1, 2):
+            Image.fromarray(np.full((40, 40), value, np.uint16)).save(tmp_path / name / f"{n}.png")
+    folder = find_images(tmp_path)
+    images = presize(folder, 40)
+    training = FineTune(Recipe.from_dict(SETTINGS), images)
+    training.close()
+    files = PresizedFiles([tmp_path / path for path in folder.paths], training.preprocessing)
+    assert [files[i].max() for i in range(4)] == [images[i].max() for i in range(4)] == [1, 1, 255, 255]
 
 
 def test_labelling_the_validation_files_gives_the_error_of_the_run(run, data, predictor):

@@ -433,6 +433,19 @@ def test_a_killed_build_leaves_nothing_that_is_used(pets, cache):
     assert [path for path in cache.iterdir() if path.is_dir()] == [images.path]
 
 
+def test_a_cache_is_on_the_disk_before_it_has_its_name(pets, monkeypatch):
+    """Otherwise a power cut may leave a cache whose pages are empty."""
+    synced, sync = {}, os.fsync
+
+    def watch(file: int) -> None:
+        sync(file)
+        synced[os.fstat(file).st_ino] = os.fstat(file).st_size
+
+    monkeypatch.setattr(os, "fsync", watch)
+    images = presize.presize(find_images(pets), 32)
+    assert {file.stat().st_ino: file.stat().st_size for file in images.path.iterdir()} == synced
+
+
 @pytest.mark.parametrize("when", ["before", "while writing"])
 def test_a_full_disk_is_a_clear_error_and_leaves_nothing_behind(pets, cache, monkeypatch, when):
     if when == "before":

@@ -118,8 +118,10 @@ def test_only_a_trials_first_result_at_a_rung_counts(scheduler):
 
 
 def test_a_trial_is_not_compared_with_itself(scheduler):
+    """Two others are too few to stop it, and it is no third one."""
     report(scheduler, "a", 60, 0.1)
-    assert report(scheduler, "b", 60, 0.9) == CONTINUE
+    report(scheduler, "b", 60, 0.1)
+    assert report(scheduler, "c", 60, 0.9) == CONTINUE
 
 
 def test_results_that_are_no_numbers_neither_stop_nor_count(scheduler, state_file):
