@@ -41,12 +41,12 @@ def configurations(points: int, seed: int) -> list[Config]:
     every number of epochs."""
     import optuna
 
-    from search.tuning.searcher import as_params, propose
+    from search.tuning.study_configs import params_of, propose
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     quickstart = space()
     study = optuna.create_study(sampler=optuna.samplers.QMCSampler(seed=seed, scramble=True))
-    study.enqueue_trial(as_params(quickstart, quickstart.first_configs()[0]))
+    study.enqueue_trial(params_of(quickstart, quickstart.first_configs()[0]))
     lengths, found = quickstart.dimensions["epochs"], []
     for _ in range(points):
         trial = study.ask()

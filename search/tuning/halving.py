@@ -14,12 +14,11 @@ import optuna
 
 from search.options.strategy import Strategy
 from search.spaces.space import Choice, Dimension, Space
-from search.tuning.searcher import FORGOTTEN, OptunaSearcher, as_params, config_of, propose
+from search.tuning.searcher import FORGOTTEN, OptunaSearcher
+from search.tuning.study_configs import Config, config_of, params_of, propose
 
 FACTOR = 3
 """The ratio of one length to the next, and of the trials that are promoted."""
-
-Config = dict[str, Any]
 
 
 def lengths(epochs: Dimension) -> list[int]:
@@ -72,7 +71,7 @@ class HalvingSearcher(OptunaSearcher):
         trials = [(t, config_of(self.space, t.params)) for t in known]
         done = [(config, t.values[0]) for t, config in trials if t.state == optuna.trial.TrialState.COMPLETE]
         config = promotion(done, rungs, [config for _, config in trials]) or {"epochs": rungs[0]}
-        self.study.enqueue_trial(as_params(self.space, config))
+        self.study.enqueue_trial(params_of(self.space, config))
         trial = self.study.ask()
         return trial, propose(trial, self.space)
 

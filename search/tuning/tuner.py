@@ -142,7 +142,7 @@ class Resumable(SearchGenerator):
         return super().get_state() | {"finished": False}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        super().set_state(state | {"total_samples": state["counter"] + self.proposer.most_left()})
+        super().set_state(state | {"total_samples": state["counter"] + self.proposer.max_remaining()})
 
 
 def restored_tuner(run: RunOptions) -> tune.Tuner:

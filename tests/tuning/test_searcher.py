@@ -18,7 +18,8 @@ from search.options.strategy import SEARCHERS, Strategy
 from search.runs.paths import RunFolder
 from search.runs.time_budget import TimeBudget
 from search.spaces.space import Choice, Range, Space
-from search.tuning.searcher import OptunaSearcher, as_params, config_of, end_study
+from search.tuning.searcher import OptunaSearcher, end_study
+from search.tuning.study_configs import config_of, params_of
 from search.tuning.tuner import Resumable
 
 SPACE = Space(
@@ -300,7 +301,7 @@ def test_a_config_is_found_again_in_its_study(journal):
         config = searcher.suggest(f"t{i}")
         again = config_of(CONDITIONAL, on_record(journal)[i].params)
         assert again == config or i < 2
-        assert as_params(CONDITIONAL, again) == on_record(journal)[i].params
+        assert params_of(CONDITIONAL, again) == on_record(journal)[i].params
 
 
 # --- Two objectives, and trials that are to be quick ------------------------------------------------------------------

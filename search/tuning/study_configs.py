@@ -1,0 +1,52 @@
+"""Configs of a space as parameters of an Optuna study, and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+
+from search.spaces.space import SWITCH, Choice, Dimension, Space
+from trainables.recipe import has_effect, spec_of
+
+Config = dict[str, Any]
+"""Values of dimensions by name."""
+
+
+def propose(trial: optuna.Trial, space: Space) -> Config:
+    """A value for each dimension that has an effect, given the values before it."""
+    config: Config = {}
+    for name in space.in_order():
+        if has_effect(name, space.full(config)):
+            config[name] = _suggest(trial, name, space.dimensions[name])
+    return config
+
+
+def _suggest(trial: optuna.Trial, name: str, dimension: Dimension) -> Any:
+    if isinstance(dimension, Choice):
+        return trial.suggest_categorical(name, dimension.values)
+    is_int = spec_of(name).type is int
+    if dimension.off and not trial.suggest_categorical(name + SWITCH, (True, False)):
+        return 0 if is_int else 0.0
+    if is_int:
+        return trial.suggest_int(name, int(dimension.low), int(dimension.high), log=dimension.log)
+    return trial.suggest_float(name, float(dimension.low), float(dimension.high), log=dimension.log)
+
+
+def params_of(space: Space, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with which `propose` returns `config`."""
+    params = {}
+    for name, value in config.items():
+        if not has_effect(name, space.full(config)):
+            continue
+        if getattr(space.dimensions[name], "off", False):
+            params[name + SWITCH] = value != 0
+            if value == 0:
+                continue
+        params[name] = value
+    return params
+
+
+def config_of(space: Space, params: Mapping[str, Any]) -> Config:
+    """The config that `propose` returned with these parameters."""
+    off = {name: 0 for name in space.dimensions if params.get(name + SWITCH) is False}
+    return off | {name: value for name, value in params.items() if name in space.dimensions}
