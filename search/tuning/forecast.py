@@ -1,60 +1,65 @@
 """A trial's final metric, forecast late in its schedule from its metric so far and its config.
 
-Under a one-cycle schedule the metric at a rung says as much about the rate there as about the trial: a high `lr_max`
-hides what has been learned until the rate comes down. A ridge regression on the search's own finished trials takes that
-out, after Baker et al. 2017, "Accelerating Neural Architecture Search using Performance Prediction", who regress on
-configs and partial curves as well. While few have finished, trials keep the order that their metrics have at the rung.
+Under a one-cycle schedule the metric at a rung depends as much on the learning rate there as on the trial: a high
+`lr_max` hides progress until the rate decays. A ridge regression on the search's own finished trials corrects for that,
+after Baker et al. 2017, "Accelerating Neural Architecture Search using Performance Prediction", who also regress on
+configs and partial curves. While few trials have finished, the forecasts keep the order of the metrics at the rung.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from search.spaces.space import Space
 
-TRUST = 0.5
-"""Of a difference at the rung, the share that is there in the end, until finished trials say otherwise."""
+PRIOR_SLOPE = 0.5
+"""Prior of the final difference between two trials per difference at the rung."""
 PENALTY = 1.0
-"""Of a squared slope, beside the squared errors of the regression: the higher, the more trials it takes to believe that
-a setting makes a difference. Coordinates go from 0 to 1."""
+"""Ridge penalty of a squared slope. The higher it is, the more trials it takes until a setting counts. Coordinates go
+from 0 to 1."""
 LIGHT_PENALTY = 0.1
-"""Of what is known beforehand to decide how much of a metric is the rate's."""
+"""Penalty of the features that are known to determine the effect of the learning rate."""
 LIGHT = ("metric", "progress", "lr_max")
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class AtRung:
-    """What a forecast is made from."""
+    """The input of a forecast: a trial at a rung."""
 
     metric: float
     progress: int
-    """Percent of the unfrozen stage."""
+    """Percent of the unfrozen stage that is done."""
     point: Sequence[float | None]
     """The config's coordinates, see `Space.coordinates`."""
 
 
-def forecast(space: Space, finished: Sequence[AtRung], finals: Sequence[float], asked: Sequence[AtRung]) -> np.ndarray:
-    """The final metrics (asked,) to be expected, given those of finished trials, and what these were at the rung."""
-    now = np.array([one.metric for one in asked])
+def forecast(space: Space, finished: Sequence[AtRung], finals: Sequence[float], asked: Sequence[AtRung]) -> Floats:
+    """The expected final metrics (asked,), given finished trials at the rung and their final metrics."""
+    now: Floats = np.array([trial.metric for trial in asked], dtype=float)
     if not finished:
         return now
     known, wanted = _features(finished), _features(asked)
-    middle = _mean(known)
-    known, wanted = (np.nan_to_num(rows - middle) for rows in (known, wanted))  # what has no effect is in the middle
-    left = np.asarray(finals) - TRUST * np.array([one.metric for one in finished])
+    mean = _mean(known)
+    known, wanted = (np.nan_to_num(rows - mean) for rows in (known, wanted))  # settings without effect count as average
+    residuals = np.asarray(finals) - PRIOR_SLOPE * np.array([trial.metric for trial in finished])
     names = ("metric", "progress", *space.dimensions)
     penalties = np.diag([LIGHT_PENALTY if name in LIGHT else PENALTY for name in names])
-    slopes = np.linalg.solve(known.T @ known + penalties, known.T @ (left - left.mean()))
-    return TRUST * now + left.mean() + wanted @ slopes
+    slopes = np.linalg.solve(known.T @ known + penalties, known.T @ (residuals - residuals.mean()))
+    forecasts: Floats = PRIOR_SLOPE * now + residuals.mean() + wanted @ slopes
+    return forecasts
 
 
-def _features(trials: Sequence[AtRung]) -> np.ndarray:
-    """(trials, 2 + dimensions); all of them 0 to 1, or NaN."""
-    return np.array([(one.metric, one.progress / 100, *one.point) for one in trials], dtype=float)
+def _features(trials: Sequence[AtRung]) -> Floats:
+    """(trials, 2 + dimensions): 0 to 1, or NaN."""
+    return np.array([(trial.metric, trial.progress / 100, *trial.point) for trial in trials], dtype=float)
 
 
-def _mean(rows: np.ndarray) -> np.ndarray:
-    """(columns,) over the rows that have a number there; 0 where none has."""
+def _mean(rows: Floats) -> Floats:
+    """(columns,): without NaN, which `np.nanmean` would warn about; 0 for a column of NaN."""
     given = ~np.isnan(rows)
-    return np.where(given, rows, 0).sum(axis=0) / np.maximum(1, given.sum(axis=0))
+    means: Floats = np.where(given, rows, 0).sum(axis=0) / np.maximum(1, given.sum(axis=0))
+    return means
