@@ -167,11 +167,11 @@ def words_to_show(argv: Sequence[str]) -> list[str]:
 def require_whole(folder: RunFolder, dimensions: Iterable[str]) -> None:
     """Raises `ValueError` where the tables, the journal or the rungs are damaged, before anything is written."""
     from search.runs.results_table import check_tables
-    from search.runs.study_journal import mend
+    from search.runs.study_journal import repair
 
     check_tables(folder, dimensions)
     if folder.journal.is_file():
-        mend(folder.journal)
+        repair(folder.journal)
     if folder.rungs.is_file():
         read_json(folder.rungs)
 

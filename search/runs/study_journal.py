@@ -1,4 +1,4 @@
-"""The journal file of the Optuna study, and its protection against kills and full disks."""
+"""The journal file of the Optuna study, which survives kills and full disks."""
 
 import json
 import os
@@ -13,29 +13,28 @@ from optuna.storages.journal._storage import JournalOperation
 from search.runs.atomic_files import append_whole
 from trainables.system.full_disk import when_there_is_room
 
-FOLLOWED = (JournalOperation.CREATE_TRIAL, JournalOperation.SET_TRIAL_PARAM)
-"""Lines about a trial after which another one comes before it starts."""
+UNSYNCED = (JournalOperation.CREATE_TRIAL, JournalOperation.SET_TRIAL_PARAM)
+"""Operations that another one of the same trial follows before it starts: that one is flushed to the disk."""
 
 
 def open_journal(path: Path) -> JournalStorage:
-    """The storage in `path`, for the search that writes to it. Raises `ValueError` where it is damaged."""
+    """Open the journal for writing. Raises `ValueError` if it is damaged."""
     if path.is_file():
-        mend(path)
-    # Optuna's own choice is a symbolic link, which not every file system has.
-    return JournalStorage(_WholeLines(str(path), lock_obj=JournalFileOpenLock(str(path))))
+        repair(path)
+    # By default Optuna locks with a symbolic link, which not every file system supports.
+    return JournalStorage(_AtomicBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
 
 
-class _WholeLines(JournalFileBackend):
-    """Optuna's backend, which alone would leave half a line on a full disk and flush each line to the disk.
+class _AtomicBackend(JournalFileBackend):
+    """Optuna's backend, except that a full disk leaves no half lines and that not every line is flushed to the disk.
 
-    Only lines that something can start from are flushed here. A trial does not start before the line that follows its
-    parameters, so flushing that one is enough.
+    A trial does not start before the line that follows its parameters, so flushing that one is enough.
     """
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         path = Path(self._file_path)
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        sync = any(log["op_code"] not in FOLLOWED for log in logs)
+        sync = any(log["op_code"] not in UNSYNCED for log in logs)
 
         def append() -> None:
             with get_lock_file(self._lock):
@@ -44,22 +43,22 @@ class _WholeLines(JournalFileBackend):
         when_there_is_room(append, path)
 
 
-def mend(path: Path) -> None:
-    """Cut off an incomplete last line, which a machine that stopped has left: Optuna would append to it. Raises
-    `ValueError` where the journal is damaged elsewhere."""
+def repair(path: Path) -> None:
+    """Remove an incomplete last line, which a machine that crashed can leave: Optuna would append to it. Raises
+    `ValueError` if the journal is damaged elsewhere."""
     lines = path.read_bytes().splitlines(keepends=True)
-    whole = 0
+    size = 0  # of the complete lines
     for number, line in enumerate(lines, start=1):
-        if not _is_whole(line):
+        if not _is_complete(line):
             if number < len(lines):
                 raise ValueError(
-                    f"{path} is damaged: line {number} is no JSON. Restore it from a copy, or begin a new run."
+                    f"{path} is damaged: line {number} is not JSON. Restore it from a copy, or start a new run."
                 )
-            os.truncate(path, whole)
-        whole += len(line)
+            os.truncate(path, size)
+        size += len(line)
 
 
-def _is_whole(line: bytes) -> bool:
+def _is_complete(line: bytes) -> bool:
     try:
         json.loads(line)
     except ValueError:

@@ -1,6 +1,7 @@
-"""Where Tune writes its state: a local file system on which a kill, or a full disk, leaves the old file or the new one.
+"""Tune's state and TensorBoard's event files, written so that a kill or a full disk leaves none of them damaged.
 
-Tune rewrites the same files in place each second, and a search could not be resumed from one that was cut off.
+Tune rewrites its state in place each second, and a search could not be resumed from a truncated file. So it gets a file
+system that replaces files atomically.
 """
 
 import os
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs
-from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]  # has no hints
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]  # no hints
 from ray import tune
+from ray.tune.experiment import Trial
 
 from search.runs.atomic_files import append_whole
 from search.runs.paths import RunFolder
@@ -21,23 +23,23 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 EVENTS = "event-files"
-"""Before a path, for tensorboardX: `_EventFile` writes it."""
+"""Scheme of the paths that tensorboardX writes with `_EventFile`."""
 
 
-class _WholeFile(BufferedWriter):
-    """Takes its name when it is closed, unless part of it could not be written."""
+class _AtomicFile(BufferedWriter):
+    """Replaces the file at `path` when it is closed, unless a write has failed."""
 
     def __init__(self, path: str) -> None:
         folder, name = os.path.split(path)
         self.path, self.partial = path, os.path.join(folder, f".{name}.partial")  # noqa: PTH118
-        self.whole = True
+        self.complete = True
         super().__init__(FileIO(self.partial, "w"))
 
     def write(self, data: "Buffer") -> int:
         try:
             return super().write(data)
         except OSError:
-            self.whole = False
+            self.complete = False
             raise
 
     def close(self) -> None:
@@ -46,61 +48,61 @@ class _WholeFile(BufferedWriter):
         try:
             super().close()
         except OSError:
-            self.whole = False
+            self.complete = False
             raise
         finally:
-            if self.whole:
+            if self.complete:
                 os.replace(self.partial, self.path)  # noqa: PTH105
             else:
                 Path(self.partial).unlink(missing_ok=True)
 
     def __del__(self) -> None:
-        if not self.closed:  # its writer did not finish
-            self.whole = False
+        if not self.closed:  # never closed: its writer did not finish
+            self.complete = False
         super().__del__()
 
 
-class _WholeFileSystem(LocalFileSystem):  # type: ignore[misc]  # untyped
+class _AtomicFileSystem(LocalFileSystem):  # type: ignore[misc]  # fsspec has no hints
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> Any:
-        return _WholeFile(path) if mode == "wb" else super()._open(path, mode, block_size, **options)
+        return _AtomicFile(path) if mode == "wb" else super()._open(path, mode, block_size, **options)
 
 
-def whole_files() -> pyarrow.fs.FileSystem:
+def atomic_filesystem() -> pyarrow.fs.FileSystem:
     """For Tune's `storage_filesystem`."""
-    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(_WholeFileSystem()))
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(_AtomicFileSystem()))
 
 
 class ShortState(tune.Callback):
-    """Removes the statistics of an ended trial's metrics, half of the state that Tune writes each second. Nobody reads
-    them."""
+    """Removes the metric statistics of ended trials. They are not used, but half of the state that Tune writes each
+    second."""
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         trial.run_metadata.metric_analysis = {}
         trial.run_metadata.metric_n_steps = {}
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self.on_trial_complete(iteration, trials, trial)
 
 
 class EventFiles(tune.logger.TBXLoggerCallback):
-    """TensorBoard's files, in the run's folder from the start. In Tune's place for them those of all trials would be
-    copied each second."""
+    """Writes TensorBoard's event files directly into the run's folder. From Tune's own location it would copy the files
+    of all trials each second."""
 
     def __init__(self, folder: RunFolder) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # Ray's
         self._summary_writer_cls = partial(_event_writer, folder.tune)
 
 
 def _event_writer(tune_folder: Path, trial_folder: str, **options: Any) -> Any:
-    from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
-    from tensorboardX.record_writer import register_writer_factory  # type: ignore[import-untyped]
+    from tensorboardX import SummaryWriter  # type: ignore[import-untyped]  # no hints
+    from tensorboardX.record_writer import register_writer_factory  # type: ignore[import-untyped]  # no hints
 
     register_writer_factory(EVENTS, _EventFile)
     return SummaryWriter(f"{EVENTS}:{tune_folder / Path(trial_folder).name}", **options)
 
 
 class _EventFile:
-    """What tensorboardX writes to: whole events, which wait while the disk is full."""
+    """tensorboardX's writer: it appends whole events, and waits while the disk is full."""
 
     def __init__(self, path: str) -> None:
         self.path, self.content = _path_of(path), b""

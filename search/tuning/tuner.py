@@ -1,4 +1,4 @@
-"""One space and the options of a run -> `ray.tune.Tuner`."""
+"""Builds the `ray.tune.Tuner` of a run."""
 
 import importlib
 import sys
@@ -25,7 +25,7 @@ from search.runs.paths import RunFolder
 from search.runs.remote_copy import Mirroring
 from search.runs.results_table import ResultsTable, TooManyFailures
 from search.runs.time_budget import TimeBudget
-from search.runs.tune_files import EventFiles, ShortState, whole_files
+from search.runs.tune_files import EventFiles, ShortState, atomic_filesystem
 from search.spaces.space import NamedRecipe, Space
 from search.tuning.early_stopping import new_scheduler
 from search.tuning.halving import new_searcher
@@ -38,13 +38,13 @@ from trainables.ray.worker_group import GroupSize
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """One search: what it is asked for, what was found for it, and where it writes."""
+    """One search: its options, what was prepared for them, and its folder."""
 
     options: SearchOptions
     space: Space
     folder: RunFolder
     data: str | WithoutTestImages  # source of the images, see `trainables.data.source`
-    data_digest: str | None = None  # of the images that every node must have
+    data_digest: str | None = None  # every node must have images with this digest
     labels: list[str]
     group_size: GroupSize
     num_workers: dict[str, int] = field(default_factory=dict)  # of architectures by pattern, see `GroupSize`
@@ -55,7 +55,7 @@ class RunOptions:
 
     @property
     def recipes(self) -> tuple[NamedRecipe, ...]:
-        """Those that `--recipes` names: the trials are these and no others."""
+        """The recipes that `--recipes` names; the search tries only these."""
         return self.space.recipes[self.options.recipes] if self.options.recipes else ()
 
     @property
@@ -109,7 +109,7 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
         run_config=tune.RunConfig(
             name=folder.tune.name,
             storage_path=str(folder.path),
-            storage_filesystem=whole_files(),
+            storage_filesystem=atomic_filesystem(),
             callbacks=callbacks,
             stop=CombinedStopper(TooManyFailures(table, MAX_CONSECUTIVE_FAILURES), budget),
             failure_config=tune.FailureConfig(max_failures=ACTOR_RETRIES),
@@ -120,41 +120,41 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
 
 
 class Resumable(SearchGenerator):
-    """What Tune puts around a searcher, made so that a search can be resumed.
+    """Tune's wrapper of a searcher, for searches that can be resumed.
 
-    A search that a time budget or failures have ended is not finished for good: `--resume` runs the remaining trials,
-    which may be more than when Tune saved it. And no trial is proposed when the time is over: it would be ended at
-    once, and missing later.
+    Tune saves a search that a time budget or failures have ended as finished, but `--resume` runs the remaining trials,
+    which may be more than when it was saved. And no trial is proposed after the time budget: it would be ended at once,
+    and a resumed search would not run it.
     """
 
     def __init__(self, searcher: OptunaSearcher, budget: TimeBudget) -> None:
         super().__init__(searcher)
-        self.proposer, self.budget = searcher, budget
+        self.optuna_searcher, self.budget = searcher, budget
 
     def is_finished(self) -> bool:
         return super().is_finished() or self.budget.is_over()
 
     def set_finished(self) -> None:
         super().set_finished()  # type: ignore[no-untyped-call]  # Ray's
-        self.proposer.end()
+        self.optuna_searcher.end()
 
     def get_state(self) -> dict[str, Any]:
         return super().get_state() | {"finished": False}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        super().set_state(state | {"total_samples": state["counter"] + self.proposer.max_remaining()})
+        super().set_state(state | {"total_samples": state["counter"] + self.optuna_searcher.max_remaining()})
 
 
 def restored_tuner(run: RunOptions) -> tune.Tuner:
-    """The search in the run's folder as it was interrupted: ended trials stay, the others resume."""
+    """The interrupted search in the run's folder: ended trials keep their results, the others resume."""
     tune_folder = str(run.folder.tune)
-    restorable = tune.Tuner.can_restore(tune_folder, storage_filesystem=whole_files())
-    tuner = new_tuner(run)  # its settings replace the saved ones: the folder may have moved
+    restorable = tune.Tuner.can_restore(tune_folder, storage_filesystem=atomic_filesystem())
+    tuner = new_tuner(run)  # replaces the saved settings: the folder may have moved
     if not restorable:
-        return tuner  # it ended before Tune saved anything
+        return tuner  # it stopped before Tune saved anything
     return tune.Tuner.restore(
         tune_folder,
-        storage_filesystem=whole_files(),
+        storage_filesystem=atomic_filesystem(),
         trainable=trainable(run, run.space.full_settings),
         resume_unfinished=True,
         resume_errored=False,
@@ -167,7 +167,7 @@ def capacity_of(run: RunOptions) -> Capacity:
 
 
 def trainable(run: RunOptions, settings: dict[str, Any]) -> Any:
-    """The trial, with what all trials share. Its actor is pinned to the head node, where checkpoints become files."""
+    """The trainable with the options that all trials share, pinned to the head node, which writes the checkpoints."""
     shared = TrialOptions(
         settings=settings,
         data=run.data,
@@ -188,30 +188,30 @@ def trainable(run: RunOptions, settings: dict[str, Any]) -> Any:
 
 
 def share_environment() -> None:
-    """Let trial actors have this process's environment, as all processes of a Ray that starts here have.
+    """Let trial actors inherit this process's environment, like all processes of a Ray that starts here.
 
-    Tune would give them a few variables of their own, and with those neither they nor what they start could use the
-    processes that Ray starts ahead.
+    Tune would set a few variables for them, and with an environment of their own neither they nor the actors that they
+    start could use the processes that Ray starts in advance.
     """
     class_cache.DEFAULT_ENV_VARS.clear()
     class_cache.ENV_VARS_TO_PROPAGATE.clear()
 
 
 class _WithoutTorch(MetaPathFinder):
-    """On `sys.meta_path`, it refuses torch to one thread; all others import it as always."""
+    """On `sys.meta_path`, it hides torch from one thread; all others can import it."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
         if name == "torch" and threading.get_ident() == self.thread:
-            raise ModuleNotFoundError("torch is not imported here")
+            raise ModuleNotFoundError("torch is hidden from this import")
 
 
 def import_tensorboardx() -> None:
     """Import tensorboardX before Tune does, without torch.
 
-    It tries to import torch, which takes 190 MB, only to recognise tensors; Tune logs numbers here.
+    It tries to import torch, which takes 190 MB, only to recognise tensors; Tune logs only numbers.
     """
     finder = _WithoutTorch()
     sys.meta_path.insert(0, finder)

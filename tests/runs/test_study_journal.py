@@ -7,7 +7,7 @@ import os
 import optuna
 import pytest
 
-from search.runs.study_journal import mend, open_journal
+from search.runs.study_journal import open_journal, repair
 from trainables.system import full_disk
 
 
@@ -48,8 +48,8 @@ def without_links(source, place, **options) -> None:
 def test_damage_further_up_is_refused_by_its_line(path):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([lines[0][:10] + "\n", *lines[1:]]))
-    with pytest.raises(ValueError, match=r"study\.journal is damaged: line 1 is no JSON"):
-        mend(path)
+    with pytest.raises(ValueError, match=r"study\.journal is damaged: line 1 is not JSON"):
+        repair(path)
     assert len(path.read_text().splitlines()) == len(lines)
 
 

@@ -15,13 +15,13 @@ from ray.tune.experiment import Trial
 from search.runs import tune_files
 from search.runs.atomic_files import append_whole
 from search.runs.paths import RunFolder
-from search.runs.tune_files import EventFiles, ShortState, _WholeFile, whole_files
+from search.runs.tune_files import EventFiles, ShortState, _AtomicFile, atomic_filesystem
 from trainables.system import full_disk
 
 
 @pytest.fixture
 def filesystem():
-    return pickle.loads(pickle.dumps(whole_files()))  # Tune sends it to its actors
+    return pickle.loads(pickle.dumps(atomic_filesystem()))  # Tune sends it to its actors
 
 
 def test_a_file_is_the_old_one_until_the_new_one_is_whole(filesystem, tmp_path):
@@ -67,7 +67,7 @@ def test_a_full_disk_leaves_the_old_file(filesystem, tmp_path):
 def test_a_file_that_nobody_finished_is_not_taken(tmp_path):
     file = tmp_path / "state.json"
     file.write_text("old")
-    stream = _WholeFile(str(file))
+    stream = _AtomicFile(str(file))
     stream.write(b"half")
     del stream
     gc.collect()
