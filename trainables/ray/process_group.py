@@ -1,4 +1,4 @@
-"""How the workers of a group reach each other: only on the address by which their node joined the cluster.
+"""Starts the workers of a group and their process group, which uses only the address of their node in the cluster.
 
 gloo listens on the address of the host name, which is 127.0.1.1 on many Linux systems (Debian's /etc/hosts), where
 workers on other machines cannot reach it. NCCL looks at the network interfaces itself.
@@ -40,18 +40,21 @@ LEAVE_SECONDS = 30.0
 
 
 class GroupTrainer(DataParallelTrainer):
-    """Ray Train's trainer without what a warm group does not use: Ray Data and the placement group cleaner, and three
-    processes: for the controller, which runs in this one; for requests to the autoscaler, which sees the placement
-    group anyway; and for `ray.train.report`."""
+    """Ray Train's trainer without the parts that a warm group does not need.
+
+    These are Ray Data, the placement group cleaner, and three processes: one for the controller, which runs in this
+    process instead; one for requests to the autoscaler, which sees the placement group anyway; and one for
+    `ray.train.report`.
+    """
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Result:
-        arguments["scaling_policy"] = _FixedSize(self.scaling_config)  # type: ignore[arg-type]  # Ray has two
+        arguments["scaling_policy"] = _FixedSize(self.scaling_config)  # type: ignore[arg-type]  # Ray has two classes of that name
         with (
             patch.object(worker_group, "SynchronizationActor", _NoReports),
             patch.object(state, "_shutdown_sync_actor"),
         ):
             controller = _Controller(**arguments)
-            asyncio.run(controller.run())  # type: ignore[no-untyped-call]
+            asyncio.run(controller.run())  # type: ignore[no-untyped-call]  # Ray's
         return controller.get_result()
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
@@ -61,7 +64,7 @@ class GroupTrainer(DataParallelTrainer):
 
 
 class _FixedSize(FixedScalingPolicy):
-    """Requests nothing beside the placement group."""
+    """Requests no resources in addition to the placement group."""
 
     def after_controller_start(self, train_run_context: object) -> None:
         pass
@@ -71,7 +74,7 @@ class _FixedSize(FixedScalingPolicy):
 
 
 class _NoReports:
-    """Stands in for the actor where workers meet when they report. Ours never do: they talk to the group's host."""
+    """Replaces the actor that synchronises the reports of workers. Ours report to the group's host instead."""
 
     @classmethod
     def options(cls, **unused: object) -> "type[_NoReports]":
@@ -83,11 +86,11 @@ class _NoReports:
 
 
 class _WorkerGroup(worker_group.WorkerGroup):
-    """Its workers inherit this process's environment, which has Ray Train's variables. With one of their own they could
-    not use processes that Ray has started ahead."""
+    """Its workers inherit this process's environment, which has Ray Train's variables. With an environment of their own
+    they could not use the processes that Ray starts in advance."""
 
     @staticmethod
-    def _get_worker_runtime_env(custom_runtime_env: object) -> None:  # type: ignore[override]
+    def _get_worker_runtime_env(custom_runtime_env: object) -> None:  # type: ignore[override]  # None inherits
         return None
 
 
@@ -96,21 +99,21 @@ class _Controller(TrainController):
 
 
 class FreesFailedStart(WorkerGroupCallback):
-    """Frees the resources of workers that were lost while they met, before others start.
+    """Frees the resources of workers that were lost while joining their process group, before others start.
 
-    Ray Train 2.60 does not (`WorkerGroup._start` cleans up only what has not "started", which it sets before the
-    backend has started) and then waits for those very resources. Must precede the callback that starts the backend.
+    Ray Train 2.60 does not: `WorkerGroup._start` cleans up only what has not "started", which it sets before the
+    backend has started. It then waits for those very resources. Must precede the callback that starts the backend.
     """
 
-    _room: Any = None
+    _reservation: Any = None
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        self._room = worker_group.get_worker_group_state().placement_group_handle
+        self._reservation = worker_group.get_worker_group_state().placement_group_handle
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        if self._room is not None:
-            self._room.shutdown()  # safe to repeat, if the workers have ended since
-            self._room = None
+        if self._reservation is not None:
+            self._reservation.shutdown()  # safe to repeat if the workers have ended since
+            self._reservation = None
 
 
 @dataclass
@@ -134,9 +137,9 @@ class _ProcessGroupBackend(Backend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         assert isinstance(backend_config, ProcessGroup)
         address, port = worker_group.execute_single(0, get_address_and_port)
-        place = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-        backend, size = backend_config.backend, len(worker_group)
-        ray.get([worker_group.execute_single_async(rank, enter, backend, rank, size, place) for rank in range(size)])
+        rendezvous = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        backend, size, start = backend_config.backend, len(worker_group), worker_group.execute_single_async
+        ray.get([start(rank, enter, backend, rank, size, rendezvous) for rank in range(size)])
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
         left = worker_group.execute_async(leave, len(worker_group) > 1)
@@ -151,26 +154,27 @@ def on_own_device() -> AbstractContextManager[None]:
     return context
 
 
-def enter(backend: str, rank: int, size: int, place: dict[str, str]) -> None:
-    """Join the process group that meets at `place`."""
+def enter(backend: str, rank: int, size: int, rendezvous: dict[str, str]) -> None:
+    """Join the process group at the address and port in `rendezvous`."""
     import torch.distributed as dist
     from ray.train.torch import config
 
     use_node_interface()
-    os.environ.update(place)
+    os.environ.update(rendezvous)
     config._set_torch_distributed_env_vars()
     timeout = timedelta(seconds=COLLECTIVE_SECONDS)
-    store = meeting_place(place["MASTER_ADDR"], int(place["MASTER_PORT"]), rank, size, timeout)
+    address, port = rendezvous["MASTER_ADDR"], int(rendezvous["MASTER_PORT"])
+    store = new_store(address, port, rank, size, timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
-def meeting_place(address: str, port: int, rank: int, size: int, timeout: timedelta) -> Any:
-    """torch's store, whose server would listen on all addresses of its machine by default."""
+def new_store(address: str, port: int, rank: int, size: int, timeout: timedelta) -> Any:
+    """torch's store, listening only on `address`; by default it would listen on all addresses of its machine."""
     import torch.distributed as dist
 
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listens = socket.create_server((address, port), family=family).detach() if rank == 0 else None
-    return dist.TCPStore(address, port, size, rank == 0, timeout, master_listen_fd=listens)  # type: ignore[attr-defined]
+    listener = socket.create_server((address, port), family=family).detach() if rank == 0 else None
+    return dist.TCPStore(address, port, size, rank == 0, timeout, master_listen_fd=listener)  # type: ignore[attr-defined]  # hints without gloo
 
 
 def leave(several: bool) -> None:
@@ -186,7 +190,7 @@ def use_node_interface() -> None:
 
 
 def interface_of(address: str) -> str | None:
-    """The name of the network interface with this IPv4 address; None if there is none, or on systems but Linux."""
+    """The name of the network interface with this IPv4 address; None if there is none or the system is not Linux."""
     try:
         import fcntl
     except ImportError:
