@@ -205,7 +205,7 @@ def test_a_result_costs_no_more_work_after_many_trials(scheduler, monkeypatch):
     report(scheduler, "first at this rung", 60, 0.2, epochs=5, lr_max=1e-3)
     work.update(dumps=0, seen=0)
     report(scheduler, "next", 60, 0.2, epochs=5, lr_max=1e-3)
-    assert work == {"dumps": 3, "seen": 1}  # its id, its curve, the reasons
+    assert work == {"dumps": 3, "seen": 1}  # its id, its curve, the stops
 
 
 def test_rungs_and_share_can_be_chosen(state_file):
