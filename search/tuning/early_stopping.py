@@ -166,10 +166,8 @@ class ProgressHalvingScheduler(FIFOScheduler):
         limit = cut_off(before, self.keep)
         if limit is None or expected <= limit:
             return ""
-        forecast_text = f", {expected:.4f} expected in the end," if self._finished() else ""
-        return (
-            f"{self.watched} {curve.results[rung][1]:.4f}{forecast_text} above the cut-off {limit:.4f} of rung {rung} %"
-        )
+        final = f", {expected:.4f} expected in the end," if self._finished() else ""
+        return f"{self.watched} {curve.results[rung][1]:.4f}{final} above the cut-off {limit:.4f} of rung {rung} %"
 
     def _save(self, changed: str) -> None:
         self.texts[changed] = self._text(changed)
