@@ -300,7 +300,7 @@ def fail(row: Row, reason: str) -> None:
 
 
 def consecutive_failures(folder: RunFolder) -> int:
-    """How many trials have failed in a row in this start of a search."""
+    """Consecutive failed trials since this start of a search."""
     table = _tables.get(folder.run_id)
     return table.consecutive_failures if table else 0
 
