@@ -287,6 +287,9 @@ def test_a_broken_collective_is_the_loss_of_a_worker_and_other_errors_are_not():
     )
     assert worker.is_of_lost_worker(gloo)
     assert worker.is_of_lost_worker(torch.distributed.DistBackendError("NCCL communicator was aborted"))
+    with pytest.raises(ValueError) as ended:  # the group was, before the collective began
+        torch.distributed.get_rank()
+    assert worker.is_of_lost_worker(ended.value)
     assert not worker.is_of_lost_worker(RuntimeError("CUDA out of memory"))
     assert not worker.is_of_lost_worker(ValueError("no weights"))
 

@@ -174,7 +174,10 @@ def is_of_lost_worker(error: Exception) -> bool:
     """Whether a collective failed because another worker of the group is gone."""
     import torch.distributed
 
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)  # gloo raises plain RuntimeErrors
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    # Gloo raises plain RuntimeErrors. Where Ray Train has ended the group before the collective began, torch misses it.
+    return "gloo" in str(error) or "process group has not been initialized" in str(error)
 
 
 def is_out_of_memory(error: Exception) -> bool:
