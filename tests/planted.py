@@ -10,6 +10,7 @@ code is 1 if a fault fails no test.
 import argparse
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -355,7 +356,7 @@ def failed_test(tests: Iterable[str], copy: Path) -> str | None:
     if code == 0:
         return None
     said = output.read_text(encoding="utf-8", errors="replace")
-    failed = [line.split()[1] for line in said.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    failed = re.findall(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", said, re.MULTILINE)
     if code != 1 or not failed:  # a fault that stops the collection says nothing about the tests
         raise RuntimeError(f"pytest ended with exit code {code}:\n{said[-4000:]}")
     return failed[0]

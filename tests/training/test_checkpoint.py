@@ -60,5 +60,6 @@ def test_where_a_kill_left_two_the_older_one_stands_in_for_a_damaged_one(tmp_pat
     save(tmp_path / "a", 1, FILES, {"epoch": 1})
     save(tmp_path / "b", 2, FILES, {"epoch": 2})
     (tmp_path / "b" / "epoch_0002").rename(tmp_path / "a" / "epoch_0002")
+    assert last_whole(tmp_path / "a") == (FILES, {"epoch": 2})
     (tmp_path / "a" / "epoch_0002" / WEIGHTS_FILE).write_bytes(b"")
     assert last_whole(tmp_path / "a") == (FILES, {"epoch": 1})
