@@ -4,7 +4,7 @@
     python tests/planted.py --only runs   # those with this text in their name or file
 
 It prints each fault with the test that found it. First all of these tests pass in the copy without a fault. The exit
-code is 1 if a fault fails no test.
+code is 1 if a fault fails no test. (The file is long because it lists the faults.)
 """
 
 import argparse
@@ -331,13 +331,18 @@ MENDED = (
 """Faults like those that were mended last."""
 
 
+def require_right_code(faults: Iterable[Fault], copy: Path) -> None:
+    """Raises `ValueError` if a fault cannot be planted, because the code has changed."""
+    texts = ((fault, (copy / fault.file).read_text(encoding="utf-8")) for fault in faults)
+    if problems := [f"{fault.file}: {fault.right}" for fault, text in texts if text.count(fault.right) != 1]:
+        raise ValueError("\n".join(["These are not there exactly once:", *problems]))
+
+
 @contextmanager
 def planted(fault: Fault, copy: Path) -> Iterator[None]:
-    """Within it, `copy` has the fault. Raises `ValueError` unless the right code is there exactly once."""
+    """Within it, `copy` has the fault."""
     file = copy / fault.file
     text = file.read_text(encoding="utf-8")
-    if (times := text.count(fault.right)) != 1:
-        raise ValueError(f"{fault.name}: {fault.file} has this {times} times: {fault.right}")
     file.write_text(text.replace(fault.right, fault.wrong), encoding="utf-8")
     try:
         yield
@@ -408,6 +413,7 @@ def main() -> int:
     found = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_of_project(Path(folder) / "project")
+        require_right_code(faults, copy)
         if failed := failed_test(dict.fromkeys(test for fault in faults for test in fault.tests.split()), copy):
             raise RuntimeError(f"{failed} fails without a fault, too")
         for fault in faults:
