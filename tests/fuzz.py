@@ -39,14 +39,14 @@ from search.runs.results_table import (
     COMPLETED,
     COSTS,
     EPOCH_COLUMNS,
-    EPOCH_KINDS,
     EPOCH_NEEDED,
+    EPOCH_PARSERS,
     FAILED,
     METRICS,
     RUNNING,
     STOPPED,
-    TRIAL_KINDS,
     TRIAL_NEEDED,
+    TRIAL_PARSERS,
     read_epochs,
     read_trials,
 )
@@ -308,11 +308,11 @@ FIELDS += [b"-inf", b"1e999", b"-1", b"9" * 30, b"9" * 5000, b"x" * 140_000, b"T
 
 
 def try_trials(file: Path) -> str:
-    return try_table(file, read_trials, (TRIAL_KINDS, TRIAL_NEEDED, "number"))
+    return try_table(file, read_trials, (TRIAL_PARSERS, TRIAL_NEEDED, "number"))
 
 
 def try_epochs(file: Path) -> str:
-    return try_table(file, read_epochs, (EPOCH_KINDS, EPOCH_NEEDED))
+    return try_table(file, read_epochs, (EPOCH_PARSERS, EPOCH_NEEDED))
 
 
 def try_table(file: Path, read: Callable[[Path], list], as_frame: tuple) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-Kind = Callable[[str], Any]
-"""What a field's text becomes. Raises `ValueError` with what was expected."""
+Parser = Callable[[str], Any]
+"""Converts the text of a field. Raises `ValueError` with what was expected."""
 
 
 def as_csv(columns: list[str], rows: Iterable[Row], *, header: bool = True) -> str:
@@ -19,7 +19,7 @@ def as_csv(columns: list[str], rows: Iterable[Row], *, header: bool = True) -> s
 
 
 def _line(fields: list[Any]) -> str:
-    """With csv's own line ending a carriage return in a field is quoted, too (Python before 3.13)."""
+    """With csv's own line ending, Python before 3.13 also quotes a carriage return in a field."""
     text = io.StringIO()
     csv.writer(text).writerow(fields)
     return text.getvalue().removesuffix("\r\n") + "\n"
@@ -32,21 +32,21 @@ def as_text(value: Any) -> Any:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a table as text, see `read_table`; none where there is no file yet."""
+    """The rows of a table as text, see `read_table`; empty if there is no file yet."""
     return read_table(path)[1] if path.is_file() else []
 
 
 def read_table(
-    path: Path, kinds: Mapping[str, Kind] | None = None, needed: Iterable[str] = (), key: str | None = None
+    path: Path, parsers: Mapping[str, Parser] | None = None, needed: Iterable[str] = (), key: str | None = None
 ) -> tuple[list[str], list[Row]]:
-    """The columns and the rows of a table; fields are text but in columns that have one of the `kinds`.
+    """The columns and the rows of a table; fields are text except in columns that have one of the `parsers`.
 
-    A row that a kill cut off at the end of the file is skipped. Any other damage raises `ValueError` with the number of
-    its line: a row with too many fields or too few, text where a number belongs, a column missing of those `needed`, a
-    value twice in the column `key`.
+    A last row that a kill has truncated is skipped. Other damage raises `ValueError` with the line number: too many or
+    too few fields, a field that its parser rejects, one of the columns `needed` missing, or a duplicate value in the
+    column `key`.
     """
     lines = list(io.StringIO(_decoded(path), newline=""))
-    reader = csv.reader(lines, strict=True)  # a missing quotation mark must not swallow the rows below it
+    reader = csv.reader(lines, strict=True)  # a missing quotation mark must not consume the rows below it
     columns: list[str] = []
     rows: list[Row] = []
     seen = set()
@@ -58,7 +58,7 @@ def read_table(
             if fields and not columns:
                 columns = _checked(fields, needed)
             elif fields:
-                row = _row(columns, fields, kinds or {})
+                row = _row(columns, fields, parsers or {})
                 if key and row[key] in seen:
                     raise ValueError(f"has {key} {row[key]}, as a line above it has")
                 seen.add(row[key] if key else None)
@@ -66,7 +66,8 @@ def read_table(
         except (csv.Error, ValueError) as error:
             if columns and line == len(lines) and not lines[-1].endswith("\n"):  # cut off
                 break
-            raise _damaged(path, line, f"is no CSV: {error}" if isinstance(error, csv.Error) else str(error)) from error
+            what = f"is not CSV: {error}" if isinstance(error, csv.Error) else str(error)
+            raise _damaged(path, line, what) from error
         line = reader.line_num + 1
     if not columns:
         raise _damaged(path, 1, "is empty, expected the names of the columns")
@@ -89,13 +90,13 @@ def _checked(columns: list[str], needed: Iterable[str]) -> list[str]:
     return columns
 
 
-def _row(columns: list[str], fields: list[str], kinds: Mapping[str, Kind]) -> Row:
+def _row(columns: list[str], fields: list[str], parsers: Mapping[str, Parser]) -> Row:
     if len(fields) != len(columns):
         raise ValueError(f"has {len(fields)} fields, expected {len(columns)}")
     row: Row = dict(zip(columns, fields, strict=True))
-    for name in [name for name in kinds if name in row]:
+    for name in [name for name in parsers if name in row]:
         try:
-            row[name] = kinds[name](row[name])
+            row[name] = parsers[name](row[name])
         except ValueError as expected:
             raise ValueError(f"has {row[name][:40]!r} for {name}, expected {expected}") from None
     return row
@@ -103,34 +104,34 @@ def _row(columns: list[str], fields: list[str], kinds: Mapping[str, Kind]) -> Ro
 
 def _damaged(path: Path, line: int, what: str) -> ValueError:
     return ValueError(
-        f"{path} is damaged: line {line} {what}. Mend that line or put back a copy of the file; any line but the first "
-        "may also be removed, and only its content is lost."
+        f"{path} is damaged: line {line} {what}. Repair that line, or restore a copy of the file. Any line except the "
+        "first can also be removed; only its content is lost."
     )
 
 
-# --- Kinds ------------------------------------------------------------------------------------------------------------
+# --- Parsers ----------------------------------------------------------------------------------------------------------
 
 
-def whole(text: str) -> int:
+def integer(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 19):
         raise ValueError("a whole number")
     return int(text)
 
 
-def whole_or_none(text: str) -> int | str:
-    return whole(text) if text else ""
+def optional_integer(text: str) -> int | str:
+    return integer(text) if text else ""
 
 
-def decimal(text: str) -> float:
-    """A number, NaN where there is none."""
+def float_or_nan(text: str) -> float:
+    """A number; NaN if the field is empty."""
     try:
         return float(text) if text else math.nan
     except ValueError:
         raise ValueError("a number or nothing") from None
 
 
-def moment(text: str) -> str:
-    """An ISO 8601 time as it is written, to the second and with its zone."""
+def timestamp(text: str) -> str:
+    """An ISO 8601 time, to the second and with its time zone; or an empty field."""
     try:
         exact = datetime.fromisoformat(text).isoformat(timespec="seconds") == text
     except ValueError:
@@ -140,10 +141,10 @@ def moment(text: str) -> str:
     return text
 
 
-def one_of(*words: str) -> Kind:
-    def kind(text: str) -> str:
+def one_of(*words: str) -> Parser:
+    def parser(text: str) -> str:
         if text not in words:
             raise ValueError(f"one of {', '.join(words)}")
         return text
 
-    return kind
+    return parser

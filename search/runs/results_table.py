@@ -12,7 +12,18 @@ from ray.tune.experiment import Trial
 
 from search.options.strategy import CONFIRM_SEEDS
 from search.runs.atomic_files import append_line, write_atomically
-from search.runs.csv_file import Kind, Row, as_csv, as_text, decimal, moment, one_of, read_table, whole, whole_or_none
+from search.runs.csv_file import (
+    Parser,
+    Row,
+    as_csv,
+    as_text,
+    float_or_nan,
+    integer,
+    one_of,
+    optional_integer,
+    read_table,
+    timestamp,
+)
 from search.runs.kept_models import KeptModels
 from search.runs.paths import RunFolder
 from trainables.ray.trial import RETRAINS, table_id
@@ -33,21 +44,21 @@ EPOCH_COLUMNS = [
     "finished_at",
 ]
 
-TRIAL_KINDS: dict[str, Kind] = {
-    "number": whole,
+TRIAL_PARSERS: dict[str, Parser] = {
+    "number": integer,
     "status": one_of(COMPLETED, STOPPED, FAILED, RUNNING, RETRAINED),
-    **dict.fromkeys((*SCORES, *COSTS, CONFIRMED), decimal),
-    **dict.fromkeys(("epochs_done", "epochs_total"), whole),
-    RETRAINS: whole_or_none,
+    **dict.fromkeys((*SCORES, *COSTS, CONFIRMED), float_or_nan),
+    **dict.fromkeys(("epochs_done", "epochs_total"), integer),
+    RETRAINS: optional_integer,
 }
 """Types of the fields of `trials.csv`; settings are texts."""
 TRIAL_NEEDED = ("number", "trial_id", "status", "error_rate", "epochs_done", "epochs_total")
-EPOCH_KINDS: dict[str, Kind] = {
-    **dict.fromkeys(EPOCH_COLUMNS, decimal),
-    **dict.fromkeys(("number", "epoch"), whole),
+EPOCH_PARSERS: dict[str, Parser] = {
+    **dict.fromkeys(EPOCH_COLUMNS, float_or_nan),
+    **dict.fromkeys(("number", "epoch"), integer),
     **dict.fromkeys(("trial_id", "stage"), str),
-    **dict.fromkeys(("progress", "train_images", "valid_images", "batch_parts"), whole_or_none),
-    "finished_at": moment,
+    **dict.fromkeys(("progress", "train_images", "valid_images", "batch_parts"), optional_integer),
+    "finished_at": timestamp,
 }
 EPOCH_NEEDED = ("number", "trial_id", "epoch", "error_rate")
 
@@ -326,7 +337,7 @@ def read_trials(path: Path, needed: Iterable[str] = TRIAL_NEEDED) -> list[Row]:
     """
     if not path.is_file():
         return []
-    rows = read_table(path, TRIAL_KINDS, needed, key="number")[1]
+    rows = read_table(path, TRIAL_PARSERS, needed, key="number")[1]
     absent = dict.fromkeys((*SCORES, *COSTS, CONFIRMED), math.nan) | {RETRAINS: "", "front": "", "reason": ""}
     for row in rows:
         row |= {name: value for name, value in absent.items() if name not in row}
@@ -335,7 +346,7 @@ def read_trials(path: Path, needed: Iterable[str] = TRIAL_NEEDED) -> list[Row]:
 
 def read_epochs(path: Path) -> list[Row]:
     """The rows of `epochs.csv`; empty if there is no file yet."""
-    return read_table(path, EPOCH_KINDS, EPOCH_NEEDED)[1] if path.is_file() else []
+    return read_table(path, EPOCH_PARSERS, EPOCH_NEEDED)[1] if path.is_file() else []
 
 
 def check_tables(folder: RunFolder, dimensions: Iterable[str]) -> None:

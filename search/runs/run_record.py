@@ -13,9 +13,17 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from search.runs.command import CommandRecord
-from search.runs.csv_file import Kind, as_csv, read_table
+from search.runs.csv_file import Parser, as_csv, read_table
 from search.runs.paths import RunFolder
-from search.runs.results_table import COMPLETED, CONFIRMED, EPOCH_KINDS, EPOCH_NEEDED, SCORES, TRIAL_KINDS, TRIAL_NEEDED
+from search.runs.results_table import (
+    COMPLETED,
+    CONFIRMED,
+    EPOCH_NEEDED,
+    EPOCH_PARSERS,
+    SCORES,
+    TRIAL_NEEDED,
+    TRIAL_PARSERS,
+)
 from search.runs.statistics import describe_lead, wilson_interval
 from search.runs.trained_model import require_run
 from trainables.inference.model_folder import read_json, read_model
@@ -57,10 +65,10 @@ class RunRecord:
         self.command = CommandRecord.load(self.path)
         self.space: dict[str, Any] = read_json(self.folder.space)
         self.dimensions = list(self.space["dimensions"])
-        trials = _read_table(self.folder.trials, TRIAL_KINDS, TRIAL_NEEDED, key="number")
+        trials = _read_table(self.folder.trials, TRIAL_PARSERS, TRIAL_NEEDED, key="number")
         self.trials = trials.set_index("number", drop=False).rename_axis(None)
         """One row per trial, by its number."""
-        self.epochs = _read_table(self.folder.epochs, EPOCH_KINDS, EPOCH_NEEDED)
+        self.epochs = _read_table(self.folder.epochs, EPOCH_PARSERS, EPOCH_NEEDED)
         """One row per epoch; `number` is its trial's."""
         self.stops = self.folder.stop_reasons()
         """Why trials were stopped early, by Tune's trial id."""
@@ -151,11 +159,11 @@ class RunRecord:
         return optuna.load_study(study_name=self.space["name"], storage=storage)
 
 
-def _read_table(path: Path, kinds: dict[str, Kind], needed: Iterable[str], key: str | None = None) -> pd.DataFrame:
+def _read_table(path: Path, parsers: dict[str, Parser], needed: Iterable[str], key: str | None = None) -> pd.DataFrame:
     """Only an empty field is missing; `none` is the name of a setting's value. Raises `ValueError`."""
     if not path.is_file():
         raise ValueError(f"{path.parent} has no {path.name} yet: its first trial has not started.")
-    columns, rows = read_table(path, kinds, needed, key)
+    columns, rows = read_table(path, parsers, needed, key)
     table = pd.read_csv(io.StringIO(as_csv(columns, rows)), keep_default_na=False, na_values=[""])
     # pandas cannot infer the type of a column without values.
     table = table.astype({name: float for name in SCORES if name in table})

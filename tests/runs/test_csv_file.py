@@ -4,9 +4,18 @@ import math
 
 import pytest
 
-from search.runs.csv_file import as_csv, decimal, moment, one_of, read_rows, read_table, whole, whole_or_none
+from search.runs.csv_file import (
+    as_csv,
+    float_or_nan,
+    integer,
+    one_of,
+    optional_integer,
+    read_rows,
+    read_table,
+    timestamp,
+)
 
-KINDS = {"number": whole, "status": one_of("running", "completed"), "error_rate": decimal}
+PARSERS = {"number": integer, "status": one_of("running", "completed"), "error_rate": float_or_nan}
 TABLE = """number,status,error_rate,reason
 0,completed,0.25,
 1,running,,"one, ""two"" and
@@ -22,7 +31,7 @@ def path(tmp_path):
 
 
 def read(path):
-    return read_table(path, KINDS, needed=("number", "status"), key="number")
+    return read_table(path, PARSERS, needed=("number", "status"), key="number")
 
 
 def test_fields_are_text_but_those_of_a_kind(path):
@@ -68,12 +77,12 @@ DAMAGES = {
     "no UTF-8": (lambda text: text.replace(b"three", b"thr\xffe"), "line 4 is not UTF-8 text"),
     "a lost quotation mark": (
         lambda text: text.replace(b'three"', b"three"),
-        "line 3 is no CSV: unexpected end of data",
+        "line 3 is not CSV: unexpected end of data",
     ),
-    "one too many": (lambda text: text.replace(b'""two', b'"two'), "line 3 is no CSV: ',' expected after '\"'"),
+    "one too many": (lambda text: text.replace(b'""two', b'"two'), "line 3 is not CSV: ',' expected after '\"'"),
     "a huge field": (
         lambda text: text.replace(b"three", b"3" * 200_000),
-        "line 3 is no CSV: field larger than field limit",
+        "line 3 is not CSV: field larger than field limit",
     ),
 }
 
@@ -82,7 +91,9 @@ DAMAGES = {
 def test_damage_is_told_with_its_line_and_what_to_do(path, damage):
     change, message = DAMAGES[damage]
     path.write_bytes(change(TABLE.encode()))
-    with pytest.raises(ValueError, match=f"trials.csv is damaged: {message}.* Mend that line or put back a copy") as e:
+    with pytest.raises(
+        ValueError, match=f"trials.csv is damaged: {message}.* Repair that line, or restore a copy"
+    ) as e:
         read(path)
     assert len(str(e.value)) < 500
 
@@ -94,21 +105,21 @@ def test_a_lost_quotation_mark_never_swallows_the_rows_below_it(path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "good", "bad"),
+    ("parser", "good", "bad"),
     [
-        (whole, {"0": 0, "17": 17}, ["", "-1", "1.0", "٣", "1_0", "9" * 5000, "²"]),
-        (whole_or_none, {"": "", "3": 3}, ["x", " "]),
-        (decimal, {"1e-3": 0.001, "inf": math.inf}, ["0,1", "none"]),
+        (integer, {"0": 0, "17": 17}, ["", "-1", "1.0", "٣", "1_0", "9" * 5000, "²"]),
+        (optional_integer, {"": "", "3": 3}, ["x", " "]),
+        (float_or_nan, {"1e-3": 0.001, "inf": math.inf}, ["0,1", "none"]),
         (
-            moment,
+            timestamp,
             {text: text for text in ("", "2026-01-31T12:00:00+00:00", "2026-01-31T12:00:00-03:30")},
             ["2026-01-31", "2026-13-31T12:00:00+00:00", "today", "2026-01-31 12:00:00+00:00"],
         ),
         (one_of("a", "b"), {"a": "a"}, ["", "A", "a "]),
     ],
 )
-def test_a_kind_takes_what_is_written_and_nothing_else(kind, good, bad):
-    assert {text: kind(text) for text in good} == good
+def test_a_parser_takes_what_is_written_and_nothing_else(parser, good, bad):
+    assert {text: parser(text) for text in good} == good
     for text in bad:
         with pytest.raises(ValueError, match=r"^a |^one of"):
-            kind(text)
+            parser(text)

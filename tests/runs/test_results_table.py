@@ -285,7 +285,7 @@ def test_a_damaged_table_is_told_with_its_line_before_a_search_goes_on(table, fo
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
-    with pytest.raises(ValueError, match=f"{name}.csv is damaged: .*{message}.*Mend that line") as caught:
+    with pytest.raises(ValueError, match=f"{name}.csv is damaged: .*{message}.*Repair that line") as caught:
         check_tables(folder, DIMENSIONS)
     assert "\n" not in str(caught.value)
 
