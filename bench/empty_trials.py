@@ -162,7 +162,7 @@ def end_search_when(is_over: Callable[[], bool]) -> None:
 def run_search(options, on_end: Callable, on_result: Callable = lambda result: None) -> list[dict]:
     """The whole search; its table's rows. `on_end(now)` is called after each trial, `on_result` after each epoch."""
     from search.reporting.live_table import Leaderboard
-    from search.runs.results_table import read_trials
+    from search.runs.result_rows import read_trials
     from search.tuning import tuner
 
     class Watched(Leaderboard):

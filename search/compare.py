@@ -16,7 +16,7 @@ from search.reporting import html_page
 from search.reporting.charts import FAMILIES, Chart, end_times, plain
 from search.reporting.importance import importances
 from search.runs.atomic_files import write_atomically
-from search.runs.results_table import COMPLETED, FAILED, STOPPED
+from search.runs.result_rows import COMPLETED, FAILED, STOPPED
 from search.runs.run_record import RunRecord, load
 from trainables.system.command_line import run_cli
 from trainables.system.full_disk import require_writable_file

@@ -17,7 +17,7 @@ from search.reporting import charts, html_page, test_set, winner_charts
 from search.reporting.error_analysis import ErrorAnalysis, analyse, read_analysis
 from search.runs.atomic_files import write_atomically
 from search.runs.command import CommandRecord
-from search.runs.results_table import COMPLETED, CONFIRMED, FAILED, RETRAINED, RUNNING, SCORES, STOPPED
+from search.runs.result_rows import COMPLETED, CONFIRMED, FAILED, RETRAINED, RUNNING, SCORES, STOPPED
 from search.runs.run_record import RunRecord, load
 from search.spaces.space import dimension_text
 from trainables.system.command_line import run_cli

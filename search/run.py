@@ -254,7 +254,7 @@ def conclude(run: "RunOptions", seconds: float, *, interrupted: bool) -> int:
     from search.cli.errors import report_errors
     from search.reporting.live_table import counts
     from search.reporting.test_set import read_once
-    from search.runs.results_table import FAILED, RUNNING, leaders, read_trials
+    from search.runs.result_rows import FAILED, RUNNING, leaders, read_trials
     from trainables.training import checkpoint
 
     rows = read_trials(run.folder.trials)
@@ -313,7 +313,8 @@ def say_results(run: "RunOptions") -> None:
 
 def ended_by_failures(run: "RunOptions", rows: "list[Row]") -> bool:
     """Whether too many consecutive failures aborted the search; says so."""
-    from search.runs.results_table import FAILED, consecutive_failures
+    from search.runs.result_rows import FAILED
+    from search.runs.results_table import consecutive_failures
     from trainables.ray.retry_limits import MAX_CONSECUTIVE_FAILURES
 
     if consecutive_failures(run.folder) < MAX_CONSECUTIVE_FAILURES:

@@ -35,7 +35,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the readers of this checkout, as a script, too
 
 from search.runs.csv_file import as_csv
-from search.runs.results_table import (
+from search.runs.result_rows import (
     COMPLETED,
     COSTS,
     EPOCH_COLUMNS,

@@ -12,7 +12,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from PIL import Image
 
-from search.runs.results_table import COMPLETED, EPOCH_COLUMNS, FAILED, METRICS, STOPPED, as_csv
+from search.runs.result_rows import COMPLETED, EPOCH_COLUMNS, FAILED, METRICS, STOPPED
+from search.runs.results_table import as_csv
 from trainables.recipe import Recipe
 
 DIMENSIONS = {

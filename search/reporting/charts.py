@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 
 from search.reporting.importance import importances
 from search.reporting.summary import describe_front
-from search.runs.results_table import COMPLETED, FAILED, RETRAINED, RUNNING, STOPPED
+from search.runs.result_rows import COMPLETED, FAILED, RETRAINED, RUNNING, STOPPED
 from search.runs.run_record import RunRecord
 from trainables.system.text import many, percent
 

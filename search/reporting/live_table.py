@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from search.runs.csv_file import Row
-from search.runs.results_table import COMPLETED, CONFIRMED, RUNNING, ResultsTable, leaders, row_of
+from search.runs.result_rows import COMPLETED, CONFIRMED, RUNNING, leaders, row_of
+from search.runs.results_table import ResultsTable
 from search.runs.time_budget import seconds_spent
 from search.spaces.space import NamedRecipe
 from trainables.ray.trial import table_id

@@ -6,7 +6,7 @@ import pandas as pd
 
 from search.options.strategy import CONFIRM_SEEDS
 from search.reporting.importance import importances
-from search.runs.results_table import CONFIRMED, FAILED
+from search.runs.result_rows import CONFIRMED, FAILED
 from search.runs.run_record import RunRecord
 from trainables.ray.trial import RETRAINS
 from trainables.system.text import percent

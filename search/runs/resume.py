@@ -66,7 +66,7 @@ def options_to_resume(options: SearchOptions, folder: RunFolder) -> SearchOption
 
 
 def _num_begun(folder: RunFolder) -> int:
-    from search.runs.results_table import read_trials
+    from search.runs.result_rows import read_trials
     from trainables.ray.trial import RETRAINS
 
     return sum(row[RETRAINS] == "" for row in read_trials(folder.trials))
@@ -166,7 +166,7 @@ def words_to_show(argv: Sequence[str]) -> list[str]:
 
 def require_whole(folder: RunFolder, dimensions: Iterable[str]) -> None:
     """Raises `ValueError` where the tables, the journal or the rungs are damaged, before anything is written."""
-    from search.runs.results_table import check_tables
+    from search.runs.result_rows import check_tables
     from search.runs.study_journal import repair
 
     check_tables(folder, dimensions)

@@ -15,7 +15,7 @@ from optuna.storages.journal import JournalFileBackend
 from search.runs.command import CommandRecord
 from search.runs.csv_file import Parser, as_csv, read_table
 from search.runs.paths import RunFolder
-from search.runs.results_table import (
+from search.runs.result_rows import (
     COMPLETED,
     CONFIRMED,
     EPOCH_NEEDED,

@@ -12,7 +12,7 @@ from tiny_run import make_run
 
 from search import report
 from search.reporting import error_analysis
-from search.runs.results_table import COMPLETED
+from search.runs.result_rows import COMPLETED
 from search.runs.run_record import load
 
 

@@ -360,7 +360,8 @@ def test_every_space_searcher_and_scheduler_is_on_the_page_about_searching():
 
 def test_every_column_of_the_tables_is_described(tmp_path):
     from search.runs.paths import RunFolder
-    from search.runs.results_table import EPOCH_COLUMNS, ResultsTable
+    from search.runs.result_rows import EPOCH_COLUMNS
+    from search.runs.results_table import ResultsTable
 
     table = ResultsTable(RunFolder(tmp_path), settings={}, dimensions=[], labels=[], confirm=1, front=True)
     for section, columns in (("trials.csv", table.columns), ("epochs.csv", EPOCH_COLUMNS)):

@@ -18,7 +18,7 @@ from tiny_run import draw_images
 
 from search.reporting.live_table import Leaderboard, leaderboard
 from search.runs.paths import RunFolder
-from search.runs.results_table import COMPLETED, FAILED, RUNNING, STOPPED
+from search.runs.result_rows import COMPLETED, FAILED, RUNNING, STOPPED
 from search.runs.time_budget import TimeBudget
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,19 +13,18 @@ import pytest
 from search.runs.atomic_files import replace_folder, write_atomically
 from search.runs.csv_file import read_rows
 from search.runs.paths import RunFolder
-from search.runs.results_table import (
+from search.runs.result_rows import (
     COMPLETED,
     EPOCH_COLUMNS,
     FAILED,
     RETRAINED,
     RUNNING,
     STOPPED,
-    ResultsTable,
-    TooManyFailures,
     check_tables,
     leaders,
     read_trials,
 )
+from search.runs.results_table import ResultsTable, TooManyFailures
 from trainables.ray.trial import table_id
 from trainables.recipe import Recipe
 from trainables.training import checkpoint

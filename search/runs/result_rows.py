@@ -1,0 +1,102 @@
+"""The rows of the results table: columns, reading and ranking of `trials.csv` and `epochs.csv`."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from search.runs.csv_file import (
+    Parser,
+    Row,
+    as_text,
+    float_or_nan,
+    integer,
+    one_of,
+    optional_integer,
+    read_table,
+    timestamp,
+)
+from search.runs.paths import RunFolder
+from trainables.ray.trial import RETRAINS
+
+COMPLETED, STOPPED, FAILED, RUNNING = "completed", "stopped early", "failed", "running"
+RETRAINED = "retrained"  # one of the best trials again, with another seed; it is not ranked
+METRICS = ("error_rate", "tta_error_rate", "valid_loss", "accuracy", "epochs_done", "epochs_total")
+SCORES = METRICS[:4]  # a failed trial, or one without a finished epoch, has none
+COSTS = ("seconds", "overhead_seconds", "images_per_second")
+CONFIRMED = "confirmed_error_rate"  # mean of a trial's retrainings
+EPOCH_COLUMNS = [
+    *("number", "trial_id", "epoch", "stage", "progress", "train_loss", "valid_loss", "error_rate", "accuracy"),
+    *("train_seconds", "valid_seconds", "images_per_second", "train_images", "valid_images", "batch_parts"),
+    "finished_at",
+]
+
+TRIAL_PARSERS: dict[str, Parser] = {
+    "number": integer,
+    "status": one_of(COMPLETED, STOPPED, FAILED, RUNNING, RETRAINED),
+    **dict.fromkeys((*SCORES, *COSTS, CONFIRMED), float_or_nan),
+    **dict.fromkeys(("epochs_done", "epochs_total"), integer),
+    RETRAINS: optional_integer,
+}
+"""Types of the fields of `trials.csv`; settings are texts."""
+TRIAL_NEEDED = ("number", "trial_id", "status", "error_rate", "epochs_done", "epochs_total")
+EPOCH_PARSERS: dict[str, Parser] = {
+    **dict.fromkeys(EPOCH_COLUMNS, float_or_nan),
+    **dict.fromkeys(("number", "epoch"), integer),
+    **dict.fromkeys(("trial_id", "stage"), str),
+    **dict.fromkeys(("progress", "train_images", "valid_images", "batch_parts"), optional_integer),
+    "finished_at": timestamp,
+}
+EPOCH_NEEDED = ("number", "trial_id", "epoch", "error_rate")
+
+
+def rank(row: Row) -> tuple[float, ...]:
+    """Key that sorts completed trials best first: by the mean error rate of their retrainings (none: last), then by
+    error rate, validation loss, and number."""
+    confirmed = row.get(CONFIRMED, math.nan)
+    return (math.inf if math.isnan(confirmed) else confirmed), row["error_rate"], row["valid_loss"], row["number"]
+
+
+def leaders(rows: Iterable[Row]) -> list[Row]:
+    """The completed trials, best first."""
+    return sorted((row for row in rows if row["status"] == COMPLETED), key=rank)
+
+
+def pareto_front(rows: Iterable[Row]) -> list[Row]:
+    """The completed trials that no other one beats in both error rate and seconds, cheapest first."""
+    front: list[Row] = []
+    for row in sorted(leaders(rows), key=lambda row: (row["seconds"], row["error_rate"])):
+        if not front or row["error_rate"] < front[-1]["error_rate"]:
+            front.append(row)
+    return front
+
+
+def read_trials(path: Path, needed: Iterable[str] = TRIAL_NEEDED) -> list[Row]:
+    """The rows of `trials.csv` with numbers as numbers and settings as texts; empty if there is no file yet.
+
+    Raises `ValueError` if it is damaged or lacks one of the columns `needed`.
+    """
+    if not path.is_file():
+        return []
+    rows = read_table(path, TRIAL_PARSERS, needed, key="number")[1]
+    absent = dict.fromkeys((*SCORES, *COSTS, CONFIRMED), math.nan) | {RETRAINS: "", "front": "", "reason": ""}
+    for row in rows:
+        row |= {name: value for name, value in absent.items() if name not in row}
+    return rows
+
+
+def read_epochs(path: Path) -> list[Row]:
+    """The rows of `epochs.csv`; empty if there is no file yet."""
+    return read_table(path, EPOCH_PARSERS, EPOCH_NEEDED)[1] if path.is_file() else []
+
+
+def check_tables(folder: RunFolder, dimensions: Iterable[str]) -> None:
+    """Raises `ValueError` if a table is damaged: before a search is resumed, not in the middle of it."""
+    read_trials(folder.trials, (*TRIAL_NEEDED, *dimensions))
+    read_epochs(folder.epochs)
+
+
+def row_of(rows: Iterable[Row], config: dict[str, Any]) -> Row | None:
+    """The row of the trial with these values of the dimensions, among rows that were read from the file."""
+    texts = {name: str(as_text(value)) for name, value in config.items()}
+    return next((row for row in rows if all(row[name] == text for name, text in texts.items())), None)
