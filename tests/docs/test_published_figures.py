@@ -46,6 +46,7 @@ def performance() -> list[str]:
     trial, images, scale = map(measured, ("trial_overhead", "input_pipeline", "search_scale"))
     speed, seconds, models = images["images_per_second"], images["seconds"], measured("predict")["models"].values()
     largest = measured("cluster_model")["largest"]
+    before, now = (measured("startup")[side]["moments"]["batch"] for side in ("before", "now"))
     return [
         f"| {speed['ours']:.0f} | {speed['fastai']:.0f} (fastai) | {images['ratio']:.1f} |",
         f"| {speed['torchvision']:.0f} (torchvision v2) | {images['torchvision_ratio']:.1f} |",
@@ -54,6 +55,7 @@ def performance() -> list[str]:
         f"| {trial['ours_1_worker_seconds']:.3f} | {trial['nested_1_worker_seconds']:.1f} (a `TorchTrainer`",
         f"| {trial['ours_2_workers_seconds']:.3f} | {trial['nested_2_workers_seconds']:.1f} "
         f"| 1/{trial['ratio_2_workers']:.0f} |",
+        f"| {now:.1f} | {before:.1f} (the version before) | {now / before:.2f} |",
         f"the last 100 of {scale['trials']} trials over the first 100 | {scale['last_over_first']:.2f} times |",
         f"| {cells(*(model['predict'] for model in models), digits=0)} "
         f"| {cells(*(model['bare'] for model in models), digits=0)} (the bare model",
