@@ -151,7 +151,7 @@ def test_a_tiny_class_is_a_finding_and_the_rest_is_still_told(data, capsys):
     code, text = check(data, capsys=capsys)
     assert code == 1
     assert ["gnu", "1", "0", "1"] in [line.split() for line in text.splitlines()]
-    assert "1. 1 class ('gnu') has fewer than two readable images. Add images there" in text
+    assert "1. 1 class ('gnu') has fewer than two readable images. Add images or remove the class" in text
     assert (out_of(data) / VALID_PICTURE).is_file()
 
 
@@ -160,7 +160,7 @@ def test_warnings_alone_leave_it_ready(data, capsys):
         draw(data / "gnu" / f"{i}.jpg", (90, 90, 90), seed=i)
     code, text = check(data, capsys=capsys)
     assert code == 0
-    assert "warning: 1 class ('gnu') has fewer than 10 training images. Add images there" in text
+    assert "warning: 1 class ('gnu') has fewer than 10 training images. Add images, and" in text
     assert "ready to train" in text.splitlines()[-1]
 
 
