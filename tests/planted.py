@@ -293,11 +293,11 @@ MENDED = (
         "inference/test_interpretation.py::test_images_that_are_not_those_of_the_training_are_not_called_valid",
     ),
     Fault(
-        "a stopped trial goes on when a kill comes before Tune's next save",
+        "a failure counts once more when a kill comes before Tune's next save",
         "search/runs/results_table.py",
         'self.repeating.add(row["trial_id"])',
         'row["status"] = RUNNING',
-        "runs/test_results_table.py::test_a_stopped_trial_stays_stopped_when_a_kill_comes_before_the_next_save",
+        "runs/test_results_table.py::test_failures_that_are_said_once_more_are_not_failures_of_this_start",
     ),
     Fault(
         "a third search gets in beside the second one of its name",
