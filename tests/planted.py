@@ -1,6 +1,6 @@
 """Shows that the tests bite: plants faults, one at a time, in a copy of the project, and runs tests that must fail.
 
-    python tests/planted.py               # all faults; takes about six minutes
+    python tests/planted.py               # all faults; about four minutes on two cores
     python tests/planted.py --only runs   # those with this text in their name or file
 
 It prints each fault with the test that found it. First all of these tests pass in the copy without a fault. The exit
