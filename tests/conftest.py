@@ -108,9 +108,11 @@ def one_thread():
 
 @pytest.hookimpl(tryfirst=True)  # before anything is deselected
 def pytest_collection_modifyitems(items):
-    """What starts Ray or compares with fastai is slow, too. The slowest come first, so that processes end together."""
+    """What starts Ray or a browser, compares with fastai or measures is slow. The slowest come first, so that the
+    processes end together."""
     for item in items:
-        if item.get_closest_marker("ray") or item.get_closest_marker("oracle"):
+        measures = item.path.parent.name == "benchmarks"
+        if measures or any(item.get_closest_marker(name) for name in ("ray", "oracle", "browser")):
             item.add_marker("slow")
     items.sort(key=lambda item: (not item.get_closest_marker("slow"), item.path.parent.name != "whole"))
 

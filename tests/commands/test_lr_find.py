@@ -58,12 +58,14 @@ def test_the_command_draws_the_curve_and_prints_four_suggestions(command, tmp_pa
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
 
 
+@pytest.mark.slow
 def test_a_recipe_without_a_frozen_stage_is_tested_unfrozen(command):
     ended = command("--set", "freeze_epochs=0", "--out", "curve.png")
     assert ended.returncode == 0, ended.stderr
     assert "test_resnet, unfrozen: 100 steps" in ended.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -86,6 +88,7 @@ def test_a_curve_that_cannot_be_written_is_refused_before_any_work(command, tmp_
     assert ended.stderr.startswith("error: ") and "--out" in ended.stderr and "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_both_stages_are_tested_in_one_training(data, search_cache):
     curves = lr_find.find(RECIPE, presize(find_images(data), 40), None, ["frozen", "unfrozen"], num_it=60)
     assert list(curves) == ["frozen", "unfrozen"]

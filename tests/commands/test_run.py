@@ -276,7 +276,7 @@ def test_a_search_with_a_damaged_table_is_not_resumed_but_told_what_to_do(comman
     CommandRecord(arguments=parse_arguments(words), asked=parse_arguments(words)).save(tmp_path / "mine")
     (tmp_path / "mine" / "trials.csv").write_text("number,trial_id\n0,t1\n")
     ended = command("--resume", "--trust", "--name", "mine", "--results", tmp_path)
-    assert_refused(ended, f"{tmp_path}/mine/trials.csv is damaged: line 1 has no column status", "put back a copy")
+    assert_refused(ended, f"{tmp_path}/mine/trials.csv is damaged: line 1 has no column status", "restore a copy")
 
 
 def test_curves_of_an_interrupted_finder_do_not_take_the_name_of_a_run(command, tmp_path):

@@ -152,6 +152,7 @@ def test_download_unpacks_checks_and_repairs_a_half_unpacked_data_set(tmp_path, 
     assert len(find_images(prepare("pets")).paths) == 4
 
 
+@pytest.mark.slow
 def test_the_quickstart_set_is_drawn_here_and_once():
     root = prepare_in_subprocess("quickstart")
     found = find_images(root)

@@ -59,7 +59,16 @@ def model_folder(path: Path, arch: str, head: str, side: int) -> ModelFolder:
     return ModelFolder(path=path, recipe=recipe, labels=LABELS, preprocessing=preprocessing)
 
 
-@pytest.mark.parametrize(("arch", "head"), [*zip(TINY, ["linear", "mlp"] * 2, strict=True)])
+@pytest.mark.parametrize(
+    ("arch", "head"),
+    [
+        (TINY[0], "linear"),
+        *(
+            pytest.param(arch, head, marks=pytest.mark.slow)
+            for arch, head in zip(TINY[1:], ["mlp", "linear", "mlp"], strict=True)
+        ),
+    ],
+)
 def test_both_formats_give_the_models_logits_for_any_batch_size(tmp_path, arch, head):
     folder = model_folder(tmp_path, arch, head, side=64)
     model = build(folder.recipe, len(LABELS)).model.eval()
@@ -204,6 +213,7 @@ def test_a_logit_that_is_no_number_is_found_out(tmp_path, run, data, monkeypatch
         verification.require_same(result, found, result.num_wrong / found.num_images, False, data)
 
 
+@pytest.mark.slow
 def test_a_training_that_validated_in_bf16_is_compared_in_fp32(tmp_path, data):
     run = make_run(tmp_path / "run", data, precision="bf16", epochs=1)
     export.write(open_run(run), tmp_path / "out", export_formats.parse_formats(ALL))

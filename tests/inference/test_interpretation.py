@@ -164,7 +164,7 @@ def test_a_class_that_the_model_does_not_know_is_named(tmp_path, run, data):
 
 def test_images_of_another_size_and_no_images_are_refused(run, data, images):
     folder = read_model(run / "best")
-    with pytest.raises(ValueError, match=r"presized to 48 px; the model expects 40 px"):
+    with pytest.raises(ValueError, match=r"presized to 48 px, the model expects 40 px"):
         interpret(folder, presize(find_images(data), 48), [0])
     with pytest.raises(ValueError, match=r"indices are empty"):
         interpret(folder, images, [])
@@ -195,6 +195,7 @@ def has_colour(picture: np.ndarray, colour: str) -> bool:
     return bool((np.abs(picture.astype(int) - wanted).max(axis=2) <= 8).any())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 37, 41, 300])
 def test_a_matrix_of_any_size_is_drawn(tmp_path, classes):
     rng = np.random.default_rng(classes)

@@ -76,6 +76,7 @@ def test_all_heads_and_sizes_of_other_architectures_are_tried():
     assert {recipe["image_size"] for recipe in tried} == {96, 97, 224}
 
 
+@pytest.mark.slow
 def test_what_has_passed_is_not_tried_again(tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_SEARCH_CACHE", str(tmp_path))
     recipe = {"arch": "test_resnet", "head": "linear", "concat_pool": False, "image_size": 32, "start_size": 0}
@@ -87,6 +88,7 @@ def test_what_has_passed_is_not_tried_again(tmp_path, monkeypatch):
 WRONG = ["--set", "arch=resnet81", "--set", "pretrained=false", "--data", str(Path(__file__).parent)]
 
 
+@pytest.mark.slow
 def test_images_are_not_called_ready_for_an_architecture_that_there_is_not(search_cache):
     with pytest.raises(ValueError, match="arch='resnet81' is not a timm architecture"):
         check.main(["--space", "pets", *WRONG])

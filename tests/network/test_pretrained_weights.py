@@ -138,6 +138,7 @@ def test_a_weights_folder_that_does_not_exist_is_an_error(tmp_path):
         require_weights(["resnet18.tv_in1k"], tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_without_network_the_error_says_what_was_tried_and_the_ways_on_and_torch_stays_out(tmp_path):
     code = (
         "import sys\n"

@@ -334,6 +334,7 @@ def test_workers_that_restart_for_want_of_memory_are_not_lost_ones(play):
     play(scene)
 
 
+@pytest.mark.slow
 def test_workers_without_progress_are_killed_and_their_trial_fails_in_the_end(play, monkeypatch):
     monkeypatch.setattr(worker_group.ray, "kill", lambda worker: setattr(worker, "killed", True))
 

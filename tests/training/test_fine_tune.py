@@ -135,6 +135,7 @@ def test_the_frozen_stage_computes_no_gradients_of_the_backbone(colour_images):
     assert all(name.startswith("fc.") for name in changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["crop", "pad"])
 def test_cached_and_uncached_trainings_have_the_same_losses(colour_folder, search_cache, method):
     folder = find_images(colour_folder)
@@ -191,6 +192,7 @@ IN_PARTS = {
 """Without a batch norm that trains."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_parts", [2, 4])
 @pytest.mark.parametrize("settings", IN_PARTS)
 def test_a_batch_in_parts_trains_like_the_whole_one(colour_images, whole_batches, settings, batch_parts):
@@ -303,7 +305,9 @@ def continued(cache: str, settings: dict, state: dict[str, bytes]) -> tuple[floa
     return losses(training)
 
 
-@pytest.mark.parametrize("name", CONTINUED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * bool(i)) for i, name in enumerate(CONTINUED)]
+)
 def test_a_training_continues_exactly_in_a_new_process_from_any_epoch(colour_images, name):
     straight = fine_tune(colour_images, **CONTINUED[name])
     states, expected = [straight.state()], []
@@ -611,6 +615,7 @@ def one_worker(colour_images) -> dict:
     return {name: run_recipe(colour_images, settings) for name, settings in SHARED.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARED)
 def test_two_workers_train_like_one(one_worker, two_workers, name):
     for worker in two_workers:
@@ -666,6 +671,7 @@ def command(folder: Path, *settings: str) -> list[str]:
     return ["-m", "trainables.finetune", "--data", str(folder), *options, *(f"--set={text}" for text in settings)]
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_alone_and_under_torchrun_alike(colour_folder, search_cache):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -169,6 +169,7 @@ def test_an_epoch_that_is_repeated_after_a_crash_does_no_harm(searcher, journal)
     assert on_record(journal)[0].intermediate_values == {50: 0.5, 100: 0.4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("searcher", SEARCHERS)
 def test_the_seed_decides_the_proposals(tmp_path, searcher):
     def proposals(name: str, seed: int) -> list[dict]:
