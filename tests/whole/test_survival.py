@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,12 +46,17 @@ def exactly(folder: Path) -> tuple:
 def test_a_search_killed_in_the_frozen_and_the_unfrozen_stage_ends_as_if_nothing_had_been(
     class_folders, ray_head, tmp_path
 ):
-    """Meanwhile nobody else may go on with it, nor with other images."""
+    """Nor does a Ctrl-C before its first epoch. Meanwhile nobody else may resume it, nor with other images."""
     arguments = (*COMMON, "--data", class_folders, "--trials", 1, "--address", ray_head, *settings(EVERYTHING))
     undisturbed = Search(tmp_path / "undisturbed", *arguments)
     assert undisturbed.wait() == 0, undisturbed.text
 
     search = Search(tmp_path / "killed", *arguments)
+    search.wait_for("trial 0 .*starts")
+    search.process.send_signal(signal.SIGINT)
+    assert search.wait() == 130, search.text
+
+    search = Search(search.folder, *arguments)
     search.wait_for(r"trial 0 .*epoch 1/6 \(frozen\)")
     with stopped(search.processes("ray::RayTrainWorker")):
         second = Search(search.folder, "--resume", "--address", ray_head)
