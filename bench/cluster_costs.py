@@ -254,7 +254,7 @@ def measure_driver(args: argparse.Namespace, running: int, known: int) -> dict[s
         start_bare_ray(Path(root) / "cache")
         settings = (f"epochs={args.epochs - 1}", "freeze_epochs=1")
         options = search_options(Path(root), settings, trials=10**6, concurrent=running, seed=args.seed)
-        options = replace(options, report="off")
+        options = replace(options, options=replace(options.options, report="off"))
         wanted = max(args.results, running)
         _window = Window(running, known, wanted, options.space.full_settings)
         count_waits(os, "fsync")

@@ -252,7 +252,7 @@ def run_trials(args: argparse.Namespace, trials: int, phases: list[dict[str, flo
             pretend_room(trials)
             end_search_when(is_over)
             hear_of_results()
-            run_search(replace(options, report="off"), on_end)
+            run_search(replace(options, options=replace(options.options, report="off")), on_end)
         finally:
             ray.shutdown()
     return {"trials": trials, "start_seconds": _watch.start_seconds, "alone": _watch.alone,

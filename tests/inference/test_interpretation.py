@@ -166,7 +166,7 @@ def test_images_of_another_size_and_no_images_are_refused(run, data, images):
     folder = read_model(run / "best")
     with pytest.raises(ValueError, match=r"presized to 48 px, the model expects 40 px"):
         interpret(folder, presize(find_images(data), 48), [0])
-    with pytest.raises(ValueError, match=r"indices are empty"):
+    with pytest.raises(ValueError, match=r"no images to predict"):
         interpret(folder, images, [])
 
 

@@ -375,7 +375,7 @@ def test_nobody_opens_the_test_images_before_the_search_has_ended_and_nobody_twi
     with watched(files, bool) as opened:
         assert search.wait() == 0, search.text
     assert not opened and (run / "test.json").read_bytes() == before
-    assert "now with --trials 4 (3 before)" in search.text and "are not read again" in search.text
+    assert "now with --trials 4 (3 before)" in search.text and "and not read again" in search.text
     assert [row["number"] for row in tables(run)[0]] == ["0", "1", "2", "3"] and "4 trials in " in search.text
     command = json.loads((run / "command.json").read_text())
     assert (command["arguments"]["trials"], command["resumes"][-1]["changed"]) == (4, ["trials"])

@@ -45,7 +45,7 @@ def test_the_best_are_trained_again_and_the_front_is_marked(class_folders, ray_h
     scores = ("confirmed_error_rate", "error_rate", "valid_loss")
     winner = min(best, key=lambda row: [float(row[score]) for score in scores])
     assert json.loads((search.folder / "best/metrics.json").read_text())["trial_id"] == winner["trial_id"]
-    assert re.search(rf"best: trial {winner['number']} with .* in the mean of 3 more seeds\)", resumed.text)
+    assert re.search(rf"best: trial {winner['number']} with .* on average over 3 more seeds\)", resumed.text)
     quickest = min(first, key=lambda row: float(row["seconds"]))
     assert quickest["front"] == "yes" and "best for their cost: " in resumed.text
     assert all(len(trial.values) == 2 for trial in load(search.folder).study.trials)
