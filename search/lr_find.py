@@ -135,6 +135,8 @@ def find(
         split_seed=split_seed,
     )
     curves = {}
+    if recipe.starts_with_probe:
+        training.run_epoch()
     if "frozen" in stages and training.frozen:
         curves["frozen"] = training.lr_range_test(num_it=num_it)
     if "unfrozen" in stages:

@@ -204,8 +204,9 @@ def announce(run: "RunOptions", nodes: "list[Node]") -> None:
     others = "".join(f", {arch} on {count}" for arch, count in run.num_workers.items())
     within = f" in at most {options.time_budget / 60:g} min" if options.time_budget else ""
     gpus = f" and {size.gpus_per_worker} GPUs" if size.gpus_per_worker else ""
+    screen = f", after a screen of {many(run.num_probes, 'probe')}" if run.num_probes else ""
     say(
-        f"search: {run.num_trials} trials{within}, {at_once} at once{note}, each on {many(size.num_workers, 'worker')} "
+        f"search: {run.num_trials} trials{screen}{within}, {at_once} at once{note}, each on {many(size.num_workers, 'worker')} "
         f"of {size.cpus_per_worker:g} CPUs{gpus}{others}; the first one waits for its workers to start"
     )
     say(f"results: {folder}/")
@@ -254,9 +255,11 @@ def conclude(run: "RunOptions", seconds: float, *, interrupted: bool) -> int:
     from search.cli.errors import report_errors
     from search.reporting.live_table import counts
     from search.reporting.test_set import read_once
-    from search.runs.result_rows import FAILED, RUNNING, leaders, read_trials
+    from search.runs.result_rows import FAILED, RUNNING, leaders, name_of, read_trials
+    from search.runs.results_table import deliver_running
     from trainables.training import checkpoint
 
+    deliver_running(run.folder)
     rows = read_trials(run.folder.trials)
     with report_errors("states of ended trials could not be removed"):
         for row in rows:
@@ -264,20 +267,23 @@ def conclude(run: "RunOptions", seconds: float, *, interrupted: bool) -> int:
                 checkpoint.drop(run.folder.checkpoints / row["trial_id"])
     print_trials(run, rows)
     say(f"{many(len(rows), 'trial')} in {duration(seconds)}: {counts(rows)}")
-    if (budget := run.options.time_budget) and seconds >= budget and not interrupted:
-        say(f"the time budget of {duration(budget)} is spent; --resume with a longer --time-budget continues")
+    if (budget := run.options.time_budget) and len(rows) < run.num_trials + run.num_probes and not interrupted:
+        left = "is spent" if seconds >= budget else "leaves no time for another trial"
+        say(f"the time budget of {duration(budget)} {left}; --resume with a longer --time-budget continues")
     if leaders(rows) and not interrupted:
         read_once(run.folder, run.data_digest)  # before the report, which shows it
     write_last_report(run, analysis=run.options.report == "full" and not interrupted)
     if interrupted:
+        if leaders(rows):
+            say(f"the best model so far is in {run.folder}/best/")
         say(f"interrupted. Resume with: {resume_command(run.folder.path, run.options.address)}")
         return INTERRUPTED
     for row in rows:
         if row["status"] == FAILED:
-            say(f"trial {row['number']} failed: {row['reason']}")
+            say(f"{name_of(row['number'])} failed: {row['reason']}")
     if not leaders(rows):
         ended_by_failures(run, rows)
-        say("no trial completed, so there is no best checkpoint")
+        say("no trial has finished an epoch, so there is no best checkpoint")
         return 1
     say_results(run)
     return 1 if ended_by_failures(run, rows) else 0

@@ -51,7 +51,7 @@ def main() -> None:
         training = FineTune(recipe, images, weights=args.weights, device=device)
     except ValueError as error:
         parser.error(str(error))
-    for _ in range(recipe.total_epochs):
+    for _ in range(recipe.before_first_epoch, recipe.total_epochs):
         metrics = training.run_epoch()
         if training.world.rank == 0:
             print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))

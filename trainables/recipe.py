@@ -57,6 +57,12 @@ class Recipe:
     dropout: float = setting(
         0.5, "dropout before the mlp head's last layer; half of it before the first", 0, 0.95, needs="head=mlp"
     )
+    head_init: str = setting(
+        "zeros",
+        "zeros = a linear head starts at 0, probe = the head starts as the optimum on frozen features",
+        choices=("zeros", "probe"),
+        needs="pretrained",
+    )
     normalize: str = setting(
         "auto",
         "mean and deviation of the inputs: the weights' own, or computed from the data; auto = data if from scratch",
@@ -159,8 +165,10 @@ class Recipe:
         for name, value in _require_valid(self.to_dict()).items():
             object.__setattr__(self, name, value)
         problem = ""
-        if self.epochs + self.freeze_epochs < 1:
-            problem = "epochs and freeze_epochs are both 0, expected at least one epoch in one of them"
+        if self.epochs + self.freeze_epochs < 1 and not self.starts_with_probe:
+            problem = (
+                "epochs and freeze_epochs are both 0, expected at least one epoch in one of them, or head_init=probe"
+            )
         elif self.image_size > self.presize:
             problem = f"image_size={self.image_size} is larger than presize={self.presize}; raise presize"
         elif self.start_size and not MIN_SIZE <= self.start_size <= self.image_size:
@@ -179,6 +187,17 @@ class Recipe:
     @property
     def total_epochs(self) -> int:
         return self.freeze_epochs + self.epochs
+
+    @property
+    def starts_with_probe(self) -> bool:
+        """Whether epoch 0 computes the head on frozen features, before the epochs that train; without these it is all
+        of the training."""
+        return self.pretrained and self.head_init == "probe"
+
+    @property
+    def before_first_epoch(self) -> int:
+        """The number of the epoch before the first one: -1 with a probe, which is epoch 0."""
+        return -1 if self.starts_with_probe else 0
 
     def image_size_at(self, epoch: int) -> int:
         """px; side of the images in epoch 0, 1, ... with progressive resizing."""

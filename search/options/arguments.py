@@ -119,6 +119,10 @@ def _add_how(group: Group) -> None:
     group.add_argument("--confirm", type=positive, default=0, metavar="K", help=(
         f"at the end, train the best K configs again, each with {CONFIRM_SEEDS} new seeds; the mean decides the winner"
     ))  # fmt: skip
+    group.add_argument("--screen", type=_screen, default="auto", metavar="N", help=(
+        "begin with a linear probe of every architecture and image size of the space, then fine-tune only the N "
+        "architectures with the best ones; auto (default): the best third, at least 3; off: no probes"
+    ))  # fmt: skip
     group.add_argument("--lr-range", choices=("space", "auto"), default="space", help=(
         "bounds of the learning rates: the space's own, or narrowed by the learning-rate finder, which then runs once "
         "per architecture; default space"
@@ -156,6 +160,10 @@ def _add_results(group: Group) -> None:
     ))  # fmt: skip
     group.add_argument("--keep", type=positive, default=3, metavar="N", help=(
         "number of best trials that keep their weights, for search.export --trial; default 3"
+    ))  # fmt: skip
+    group.add_argument("--keep-epoch", choices=("last", "best"), default="last", help=(
+        "whose model and error a trial leaves: those of its last epoch, or of its best one, whose error is lower than "
+        "on new images, because it was chosen by it; default last"
     ))  # fmt: skip
     group.add_argument("--report", choices=("full", "tables", "off"), default="full", help=(
         "write report.html during the search and at its end: full labels the validation images with the winner, for "
@@ -247,6 +255,10 @@ def _workers(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r} names no architecture before the =")
     positive(count)
     return text
+
+
+def _screen(text: str) -> str:
+    return text if text in ("auto", "off") else str(positive(text))
 
 
 def _auto_or_positive(text: str) -> int | None:

@@ -34,6 +34,7 @@ class SearchOptions:
     objective: str = "error"
     target_seconds: float | None = None
     confirm: int = 0
+    screen: str = "auto"  # how many architectures are fine-tuned after it, a number; auto: the best third; off
     lr_range: str = "space"
     seed: int | None = None
     address: str | None = None
@@ -47,6 +48,7 @@ class SearchOptions:
     name: str | None = None
     storage: str | None = None
     keep: int = 3
+    keep_epoch: str = "last"
     report: str = "full"
     resume: bool = False
     trust: bool = False

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from search.runs.csv_file import Row
-from search.runs.result_rows import COMPLETED, CONFIRMED, RUNNING, leaders, row_of
+from search.runs.result_rows import COMPLETED, CONFIRMED, PROBE, RUNNING, leaders, name_of, row_of
 from search.runs.results_table import ResultsTable
 from search.runs.time_budget import seconds_spent
 from search.spaces.space import NamedRecipe
@@ -58,7 +58,7 @@ class Leaderboard(tune.Callback):
         row = self._row(trial)
         if result["failure"]:
             return
-        epoch = f"epoch {row['epochs_done']}/{row['epochs_total']} ({result['stage']})"
+        epoch = "probe" if result["stage"] == PROBE else f"epoch {_epochs(row)} ({result['stage']})"
         losses = f"train loss {result['train_loss']:.3f}, valid loss {row['valid_loss']:.3f}"
         parts = result.get("batch_parts", 1)
         split = f", each batch in {parts} parts to save memory" if parts > 1 else ""
@@ -86,7 +86,7 @@ class Leaderboard(tune.Callback):
 
     def _say(self, row: Row, text: str) -> None:
         if self.live is None:
-            line = f"{time.strftime('%H:%M:%S')}  trial {row['number']:<3} {text}"
+            line = f"{time.strftime('%H:%M:%S')}  {name_of(row['number']):<9} {text}"
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _num_ended(self) -> int:
@@ -96,7 +96,7 @@ class Leaderboard(tune.Callback):
         best = leaders(self.table.rows.values())
         incumbent = "no trial completed yet"
         if best:
-            incumbent = f"best error {_percent(best[0]['error_rate'])} (trial {best[0]['number']})"
+            incumbent = f"best error {_percent(best[0]['error_rate'])} ({name_of(best[0]['number'])})"
         total = max(self.num_trials, len(self.table.rows))  # after an extension, more trials may be trained again
         return f"{self._num_ended()}/{total} trials ended, {incumbent}, {self._time_left()}"
 
@@ -133,7 +133,7 @@ def rows_table(rows: list[Row], dimensions: list[str], *, fold: bool = True) -> 
     """Trials as a table for `rich`, with a bar for the epochs of a running one; without `fold`, one line each."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     # With these widths, only the recipe shrinks in a narrow terminal.
-    widths = {"trial": 5, "status": 10, "epochs": 6, "error": 7, "loss": 5, "seconds": 7}
+    widths = {"trial": 8, "status": 10, "epochs": 6, "error": 7, "loss": 5, "seconds": 7}
     for name, width in widths.items():
         table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True, min_width=width)
     optional = {name: cell for name, cell in OPTIONAL_COLUMNS.items() if any(map(cell, rows))}
@@ -141,8 +141,9 @@ def rows_table(rows: list[Row], dimensions: list[str], *, fold: bool = True) -> 
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("recipe", overflow="fold")
     for row in rows:
-        scores = [_percent(row["error_rate"]), f"{row['valid_loss']:.3f}"] if row["epochs_done"] > 0 else ["", ""]
-        cells = [str(row["number"]), _status(row), f"{row['epochs_done']}/{row['epochs_total']}", *scores]
+        known = not math.isnan(row["error_rate"])
+        scores = [_percent(row["error_rate"]), f"{row['valid_loss']:.3f}"] if known else ["", ""]
+        cells = [name_of(row["number"]).removeprefix("trial "), _status(row), _epochs(row), *scores]
         cells.append(f"{row['seconds']:.0f}")
         cells += [cell(row) for cell in optional.values()]
         recipe = _recipe(row, dimensions)
@@ -157,11 +158,15 @@ OPTIONAL_COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
+def _epochs(row: Row) -> str:
+    return f"{row['epochs_done']}/{row['epochs_total']}"
+
+
 def _status(row: Row) -> str | ProgressBar:
     if row["status"] != RUNNING:
         return str(row["status"])
     done, total = row["epochs_done"], row["epochs_total"]
-    return ProgressBar(total=total, completed=done, width=10, pulse=done == 0)
+    return ProgressBar(total=total or 1, completed=done, width=10, pulse=done == 0)
 
 
 def recipes_table(dimensions: list[str], recipes: Sequence[NamedRecipe], rows: list[Row]) -> Table:
@@ -186,7 +191,7 @@ def _recipe_cells(row: Row | None) -> list[str]:
     """Trial, epochs, seconds, error, error with test-time augmentation."""
     if row is None:
         return ["", "", "", "not run", ""]
-    costs = [str(row["number"]), f"{row['epochs_done']}/{row['epochs_total']}", f"{row['seconds']:.0f}"]
+    costs = [str(row["number"]), _epochs(row), f"{row['seconds']:.0f}"]
     if row["status"] != COMPLETED:
         return [*costs, row["status"], ""]
     return [*costs, _percent(row["error_rate"]), _percent(row["tta_error_rate"])]

@@ -10,7 +10,8 @@ from filelock import FileLock, Timeout
 from rich.table import Table
 from rich.text import Text
 
-from trainables.data.presized_images import DamagedCache, PresizedImages
+from trainables.data.presized_images import PresizedImages
+from trainables.system.cache import DamagedCache
 from trainables.system.text import megabytes, printable
 
 NAME = re.compile(r"\.?([0-9a-f]{32})(-memory-map|-jpeg|-off-[0-9a-f]{8})?(\.partial)?")

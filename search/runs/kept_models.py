@@ -9,7 +9,7 @@ from typing import Any
 from search.runs.atomic_files import link_or_copy, replace_folder
 from search.runs.paths import RunFolder
 from trainables.system.full_disk import when_there_is_room
-from trainables.training.checkpoint import PREPROCESSING_FILE, SPLIT_FILE, WEIGHTS_FILE
+from trainables.training.checkpoint import BEST_FILE, PREPROCESSING_FILE, SPLIT_FILE, WEIGHTS_FILE
 
 
 class KeptModels:
@@ -26,8 +26,9 @@ class KeptModels:
         number = parts["metrics"]["number"]
 
         def fill(folder: Path) -> None:
-            for name in (WEIGHTS_FILE, PREPROCESSING_FILE):
-                link_or_copy(checkpoint / name, folder / name)
+            best = checkpoint / BEST_FILE  # where its best epoch is kept instead of its last
+            link_or_copy(best if best.is_file() else checkpoint / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+            link_or_copy(checkpoint / PREPROCESSING_FILE, folder / PREPROCESSING_FILE)
             if (checkpoint / SPLIT_FILE).is_file():  # absent if an earlier version trained it
                 link_or_copy(checkpoint / SPLIT_FILE, folder / SPLIT_FILE)
             for name, content in parts.items():

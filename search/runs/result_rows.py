@@ -21,8 +21,12 @@ from trainables.ray.trial import RETRAINS
 
 COMPLETED, STOPPED, FAILED, RUNNING = "completed", "stopped early", "failed", "running"
 RETRAINED = "retrained"  # one of the best trials again, with another seed; it is not ranked
-METRICS = ("error_rate", "tta_error_rate", "valid_loss", "accuracy", "epochs_done", "epochs_total")
-SCORES = METRICS[:4]  # a failed trial, or one without a finished epoch, has none
+UNFINISHED = "unfinished"  # it was running when a time budget or failures ended the search
+RANKED = (COMPLETED, UNFINISHED)
+"""What the best model may come from: the last finished epoch of an unfinished trial counts."""
+TRIAL, PROBE = "trial", "probe"  # kinds
+SCORES = ("error_rate", "tta_error_rate", "valid_loss", "accuracy")  # none without a finished epoch
+METRICS = (*SCORES, "best_epoch", "best_error_rate", "epochs_done", "epochs_total")
 COSTS = ("seconds", "overhead_seconds", "images_per_second")
 CONFIRMED = "confirmed_error_rate"  # mean of a trial's retrainings
 EPOCH_COLUMNS = [
@@ -33,8 +37,10 @@ EPOCH_COLUMNS = [
 
 TRIAL_PARSERS: dict[str, Parser] = {
     "number": integer,
-    "status": one_of(COMPLETED, STOPPED, FAILED, RUNNING, RETRAINED),
-    **dict.fromkeys((*SCORES, *COSTS, CONFIRMED), float_or_nan),
+    "kind": one_of(TRIAL, PROBE),
+    "status": one_of(COMPLETED, STOPPED, FAILED, RUNNING, RETRAINED, UNFINISHED),
+    **dict.fromkeys((*SCORES, *COSTS, CONFIRMED, "best_error_rate"), float_or_nan),
+    "best_epoch": optional_integer,
     **dict.fromkeys(("epochs_done", "epochs_total"), integer),
     RETRAINS: optional_integer,
 }
@@ -50,6 +56,16 @@ EPOCH_PARSERS: dict[str, Parser] = {
 EPOCH_NEEDED = ("number", "trial_id", "epoch", "error_rate")
 
 
+def name_of(number: int) -> str:
+    """What a person calls the trial of a number: those of a screen's probes are below 0."""
+    return f"probe {-number}" if number < 0 else f"trial {number}"
+
+
+def is_whole(row: Row) -> bool:
+    """Whether a trial has made its last epoch."""
+    return bool(row["epochs_done"] == row["epochs_total"]) and not math.isnan(row["error_rate"])
+
+
 def rank(row: Row) -> tuple[float, ...]:
     """Key that sorts completed trials best first: by the mean error rate of their retrainings (none: last), then by
     error rate, validation loss, and number."""
@@ -58,8 +74,9 @@ def rank(row: Row) -> tuple[float, ...]:
 
 
 def leaders(rows: Iterable[Row]) -> list[Row]:
-    """The completed trials, best first."""
-    return sorted((row for row in rows if row["status"] == COMPLETED), key=rank)
+    """The completed trials, best first, among them the unfinished ones that have made an epoch."""
+    ranked = (row for row in rows if row["status"] in RANKED and not math.isnan(row["error_rate"]))
+    return sorted(ranked, key=rank)
 
 
 def pareto_front(rows: Iterable[Row]) -> list[Row]:
@@ -79,7 +96,8 @@ def read_trials(path: Path, needed: Iterable[str] = TRIAL_NEEDED) -> list[Row]:
     if not path.is_file():
         return []
     rows = read_table(path, TRIAL_PARSERS, needed, key="number")[1]
-    absent = dict.fromkeys((*SCORES, *COSTS, CONFIRMED), math.nan) | {RETRAINS: "", "front": "", "reason": ""}
+    absent: Row = dict.fromkeys((*SCORES, *COSTS, CONFIRMED, "best_error_rate"), math.nan)
+    absent |= {RETRAINS: "", "front": "", "reason": "", "kind": TRIAL, "best_epoch": ""}
     for row in rows:
         row |= {name: value for name, value in absent.items() if name not in row}
     return rows

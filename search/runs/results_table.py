@@ -21,17 +21,21 @@ from search.runs.result_rows import (
     EPOCH_COLUMNS,
     FAILED,
     METRICS,
+    PROBE,
     RETRAINED,
     RUNNING,
     SCORES,
     STOPPED,
+    TRIAL,
+    UNFINISHED,
+    is_whole,
     leaders,
     pareto_front,
     rank,
     read_epochs,
     read_trials,
 )
-from trainables.ray.trial import RETRAINS, table_id
+from trainables.ray.trial import RETRAINS, SCREENS, recipe_of, table_id
 from trainables.recipe import Recipe
 from trainables.system.text import last_line
 from trainables.training import checkpoint
@@ -42,8 +46,8 @@ class ResultsTable(tune.Callback):
     """Writes the tables during a search. The files on disk are complete even after a kill, and `setup` reads them when
     the search is resumed.
 
-    A trial's metrics are those of its last epoch; `tta_error_rate`, with test-time augmentation, is known only at its
-    end. `seconds` is the time of training and validation, `overhead_seconds` the time between the workers' previous
+    A trial's metrics are those of its last epoch, or, with `keep_epoch` best, of its best one once it has ended;
+    `tta_error_rate`, with test-time augmentation, is known only at its end. `seconds` is the time of training and validation, `overhead_seconds` the time between the workers' previous
     trial and its first epoch.
     """
 
@@ -59,6 +63,7 @@ class ResultsTable(tune.Callback):
         front: bool = False,
         keep: int = 1,
         keep_first: bool = False,
+        keep_epoch: str = "last",
     ) -> None:
         self.folder = folder
         self.settings = settings
@@ -69,6 +74,7 @@ class ResultsTable(tune.Callback):
         self.front = front  # whether to mark the Pareto front of error rate and seconds
         self.keep = keep  # how many of the best keep their weights
         self.keep_first = keep_first  # also trial 0's weights, in `first/`
+        self.keep_epoch = keep_epoch  # whose model a trial leaves: last or best
         self.models = KeptModels(folder, first=keep_first)
         self.rows: dict[str, Row] = {}
         self.lines: dict[str, str] = {}  # of trials.csv, by trial: formatting all rows for each event would be slow
@@ -81,7 +87,7 @@ class ResultsTable(tune.Callback):
     def __reduce__(self) -> tuple[Any, ...]:
         """Tune pickles its callbacks and its stopper separately, the latter once a second. The rows are on disk anyway,
         and what shared this table shares it again after unpickling."""
-        names = ("settings", "dimensions", "labels", "pinned", "confirm", "front", "keep", "keep_first")
+        names = ("settings", "dimensions", "labels", "pinned", "confirm", "front", "keep", "keep_first", "keep_epoch")
         given = {name: getattr(self, name) for name in names}
         return _table_of, (self.folder, given)
 
@@ -89,7 +95,7 @@ class ResultsTable(tune.Callback):
     def columns(self) -> list[str]:
         of_strategy = ["front"] * self.front + [CONFIRMED, RETRAINS, "seed"] * bool(self.confirm)
         settings = [name for name in (*self.dimensions, *self.pinned) if name not in of_strategy]
-        return ["number", "trial_id", "status", *METRICS, *COSTS, *of_strategy, *settings, "reason"]
+        return ["number", "trial_id", "kind", "status", *METRICS, *COSTS, *of_strategy, *settings, "reason"]
 
     def setup(self, *args: Any, **info: Any) -> None:
         self.rows = {row["trial_id"]: row for row in read_trials(self.folder.trials)}
@@ -132,24 +138,31 @@ class ResultsTable(tune.Callback):
             row |= {"status": RUNNING, "reason": ""}
         if result["failure"]:
             return fail(row, result["failure"])
-        row |= {name: result.get(name, math.nan) for name in (*SCORES, *COSTS, "epochs_total")}
-        row["epochs_done"] = result["epoch"]
+        row |= {name: result.get(name, math.nan) for name in (*SCORES, *COSTS, "best_error_rate", "epochs_total")}
+        row |= {"epochs_done": result["epoch"], "best_epoch": result.get("best_epoch", "")}
         self._add_epoch(row, result)
-        if row["epochs_done"] == row["epochs_total"] and row[RETRAINS] == "":
+        if is_whole(row) and row[RETRAINS] == "":
             self._keep_weights(trial, row)  # a complete trial has its weights in place
         self._write_trials(row)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         row = self._row(trial)
         if row["status"] == RUNNING:  # else it has failed, or had ended before a kill
-            if row["epochs_done"] == row["epochs_total"]:
+            if is_whole(row):
                 row["status"] = COMPLETED if row[RETRAINS] == "" else RETRAINED
-            else:
-                reason = self.folder.stop_reasons().get(trial.trial_id, "the search ended")
+            elif reason := self.folder.stop_reasons().get(trial.trial_id):
                 row |= {"status": STOPPED, "reason": reason}
+            else:
+                self._end_unfinished(trial, row)
         self._end(row)
         if row["status"] == RETRAINED:
             self._confirm(row[RETRAINS])
+
+    def _end_unfinished(self, trial: Trial, row: Row) -> None:
+        """A time budget or failures ended the search: the model of the trial's last epoch may be its best."""
+        row |= {"status": UNFINISHED, "reason": "the search ended"}
+        if row[RETRAINS] == "" and not math.isnan(row["error_rate"]):
+            self._keep_weights(trial, row)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """A search that stops (time budget, too many failures) terminates its trials without calling callbacks."""
@@ -200,11 +213,13 @@ class ResultsTable(tune.Callback):
         trial_id = table_id(trial)
         if trial_id not in self.rows:
             recipe = self.settings | trial.config
+            total = recipe["epochs"] + recipe["freeze_epochs"]
+            number = recipe[SCREENS] if SCREENS in recipe else self._next_number()
             retrains = self.rows[recipe[RETRAINS]]["number"] if recipe.get(RETRAINS) in self.rows else ""
             self.rows[trial_id] = {
-                **{"number": self._next_number(), "trial_id": trial_id, "status": RUNNING},
-                **dict.fromkeys((*SCORES, *COSTS, CONFIRMED), math.nan),
-                **{"epochs_done": 0, "epochs_total": recipe["epochs"] + recipe["freeze_epochs"], "seconds": 0.0},
+                **{"number": number, "trial_id": trial_id, "kind": TRIAL if total else PROBE, "status": RUNNING},
+                **dict.fromkeys((*SCORES, *COSTS, CONFIRMED, "best_error_rate"), math.nan),
+                **{"best_epoch": "", "epochs_done": 0, "epochs_total": total, "seconds": 0.0},
                 **{"reason": "", "front": "", RETRAINS: retrains},
                 **{name: recipe[name] for name in (*self.dimensions, *self.pinned, "seed")},
             }
@@ -212,18 +227,36 @@ class ResultsTable(tune.Callback):
 
     def _next_number(self) -> int:
         """Epochs count, too: they remain if the user has removed a damaged row of `trials.csv`."""
-        return 1 + max((row["number"] for row in (*self.rows.values(), *self.epoch_rows.values())), default=-1)
+        return 1 + max((-1, *(row["number"] for row in (*self.rows.values(), *self.epoch_rows.values()))))
 
     def _keep_weights(self, trial: Trial, row: Row) -> None:
         found = checkpoint.newest(self.folder.checkpoints / row["trial_id"])
         # Without weights, it had ended before a kill that made Tune forget it.
         if not found or not (found / WEIGHTS_FILE).is_file():
             return
+        if self.keep_epoch == "best" and row["best_epoch"] not in ("", row["epochs_done"]):
+            error = row["best_error_rate"]
+            loss = self.epoch_rows[row["trial_id"], row["best_epoch"]]["valid_loss"]
+            row |= {"error_rate": error, "valid_loss": loss, "accuracy": 1 - error, "tta_error_rate": math.nan}
+        status = COMPLETED if is_whole(row) else UNFINISHED
         known = {name: row[name] for name in row if name not in ("front", CONFIRMED, RETRAINS)}
-        metrics = known | trial.config | {"status": COMPLETED}  # a row that was read back has its dimensions as texts
-        recipe = Recipe.from_dict(self.settings | trial.config).to_dict()
-        kept = self._kept(row | {"status": COMPLETED})
+        searched = {name: trial.config[name] for name in self.dimensions if name in trial.config}
+        metrics = known | searched | {"status": status}  # a row that was read back has its dimensions as texts
+        recipe = Recipe.from_dict(recipe_of(self.settings, trial.config)).to_dict()
+        kept = self._kept(row | {"status": status})
         self.models.add(found, kept=kept, recipe=recipe, labels=self.labels, metrics=metrics)
+
+    def deliver_running(self) -> None:
+        """Make the last epoch of a trial that still runs the best model, if it is: the search has been interrupted. The
+        trial stays in the table as running, since a resumed search continues it."""
+        unfinished = {
+            row["trial_id"]: row | {"status": UNFINISHED}
+            for row in (self.rows[trial_id] for trial_id in self.running)
+            if row[RETRAINS] == ""
+        }
+        best = leaders([*leaders(self.rows.values())[:1], *unfinished.values()])[:1]
+        if best and (row := unfinished.get(best[0]["trial_id"])):
+            self._keep_weights(self.running[row["trial_id"]], row)
 
     def _add_epoch(self, row: Row, result: dict[str, Any]) -> None:
         finished_at = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -268,6 +301,12 @@ def consecutive_failures(folder: RunFolder) -> int:
     """Consecutive failed trials since this start of a search."""
     table = _tables.get(folder.run_id)
     return table.consecutive_failures if table else 0
+
+
+def deliver_running(folder: RunFolder) -> None:
+    """See `ResultsTable.deliver_running`, for the search of this process."""
+    if table := _tables.get(folder.run_id):
+        table.deliver_running()
 
 
 class TooManyFailures(tune.Stopper):

@@ -69,7 +69,7 @@ def _num_begun(folder: RunFolder) -> int:
     from search.runs.result_rows import read_trials
     from trainables.ray.trial import RETRAINS
 
-    return sum(row[RETRAINS] == "" for row in read_trials(folder.trials))
+    return sum(row[RETRAINS] == "" and row["number"] >= 0 for row in read_trials(folder.trials))
 
 
 def saved_options(folder: RunFolder, options: SearchOptions) -> SearchOptions:

@@ -16,10 +16,10 @@ from search.runs.command import CommandRecord
 from search.runs.csv_file import Parser, as_csv, read_table
 from search.runs.paths import RunFolder
 from search.runs.result_rows import (
-    COMPLETED,
     CONFIRMED,
     EPOCH_NEEDED,
     EPOCH_PARSERS,
+    RANKED,
     SCORES,
     TRIAL_NEEDED,
     TRIAL_PARSERS,
@@ -82,10 +82,11 @@ class RunRecord:
 
     @property
     def completed(self) -> pd.DataFrame:
-        """The completed trials, best first: lowest mean error rate of the retrainings, those without them last; then
-        lowest error rate, ties by validation loss."""
+        """The completed trials and, by their last epoch, the unfinished ones, best first: lowest mean error rate of the
+        retrainings, those without them last; then lowest error rate, ties by validation loss."""
         by = [name for name in (CONFIRMED, "error_rate", "valid_loss") if name in self.trials]
-        return self.trials[self.trials["status"] == COMPLETED].sort_values(by, kind="stable")
+        ranked = self.trials["status"].isin(RANKED) & self.trials["error_rate"].notna()
+        return self.trials[ranked].sort_values(by, kind="stable")
 
     @property
     def best(self) -> pd.Series | None:

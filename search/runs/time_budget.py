@@ -1,5 +1,6 @@
 """`--time-budget`: how long a search has run in all its starts together, and when that is enough."""
 
+import math
 import time
 from typing import Any
 
@@ -29,6 +30,12 @@ class TimeBudget(tune.Stopper):
 
     def stop_all(self) -> bool:
         return self.is_over()
+
+    @property
+    def seconds_left(self) -> float:
+        if self.limit is None:
+            return math.inf
+        return 0.0 if self.is_over() else self.limit - self.spent
 
     def is_over(self) -> bool:
         now = time.monotonic()

@@ -19,6 +19,7 @@ LEARNER: dict[str, Any] = {
     "concat_pool": True,
     "hidden": 512,
     "dropout": 0.5,
+    "head_init": "zeros",
     "normalize": "auto",
     "batch_size": 64,
     "layer_groups": "fastai",

@@ -73,7 +73,7 @@ class HalvingSearcher(OptunaSearcher):
         config = promotion(done, rungs, [config for _, config in trials]) or {"epochs": rungs[0]}
         self.study.enqueue_trial(params_of(self.space, config))
         trial = self.study.ask()
-        return trial, propose(trial, self.space)
+        return trial, propose(trial, self.space, self._most_epochs)
 
 
 def new_searcher(space: Space, journal: Path, *, seed: int, strategy: Strategy, **options: Any) -> OptunaSearcher:

@@ -1,5 +1,6 @@
 """Optuna as Tune's searcher. It learns how every trial ended: finished, stopped early, or failed."""
 
+import math
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,11 @@ from ray.tune.search import Searcher
 from search.cluster.concurrency import Capacity
 from search.options.strategy import Strategy
 from search.runs.study_journal import open_journal
-from search.spaces.space import Choice, Space, ends
+from search.runs.time_budget import TimeBudget
+from search.spaces.space import Choice, Range, Space, ends
+from search.tuning.pace import Pace
 from search.tuning.retraining import retrainings
+from search.tuning.screen import Screen
 from search.tuning.study_configs import Config, config_of, params_of, propose
 from search.tuning.tpe import CachedTPESampler
 from trainables.ray.trial import RETRAINS, text_id
@@ -24,6 +28,10 @@ STARTUP_TRIALS = 5
 """Few random configs: most searches here are short, and trial 0 is already a good one."""
 FORGOTTEN = "forgotten when the search was killed"
 ENDED = "the search ended"
+SCREEN_SHARE = 0.5
+"""Of a time budget, which the screen leaves to fine-tuning."""
+WORTHWHILE_EPOCHS = 2
+"""A budget that leaves less for fine-tuning is better spent on more probes."""
 
 _TUNE_ID, _SECONDS, _LOSS = "trial_id", "seconds", "valid_loss"
 
@@ -38,6 +46,11 @@ class OptunaSearcher(Searcher):
     If `capacity` has no room for the next trial, it proposes none, and Tune asks again later. A trial that needs many
     workers keeps its turn: smaller ones do not overtake it.
 
+    A `screen` comes first. Its probes are trials of a study of their own in the same journal: they have other
+    parameters, and a sampler is to learn from fine-tunings.
+
+    Where a `budget` limits the time, nothing is proposed that is not expected to end in it.
+
     When all of `num_trials` proposals have ended, the best `strategy.confirm` are trained again, except those that
     already were before the search was extended.
     """
@@ -51,6 +64,8 @@ class OptunaSearcher(Searcher):
         strategy: Strategy | None = None,
         capacity: Capacity | None = None,
         num_trials: int | None = None,
+        screen: Screen | None = None,
+        budget: TimeBudget | None = None,
     ) -> None:
         super().__init__(metric=METRIC, mode="min")
         self.space = space
@@ -63,6 +78,10 @@ class OptunaSearcher(Searcher):
             self.first_configs += _default_per_arch(space, self.first_configs)
         self.numbers: dict[str, int] = {}  # Tune's trial id -> Optuna's trial number
         self.retrained: dict[str, tuple[str, int]] = {}  # Tune's id of a retraining -> table's id of its trial, seed
+        self.screen = screen
+        self.narrowed = False  # whether the space is what the screen has left of it
+        self.budget = budget
+        self.pace = Pace()
         self.capacity = capacity
         self.live: dict[str, int] = {}  # Tune's id of a trial that has not ended -> number of its workers
         self._waiting: tuple[optuna.Trial, Config] | None = None  # a proposal that waits for room
@@ -87,8 +106,14 @@ class OptunaSearcher(Searcher):
     def suggest(self, trial_id: str) -> Config | str | None:  # type: ignore[override]  # Ray's hint omits FINISHED
         if not self._has_room(1):  # the later a trial is proposed, the more is known
             return None
+        if self.screen and not self.narrowed:
+            if not self.screen.is_over:
+                return self._probe(trial_id, self.screen)
+            self._narrow(self.screen)
         if self._waiting is None and self.num_trials is not None and len(self.numbers) >= self.num_trials:
             return self._retrain(trial_id)
+        if self._waiting is None and not self._has_time():
+            return None if self.live else Searcher.FINISHED
         trial, config = self._waiting = self._waiting or self._ask()
         num_workers = self._num_workers(config)
         if not self._has_room(num_workers):
@@ -99,14 +124,72 @@ class OptunaSearcher(Searcher):
         self.live[trial_id] = num_workers
         return config
 
+    def _probe(self, trial_id: str, screen: Screen) -> Config | None:
+        """The next probe of the screen; None while it has to wait, or others have to end."""
+        if screen.num_left and not self._has_time_for_probe(screen):
+            screen.is_cut = True
+        if not screen.num_left:
+            return None
+        config = screen.next_config
+        num_workers = self._num_workers(config)
+        if not self._has_room(num_workers):
+            return None
+        screen.begin(trial_id)
+        self.live[trial_id] = num_workers
+        return config
+
+    def _narrow(self, screen: Screen) -> None:
+        """The screen is over: fine-tune what it has found."""
+        self.narrowed = True
+        self.space = screen.narrowed(self.space)
+        self.first_configs = self.space.first_configs()
+
+    # --- Time ---------------------------------------------------------------------------------------------------------
+
+    def _has_time_for_probe(self, screen: Screen) -> bool:
+        """Whether the next probe fits into the time budget, of which the screen leaves a part for fine-tuning, if that
+        is enough for some epochs."""
+        if self.budget is None or self.budget.limit is None:
+            return True
+        left, expected = self.budget.seconds_left, self.pace.probe_seconds(screen.expected_seconds)
+        if expected > left:
+            return False
+        if self._epochs_within(left, screen.narrowed(self.space).full_settings) < WORTHWHILE_EPOCHS:
+            return True
+        return self.budget.limit - left + expected <= SCREEN_SHARE * self.budget.limit
+
+    def _has_time(self) -> bool:
+        """Whether an epoch fits into what is left of the time budget."""
+        settings = self.space.full_settings
+        pairs = [settings, *({"arch": arch, "image_size": size} for arch, size in self.pace.forward)]
+        choice = _archs(self.space) or (settings["arch"],)
+        left = self.budget.seconds_left if self.budget else math.inf
+        return any(self._epochs_within(left, settings | pair) >= 1 for pair in pairs if pair["arch"] in choice)
+
+    def _epochs_within(self, seconds: float, settings: Config) -> float:
+        return math.inf if math.isinf(seconds) else self.pace.epochs_within(seconds, settings)
+
+    def _most_epochs(self, config: Config) -> float:
+        """That fit into what is left of the time budget, at least 1."""
+        left = self.budget.seconds_left if self.budget else math.inf
+        return max(1, self._epochs_within(left, self.space.full_settings | config))
+
+    # --- Proposals ----------------------------------------------------------------------------------------------------
+
     def _ask(self) -> tuple[optuna.Trial, Config]:
         self._skip_slow_archs()
         first = {}
         if len(self.numbers) < len(self.first_configs):
-            first = self.first_configs[len(self.numbers)]
+            first = self._in_time(self.first_configs[len(self.numbers)])
             self.study.enqueue_trial(params_of(self.space, first))
         trial = self.study.ask()
-        return trial, first | propose(trial, self.space)
+        return trial, first | propose(trial, self.space, self._most_epochs)
+
+    def _in_time(self, config: Config) -> Config:
+        """A config with fewer epochs where its own do not fit into the time budget."""
+        if not isinstance(self.space.dimensions.get("epochs"), Range):
+            return config
+        return config | {"epochs": int(min(config["epochs"], self._most_epochs(config)))}
 
     def _skip_slow_archs(self) -> None:
         """While one config per architecture is tried, skip those that follow one above `target_seconds`."""
@@ -156,6 +239,8 @@ class OptunaSearcher(Searcher):
         return self.capacity.group_size((self.space.settings | config)["arch"]).num_workers
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if config := result.get("config"):  # Tune's, in a search
+            self.pace.add(self.space.full_settings | config, result)
         running, progress = self._running(trial_id), result["progress"]
         # A study has one value per step, and none with two objectives. Progress stays 0 in the frozen stage, and a
         # restored trial repeats its last result.
@@ -168,6 +253,8 @@ class OptunaSearcher(Searcher):
         if self.capacity is not None:
             self.capacity.note_end(self.live.values())
         self.live.pop(trial_id, None)
+        if self.screen and trial_id in self.screen.begun:
+            return self._end_probe(trial_id, self.screen, result or {})
         running = self._running(trial_id)
         if running is None:
             return
@@ -177,7 +264,7 @@ class OptunaSearcher(Searcher):
             _fail(self.study, trial, failure)
             return
         self.on_trial_result(trial_id, result)  # Tune passes a trial's last result to this method only
-        seconds = result[_SECONDS] * result["epochs_total"] / result["epoch"]
+        seconds = result[_SECONDS] * result["epochs_total"] / max(1, result["epoch"])
         trial.set_user_attr(_SECONDS, seconds)  # of the whole training, even if it was stopped early
         trial.set_user_attr(_LOSS, result[_LOSS])
         if self.strategy.target_seconds:
@@ -187,27 +274,57 @@ class OptunaSearcher(Searcher):
         else:
             self.study.tell(trial, state=TrialState.PRUNED)
 
+    def _end_probe(self, trial_id: str, screen: Screen, result: dict[str, Any]) -> None:
+        probe = screen.end(trial_id, result)
+        if probe is None:
+            return
+        if config := result.get("config"):
+            self.pace.add(self.space.full_settings | config, result)
+        choices = {name: tuple(dict.fromkeys(config[name] for config in screen.configs)) for name in screen.configs[0]}
+        found = optuna.trial.create_trial(
+            params=screen.configs[screen.begun[trial_id]],
+            distributions={name: optuna.distributions.CategoricalDistribution(of) for name, of in choices.items()},
+            values=[probe.error_rate, result[_SECONDS]][: self.strategy.num_objectives],
+            user_attrs={_TUNE_ID: trial_id, _LOSS: probe.valid_loss, _SECONDS: result[_SECONDS]},
+        )
+        study = optuna.create_study(
+            storage=open_journal(self.journal),
+            study_name=probes_study(self.space.name),
+            directions=["minimize"] * self.strategy.num_objectives,
+            load_if_exists=True,
+        )
+        if all(trial.user_attrs[_TUNE_ID] != trial_id for trial in study.get_trials(deepcopy=False)):
+            study.add_trial(found)  # a killed search may have added it before
+
     def end(self) -> None:
         """Forget the running trials: when a time budget or failures end the search, Tune does not report them. A
-        resumed search repeats the retrainings among them."""
+        resumed search repeats the probes and the retrainings among them."""
+        if self.screen:
+            self.screen.forget_running()
+            self.screen.is_cut = self.screen.is_cut and bool(self.numbers)
         self.retrained = {i: what for i, what in self.retrained.items() if i not in self.live}
         self.live = {}
 
     def max_remaining(self) -> int:
         """Upper bound on the trials still to propose: some of the best may already have been retrained."""
         assert self.num_trials is not None  # Tune's searches have a number
-        return max(0, self.num_trials - len(self.numbers)) + self.strategy.num_retrainings
+        probes = self.screen.num_left if self.screen else 0
+        return max(0, self.num_trials - len(self.numbers)) + self.strategy.num_retrainings + probes
 
     def save(self, checkpoint_path: str) -> None:
         """Save what the journal does not have: the sampler's random state and Tune's trial ids."""
-        Path(checkpoint_path).write_bytes(pickle.dumps((self.sampler, self.numbers, self.retrained, self.live)))
+        state = (self.sampler, self.numbers, self.retrained, self.live, self.screen, self.pace)
+        Path(checkpoint_path).write_bytes(pickle.dumps(state))
 
     def restore(self, checkpoint_path: str) -> None:
-        self.sampler, self.numbers, self.retrained, live = pickle.loads(Path(checkpoint_path).read_bytes())
+        state = pickle.loads(Path(checkpoint_path).read_bytes())
+        self.sampler, self.numbers, self.retrained, live, self.screen, self.pace = state
         self._study = self._waiting = None
         self._fail_forgotten_trials()
         running = {trial.number for trial in self._all_running()}
-        self.live = {i: n for i, n in live.items() if i in self.retrained or self.numbers[i] in running}
+        probes = self.screen.begun if self.screen else {}
+        kept = {*self.retrained, *probes, *(i for i, number in self.numbers.items() if number in running)}
+        self.live = {i: n for i, n in live.items() if i in kept}
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its searcher, and a journal's lock cannot be pickled.
@@ -252,6 +369,11 @@ def end_study(journal: Path, name: str) -> None:
 def _fail(study: optuna.Study, trial: optuna.Trial, reason: str) -> None:
     trial.set_user_attr("failure", reason)
     study.tell(trial, state=TrialState.FAIL)
+
+
+def probes_study(name: str) -> str:
+    """The name of the study of a screen's probes, in a search of the space `name`."""
+    return f"{name}: probes"
 
 
 def _archs(space: Space) -> tuple[Any, ...]:

@@ -1,23 +1,31 @@
 """Configs of a space as parameters of an Optuna study, and back."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optuna
 
-from search.spaces.space import SWITCH, Choice, Dimension, Space
+from search.spaces.space import SWITCH, Choice, Dimension, Range, Space
 from trainables.recipe import has_effect, spec_of
 
 Config = dict[str, Any]
 """Values of dimensions by name."""
 
 
-def propose(trial: optuna.Trial, space: Space) -> Config:
-    """A value for each dimension that has an effect, given the values before it."""
+def propose(
+    trial: optuna.Trial, space: Space, most_epochs: Callable[[Config], float] = lambda config: math.inf
+) -> Config:
+    """A value for each dimension that has an effect, given the values before it; a range of epochs ends at
+    `most_epochs`."""
     config: Config = {}
     for name in space.in_order():
         if has_effect(name, space.full(config)):
-            config[name] = _suggest(trial, name, space.dimensions[name])
+            dimension = space.dimensions[name]
+            if name == "epochs" and isinstance(dimension, Range) and (most := most_epochs(config)) < dimension.high:
+                config[name] = trial.suggest_int(name, int(min(dimension.low, most)), int(most), log=dimension.log)
+            else:
+                config[name] = _suggest(trial, name, dimension)
     return config
 
 

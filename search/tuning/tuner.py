@@ -29,8 +29,10 @@ from search.runs.tune_files import EventFiles, ShortState, atomic_filesystem
 from search.spaces.space import NamedRecipe, Space
 from search.tuning.early_stopping import new_scheduler
 from search.tuning.halving import new_searcher
+from search.tuning.screen import Screen, new_screen
 from search.tuning.searcher import METRIC, OptunaSearcher
 from trainables.data.held_out_images import WithoutTestImages
+from trainables.data.source import folder_of
 from trainables.ray.retry_limits import ACTOR_RETRIES, MAX_CONSECUTIVE_FAILURES
 from trainables.ray.trial import FineTuneTrial, TrialOptions, table_id
 from trainables.ray.worker_group import GroupSize
@@ -59,6 +61,20 @@ class RunOptions:
         return self.space.recipes[self.options.recipes] if self.options.recipes else ()
 
     @property
+    def screen(self) -> Screen | None:
+        """The probes before the first fine-tuning; None where there are none."""
+        options = self.options
+        if options.screen == "off" or self.recipes:
+            return None
+        keep = None if options.screen == "auto" else int(options.screen)
+        return new_screen(self.space, keep, folder_of(self.weights) if self.weights else None)
+
+    @property
+    def num_probes(self) -> int:
+        screen = self.screen
+        return len(screen.configs) if screen else 0
+
+    @property
     def weights(self) -> str | None:
         """The source of the pretrained weights."""
         return str(self.options.weights) if self.options.weights else None
@@ -77,13 +93,21 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
         front=strategy.num_objectives > 1,
         keep=options.keep,
         keep_first=options.test_split is not None,
+        keep_epoch=options.keep_epoch,
     )
     import_tensorboardx()
     budget, capacity = TimeBudget(folder, options.time_budget), capacity_of(run)
     searcher = new_searcher(
-        run.space, folder.journal, seed=run.space.seed, strategy=strategy, capacity=capacity, num_trials=run.num_trials
+        run.space,
+        folder.journal,
+        seed=run.space.seed,
+        strategy=strategy,
+        capacity=capacity,
+        num_trials=run.num_trials,
+        screen=run.screen,
+        budget=budget,
     )
-    num_samples = run.num_trials + strategy.num_retrainings
+    num_samples = run.num_trials + strategy.num_retrainings + run.num_probes
     callbacks = [
         table,
         DiskWatch(folder),
@@ -180,6 +204,7 @@ def trainable(run: RunOptions, settings: dict[str, Any]) -> Any:
         num_workers=run.num_workers,
         split_seed=run.space.split_seed,
         stall_timeout=run.options.stall_timeout,
+        keep_epoch=run.options.keep_epoch,
     )
     if run.options.address is None:
         share_environment()

@@ -451,7 +451,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing_behind(pets, cache, mon
     if when == "before":
         monkeypatch.setattr(presize.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     else:
-        monkeypatch.setattr(presize, "_flush", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        monkeypatch.setattr(presize, "flush", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(DataError, match=r"cannot be written to .*No space left.*FINETUNE_SEARCH_CACHE"):
         presize.presize(find_images(pets), 32)
     assert not [path for path in cache.iterdir() if path.is_dir()]

@@ -6,7 +6,6 @@ temporary name and renamed at the end, under a lock, so that it is built once an
 
 import errno
 import io
-import json
 import logging
 import os
 import shutil
@@ -18,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -27,19 +25,16 @@ from trainables.data import labelled_images
 from trainables.data.image_file import Pixels, UnreadableImage, formats_of, read_image, resize
 from trainables.data.labelled_images import MAX_UNREADABLE, DataError, ImageFolder
 from trainables.data.presized_images import (
-    CHECKSUM_FILE,
-    INDEX_FILE,
     JPEG,
     KEY_LENGTH,
     MEMORY_MAP,
     OFF,
     PIXEL_FILES,
-    DamagedCache,
     PresizedImages,
     unreadable_list,
     write_unreadable,
 )
-from trainables.system.cache import cache_dir, locked
+from trainables.system.cache import DamagedCache, cache_dir, flush, locked, new_folder, write_index
 from trainables.system.machine import num_cpus, total_memory
 
 logger = logging.getLogger(__name__)
@@ -218,16 +213,9 @@ def _build(job: _Job, progress: Progress) -> None:
     """Writes the cache to a temporary folder and renames it. The caller holds the lock."""
     started = time.perf_counter()
     logger.info("presizing %d images to %d px in %s", len(job.folder.paths), job.size, job.path)
-    temporary = job.path.with_name(f".{job.path.name}.partial")  # a fixed name, to remove what a killed process left
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
+    with new_folder(job.path) as temporary:
         built = _write_images(job, temporary, progress)
         _write_index(job, _readable(job, built), built, temporary)
-        shutil.rmtree(job.path, ignore_errors=True)  # a damaged one
-        temporary.rename(job.path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     seconds = time.perf_counter() - started
     logger.info("presized %d images, %.0f MB, in %.1f s", len(built.kept), sum(built.lengths) / 1e6, seconds)
 
@@ -246,7 +234,7 @@ def _write_images(job: _Job, target: Path, progress: Progress) -> _Built:
                 built.widths.append(width)
                 built.lengths.append(len(stored))
             progress(index + 1, len(paths))
-        _flush(file)
+        flush(file)
     return built
 
 
@@ -325,17 +313,7 @@ def _write_index(job: _Job, folder: ImageFolder, built: _Built, target: Path) ->
         "nbytes": sum(built.lengths),
         "unreadable": list(built.unreadable),
     }
-    text = json.dumps(index).encode()
-    for name, content in ((INDEX_FILE, text), (CHECKSUM_FILE, sha256(text).hexdigest().encode())):
-        with (target / name).open("wb") as file:
-            file.write(content)
-            _flush(file)
-
-
-def _flush(file: BinaryIO) -> None:
-    """Syncs to the disk: after a power cut a renamed folder must not hold empty pages."""
-    file.flush()
-    os.fsync(file.fileno())
+    write_index(target, index)
 
 
 def _cannot_write(job: _Job, error: OSError) -> DataError:

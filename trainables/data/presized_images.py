@@ -5,13 +5,11 @@ images one after another), in `images.jpeg` (jpeg: the same, compressed), or onl
 """
 
 import io
-import json
 import math
 from collections.abc import Mapping
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +17,9 @@ from PIL import Image
 
 from trainables.data import labelled_images
 from trainables.data.image_file import Pixels, UnreadableImage, read_image, resize
+from trainables.system.cache import DamagedCache, read_index
 
 KEY_LENGTH = 32  # of the name of a cache, before its storage
-INDEX_FILE, CHECKSUM_FILE = "index.json", "index.sha256"
 MEMORY_MAP, JPEG, OFF = "memory-map", "jpeg", "off"
 PIXEL_FILES = {MEMORY_MAP: "pixels.u8", JPEG: "images.jpeg"}
 
@@ -34,10 +32,6 @@ def unreadable_list(caches: Path, key: str) -> Path:
 def write_unreadable(file: Path, unreadable: Mapping[str, str]) -> None:
     """Lists unreadable images (path -> reason) in `file`, one on each line."""
     file.write_text("".join(f"{path!a}\t{' '.join(reason.split())}\n" for path, reason in unreadable.items()))
-
-
-class DamagedCache(ValueError):
-    """A cache folder that does not match its index or checksum."""
 
 
 class PresizedImages:
@@ -143,15 +137,3 @@ class PresizedImages:
                 f"The size of {file} has changed since the search began. Do not change the images during a search."
             )
         return image
-
-
-def read_index(path: Path) -> dict[str, Any]:
-    """The index of the cache in `path`; raises `DamagedCache` if it is not as it was written."""
-    try:
-        text = (path / INDEX_FILE).read_bytes()
-        if sha256(text).hexdigest() != (path / CHECKSUM_FILE).read_text():
-            raise ValueError(f"{INDEX_FILE} does not match its checksum")
-        index: dict[str, Any] = json.loads(text)
-        return index
-    except (OSError, ValueError) as error:
-        raise DamagedCache(f"{path}: {error}") from error

@@ -27,6 +27,8 @@ CLOSE_SECONDS = 10.0
 """How long a trial waits for its workers to leave."""
 RETRAINS = "retrains"
 """In a config: the table's id of the trial whose recipe is trained again. Not a setting of the recipe."""
+SCREENS = "screens"
+"""In a config: the number of a probe of the screen, below 0. Not a setting of the recipe either."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,12 @@ class TrialOptions:
     max_unreadable: float = MAX_UNREADABLE  # largest share of unreadable images
     split_seed: int = 0
     stall_timeout: float = math.inf  # seconds without progress after which workers are killed
+    keep_epoch: str = "last"  # whose model a trial leaves: that of its last epoch, or best
+
+
+RANKED = ("error_rate", "valid_loss")
+"""What makes an epoch the best of its trial, the first one first."""
+BEST = ("best_epoch", *(f"best_{name}" for name in RANKED))
 
 
 class HasTrialId(Protocol):
@@ -56,6 +64,11 @@ class HasTrialId(Protocol):
 def table_id(trial: HasTrialId) -> str:
     """The trial's id in tables and file names."""
     return text_id(trial.trial_id)
+
+
+def recipe_of(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of the trial with this config, as `Recipe.from_dict` takes them."""
+    return {**settings, **{name: value for name, value in config.items() if name not in (RETRAINS, SCREENS)}}
 
 
 def text_id(trial_id: str) -> str:
@@ -93,7 +106,7 @@ class FineTuneTrial(tune.Trainable):
         return True
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self.recipe = {**self.options.settings, **{name: v for name, v in config.items() if name != RETRAINS}}
+        self.recipe = recipe_of(self.options.settings, config)
         self.size = self.options.group_size.for_arch(self.recipe["arch"], self.options.num_workers)
         self.folder = Path(self.options.checkpoints) / table_id(self)
         self.handed_over = False  # whether the host has this trial
@@ -101,7 +114,8 @@ class FineTuneTrial(tune.Trainable):
         saved = checkpoint.last_whole(self.folder)
         self.files, self.last_result = saved or (None, {})
         self.repeat = saved is not None
-        self.epochs_done = self.last_result.get("epoch", 0)
+        self.epochs_done = self.last_result.get("epoch", before_first_epoch(self.recipe))
+        self.best = {name: self.last_result[name] for name in BEST if name in self.last_result}
         self.overhead_seconds = self.last_result.get("overhead_seconds", 0.0)
         self.seconds = self.last_result.get("seconds", 0.0)
 
@@ -116,7 +130,7 @@ class FineTuneTrial(tune.Trainable):
 
     def _next_result(self) -> dict[str, Any]:
         try:
-            total = Recipe.from_dict(self.recipe).total_epochs
+            recipe = Recipe.from_dict(self.recipe)
         except ValueError as error:
             return self._failed(str(error))
         outcome = self._run_epoch()
@@ -124,14 +138,26 @@ class FineTuneTrial(tune.Trainable):
             self.handed_over = False
             return self._failed(outcome.failure)
         self.epochs_done = outcome.metrics["epoch"]
-        finished = self.epochs_done == total
+        finished = self.epochs_done == recipe.total_epochs
+        self._note_best(outcome)
         self.files = checkpoint.model_only(outcome.state or {}) if finished else outcome.state
-        if self.epochs_done == 1:
+        if self.epochs_done == recipe.before_first_epoch + 1:
             self.overhead_seconds = outcome.metrics["overhead_seconds"]
         self.seconds += outcome.metrics["train_seconds"] + outcome.metrics["valid_seconds"]
         of_trial = {"seconds": self.seconds, "overhead_seconds": self.overhead_seconds}
-        of_trial |= {"epochs_total": total, "training_iteration": self.epochs_done}
+        of_trial |= {"epochs_total": recipe.total_epochs, "training_iteration": self.epochs_done, **self.best}
         return {**outcome.metrics, **of_trial, "failure": "", "done": finished}
+
+    def _note_best(self, outcome: Outcome) -> None:
+        """Which epoch was the best so far, by error rate, then by validation loss. With `keep_epoch` best, its model
+        goes with the state."""
+        ours = {"best_epoch": outcome.metrics["epoch"]} | {f"best_{name}": outcome.metrics[name] for name in RANKED}
+        is_best = not self.best or [ours[f"best_{name}"] for name in RANKED] < [self.best[f"best_{n}"] for n in RANKED]
+        if is_best:
+            self.best = ours
+        if self.options.keep_epoch == "best" and outcome.state:
+            before = outcome.state[checkpoint.WEIGHTS_FILE] if is_best else (self.files or {})[checkpoint.BEST_FILE]
+            outcome.state[checkpoint.BEST_FILE] = before
 
     def _failed(self, reason: str) -> dict[str, Any]:
         self.files = None
@@ -183,6 +209,14 @@ class FineTuneTrial(tune.Trainable):
         self.host_size, self.host_node = self.size, node
         self.handed_over = False
         return self.host
+
+
+def before_first_epoch(settings: Mapping[str, Any]) -> int:
+    """`Recipe.before_first_epoch` of settings that may be invalid."""
+    try:
+        return Recipe.from_dict(dict(settings)).before_first_epoch
+    except ValueError:
+        return 0
 
 
 def _num_that_count(lost_on: list[str | None]) -> int:

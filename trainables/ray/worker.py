@@ -142,6 +142,7 @@ class _Slot:
         if command.batch_parts > 1:
             gc.collect()  # cycles may hold what ran out of memory
         recipe = Recipe.from_dict(trial.recipe)
+        continues = command.epochs_done > recipe.before_first_epoch
         sizes = recipe.presize, recipe.resize_method
         images = _presized(trial.data, trial.data_digest, *sizes, trial.cache, trial.max_unreadable)
         weights = folder_of(trial.weights) if trial.weights else None
@@ -153,13 +154,13 @@ class _Slot:
             device=ray.train.torch.get_device(),
             num_threads=self.num_threads,
             split_seed=trial.split_seed,
-            load_pretrained=command.epochs_done == 0,
+            load_pretrained=not continues,
             batch_parts=command.batch_parts,
             on_progress=self._give_sign,
         )
         share = trial.data.share if isinstance(trial.data, WithoutTestImages) else None
         self.split = _split_of(images, trial.data_digest, trial.split_seed, share)
-        if command.epochs_done:
+        if continues:
             training.load_state(ray.get(self.host.state.remote()))
         self.trial_id = trial.trial_id
         return training

@@ -16,6 +16,8 @@ from trainables.system.full_disk import when_there_is_room
 WEIGHTS_FILE = "model.safetensors"
 PREPROCESSING_FILE = "preprocessing.json"
 TRAINING_FILE = "training.pt"
+BEST_FILE = "best.safetensors"
+"""The weights of a trial's best epoch, where these are kept."""
 SPLIT_FILE = "split.json"
 """See `split_record`."""
 RESULT_FILE = "result.json"
@@ -89,7 +91,7 @@ def drop(folder: Path) -> None:
     """Deletes all of an ended trial's checkpoint but its result."""
     for checkpoint in folder.glob("*epoch_*"):
         when_there_is_room((checkpoint / ENDED_FILE).touch, checkpoint)
-        for name in (WEIGHTS_FILE, TRAINING_FILE):
+        for name in (WEIGHTS_FILE, BEST_FILE, TRAINING_FILE):
             (checkpoint / name).unlink(missing_ok=True)
 
 
@@ -100,7 +102,8 @@ def write(folder: Path, files: Files) -> None:
 
 
 def read(folder: Path) -> Files:
-    paths = [folder / name for name in (WEIGHTS_FILE, PREPROCESSING_FILE, SPLIT_FILE, TRAINING_FILE)]
+    names = (WEIGHTS_FILE, BEST_FILE, PREPROCESSING_FILE, SPLIT_FILE, TRAINING_FILE)
+    paths = [folder / name for name in names]
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -25,11 +26,13 @@ from trainables.data.presized_images import PresizedImages
 from trainables.network import loss, model, normalization, optimizer, schedule
 from trainables.network.dropout import WholeBatch
 from trainables.network.precision import autocast_dtype
+from trainables.probe.features import Features
 from trainables.recipe import Recipe
 from trainables.training import lr_finder
 from trainables.training.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE, Files, Preprocessing
 from trainables.training.distributed import World, require_same_images, shard, share_batch_norm
 from trainables.training.inputs import Inputs
+from trainables.training.probing import Probing
 
 STEPS_PER_CHECK = 20
 """Steps between checks of the loss, each of which waits for the GPU and the other workers."""
@@ -86,7 +89,7 @@ class FineTune:
         self.on_progress = on_progress
         self.device = torch.device(device)
         self.world = World.current()
-        self.epochs_done = 0
+        self.epochs_done = recipe.before_first_epoch
         self.draws = True
         """Whether the network draws random numbers in training, as far as is known."""
         require_same_images(images, self.world)
@@ -106,6 +109,7 @@ class FineTune:
             self.network = replace(self.network, mean=mean, std=std)
         statistics = {"mean": self.network.mean, "std": self.network.std}
         self.inputs = Inputs(images, **statistics, device=self.device, num_threads=num_threads)
+        self.images = images
         self.amp_dtype = autocast_dtype(recipe, self.device)
         self._enter_stage()
 
@@ -120,6 +124,8 @@ class FineTune:
         Raises:
             Diverged: A loss is not finite.
         """
+        if self.epochs_done < 0:
+            return self._run_probe()
         epoch: dict[str, int | str] = {"epoch": self.epochs_done + 1, "stage": "frozen" if self.frozen else "unfrozen"}
         num_images = self.steps_per_epoch * self.batch_size
         started = time.perf_counter()
@@ -128,21 +134,64 @@ class FineTune:
         metrics = self.evaluate()
         if self.epochs_done + 1 == self.recipe.total_epochs and self.recipe.tta_views:
             metrics |= {"tta_error_rate": self.tta_error_rate()}
-        evaluated = time.perf_counter()
-        self.epochs_done += 1
-        if self.epochs_done == self.recipe.freeze_epochs:
-            self._enter_stage()
-        return dict(
+        return self._end_epoch(
             **epoch,
-            progress=self.progress,
             train_loss=train_loss,
             **metrics,
             train_seconds=trained - started,
-            valid_seconds=evaluated - trained,
+            valid_seconds=time.perf_counter() - trained,
             images_per_second=num_images / (trained - started),
-            train_images=len(self.train_indices),
-            valid_images=len(self.valid_indices),
         )
+
+    def _run_probe(self) -> dict[str, float | int | str]:
+        """Epoch 0 of a training that starts with a probe: computes its head, and evaluates on the same features."""
+        started = time.perf_counter()
+        found = self.probing.features()
+        head = self.probing.head(found.rows, self.train_indices)
+        self.network.classifier.load_state_dict(head)
+        trained = time.perf_counter()
+        labels = self.inputs.labels[torch.as_tensor(self.train_indices)].to(self.device)
+        train_loss = F.cross_entropy(self._head_logits(found.rows[self.train_indices]), labels).item()
+        rows, targets = self._my_validation_rows()
+        metrics = self._metrics(self._head_logits(found.rows[self.valid_indices[rows]]), targets)
+        return self._end_epoch(
+            epoch=0,
+            stage="probe",
+            train_loss=train_loss,
+            **metrics,
+            train_seconds=trained - started,
+            valid_seconds=time.perf_counter() - trained,
+            images_per_second=len(self.train_indices) / (trained - started),
+            feature_seconds=found.seconds,
+        )
+
+    def _end_epoch(self, **metrics: Any) -> dict[str, float | int | str]:
+        """Moves on to the next epoch; all metrics of this one."""
+        self.epochs_done += 1
+        if self.epochs_done == self.recipe.freeze_epochs:
+            self._enter_stage()
+        counts = {"train_images": len(self.train_indices), "valid_images": len(self.valid_indices)}
+        return metrics | {"progress": self.progress} | counts
+
+    @property
+    def probing(self) -> Probing:
+        return Probing(
+            recipe=self.recipe,
+            network=self.network,
+            images=self.images,
+            inputs=self.inputs,
+            amp_dtype=self.amp_dtype,
+            world=self.world,
+            on_progress=self.on_progress,
+        )
+
+    @torch.inference_mode()
+    def _head_logits(self, features: Features) -> torch.Tensor:
+        """The head's logits for features (n, features), as validation computes them."""
+        self.network.model.eval()
+        with self._autocast():
+            logits: torch.Tensor = self.network.classifier(torch.from_numpy(features).to(self.device).float())
+        return logits.float()
 
     def _train(self) -> float:
         """The steps of an epoch; their mean loss."""
@@ -223,7 +272,10 @@ class FineTune:
         """Plain cross-entropy and error rate over the whole validation split, the same on all workers."""
         rows, targets = self._my_validation_rows()
         augmentations = augmentation.centre(len(self.valid_indices), self.recipe.resize_method)
-        logits = self._valid_logits(augmentations[rows])
+        return self._metrics(self._valid_logits(augmentations[rows]), targets)
+
+    def _metrics(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+        """Validation metrics over all workers, from this worker's logits and labels."""
         sums = torch.stack([F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(1) != targets).sum()])
         total, errors = (self.world.sum(sums.double()) / len(self.valid_indices)).tolist()
         if not np.isfinite(total):

@@ -9,10 +9,10 @@ SPACE = Space(
     dataset="pets",
     settings={
         "arch": "resnet34.tv_in1k",
+        "head_init": "probe",
         "epochs": 6,
-        "freeze_epochs": 2,
+        "freeze_epochs": 0,
         "batch_size": 32,
-        "lr_max_frozen": 3e-3,
         "lr_max": 1e-3,
         "lr_ratio": 100.0,
         "presize": 460,
@@ -23,8 +23,6 @@ SPACE = Space(
         "head": Choice(("linear", "mlp")),
         "hidden": Choice((256, 512, 1024)),
         "epochs": Range(3, 15),
-        "freeze_epochs": Range(1, 3),
-        "lr_max_frozen": Range(5e-4, 2e-2, log=True),
         "lr_max": Range(1e-4, 1e-2, log=True),
         "lr_ratio": Range(3, 1000, log=True),
         "train_bn": Choice(("unfrozen", "always", "never")),
@@ -35,8 +33,6 @@ SPACE = Space(
     first=(
         {
             "train_bn": "never",
-            "freeze_epochs": 3,
-            "lr_max_frozen": 5e-3,
             "lr_max": 3e-4,
             "lr_ratio": 10.0,
             "smoothing": 0.1,

@@ -1,0 +1,61 @@
+"""How many epochs still fit into a time budget, from what probes and epochs have taken so far."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+TRAINING_COST = 3.0
+"""Seconds of training on an image by those of a forward pass, until epochs have been measured."""
+SLACK = 0.9
+"""Share of the time left that a trial may be expected to take."""
+
+Pair = tuple[str, int]
+"""Architecture and image size."""
+
+
+@dataclass(kw_only=True)
+class Pace:
+    """What the trials of a search have taken, saved with the searcher."""
+
+    forward: dict[Pair, float] = field(default_factory=dict)
+    """Seconds of an image through the backbone."""
+    training: dict[Pair, float] = field(default_factory=dict)
+    """Seconds of training on an image, by those of a forward pass: the slowest epoch."""
+    images: tuple[int, int] = (0, 0)
+    """For training and for validation."""
+
+    def add(self, recipe: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Learn from an epoch's result."""
+        pair = recipe["arch"], recipe["image_size"]
+        self.images = result["train_images"], result["valid_images"]
+        if result["stage"] == "probe":
+            self.forward[pair] = result["feature_seconds"] / sum(self.images)
+        elif result["stage"] == "unfrozen" and (forward := self.forward.get(pair)):
+            seconds = result["train_seconds"] / self.images[0] / forward
+            self.training[pair] = max(seconds, self.training.get(pair, 0.0))
+
+    def probe_seconds(self, per_image: float) -> float:
+        return per_image * sum(self.images)
+
+    def epochs_within(self, seconds: float, recipe: Mapping[str, Any]) -> float:
+        """How many unfrozen epochs of a recipe fit into the seconds; infinitely many where nothing is known."""
+        pair = recipe["arch"], recipe["image_size"]
+        forward = self.forward.get(pair) or self._scaled(pair)
+        if not forward:
+            return math.inf
+        train, valid = self.images
+        ratio = self.training.get(pair) or max(self.training.values(), default=TRAINING_COST)
+        epoch = forward * (ratio * train + valid)
+        last = forward * valid * recipe["tta_views"] + forward * train * recipe["freeze_epochs"]
+        return max(0.0, (SLACK * seconds - last) / epoch)
+
+    def _scaled(self, pair: Pair) -> float:
+        """The forward seconds of an architecture, from another size."""
+        arch, size = pair
+        found = [
+            (abs(other - size), seconds * (size / other) ** 2)
+            for (a, other), seconds in self.forward.items()
+            if a == arch
+        ]
+        return min(found, default=(0, 0.0))[1]
