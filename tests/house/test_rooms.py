@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = {
-    "trainables": ("", "system", "data", "batches", "network", "training", "inference", "ray"),
+    "trainables": ("", "system", "data", "batches", "network", "probe", "training", "inference", "ray"),
     "search": ("cli", "spaces", "options", "runs", "cluster", "reporting", "exporting", "tuning"),
 }
 """The rooms of each package, lowest first: a room imports itself and those before it. The first of `trainables` is the
