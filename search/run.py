@@ -206,8 +206,9 @@ def announce(run: "RunOptions", nodes: "list[Node]") -> None:
     gpus = f" and {size.gpus_per_worker} GPUs" if size.gpus_per_worker else ""
     screen = f", after a screen of {many(run.num_probes, 'probe')}" if run.num_probes else ""
     say(
-        f"search: {run.num_trials} trials{screen}{within}, {at_once} at once{note}, each on {many(size.num_workers, 'worker')} "
-        f"of {size.cpus_per_worker:g} CPUs{gpus}{others}; the first one waits for its workers to start"
+        f"search: {run.num_trials} trials{screen}{within}, {at_once} at once{note}, each on "
+        f"{many(size.num_workers, 'worker')} of {size.cpus_per_worker:g} CPUs{gpus}{others}; the first one waits for "
+        "its workers to start"
     )
     say(f"results: {folder}/")
     say(

@@ -118,6 +118,10 @@ def integer(text: str) -> int:
     return int(text)
 
 
+def signed_integer(text: str) -> int:
+    return -integer(text[1:]) if text.startswith("-") else integer(text)
+
+
 def optional_integer(text: str) -> int | str:
     return integer(text) if text else ""
 

@@ -14,6 +14,7 @@ from search.runs.csv_file import (
     one_of,
     optional_integer,
     read_table,
+    signed_integer,
     timestamp,
 )
 from search.runs.paths import RunFolder
@@ -36,7 +37,7 @@ EPOCH_COLUMNS = [
 ]
 
 TRIAL_PARSERS: dict[str, Parser] = {
-    "number": integer,
+    "number": signed_integer,
     "kind": one_of(TRIAL, PROBE),
     "status": one_of(COMPLETED, STOPPED, FAILED, RUNNING, RETRAINED, UNFINISHED),
     **dict.fromkeys((*SCORES, *COSTS, CONFIRMED, "best_error_rate"), float_or_nan),
@@ -48,7 +49,8 @@ TRIAL_PARSERS: dict[str, Parser] = {
 TRIAL_NEEDED = ("number", "trial_id", "status", "error_rate", "epochs_done", "epochs_total")
 EPOCH_PARSERS: dict[str, Parser] = {
     **dict.fromkeys(EPOCH_COLUMNS, float_or_nan),
-    **dict.fromkeys(("number", "epoch"), integer),
+    "number": signed_integer,
+    "epoch": integer,
     **dict.fromkeys(("trial_id", "stage"), str),
     **dict.fromkeys(("progress", "train_images", "valid_images", "batch_parts"), optional_integer),
     "finished_at": timestamp,

@@ -47,8 +47,8 @@ class ResultsTable(tune.Callback):
     the search is resumed.
 
     A trial's metrics are those of its last epoch, or, with `keep_epoch` best, of its best one once it has ended;
-    `tta_error_rate`, with test-time augmentation, is known only at its end. `seconds` is the time of training and validation, `overhead_seconds` the time between the workers' previous
-    trial and its first epoch.
+    `tta_error_rate`, with test-time augmentation, is known only at its end. `seconds` is the time of training and
+    validation, `overhead_seconds` the time between the workers' previous trial and its first epoch.
     """
 
     def __init__(
@@ -227,7 +227,8 @@ class ResultsTable(tune.Callback):
 
     def _next_number(self) -> int:
         """Epochs count, too: they remain if the user has removed a damaged row of `trials.csv`."""
-        return 1 + max((-1, *(row["number"] for row in (*self.rows.values(), *self.epoch_rows.values()))))
+        numbers = [int(row["number"]) for row in (*self.rows.values(), *self.epoch_rows.values())]
+        return 1 + max(-1, *numbers) if numbers else 0
 
     def _keep_weights(self, trial: Trial, row: Row) -> None:
         found = checkpoint.newest(self.folder.checkpoints / row["trial_id"])

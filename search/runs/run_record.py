@@ -19,8 +19,10 @@ from search.runs.result_rows import (
     CONFIRMED,
     EPOCH_NEEDED,
     EPOCH_PARSERS,
+    PROBE,
     RANKED,
     SCORES,
+    TRIAL,
     TRIAL_NEEDED,
     TRIAL_PARSERS,
 )
@@ -66,6 +68,8 @@ class RunRecord:
         self.space: dict[str, Any] = read_json(self.folder.space)
         self.dimensions = list(self.space["dimensions"])
         trials = _read_table(self.folder.trials, TRIAL_PARSERS, TRIAL_NEEDED, key="number")
+        if "kind" not in trials:  # an earlier version knew no probes
+            trials.insert(2, "kind", TRIAL)
         self.trials = trials.set_index("number", drop=False).rename_axis(None)
         """One row per trial, by its number."""
         self.epochs = _read_table(self.folder.epochs, EPOCH_PARSERS, EPOCH_NEEDED)
@@ -98,6 +102,17 @@ class RunRecord:
         """The row of trial 0, the space's own recipe, or None unless it completed."""
         at = self.completed["number"] == 0
         return self.completed[at].iloc[0] if at.any() else None
+
+    @property
+    def tuned(self) -> pd.DataFrame:
+        """Those of `completed` that were fine-tuned."""
+        return self.completed[self.completed["kind"] == TRIAL]
+
+    @property
+    def probe(self) -> pd.Series | None:
+        """The row of the best probe, or None without one."""
+        probes = self.completed[self.completed["kind"] == PROBE]
+        return None if probes.empty else probes.iloc[0]
 
     @property
     def pareto_front(self) -> pd.DataFrame:

@@ -22,7 +22,7 @@ class Pace:
     """Seconds of an image through the backbone."""
     training: dict[Pair, float] = field(default_factory=dict)
     """Seconds of training on an image, by those of a forward pass: the slowest epoch."""
-    images: tuple[int, int] = (0, 0)
+    images: tuple[int, int] = 0, 0
     """For training and for validation."""
 
     def add(self, recipe: Mapping[str, Any], result: Mapping[str, Any]) -> None:
@@ -48,14 +48,11 @@ class Pace:
         ratio = self.training.get(pair) or max(self.training.values(), default=TRAINING_COST)
         epoch = forward * (ratio * train + valid)
         last = forward * valid * recipe["tta_views"] + forward * train * recipe["freeze_epochs"]
-        return max(0.0, (SLACK * seconds - last) / epoch)
+        return max(0.0, float(SLACK * seconds - last) / epoch)
 
     def _scaled(self, pair: Pair) -> float:
         """The forward seconds of an architecture, from another size."""
         arch, size = pair
-        found = [
-            (abs(other - size), seconds * (size / other) ** 2)
-            for (a, other), seconds in self.forward.items()
-            if a == arch
-        ]
-        return min(found, default=(0, 0.0))[1]
+        known = [(other, seconds) for (of, other), seconds in self.forward.items() if of == arch]
+        nearest, seconds = min(known, key=lambda found: abs(found[0] - size), default=(size, 0.0))
+        return seconds * (size / nearest) ** 2

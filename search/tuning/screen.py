@@ -127,9 +127,9 @@ def new_screen(space: Space, keep: int | None, weights: Path | None) -> Screen |
         return None
     archs, sizes = _archs(space), _sizes(space)
     costs = dict(zip(archs, _costs(archs, weights), strict=True))
-    pairs = [{"arch": arch, "image_size": size} for arch, size in itertools.product(archs, sizes)]
-    pairs.sort(key=lambda pair: costs[pair["arch"]] * pair["image_size"] ** 2)
-    return Screen(configs=pairs, costs=[costs[pair["arch"]] * pair["image_size"] ** 2 for pair in pairs], keep=keep)
+    pairs = sorted((costs[arch] * size**2, arch, size) for arch, size in itertools.product(archs, sizes))
+    configs: list[Config] = [{"arch": arch, "image_size": size} for _, arch, size in pairs]
+    return Screen(configs=configs, costs=[cost for cost, _, _ in pairs], keep=keep)
 
 
 def _archs(space: Space) -> tuple[str, ...]:

@@ -91,17 +91,20 @@ class OptunaSearcher(Searcher):
     def study(self) -> optuna.Study:
         if self._study is None:
             existed = self.journal.is_file()
-            optuna.logging.set_verbosity(optuna.logging.WARNING)
-            self._study = optuna.create_study(
-                storage=open_journal(self.journal),
-                study_name=self.space.name,
-                sampler=self.sampler,
-                directions=["minimize"] * self.strategy.num_objectives,
-                load_if_exists=True,
-            )
+            self._study = self._open_study(self.space.name, sampler=self.sampler)
             if existed and not self.numbers:  # the search was killed before Tune had saved anything
                 self._fail_forgotten_trials()
         return self._study
+
+    def _open_study(self, name: str, **options: Any) -> optuna.Study:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        return optuna.create_study(
+            storage=open_journal(self.journal),
+            study_name=name,
+            directions=["minimize"] * self.strategy.num_objectives,
+            load_if_exists=True,
+            **options,
+        )
 
     def suggest(self, trial_id: str) -> Config | str | None:  # type: ignore[override]  # Ray's hint omits FINISHED
         if not self._has_room(1):  # the later a trial is proposed, the more is known
@@ -287,12 +290,7 @@ class OptunaSearcher(Searcher):
             values=[probe.error_rate, result[_SECONDS]][: self.strategy.num_objectives],
             user_attrs={_TUNE_ID: trial_id, _LOSS: probe.valid_loss, _SECONDS: result[_SECONDS]},
         )
-        study = optuna.create_study(
-            storage=open_journal(self.journal),
-            study_name=probes_study(self.space.name),
-            directions=["minimize"] * self.strategy.num_objectives,
-            load_if_exists=True,
-        )
+        study = self._open_study(probes_study(self.space.name))
         if all(trial.user_attrs[_TUNE_ID] != trial_id for trial in study.get_trials(deepcopy=False)):
             study.add_trial(found)  # a killed search may have added it before
 

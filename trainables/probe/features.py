@@ -1,4 +1,4 @@
-"""Pooled features of a frozen backbone: each node computes those of its images once, and all trainings there share them.
+"""Pooled features of a frozen backbone: each node computes them once for its images, and all trainings share them.
 
 A set of features is a folder of the cache, named by a digest of all that decides them. `features.f16` has one row per
 image, float16; `index.json` has its shape and its SHA-256. Like presized images it appears whole or not at all.

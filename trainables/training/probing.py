@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -142,7 +142,7 @@ class Probing:
         return {name: value.detach().cpu().clone() for name, value in classifier.state_dict().items()}
 
 
-def _lock(path: Path, on_wait: Callable[[], None]):
+def _lock(path: Path, on_wait: Callable[[], None]) -> AbstractContextManager[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     return locked(path.with_name(f".{path.name}.lock"), "for another process that computes the same features", on_wait)
 
