@@ -3,6 +3,7 @@
 import json
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    began = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
     options = parse_arguments(argv)
     if options.describe:
@@ -50,15 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.resume or is_begun(folder):
             options = options_to_resume(options, folder)
             say(f"resuming {folder}/{said_changes(folder, options)}")
-        return search(options, folder, argv)
+        return search(options, folder, argv, began)
 
 
-def search(options: SearchOptions, folder: "RunFolder", argv: Sequence[str]) -> int:
+def search(options: SearchOptions, folder: "RunFolder", argv: Sequence[str], began: float) -> int:
     """The steps of a search, from its options to its exit code."""
     from search.runs.time_budget import seconds_spent
 
     prepared = prepare(options, folder)
-    run = connect(prepared, folder, argv)
+    run = connect(prepared, folder, argv, began)
     with prepared.mirror:
         interrupted = execute(run, resume=options.resume)
         return conclude(run, seconds_spent(folder), interrupted=interrupted)
@@ -124,7 +126,7 @@ def mirror_of(options: SearchOptions, folder: "RunFolder") -> AbstractContextMan
 # --- Connect ----------------------------------------------------------------------------------------------------------
 
 
-def connect(prepared: Prepared, folder: "RunFolder", argv: Sequence[str]) -> "RunOptions":
+def connect(prepared: Prepared, folder: "RunFolder", argv: Sequence[str], began: float) -> "RunOptions":
     """Start Ray or connect to it, size the trials, and write down what runs."""
     options, space, images = prepared.options, prepared.space, prepared.images
     nodes = start_ray(options.address)
@@ -152,6 +154,7 @@ def connect(prepared: Prepared, folder: "RunFolder", argv: Sequence[str]) -> "Ru
         labels=list(images.classes),
         group_size=size,
         num_workers=num_workers,
+        began=began,
     )
     write_record(prepared, run, argv, nodes)
     announce(run, nodes)
@@ -284,7 +287,7 @@ def conclude(run: "RunOptions", seconds: float, *, interrupted: bool) -> int:
             say(f"{name_of(row['number'])} failed: {row['reason']}")
     if not leaders(rows):
         ended_by_failures(run, rows)
-        say("no trial has finished an epoch, so there is no best checkpoint")
+        say("no trial completed, so there is no best checkpoint")
         return 1
     say_results(run)
     return 1 if ended_by_failures(run, rows) else 0

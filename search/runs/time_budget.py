@@ -12,14 +12,15 @@ from search.runs.paths import RunFolder
 class TimeBudget(tune.Stopper):
     """Counts the seconds of a search, and ends it after `limit` of them; never where that is None.
 
-    Tune saves it with its state and restores it; the limit is still that of this start.
+    Tune saves it with its state and restores it; the limit is still that of this start, which began at `since`
+    (`time.monotonic`; by default with the first look).
     """
 
-    def __init__(self, folder: RunFolder, limit: float | None) -> None:
+    def __init__(self, folder: RunFolder, limit: float | None, since: float | None = None) -> None:
         self.folder = folder
         self.limit = limit
         self.spent = 0.0
-        self.checked_at: float | None = None
+        self.checked_at = since
         _budgets[folder.run_id] = self
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -50,6 +50,7 @@ class RunOptions:
     labels: list[str]
     group_size: GroupSize
     num_workers: dict[str, int] = field(default_factory=dict)  # of architectures by pattern, see `GroupSize`
+    began: float | None = None  # when the command did, by `time.monotonic`; its time budget counts from then
 
     @property
     def num_trials(self) -> int:
@@ -96,7 +97,7 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
         keep_epoch=options.keep_epoch,
     )
     import_tensorboardx()
-    budget, capacity = TimeBudget(folder, options.time_budget), capacity_of(run)
+    budget, capacity = TimeBudget(folder, options.time_budget, run.began), capacity_of(run)
     searcher = new_searcher(
         run.space,
         folder.journal,

@@ -20,15 +20,17 @@ from search.runs.result_rows import (
     RETRAINED,
     RUNNING,
     STOPPED,
+    UNFINISHED,
     check_tables,
     leaders,
+    name_of,
     read_trials,
 )
 from search.runs.results_table import ResultsTable, TooManyFailures
 from trainables.ray.trial import table_id
 from trainables.recipe import Recipe
 from trainables.training import checkpoint
-from trainables.training.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE
+from trainables.training.checkpoint import BEST_FILE, PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE
 
 SETTINGS = Recipe(epochs=2, freeze_epochs=1, arch="resnet18").to_dict()
 DIMENSIONS = ["arch", "lr_max"]
@@ -105,7 +107,7 @@ def best(folder) -> tuple[bytes, dict, dict, list]:
 def test_the_tables_are_there_and_whole_from_the_first_moment(table, folder):
     assert read_trials(folder.trials) == read_rows(folder.epochs) == []
     assert folder.trials.read_text().startswith(
-        "number,trial_id,status,error_rate,tta_error_rate,valid_loss,accuracy,epochs_done,"
+        "number,trial_id,kind,status,error_rate,tta_error_rate,valid_loss,accuracy,best_epoch,best_error_rate,"
     )
     assert folder.epochs.read_text().splitlines() == [",".join(EPOCH_COLUMNS)]
 
@@ -151,8 +153,80 @@ def test_a_trial_that_the_searchs_end_terminated_does_not_stay_running(table, fo
     terminated.status = "TERMINATED"
     table.on_step_end(0, [running, terminated, FakeTrial("never started")])
     rows = read_trials(folder.trials)
-    assert [row["status"] for row in rows] == [RUNNING, STOPPED]
+    assert [row["status"] for row in rows] == [RUNNING, UNFINISHED]
     assert rows[1]["reason"] == "the search ended"
+
+
+def test_the_last_epoch_of_an_unfinished_trial_is_the_best_model_where_nothing_is_better(table, folder):
+    complete(table, "a", 0.3)
+    good, bad, none = FakeTrial("b"), FakeTrial("c"), FakeTrial("d")
+    run_epochs(table, good, 0.2)
+    run_epochs(table, bad, 0.4)
+    table.on_trial_start(0, [], none)
+    for trial in (good, bad, none):
+        table.on_trial_start(0, [], trial)
+        trial.status = "TERMINATED"
+    table.on_step_end(0, [good, bad, none])
+    weights, _, metrics, _ = best(folder)
+    assert (weights, metrics["number"], metrics["status"], metrics["epochs_done"]) == (b"b", 1, UNFINISHED, 1)
+    assert [row["number"] for row in leaders(read_trials(folder.trials))] == [1, 0, 2]
+
+
+def test_an_interrupted_search_delivers_a_running_trials_last_epoch_and_takes_it_back(table, folder):
+    complete(table, "a", 0.3)
+    running = FakeTrial("b")
+    table.on_trial_start(0, [], running)
+    run_epochs(table, running, 0.2)
+    table.deliver_running()
+    assert best(folder)[0] == b"b"
+    assert read_trials(folder.trials)[1]["status"] == RUNNING
+    made(folder)  # resumed
+    assert best(folder)[0] == b"a"
+
+
+def test_probes_have_numbers_below_0_and_trial_0_stays_the_first_fine_tuning(table, folder):
+    probe = FakeTrial("p", epochs=0, freeze_epochs=0, head_init="probe", screens=-2)
+    table.on_trial_start(0, [], probe)
+    assert read_trials(folder.trials)[0]["status"] == RUNNING
+    outcome = result(0, 0.25) | {"stage": "probe", "epochs_total": 0, "best_epoch": 0, "best_error_rate": 0.25}
+    files = {WEIGHTS_FILE: b"p", PREPROCESSING_FILE: b"{}"}
+    checkpoint.save(folder.checkpoints / table_id(probe), 0, files, outcome)
+    table.on_trial_result(0, [], probe, outcome)
+    table.on_trial_complete(0, [], probe)
+    complete(table, "a", 0.5)
+    rows = read_trials(folder.trials)
+    assert [(row["number"], row["kind"], row["status"]) for row in rows] == [
+        (-2, "probe", COMPLETED), (0, "trial", COMPLETED)
+    ]  # fmt: skip
+    weights, recipe, metrics, _ = best(folder)
+    assert (weights, metrics["number"], recipe["epochs"], recipe["freeze_epochs"]) == (b"p", -2, 0, 0)
+    assert "screens" not in metrics | recipe
+    assert [name_of(row["number"]) for row in rows] == ["probe 2", "trial 0"]
+
+
+def test_a_probe_that_the_searchs_end_cuts_off_is_not_completed(table, folder):
+    probe = FakeTrial("p", epochs=0, freeze_epochs=0, head_init="probe", screens=-2)
+    table.on_trial_start(0, [], probe)
+    table.on_trial_complete(0, [], probe)
+    [row] = read_trials(folder.trials)
+    assert row["status"] == UNFINISHED
+    assert leaders([row]) == []
+
+
+def test_with_keep_epoch_best_a_trial_leaves_the_model_and_the_error_of_its_best_epoch(folder):
+    table, trial = made(folder, keep_epoch="best"), FakeTrial("b")
+    table.on_trial_start(0, [], trial)
+    for epoch, error in enumerate((0.4, 0.1, 0.3), 1):
+        outcome = result(epoch, error, valid_loss=error) | {"tta_error_rate": 0.2}
+        outcome |= {"best_epoch": min(epoch, 2), "best_error_rate": min(error, 0.1 if epoch > 1 else 1.0)}
+        files = {WEIGHTS_FILE: b"last", BEST_FILE: b"best", PREPROCESSING_FILE: b"{}"}
+        checkpoint.save(folder.checkpoints / table_id(trial), epoch, files, outcome)
+        table.on_trial_result(0, [], trial, outcome)
+    table.on_trial_complete(0, [], trial)
+    [row] = read_trials(folder.trials)
+    assert (row["error_rate"], row["valid_loss"], row["accuracy"], row["best_epoch"]) == (0.1, 0.1, 0.9, 2)
+    assert math.isnan(row["tta_error_rate"])  # it is the last epoch's
+    assert best(folder)[0] == b"best"
 
 
 def test_a_failed_trial_has_its_reason_and_no_error_rate(table, folder):
@@ -265,7 +339,7 @@ def test_a_torn_last_line_is_gone_when_the_search_goes_on(table, folder):
 
 DAMAGES = {
     "text for a number": ("trials", "0.3,", "0.3?,", r"line 2 has '0\.3\?' for error_rate"),
-    "a lost field": ("trials", "completed,", "", "line 2 has 14 fields, expected 15"),
+    "a lost field": ("trials", "completed,", "", "line 2 has 17 fields, expected 18"),
     "another status": ("trials", "completed", "complete", "line 2 has 'complete' for status"),
     "a setting renamed": ("trials", ",lr_max,", ",lr_mix,", "line 1 has no column lr_max"),
     "a metric renamed": ("trials", ",epochs_done,", ",epochs-done,", "line 1 has no column epochs_done"),
@@ -359,6 +433,7 @@ def test_best_changes_for_a_better_trial_only(table, folder):
 def test_a_trial_that_was_stopped_or_failed_is_never_the_best(table, folder):
     complete(table, "a", 0.5)
     stopped = FakeTrial("b")
+    folder.rungs.write_text(json.dumps({"reasons": {"b": "error_rate 0.1 above the cut-off"}}))
     run_epochs(table, stopped, 0.1, 0.1)
     table.on_trial_complete(0, [], stopped)
     failed = FakeTrial("c")
@@ -490,7 +565,7 @@ def repeat(table, trial: FakeTrial, last: dict) -> None:
 
 
 def test_a_stopped_trial_stays_stopped_when_a_kill_comes_before_the_next_save(table, folder):
-    folder.rungs.write_text(json.dumps({"reasons": {"a": "error_rate 0.8 above the cut-off"}}))
+    folder.rungs.write_text(json.dumps({"reasons": dict.fromkeys("abcde", "error_rate 0.8 above the cut-off")}))
     trials = [FakeTrial(name) for name in "abcde"]
     for trial in trials:
         run_epochs(table, trial, 0.9, 0.8)

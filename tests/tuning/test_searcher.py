@@ -6,6 +6,7 @@ import pickle
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -15,9 +16,11 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from search.options.strategy import SEARCHERS, Strategy
+from search.runs import time_budget
 from search.runs.paths import RunFolder
 from search.runs.time_budget import TimeBudget
 from search.spaces.space import Choice, Range, Space
+from search.tuning.screen import new_screen
 from search.tuning.searcher import OptunaSearcher, end_study
 from search.tuning.study_configs import config_of, params_of
 from search.tuning.tuner import Resumable
@@ -49,8 +52,10 @@ def searcher(journal):
     return made(journal)
 
 
-def made(journal, *, seed: int = 0, space: Space = SPACE, num_trials: int | None = None, **method) -> OptunaSearcher:
-    return OptunaSearcher(space, journal, strategy=Strategy(**method), seed=seed, num_trials=num_trials)
+def made(journal, *, seed=0, space=SPACE, num_trials=None, screen=None, budget=None, **method) -> OptunaSearcher:
+    return OptunaSearcher(
+        space, journal, strategy=Strategy(**method), seed=seed, num_trials=num_trials, screen=screen, budget=budget
+    )
 
 
 def test_a_proposal_is_on_the_disk_when_it_is_made_and_waits_for_it_once(searcher, journal, monkeypatch):
@@ -500,3 +505,140 @@ def test_a_search_whose_time_is_over_proposes_nothing_when_it_is_started_again(t
     assert resumed(tmp_path, later).is_finished() and later.next_trial() is None
     assert len(on_record(journal)) == 1
     assert not resumed(tmp_path, generator_of(journal, 9, time_budget=600)).is_finished()
+
+
+# --- The screen, and time --------------------------------------------------------------------------------------------
+
+PROBED = replace(
+    SPACE,
+    settings=SPACE.settings | {"head_init": "probe", "freeze_epochs": 0, "image_size": 96},
+    dimensions=SPACE.dimensions | {"arch": Choice(("resnet18", "resnet34", "resnet50", "resnet101"))},
+)
+ERRORS = {"resnet18": 0.5, "resnet34": 0.1, "resnet50": 0.3, "resnet101": 0.2}
+
+
+def probe(searcher, trial_id: str, config: dict, seconds: float = 10.0) -> None:
+    """A probe as Tune tells it: its only result comes with its end."""
+    metrics = {"stage": "probe", "feature_seconds": seconds, "train_images": 80, "valid_images": 20, "config": config}
+    searcher.on_trial_complete(trial_id, result(0, 2, ERRORS[config["arch"]], **metrics) | {"epochs_total": 0})
+
+
+def screened(searcher) -> list[str]:
+    """Run the whole screen; the architectures in their order."""
+    order = []
+    while searcher.screen.num_left and (config := searcher.suggest(f"probe{len(order)}")):
+        probe(searcher, f"probe{len(order)}", config)
+        order.append(config["arch"])
+    return order
+
+
+def test_the_screen_comes_first_and_trial_0_is_the_recipe_at_the_best_probe(journal):
+    searcher = made(journal, space=PROBED, screen=new_screen(PROBED, 2, None), num_trials=2)
+    assert searcher.max_remaining() == 6
+    assert screened(searcher) == ["resnet18", "resnet34", "resnet50", "resnet101"]
+    assert searcher.suggest("t0") == DEFAULT | {"arch": "resnet34"}
+    searcher.on_trial_complete("t0", result(3, 3, 0.1))
+    assert searcher.suggest("t1") == DEFAULT | {"arch": "resnet34", "epochs": 6}
+    searcher.on_trial_complete("t1", result(3, 3, 0.1))
+    assert searcher.suggest("t2") == Searcher.FINISHED
+    assert len(on_record(journal)) == 2
+
+
+def test_only_the_best_architectures_are_proposed_after_the_screen(journal):
+    searcher = made(journal, space=PROBED, screen=new_screen(PROBED, 2, None))
+    screened(searcher)
+    assert {run_trial(searcher, f"t{i}")["arch"] for i in range(12)} == {"resnet34", "resnet101"}
+
+
+def test_fine_tunings_wait_for_probes_that_still_run(journal):
+    searcher = made(journal, space=PROBED, screen=new_screen(PROBED, None, None))
+    configs = {f"probe{i}": searcher.suggest(f"probe{i}") for i in range(4)}
+    assert searcher.suggest("t0") is None
+    for trial_id, config in configs.items():
+        probe(searcher, trial_id, config)
+    assert searcher.suggest("t0")["arch"] == "resnet34"
+
+
+def test_probes_are_finished_trials_of_a_study_of_their_own(journal):
+    searcher = made(journal, space=PROBED, screen=new_screen(PROBED, None, None))
+    screened(searcher)
+    study = optuna.load_study(study_name="small: probes", storage=JournalStorage(JournalFileBackend(str(journal))))
+    assert [(t.state, t.value, t.params["arch"]) for t in study.trials] == [
+        (TrialState.COMPLETE, error, arch) for arch, error in ERRORS.items()
+    ]
+
+
+def test_a_failed_probe_takes_its_architecture_out_of_the_search(journal):
+    searcher = made(journal, space=PROBED, screen=new_screen(PROBED, 4, None))
+    for i in range(4):
+        config = searcher.suggest(f"probe{i}")
+        if config["arch"] == "resnet34":
+            searcher.on_trial_complete(f"probe{i}", {"failure": "no weights", "config": config})
+        else:
+            probe(searcher, f"probe{i}", config)
+    assert "resnet34" not in {run_trial(searcher, f"t{i}")["arch"] for i in range(8)}
+
+
+def test_a_restored_screen_goes_on_where_it_was(journal, tmp_path):
+    searcher = made(journal, space=PROBED, screen=new_screen(PROBED, 2, None))
+    first = [searcher.suggest(f"probe{i}") for i in range(2)]
+    probe(searcher, "probe0", first[0])
+    searcher.save(str(tmp_path / "saved"))
+    later = made(journal, space=PROBED, screen=new_screen(PROBED, 2, None))
+    later.restore(str(tmp_path / "saved"))
+    assert later.live == {"probe1": 1}
+    probe(later, "probe1", first[1])
+    for i in (2, 3):
+        probe(later, f"probe{i}", later.suggest(f"probe{i}"))
+    assert later.suggest("t0")["arch"] == "resnet34"
+    later.save(str(tmp_path / "again"))
+    last = made(journal, space=PROBED, screen=new_screen(PROBED, 2, None))
+    last.restore(str(tmp_path / "again"))
+    assert {run_trial(last, f"t{i}")["arch"] for i in range(1, 9)} == {"resnet34", "resnet101"}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass only when a test says so."""
+    now = SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr(time_budget.time, "monotonic", lambda: now.seconds)
+    return now
+
+
+def budgeted(journal, limit: float, keep: int | None = None) -> OptunaSearcher:
+    budget = TimeBudget(RunFolder(journal.parent), limit, since=1000.0)
+    return made(journal, space=PROBED, screen=new_screen(PROBED, keep, None), budget=budget)
+
+
+def test_the_screen_leaves_time_for_fine_tuning_where_some_epochs_fit(journal, clock):
+    searcher = budgeted(journal, 200.0)
+    config = searcher.suggest("probe0")
+    clock.seconds += 95
+    probe(searcher, "probe0", config)  # an epoch is expected to take 0.1 * (3 * 80 + 20) = 26 s
+    assert searcher.suggest("t0")["arch"] == "resnet18"
+    assert searcher.screen.is_cut
+
+
+def test_without_time_for_fine_tuning_all_of_it_is_for_probes(journal, clock):
+    searcher = budgeted(journal, 80.0)
+    config = searcher.suggest("probe0")
+    clock.seconds += 60
+    probe(searcher, "probe0", config)
+    assert searcher.suggest("probe1")["epochs"] == 0  # it is expected to take 13 s
+    clock.seconds += 15
+    probe(searcher, "probe1", {"arch": "resnet34"})
+    assert searcher.suggest("t0") == Searcher.FINISHED
+
+
+def test_a_trial_has_no_more_epochs_than_fit_into_the_time_that_is_left(journal, clock):
+    searcher = budgeted(journal, 300.0)
+    screened(searcher)
+    clock.seconds += 200
+    epochs = 0.9 * 100 - 0.1 * 20 * 4  # of 26 s each
+    assert searcher.suggest("t0")["epochs"] == epochs // 26 == 3
+    searcher.on_trial_complete("t0", result(3, 3, 0.1))
+    assert searcher.suggest("t1")["epochs"] == 3  # its recipe has 6
+    searcher.on_trial_complete("t1", result(3, 3, 0.1))
+    assert all(run_trial(searcher, f"t{i}")["epochs"] <= 3 for i in range(2, 12))
+    clock.seconds += 65
+    assert searcher.suggest("last") == Searcher.FINISHED

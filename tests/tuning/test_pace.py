@@ -1,0 +1,45 @@
+"""How many epochs fit into the time that is left."""
+
+import math
+
+import pytest
+
+from search.tuning.pace import SLACK, TRAINING_COST, Pace
+
+RECIPE = {"arch": "a", "image_size": 100, "tta_views": 0, "freeze_epochs": 0}
+IMAGES = {"train_images": 80, "valid_images": 20}
+
+
+def probed(seconds: float = 10.0) -> Pace:
+    pace = Pace()
+    pace.add(RECIPE, {"stage": "probe", "feature_seconds": seconds, **IMAGES})
+    return pace
+
+
+def test_without_a_probe_any_number_of_epochs_fits():
+    assert Pace().epochs_within(1.0, RECIPE) == math.inf
+
+
+def test_after_a_probe_training_is_expected_to_take_three_times_a_forward_pass():
+    epoch = 0.1 * (TRAINING_COST * 80 + 20)
+    assert probed().epochs_within(epoch / SLACK, RECIPE) == pytest.approx(1)
+    assert probed().epochs_within(0, RECIPE) == 0
+
+
+def test_another_size_is_expected_to_take_what_its_pixels_do_and_another_architecture_is_unknown():
+    pace = probed()
+    assert pace.epochs_within(1e3, RECIPE | {"image_size": 200}) == pytest.approx(pace.epochs_within(1e3, RECIPE) / 4)
+    assert pace.epochs_within(1e3, RECIPE | {"arch": "b"}) == math.inf
+
+
+def test_measured_epochs_replace_the_guess():
+    pace = probed()
+    pace.add(RECIPE, {"stage": "unfrozen", "train_seconds": 80 * 0.1 * 6, **IMAGES})
+    pace.add(RECIPE, {"stage": "unfrozen", "train_seconds": 80 * 0.1 * 5, **IMAGES})  # the slowest counts
+    assert pace.epochs_within(50 / SLACK, RECIPE) == pytest.approx(1)
+
+
+def test_test_time_augmentation_and_frozen_epochs_need_their_share():
+    more = RECIPE | {"tta_views": 4, "freeze_epochs": 1}
+    left = probed().epochs_within(100 / SLACK, more)
+    assert left == pytest.approx((100 - 0.1 * (4 * 20 + 80)) / 26)
