@@ -10,6 +10,8 @@ from trainables.network.model import mlp_head
 from trainables.probe.mlp_training import BATCH_SIZE, fit_mlp
 from trainables.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def drawn(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of three classes on two rings and in their centre: no linear head separates them."""
