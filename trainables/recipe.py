@@ -63,6 +63,13 @@ class Recipe:
         choices=("zeros", "probe"),
         needs="pretrained",
     )
+    probe_views: int = setting(
+        0,
+        "views of each training image, cropped and flipped at random, that the probe learns from besides the centre",
+        0,
+        10,
+        needs="head_init=probe",
+    )
     normalize: str = setting(
         "auto",
         "mean and deviation of the inputs: the weights' own, or computed from the data; auto = data if from scratch",

@@ -40,58 +40,84 @@ class Probe:
 class Screen:
     """The probes of a search and how far they are, which is saved with the searcher."""
 
-    configs: list[Config]
-    """What is probed, cheapest first: an architecture and an image size each."""
+    pairs: list[Config]
+    """An architecture and an image size each, cheapest first."""
     costs: list[float]
-    """Of each probe, in any unit."""
+    """Of a probe of each pair, in any unit."""
     keep: int | None = None
     """How many architectures are fine-tuned; None: the best third, at least `MIN_ARCHITECTURES`."""
+    views: int = 0
+    """With these `probe_views` the best pair is probed once more at the end; 0: it is not. The others have centre views
+    alone, which are enough to compare them."""
     begun: dict[str, int] = field(default_factory=dict)
-    """Tune's trial id -> place in `configs`."""
+    """Tune's trial id -> place among the pairs; the best pair's second probe comes after them."""
     ended: dict[int, Probe | None] = field(default_factory=dict)
     """Place -> result; None for a probe that failed."""
-    is_cut: bool = False
-    """Whether a time budget has ended it before its last probe."""
+    best: Config | None = None
+    """The pair of the second probe, once that has begun."""
+    skipped: set[int] = field(default_factory=set)
+    """Places for which a time budget leaves no time."""
 
     @property
-    def num_left(self) -> int:
-        """Probes that have not begun."""
-        return 0 if self.is_cut else len(self.configs) - len(self.begun)
+    def num_probes(self) -> int:
+        return len(self.pairs) + bool(self.views)
+
+    @property
+    def next_place(self) -> int | None:
+        """Of the probe that can begin now; None where none is left, or the second one has to wait for the others."""
+        last, taken = len(self.pairs), {*self.begun.values(), *self.skipped}
+        if left := set(range(last)) - taken:
+            return min(left)
+        can_refine = self.views and last not in taken and self._all_ended and self.probes
+        return last if can_refine else None
 
     @property
     def is_over(self) -> bool:
-        return self.num_left == 0 and len(self.ended) == len(self.begun)
+        return self.next_place is None and self._all_ended
+
+    @property
+    def _all_ended(self) -> bool:
+        return len(self.ended) == len(self.begun)
 
     @property
     def probes(self) -> list[tuple[Config, Probe]]:
-        """The successful probes, best first."""
+        """The pairs of the successful probes, best first."""
         found = [(place, probe) for place, probe in self.ended.items() if probe]
         found.sort(key=lambda item: (item[1].error_rate, item[1].valid_loss, item[0]))
-        return [(self.configs[place], probe) for place, probe in found]
+        return [(self._pair(place), probe) for place, probe in found]
 
-    @property
-    def next_config(self) -> Config:
-        """Of the next probe, as a trial's config. Its number is below 0, so that trial 0 is the first fine-tuning."""
-        place = self._next_place
-        return self.configs[place] | {"epochs": 0, "freeze_epochs": 0, SCREENS: place - len(self.configs)}
+    def _pair(self, place: int) -> Config:
+        return self.pairs[place] if place < len(self.pairs) else self.best or self.probes[0][0]
 
-    @property
-    def expected_seconds(self) -> float:
-        """Of the next probe per image, from the dearest one that has ended; 0 before the first has."""
-        measured = [(self.costs[place], probe.forward_seconds) for place, probe in self.ended.items() if probe]
+    def config(self, place: int) -> Config:
+        """Of a probe, as a trial's. Its number is below 0, so that trial 0 is the first fine-tuning."""
+        views = self.views if place == len(self.pairs) else 0
+        none = {"epochs": 0, "freeze_epochs": 0}
+        return self._pair(place) | none | {"probe_views": views, SCREENS: place - self.num_probes}
+
+    def expected_seconds(self, place: int) -> float:
+        """Of a probe per image, from the dearest one that has ended; 0 before the first has."""
+        measured = [(self.costs[i], probe.forward_seconds) for i, probe in self.ended.items() if probe]
         cost, seconds = max(measured, default=(1.0, 0.0))
-        return seconds * self.costs[self._next_place] / cost
+        if place == len(self.pairs):
+            return self.probes[0][1].forward_seconds * self.views
+        return seconds * self.costs[place] / cost
 
-    @property
-    def _next_place(self) -> int:
-        return min(set(range(len(self.configs))) - set(self.begun.values()))
+    def begin(self, trial_id: str, place: int) -> None:
+        if place == len(self.pairs):
+            self.best = self._pair(place)
+        self.begun[trial_id] = place
 
-    def begin(self, trial_id: str) -> None:
-        self.begun[trial_id] = self._next_place
+    def skip(self, place: int) -> None:
+        """A time budget leaves no time for this probe, nor for those that cost more."""
+        self.skipped |= set(range(place, len(self.pairs))) if place < len(self.pairs) else {place}
 
-    def forget_running(self) -> None:
-        """Forget the probes that have not ended, with the search that has: a resumed one repeats them."""
+    def forget_running(self, *, begun_again: bool) -> None:
+        """Forget the probes that have not ended, with the search that has: a resumed one repeats them, and those
+        that were skipped if it has `begun_again` before any fine-tuning."""
         self.begun = {trial_id: place for trial_id, place in self.begun.items() if place in self.ended}
+        if begun_again:
+            self.skipped = set()
 
     def end(self, trial_id: str, result: Mapping[str, Any]) -> Probe | None:
         """Note how a probe has ended; None if it failed."""
@@ -128,8 +154,12 @@ def new_screen(space: Space, keep: int | None, weights: Path | None) -> Screen |
     archs, sizes = _archs(space), _sizes(space)
     costs = dict(zip(archs, _costs(archs, weights), strict=True))
     pairs = sorted((costs[arch] * size**2, arch, size) for arch, size in itertools.product(archs, sizes))
-    configs: list[Config] = [{"arch": arch, "image_size": size} for _, arch, size in pairs]
-    return Screen(configs=configs, costs=[cost for cost, _, _ in pairs], keep=keep)
+    return Screen(
+        pairs=[{"arch": arch, "image_size": size} for _, arch, size in pairs],
+        costs=[cost for cost, _, _ in pairs],
+        keep=keep,
+        views=settings["probe_views"],
+    )
 
 
 def _archs(space: Space) -> tuple[str, ...]:

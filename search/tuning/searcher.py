@@ -110,8 +110,9 @@ class OptunaSearcher(Searcher):
         if not self._has_room(1):  # the later a trial is proposed, the more is known
             return None
         if self.screen and not self.narrowed:
-            if not self.screen.is_over:
-                return self._probe(trial_id, self.screen)
+            config = self._probe(trial_id, self.screen)
+            if config or not self.screen.is_over:
+                return config
             self._narrow(self.screen)
         if self._waiting is None and self.num_trials is not None and len(self.numbers) >= self.num_trials:
             return self._retrain(trial_id)
@@ -129,15 +130,15 @@ class OptunaSearcher(Searcher):
 
     def _probe(self, trial_id: str, screen: Screen) -> Config | None:
         """The next probe of the screen; None while it has to wait, or others have to end."""
-        if screen.num_left and not self._has_time_for_probe(screen):
-            screen.is_cut = True
-        if not screen.num_left:
+        while (place := screen.next_place) is not None and not self._has_time_for_probe(screen, place):
+            screen.skip(place)
+        if place is None:
             return None
-        config = screen.next_config
+        config = screen.config(place)
         num_workers = self._num_workers(config)
         if not self._has_room(num_workers):
             return None
-        screen.begin(trial_id)
+        screen.begin(trial_id, place)
         self.live[trial_id] = num_workers
         return config
 
@@ -149,12 +150,12 @@ class OptunaSearcher(Searcher):
 
     # --- Time ---------------------------------------------------------------------------------------------------------
 
-    def _has_time_for_probe(self, screen: Screen) -> bool:
-        """Whether the next probe fits into the time budget, of which the screen leaves a part for fine-tuning, if that
+    def _has_time_for_probe(self, screen: Screen, place: int) -> bool:
+        """Whether a probe fits into the time budget, of which the screen leaves a part for fine-tuning, if that
         is enough for some epochs."""
         if self.budget is None or self.budget.limit is None:
             return True
-        left, expected = self.budget.seconds_left, self.pace.probe_seconds(screen.expected_seconds)
+        left, expected = self.budget.seconds_left, self.pace.probe_seconds(screen.expected_seconds(place))
         if expected > left:
             return False
         if self._epochs_within(left, screen.narrowed(self.space).full_settings) < WORTHWHILE_EPOCHS:
@@ -283,9 +284,10 @@ class OptunaSearcher(Searcher):
             return
         if config := result.get("config"):
             self.pace.add(self.space.full_settings | config, result)
-        choices = {name: tuple(dict.fromkeys(config[name] for config in screen.configs)) for name in screen.configs[0]}
+        pair = {name: screen.config(screen.begun[trial_id])[name] for name in screen.pairs[0]}
+        choices = {name: tuple(dict.fromkeys(other[name] for other in screen.pairs)) for name in pair}
         found = optuna.trial.create_trial(
-            params=screen.configs[screen.begun[trial_id]],
+            params=pair,
             distributions={name: optuna.distributions.CategoricalDistribution(of) for name, of in choices.items()},
             values=[probe.error_rate, result[_SECONDS]][: self.strategy.num_objectives],
             user_attrs={_TUNE_ID: trial_id, _LOSS: probe.valid_loss, _SECONDS: result[_SECONDS]},
@@ -298,15 +300,14 @@ class OptunaSearcher(Searcher):
         """Forget the running trials: when a time budget or failures end the search, Tune does not report them. A
         resumed search repeats the probes and the retrainings among them."""
         if self.screen:
-            self.screen.forget_running()
-            self.screen.is_cut = self.screen.is_cut and bool(self.numbers)
+            self.screen.forget_running(begun_again=not self.numbers)
         self.retrained = {i: what for i, what in self.retrained.items() if i not in self.live}
         self.live = {}
 
     def max_remaining(self) -> int:
         """Upper bound on the trials still to propose: some of the best may already have been retrained."""
         assert self.num_trials is not None  # Tune's searches have a number
-        probes = self.screen.num_left if self.screen else 0
+        probes = self.screen.num_probes - len(self.screen.begun) if self.screen and not self.narrowed else 0
         return max(0, self.num_trials - len(self.numbers)) + self.strategy.num_retrainings + probes
 
     def save(self, checkpoint_path: str) -> None:

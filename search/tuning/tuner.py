@@ -73,7 +73,7 @@ class RunOptions:
     @property
     def num_probes(self) -> int:
         screen = self.screen
-        return len(screen.configs) if screen else 0
+        return screen.num_probes if screen else 0
 
     @property
     def weights(self) -> str | None:

@@ -29,10 +29,10 @@ def weights(tmp_path):
 
 def probed(screen: Screen, errors: dict[tuple[str, int], float | None]) -> None:
     """Run all probes that are left."""
-    while screen.num_left:
-        config = screen.next_config
+    while (place := screen.next_place) is not None:
+        config = screen.config(place)
         trial_id = f"t{len(screen.begun)}"
-        screen.begin(trial_id)
+        screen.begin(trial_id, place)
         error = errors.get((config["arch"], config["image_size"]), 0.9)
         screen.end(trial_id, {"failure": "no weights"} if error is None else outcome(error))
 
@@ -44,11 +44,11 @@ def outcome(error: float, seconds: float = 10.0) -> dict:
 
 def test_every_architecture_is_probed_at_every_size_cheapest_first(weights):
     screen, order = new_screen(SPACE, None, weights), []
-    while screen.num_left:
-        config = screen.next_config
+    while (place := screen.next_place) is not None:
+        config = screen.config(place)
         order.append((config["arch"], config["image_size"], config[SCREENS]))
         assert (config["epochs"], config["freeze_epochs"]) == (0, 0)
-        screen.begin(f"t{len(order)}")
+        screen.begin(f"t{len(order)}", place)
     # 100 * 96 ** 2 < 100 * 128 ** 2 < 200 * 96 ** 2 < ...
     assert order[:3] == [("d", 96, -8), ("d", 128, -7), ("c", 96, -6)]
     assert {pair[:2] for pair in order} == {(arch, size) for arch in "abcd" for size in (96, 128)}
@@ -58,18 +58,18 @@ def test_every_architecture_is_probed_at_every_size_cheapest_first(weights):
 
 def test_without_known_weights_the_spaces_own_order_says_what_is_cheap():
     screen = new_screen(SPACE, None, None)
-    assert (screen.next_config["arch"], screen.next_config["image_size"]) == ("a", 96)
+    assert screen.pairs[0] == {"arch": "a", "image_size": 96}
 
 
 def test_a_range_of_sizes_is_probed_at_its_ends_and_in_the_middle(weights):
     space = replace(SPACE, dimensions=SPACE.dimensions | {"image_size": Range(96, 224)})
     screen = new_screen(space, None, weights)
-    assert {config["image_size"] for config in screen.configs} == {96, 160, 224}
+    assert {config["image_size"] for config in screen.pairs} == {96, 160, 224}
 
 
 def test_a_space_that_searches_neither_is_probed_once(weights):
     space = replace(SPACE, dimensions={"lr_max": Range(1e-4, 1e-2)})
-    assert new_screen(space, None, weights).configs == [{"arch": "a", "image_size": 96}]
+    assert new_screen(space, None, weights).pairs == [{"arch": "a", "image_size": 96}]
 
 
 @pytest.mark.parametrize("settings", [{"head_init": "zeros"}, {"pretrained": False}])
@@ -107,25 +107,59 @@ def test_equal_probes_are_told_apart_by_their_loss(weights):
     probed(screen, dict.fromkeys(((arch, size) for arch in "abcd" for size in (96, 128)), 0.5))
     for place, probe in screen.ended.items():
         screen.ended[place] = replace(probe, valid_loss=0.1 if place == 5 else 0.2)
-    assert screen.probes[0][0] == screen.configs[5]
+    assert screen.probes[0][0] == screen.pairs[5]
 
 
 def test_the_seconds_of_the_next_probe_follow_from_the_dearest_that_has_ended(weights):
     screen = new_screen(SPACE, None, weights)
-    assert screen.expected_seconds == 0  # nothing is known before the first
-    screen.begin("t0")
+    assert screen.expected_seconds(0) == 0  # nothing is known before the first
+    screen.begin("t0", 0)
     screen.end("t0", outcome(0.5, seconds=10.0))
-    assert screen.expected_seconds == pytest.approx(10 / 100 * (128 / 96) ** 2)
+    assert screen.expected_seconds(1) == pytest.approx(10 / 100 * (128 / 96) ** 2)
 
 
 def test_a_probe_that_the_searchs_end_has_cut_off_is_repeated_under_its_number(weights):
     screen = new_screen(SPACE, None, weights)
-    for trial_id in ("t0", "t1"):
-        screen.begin(trial_id)
+    for place, trial_id in enumerate(("t0", "t1")):
+        screen.begin(trial_id, place)
     screen.end("t1", outcome(0.5))
-    screen.forget_running()
+    screen.forget_running(begun_again=True)
     screen = pickle.loads(pickle.dumps(screen))
-    assert screen.next_config[SCREENS] == -8
-    screen.begin("t2")
-    assert screen.next_config[SCREENS] == -6
+    assert screen.next_place == 0
+    screen.begin("t2", 0)
+    assert screen.next_place == 2
     assert math.isclose(screen.probes[0][1].error_rate, 0.5)
+
+
+def test_the_best_pair_is_probed_once_more_with_augmented_views_when_all_others_have_ended(weights):
+    space = replace(SPACE, settings=SPACE.settings | {"probe_views": 2})
+    screen = new_screen(space, None, weights)
+    for place in range(8):
+        assert screen.config(screen.next_place)[SCREENS] == place - 9
+        assert screen.config(place)["probe_views"] == 0
+        screen.begin(f"t{place}", place)
+    assert screen.next_place is None
+    assert not screen.is_over
+    for place in range(8):
+        screen.end(f"t{place}", outcome(0.2 if place == 3 else 0.5))
+    last = screen.config(screen.next_place)
+    assert last == screen.pairs[3] | {"epochs": 0, "freeze_epochs": 0, "probe_views": 2, SCREENS: -1}
+    assert screen.expected_seconds(8) == pytest.approx(2 * 0.1)
+    screen.begin("t8", 8)
+    screen.end("t8", outcome(0.1))
+    assert screen.is_over
+    assert screen.probes[0] == (screen.pairs[3], screen.ended[8])
+    assert screen.narrowed(space).full_settings["probe_views"] == 2
+
+
+def test_what_a_time_budget_skips_is_left_out_and_a_longer_one_begins_it_again(weights):
+    screen = new_screen(replace(SPACE, settings=SPACE.settings | {"probe_views": 2}), None, weights)
+    screen.begin("t0", 0)
+    screen.skip(1)
+    assert screen.next_place is None
+    screen.end("t0", outcome(0.5))
+    assert screen.next_place == 8
+    screen.skip(8)
+    assert screen.is_over
+    screen.forget_running(begun_again=True)
+    assert screen.next_place == 1

@@ -10,6 +10,7 @@ SPACE = Space(
     settings={
         "arch": "resnet34.tv_in1k",
         "head_init": "probe",
+        "probe_views": 2,
         "epochs": 6,
         "freeze_epochs": 0,
         "batch_size": 32,

@@ -13,6 +13,7 @@ SPACE = Space(
     settings={
         "arch": "tf_efficientnet_lite0",
         "head_init": "probe",
+        "probe_views": 2,
         "epochs": 2,
         "freeze_epochs": 0,
         **SIZES,
