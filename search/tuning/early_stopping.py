@@ -54,13 +54,15 @@ class Curve:
     """Rung -> progress and metric of the first result there. Rung 0 has the latest result below the first rung."""
     final: float | None = None
     """The metric at the end of the training, if it was completed."""
+    probe: float | None = None
+    """The metric of the probe that the training started from, if it did."""
     cache: dict[int, AtRung] = field(default_factory=dict, repr=False, compare=False)
     """Results of `at_rung`."""
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "Curve":
         results = {int(rung): (progress, metric) for rung, (progress, metric) in saved["results"].items()}
-        return cls(saved["point"], results, saved["final"])
+        return cls(saved["point"], results, saved["final"], saved.get("probe"))
 
     def add(self, progress: int, metric: float, rung: int | None) -> bool:
         """Record a result at `rung`, or below the first one. Returns False if it does not count."""
@@ -75,7 +77,7 @@ class Curve:
         if rung not in self.cache:
             nearest = min((r for r in self.results if r >= rung), default=max(self.results))
             progress, metric = self.results[nearest]
-            self.cache[rung] = AtRung(metric, progress, self.point)
+            self.cache[rung] = AtRung(metric, progress, self.point, self.probe)
         return self.cache[rung]
 
 
@@ -127,7 +129,12 @@ class ProgressHalvingScheduler(FIFOScheduler):
         if trial.trial_id in self.reasons:  # the search was killed before Tune saved the stop
             return TrialScheduler.STOP
         value, progress = result[self.watched], result["progress"]
-        if RETRAINS in trial.config or not np.isfinite(value) or not 0 < progress < 100:
+        if RETRAINS in trial.config or not np.isfinite(value) or progress == 100:
+            return TrialScheduler.CONTINUE
+        if result.get("stage") == "probe":
+            self.curves[trial.trial_id] = Curve(self.space.coordinates(trial.config), probe=value)
+            self._save(trial.trial_id)
+        if progress == 0:
             return TrialScheduler.CONTINUE
         if trial.trial_id not in self.curves:
             self.curves[trial.trial_id] = Curve(self.space.coordinates(trial.config))
@@ -177,5 +184,5 @@ class ProgressHalvingScheduler(FIFOScheduler):
     def _text(self, trial_id: str) -> str:
         """A trial's entry in the state file."""
         curve = self.curves[trial_id]
-        known = {"point": curve.point, "results": curve.results, "final": curve.final}
+        known = {"point": curve.point, "results": curve.results, "final": curve.final, "probe": curve.probe}
         return f"{json.dumps(trial_id)}: {json.dumps(known)}"

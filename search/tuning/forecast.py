@@ -35,6 +35,8 @@ class AtRung:
     """Percent of the unfrozen stage that is done."""
     point: Sequence[float | None]
     """The config's coordinates, see `Space.coordinates`."""
+    probe: float | None = None
+    """The metric of the probe that the trial started from, if it did."""
 
 
 def forecast(space: Space, finished: Sequence[AtRung], finals: Sequence[float], asked: Sequence[AtRung]) -> Floats:
@@ -46,7 +48,7 @@ def forecast(space: Space, finished: Sequence[AtRung], finals: Sequence[float], 
     mean = _mean(known)
     known, wanted = (np.nan_to_num(rows - mean) for rows in (known, wanted))  # settings without effect count as average
     residuals = np.asarray(finals) - PRIOR_SLOPE * np.array([trial.metric for trial in finished])
-    names = ("metric", "progress", *space.dimensions)
+    names = ("metric", "progress", "probe", *space.dimensions)
     penalties = np.diag([LIGHT_PENALTY if name in LIGHT else PENALTY for name in names])
     slopes = np.linalg.solve(known.T @ known + penalties, known.T @ (residuals - residuals.mean()))
     forecasts: Floats = PRIOR_SLOPE * now + residuals.mean() + wanted @ slopes
@@ -54,8 +56,8 @@ def forecast(space: Space, finished: Sequence[AtRung], finals: Sequence[float], 
 
 
 def _features(trials: Sequence[AtRung]) -> Floats:
-    """(trials, 2 + dimensions): 0 to 1, or NaN."""
-    return np.array([(trial.metric, trial.progress / 100, *trial.point) for trial in trials], dtype=float)
+    """(trials, 3 + dimensions): 0 to 1, or NaN."""
+    return np.array([(t.metric, t.progress / 100, t.probe, *t.point) for t in trials], dtype=float)
 
 
 def _mean(rows: Floats) -> Floats:

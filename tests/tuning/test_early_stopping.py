@@ -301,3 +301,20 @@ def test_median_stopping_ends_what_is_worse_than_half_at_any_time(state_file):
 def test_without_rungs_nothing_is_stopped(name, state_file):
     scheduler = new_scheduler(name, "error_rate", SPACE, state_file)
     assert [report(scheduler, str(i), 80, i / 10) for i in range(10)] == [CONTINUE] * 10
+
+
+def test_the_probe_that_a_trial_started_from_outlasts_a_kill(scheduler, state_file):
+    trial = SimpleNamespace(trial_id="a", config={"epochs": 2})
+    probe = {"stage": "probe", "progress": 0, "error_rate": 0.25}
+    assert scheduler.on_trial_result(None, trial, probe) == CONTINUE
+    later = made(state_file)
+    report(later, "a", 66, 0.2)
+    assert later.curves["a"].at_rung(60).probe == 0.25
+    report(later, "b", 66, 0.2)
+    assert later.curves["b"].at_rung(60).probe is None
+
+
+def test_a_probe_of_the_screen_leaves_no_curve(scheduler):
+    trial = SimpleNamespace(trial_id="p", config={"epochs": 0})
+    assert scheduler.on_trial_result(None, trial, {"stage": "probe", "progress": 100, "error_rate": 0.3}) == CONTINUE
+    assert not scheduler.curves

@@ -80,3 +80,17 @@ def test_trials_that_are_all_alike_say_little_of_others():
     finals = (0.1 + 0.03 * rng.standard_normal(4)).tolist()
     [found] = forecast(SPACE, known, finals, [AtRung(0.3, 66, [1.0, 0.1, 1.0])])
     assert found == pytest.approx(np.mean(finals), abs=0.02)
+
+
+def test_the_probe_that_a_trial_started_from_says_where_it_ends():
+    rng = np.random.default_rng(0)
+
+    def drawn(num: int) -> tuple[list[AtRung], list[float]]:
+        probes = rng.random(num)
+        found = [AtRung(0.5 + 0.1 * rng.random(), 66, [0.0, 0.5, None], probe) for probe in probes]
+        return found, (0.8 * probes).tolist()
+
+    (known, finals), (asked, expected) = drawn(20), drawn(200)
+    assert kendalltau(forecast(SPACE, known, finals, asked), expected).statistic > 0.9
+    blind = [AtRung(one.metric, one.progress, one.point) for one in asked]
+    assert kendalltau(forecast(SPACE, known, finals, blind), expected).statistic < 0.2
