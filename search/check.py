@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from search.cli.messages import command_name, say
-from search.options.arguments import add_max_unreadable, search_command
-from search.options.preparation import say_depth, space_of
+from search.options.arguments import add_max_unreadable, add_space, search_command
+from search.options.preparation import has_pattern, own_dataset, say_depth, setting_values, space_of
 from search.options.search_options import folder_or_uri
 from search.reporting.data_tables import (
     class_table,
@@ -29,8 +29,8 @@ from search.reporting.data_tables import (
     size_table,
     unreadable_lines,
 )
-from search.spaces.architectures import check_architectures
-from search.spaces.space import Space, space_names
+from search.spaces.architectures import refused
+from search.spaces.space import Space, space_name
 from trainables.batches import augmentation, warp_cpu
 from trainables.data.fetch import is_uri
 from trainables.data.inspection import Finding, Inspection, find_folder, findings, inspect
@@ -70,7 +70,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--space", metavar="SPACE", help=f"the search space: {', '.join(space_names())}")
+    add_space(parser)
     parser.add_argument(
         "--data", type=folder_or_uri, metavar="DIR|URI", help="labelled images instead of the space's own"
     )
@@ -86,8 +86,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "list or remove all presized images on this machine, and check nothing"
     ))  # fmt: skip
     args = parser.parse_args(argv)
-    if not args.space and not args.cache:
-        parser.error(f"--space is required: one of {', '.join(space_names())}")
+    if not args.cache:
+        try:
+            args.space = space_name(args.space, args.data)
+        except ValueError as error:
+            parser.error(str(error))
     return args
 
 
@@ -98,7 +101,10 @@ def main(argv: list[str] | None = None) -> int:
     given = {"data": args.data, "settings": args.set, "max_unreadable": args.max_unreadable}
     next_command = search_command(args.space, **given)
     space = space_of(args.space, args.set, seed=args.seed)
-    check_architectures(space)
+    if problems := refused(space):
+        if not has_pattern(args.set) or len(problems) == len(setting_values(space, "arch")):
+            raise ValueError(" ".join(problems.values()))
+        say(f"a search leaves out: {', '.join(problems)}")
     recipe = Recipe.from_dict(space.settings)
     root = data_root(space, args.data)
     try:
@@ -144,9 +150,10 @@ def data_root(space: Space, given: Path | str | None) -> Path:
     from trainables.data.datasets import DATASETS, locate, prepare_in_subprocess
 
     if given is None:
-        if not locate(space.dataset).exists():
-            say(f"preparing {DATASETS[space.dataset].title} in {locate(space.dataset)}")
-        return prepare_in_subprocess(space.dataset)
+        dataset = own_dataset(space)
+        if not locate(dataset).exists():
+            say(f"preparing {DATASETS[dataset].title} in {locate(dataset)}")
+        return prepare_in_subprocess(dataset)
     if not is_uri(str(given)) and not Path(given).exists() and not Path(split_level(str(given))[0]).is_dir():
         raise ValueError(f"--data {given}: there is no such folder. Give a folder of labelled images.")
     return folder_of(str(given))

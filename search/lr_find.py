@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.cli.messages import command_name, say
-from search.options.arguments import add_cache, add_max_unreadable, positive, search_command
+from search.options.arguments import add_cache, add_max_unreadable, add_space, positive, search_command
 from search.options.search_options import folder_or_uri
-from search.spaces.space import Range, Space, space_names
+from search.spaces.space import Range, Space, space_name
 from trainables.system.command_line import run_cli
 from trainables.system.text import last_line
 
@@ -50,7 +50,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--space", required=True, metavar="SPACE", help=f"the search space: {', '.join(space_names())}")
+    add_space(parser)
     parser.add_argument("--data", type=folder_or_uri, metavar="DIR|URI", help="labelled images (default: the space's)")
     parser.add_argument("--weights", type=folder_or_uri, metavar="DIR|URI", help=(
         "a folder or URI with <arch>.safetensors files; without it, installed packages and timm's hub are searched"
@@ -63,7 +63,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_max_unreadable(parser)
     add_cache(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: results/lr_find-<arch>-<stage>.png")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    try:
+        args.space = space_name(args.space, args.data)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING
 from search.cli.messages import Interruptible, say, show_progress
 from search.cluster.connect import check_address, prepare_environment, start_ray
 from search.options.arguments import parse_arguments, resume_command
-from search.options.preparation import check_weights, find_data, pinned, presize_here, say_depth, searched_space
+from search.options.preparation import (
+    find_data,
+    has_pattern,
+    pinned,
+    presize_here,
+    say_depth,
+    searched_space,
+    with_epochs,
+    with_names,
+    with_weights,
+    without_untrainable,
+)
 from search.options.search_options import SearchOptions
 from search.spaces.space import Space
 from trainables.system.command_line import INTERRUPTED, run_cli
@@ -74,7 +85,7 @@ class Prepared:
     """A search that has been checked as far as that is possible without Ray."""
 
     options: SearchOptions
-    asked: SearchOptions  # before addresses were pinned and rates narrowed
+    asked: SearchOptions  # before names, epochs and rates were decided, and addresses pinned
     space: Space
     images: "ImageFolder"  # those that the search may know
     known: "ImagesRecord"
@@ -86,26 +97,30 @@ def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
     """Find the data and check everything that can be checked before Ray starts."""
     check_address(options.address)
     show_progress()
+    asked, options = options, replace(options, set=with_names(options.set))
     space = searched_space(options)
     from search.reporting.test_set import hold_out
     from search.runs.resume import files_record, images_record, require_same, require_whole
-    from search.spaces.architectures import check_architectures
     from search.tuning.halving import check_lengths
 
     if options.resume:
         require_whole(folder, space.dimensions)
     if options.strategy.scheduler == "halving":
         check_lengths(space)
-    check_architectures(space)
+    if options.weights:  # so that only networks that have some are tried out
+        options, space = with_weights(options, space)
+    options, space = without_untrainable(options, space, by_pattern=has_pattern(asked.set))
     mirror = mirror_of(options, folder)
     images = find_data(space, options.data)
     images = hold_out(images, options.test_split, space.split_seed, read=folder.test.is_file())
     say_depth(images)
-    check_weights(space, options.weights)
+    options, space = with_epochs(options, space, images)
+    if not options.weights:  # after the images, because fetching them may take long
+        options, space = with_weights(options, space)
     known, files = images_record(images), files_record(options, space)
     if options.resume:
         require_same(folder, space.to_record(), known, files)
-    asked, options = options, pinned(options)
+    options = pinned(options)
     if options.address is None:
         presize_here(space, images, cache=options.cache, max_unreadable=options.max_unreadable)
     return Prepared(

@@ -12,6 +12,7 @@ LOGGERS = (
     "data.fetch",
     "data.layouts",
     "network.architecture",
+    "network.architecture_names",
     "network.pretrained_weights",
     "system.cache",
     "system.full_disk",

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from search.cli.messages import command_name
 from search.options.search_options import SearchOptions, absolute, folder_or_uri
 from search.options.strategy import CONFIRM_SEEDS, OBJECTIVES, SCHEDULERS, SEARCHERS
-from search.spaces.space import space_names
+from search.spaces.space import OWN_IMAGES, space_names
 from trainables.data.labelled_images import MAX_UNREADABLE
 from trainables.system.file_systems import shown
 from trainables.system.text import shell_command
@@ -18,10 +18,12 @@ EXAMPLES = """
 examples:
   python -m search.run --space quickstart
       a few minutes on a laptop, with everything it needs made or installed
-  python -m search.run --space pets --data ~/my_images --trials 30
+  python -m search.run --data ~/my_images --trials 30
       your own images: one folder per class, train/ and valid/ with such folders, or Oxford Pets' images/<breed>_<n>.jpg
   python -m search.run --space pets --set arch=resnet18.tv_in1k,resnet34.tv_in1k --set epochs=3..6 --set image_size=160
       choose the architectures, narrow the epochs, pin the image size
+  python -m search.run --data ~/my_images --set arch='resnet*d,convnext_*' --time-budget 8h
+      all of timm's pretrained architectures whose names match a pattern
   python -m search.run --resume --name NAME
       resume a search that was interrupted
   python -m search.run --resume --name NAME --trials 40
@@ -54,8 +56,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> SearchOptions:
     try:
         return SearchOptions(**values | lists, given=_given(parser, argv))
     except ValueError as error:
-        hint = f": one of {', '.join(space_names())}" if values["space"] is None and not values["resume"] else ""
-        parser.error(f"{error}{hint}")
+        parser.error(str(error))
 
 
 def _given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> frozenset[str]:
@@ -66,10 +67,11 @@ def _given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> froze
 
 
 def _add_what(group: Group) -> None:
-    group.add_argument("--space", metavar="SPACE", help=f"the search space: {', '.join(space_names())}")
+    add_space(group)
     group.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=(
         "pin a setting (epochs=5), narrow or add a dimension (epochs=3..8, arch=resnet18,resnet34, or "
-        "mixup_alpha=0,0.1..0.4 for off or a number); repeatable"
+        "mixup_alpha=0,0.1..0.4 for off or a number); architectures can be patterns (arch='resnet*d,convnext_*'); "
+        "repeatable"
     ))  # fmt: skip
     group.add_argument("--data", type=folder_or_uri, metavar="DIR|URI", help=(
         "labelled images instead of the space's own: a folder that every node has, or the s3://, gs:// or https:// "
@@ -77,8 +79,8 @@ def _add_what(group: Group) -> None:
         "are the classes, with '/*/*' those one level deeper"
     ))  # fmt: skip
     group.add_argument("--weights", type=folder_or_uri, metavar="DIR|URI", help=(
-        "a folder or URI with an <arch>.safetensors file for every architecture; without it, installed packages and "
-        "timm's hub are searched"
+        "a folder or URI with an <arch>.safetensors file for every architecture, those without one are left out; "
+        "without it, installed packages and timm's hub are searched"
     ))  # fmt: skip
     group.add_argument("--test-split", type=_test_split, metavar="SHARE|DIR", help=(
         "hold out this share of every class (0.2), or take a folder of other images of the same classes; they are "
@@ -176,6 +178,13 @@ def _add_results(group: Group) -> None:
     ))  # fmt: skip
     group.add_argument("--trust", action="store_true", help=(
         "resume a run that another user began, or you on another machine: code in its files is executed"
+    ))  # fmt: skip
+
+
+def add_space(group: Group) -> None:
+    """`--space`, for all commands that take images or a space, see `space_name`."""
+    group.add_argument("--space", metavar="SPACE", help=(
+        f"the search space: {', '.join(space_names())}; default with --data: {OWN_IMAGES}"
     ))  # fmt: skip
 
 

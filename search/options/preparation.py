@@ -1,7 +1,11 @@
-"""Everything about a search that can be found out and checked before Ray starts: settings, images, weights."""
+"""Everything about a search that can be found out and checked before Ray starts: settings, images, weights.
+
+What is decided here for a search (names for patterns, architectures that are left out, epochs for the images) becomes
+part of its options, as further `--set`s, so that a resumed search has the same space.
+"""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +21,7 @@ if TYPE_CHECKING:
 
 def space_of(name: str, settings: Sequence[str], *, seed: int | None = None, recipes: str | None = None) -> Space:
     """The space with the command line's `--set`s, seed and recipes; all their problems in one `ValueError`."""
-    space = load_space(name)
+    space, settings = load_space(name), with_names(settings)
     seed = space.seed if seed is None else seed
     space = replace(space, seed=seed, settings=space.settings | {"seed": seed})
     return space.of_recipes(recipes, settings) if recipes else space.with_settings(settings)
@@ -29,14 +33,21 @@ def searched_space(options: SearchOptions) -> Space:
 
 
 def find_data(space: Space, data: Path | str | None) -> "ImageFolder":
-    """The images in `data`, or the space's own; says what they are."""
+    """The images in `data`, or the space's own; says what they are. Raises `ValueError` where there are neither."""
     from trainables.data.datasets import prepare_in_subprocess
     from trainables.data.layouts import find_images
     from trainables.data.source import folder_of
 
-    images = find_images(folder_of(str(data)) if data else prepare_in_subprocess(space.dataset))
+    images = find_images(folder_of(str(data)) if data else prepare_in_subprocess(own_dataset(space)))
     say(f"data: {images.describe()}")
     return images
+
+
+def own_dataset(space: Space) -> str:
+    """The name of the space's own data set; raises `ValueError` where the user must give images."""
+    if not space.dataset:
+        raise ValueError(f"--space {space.name} needs --data DIR, a folder of your own images.")
+    return space.dataset
 
 
 def say_depth(images: "ImageFolder") -> None:
@@ -47,15 +58,22 @@ def say_depth(images: "ImageFolder") -> None:
 
 def check_weights(space: Space, weights: Path | str | None) -> None:
     """Raises `WeightsError` where an architecture has no pretrained weights to start from."""
-    from trainables.data.fetch import is_uri
-    from trainables.data.source import folder_of
     from trainables.network.pretrained_weights import require_weights
-    from trainables.system.file_systems import shown
 
     if setting_values(space, "pretrained") != [False]:
-        given = str(weights) if weights else None
-        called = shown(given) if given and is_uri(given) else given
-        require_weights(setting_values(space, "arch"), folder_of(given) if given else None, called)
+        require_weights(setting_values(space, "arch"), *_folder_and_name(weights))
+
+
+def _folder_and_name(weights: Path | str | None) -> tuple[Path | None, str | None]:
+    """The folder of `--weights`, and what messages call it."""
+    from trainables.data.fetch import is_uri
+    from trainables.data.source import folder_of
+    from trainables.system.file_systems import shown
+
+    if not weights:
+        return None, None
+    given = str(weights)
+    return folder_of(given), shown(given) if is_uri(given) else given
 
 
 def pinned(options: SearchOptions) -> SearchOptions:
@@ -68,6 +86,109 @@ def pinned(options: SearchOptions) -> SearchOptions:
         return pinned_source(source) if isinstance(source, str) and is_uri(source) else source
 
     return replace(options, data=pin(options.data), weights=pin(options.weights))
+
+
+# --- What becomes part of the options ---------------------------------------------------------------------------------
+
+
+def with_names(settings: Sequence[str]) -> tuple[str, ...]:
+    """The `--set`s with names in place of patterns of architectures; says which names these are.
+
+    Raises `ValueError` where a pattern matches none.
+    """
+    return tuple(_with_names(setting) for setting in settings)
+
+
+def has_pattern(settings: Iterable[str]) -> bool:
+    """Whether one of the `--set`s names architectures by a pattern."""
+    return any(map(_patterns, settings))
+
+
+def _patterns(setting: str) -> list[str]:
+    from trainables.network.architecture_names import is_pattern
+
+    name, _, value = setting.partition("=")
+    return [part.strip() for part in value.split(",") if is_pattern(part)] if name.strip() == "arch" else []
+
+
+def _with_names(setting: str) -> str:
+    if not (patterns := _patterns(setting)):
+        return setting
+    from trainables.network.architecture_names import names_like
+
+    found = names_like(patterns)
+    for pattern, names in found.items():
+        say(f"architectures: {len(names)} match {pattern}: {', '.join(names)}")
+    parts = [part.strip() for part in setting.partition("=")[2].split(",")]
+    return f"arch={','.join(dict.fromkeys(name for part in parts for name in found.get(part, [part])))}"
+
+
+def without_untrainable(options: SearchOptions, space: Space, *, by_pattern: bool) -> tuple[SearchOptions, Space]:
+    """Options and space without the architectures that cannot be trained as the space says, where a pattern has found
+    them. Raises `ValueError` where the user has named them, or where none is left."""
+    from search.spaces.architectures import refused
+
+    problems = refused(space)
+    if not problems:
+        return options, space
+    if not by_pattern or not _may_leave_out(options, space, problems):
+        raise ValueError(" ".join(problems.values()))
+    first = next(iter(problems.values()))
+    return _leave_out(options, space, problems, f"cannot be trained (the first of them: {first.rstrip('.')})")
+
+
+def with_weights(options: SearchOptions, space: Space) -> tuple[SearchOptions, Space]:
+    """Options and space without the architectures that have no pretrained weights to start from.
+
+    Raises `WeightsError` where none is left, for the single architecture that a user asks for, and in a resumed search.
+    """
+    from trainables.network.pretrained_weights import without_weights
+
+    if setting_values(space, "pretrained") == [False]:
+        return options, space
+    folder, called = _folder_and_name(options.weights)
+    problems = without_weights(setting_values(space, "arch"), folder, called)
+    if not problems:
+        return options, space
+    if not _may_leave_out(options, space, problems):
+        check_weights(space, options.weights)
+    where = f"--weights {called} has none" if called else f"the first of them: {next(iter(problems.values()))}"
+    return _leave_out(options, space, problems, f"no pretrained weights ({where.rstrip('.')})")
+
+
+def _may_leave_out(options: SearchOptions, space: Space, archs: Iterable[str]) -> bool:
+    """Whether others are left. A resumed search keeps its architectures, and named recipes are run as they are."""
+    others = set(setting_values(space, "arch")) - set(archs)
+    return bool(others) and not options.resume and not options.recipes
+
+
+def _leave_out(options: SearchOptions, space: Space, archs: Iterable[str], why: str) -> tuple[SearchOptions, Space]:
+    left_out = list(archs)
+    kept = [arch for arch in setting_values(space, "arch") if arch not in left_out]
+    say(f"left out: {', '.join(left_out)}: {why}")
+    return _with_sets(options, f"arch={','.join(kept)}")
+
+
+def with_epochs(options: SearchOptions, space: Space, images: "ImageFolder") -> tuple[SearchOptions, Space]:
+    """Options and space with epochs for the number of training images, where they depend on it."""
+    from search.spaces.epochs import epochs_for, middle
+    from trainables.data.labelled_images import split
+
+    if not space.epochs_of:
+        return options, space
+    valid = sum(images.valid) if images.valid is not None else len(split(images.labels, seed=space.split_seed)[1])
+    count = len(images.labels) - valid
+    epochs = epochs_for(count)
+    say(f"epochs: {epochs}, for {count} training images")
+    return _with_sets(options, f"epochs={middle(epochs)}", f"epochs={epochs}")
+
+
+def _with_sets(options: SearchOptions, *settings: str) -> tuple[SearchOptions, Space]:
+    options = replace(options, set=(*options.set, *settings))
+    return options, searched_space(options)
+
+
+# --- On this machine --------------------------------------------------------------------------------------------------
 
 
 def presize_here(space: Space, images: "ImageFolder", *, cache: str, max_unreadable: float) -> "PresizedImages":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from search.options.strategy import Strategy
+from search.spaces.space import space_name
 from trainables.data.fetch import is_uri
 from trainables.data.labelled_images import MAX_UNREADABLE
 
@@ -19,7 +20,7 @@ OLD_SCHEDULERS = {"annealed": "halving"}
 class SearchOptions:
     """The options of `search.run`, each under its name there. Raises `ValueError` where they contradict each other."""
 
-    space: str | None = None  # only a resumed run knows its own
+    space: str | None = None  # None: the one for `data`; only a resumed run knows its own
     set: tuple[str, ...] = ()
     data: Path | str | None = None  # a folder or a URI; None: the space's own
     weights: Path | str | None = None
@@ -57,8 +58,8 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         recipes = "--recipes runs each of the recipes once"
-        if self.space is None and not self.resume:
-            raise ValueError("--space is required")
+        if not self.resume:
+            object.__setattr__(self, "space", space_name(self.space, self.data))
         if self.resume and self.name is None:
             raise ValueError("--resume requires --name, the folder of the run to resume")
         if self.recipes and self.trials:

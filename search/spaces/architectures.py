@@ -3,21 +3,26 @@
 import itertools
 from typing import Any
 
-from search.spaces.space import Range, Space, load_space, space_names
-from trainables.network.architecture import DECISIVE, require_trainable
+from search.spaces.space import OWN_IMAGES, Range, Space, load_space, space_names
+from trainables.network.architecture import DECISIVE, require_trainable, untrainable
 from trainables.recipe import Recipe
 
 
 def check_architectures(space: Space) -> None:
-    """Raises `ValueError` that names each architecture that cannot be trained as `space` says, and why.
-
-    Those of the built-in spaces work with every size and head.
-    """
+    """Raises `ValueError` that names each architecture that cannot be trained as `space` says, and why."""
     require_trainable(to_try(space))
 
 
+def refused(space: Space) -> dict[str, str]:
+    """The architectures that cannot be trained as `space` says, each with the reason."""
+    return untrainable(to_try(space))
+
+
 def to_try(space: Space) -> list[dict[str, Any]]:
-    """The decisive settings of the recipes to test: for each architecture all heads at one size, and all sizes."""
+    """The decisive settings of the recipes to test: for each architecture all heads at one size, and all sizes.
+
+    Those of the built-in spaces work with every size and head; those of `images`, as tested there, with its own.
+    """
     defaults = Recipe.from_dict(space.settings).to_dict()
     values = {name: _values(space, name, defaults[name]) for name in DECISIVE}
     found = []
@@ -27,7 +32,16 @@ def to_try(space: Space) -> list[dict[str, Any]]:
         found += [first | {"head": head, "concat_pool": concat_pool} for head, concat_pool in heads]
         sizes = itertools.product(values["image_size"], values["start_size"])
         found += [first | {"image_size": size, "start_size": start} for size, start in sizes]
-    return [recipe for place, recipe in enumerate(found) if recipe not in found[:place]]
+    own = _recipes_of(load_space(OWN_IMAGES))
+    return [recipe for place, recipe in enumerate(found) if recipe not in found[:place] and recipe not in own]
+
+
+def _recipes_of(space: Space) -> list[dict[str, Any]]:
+    """The decisive settings of all recipes of a space that searches only architectures and sizes among them."""
+    defaults = Recipe.from_dict(space.settings).to_dict()
+    names = ("arch", "image_size")
+    pairs = itertools.product(*(_values(space, name, defaults[name]) for name in names))
+    return [{name: defaults[name] for name in DECISIVE} | dict(zip(names, pair, strict=True)) for pair in pairs]
 
 
 def _values(space: Space, name: str, default: Any) -> tuple[Any, ...]:
@@ -40,9 +54,9 @@ def _values(space: Space, name: str, default: Any) -> tuple[Any, ...]:
 
 
 def known() -> set[str]:
-    """The architectures of the built-in spaces."""
+    """The architectures that work with every size and head: those of the built-in spaces, except `images`."""
     archs = set()
-    for space in map(load_space, space_names()):
+    for space in (load_space(name) for name in space_names() if name != OWN_IMAGES):
         archs |= {space.settings["arch"], *getattr(space.dimensions.get("arch"), "values", ())}
         archs |= {recipe.settings.get("arch") for recipes in space.recipes.values() for recipe in recipes}
     return archs

@@ -12,6 +12,8 @@ from typing import Any
 
 from trainables.recipe import Recipe, checked_value, has_effect, needed_by, parse_value, spec_of
 
+OWN_IMAGES = "images"
+"""The space for `--data` without `--space`."""
 SWITCH = " > 0"
 """Suffix of a setting's name: the study's parameter that says whether it is off or a number, see `Range.off`."""
 
@@ -101,7 +103,7 @@ class Space:
     Args:
         name: The name for `--space`.
         doc: One line about it.
-        dataset: A name in `trainables.data.datasets.DATASETS`.
+        dataset: A name in `trainables.data.datasets.DATASETS`; empty where the user must give images.
         settings: The recipe of trial 0; settings that it lacks have their defaults.
         dimensions: The settings that are searched, each with a `Range` or a `Choice`.
         first: Recipes to try after trial 0, as changes to `settings`.
@@ -110,6 +112,8 @@ class Space:
         num_trials: How many trials a search has by default.
         seed: Of proposals and trainings, by default.
         split_seed: Of the split into training and validation images.
+        epochs_of: The number of training images that `epochs` is for, see `search.spaces.epochs`; 0 if it does not
+            depend on them.
 
     Raises:
         ValueError: A setting is unknown or has a value that it cannot take, alone or together with others.
@@ -134,6 +138,7 @@ class Space:
     num_trials: int = 20
     seed: int = 0
     split_seed: int = 0
+    epochs_of: int = 0
 
     def __post_init__(self) -> None:
         Recipe.from_dict(self.settings)
@@ -206,7 +211,8 @@ class Space:
             del dimensions[name]
         if problems:
             raise ValueError("; ".join(problems))
-        return replace(self, settings=settings, dimensions=dimensions, pinned=tuple(pinned))
+        epochs_of = 0 if "epochs" in given else self.epochs_of
+        return replace(self, settings=settings, dimensions=dimensions, pinned=tuple(pinned), epochs_of=epochs_of)
 
     def of_recipes(self, name: str, texts: Iterable[str] = ()) -> "Space":
         """The space whose trials are exactly the recipes called `name`; each `NAME=VALUE` holds in all of them.
@@ -235,14 +241,14 @@ class Space:
     def to_record(self) -> dict[str, Any]:
         """The space as a run's space.json keeps it."""
         record = asdict(self)
-        del record["recipes"]  # what could have run
+        del record["recipes"], record["epochs_of"]  # what could have run
         return record
 
     def describe(self) -> str:
         """The dimensions, and every setting with its default in this space."""
         defaults = Recipe.from_dict(self.settings).to_dict()
         lines = [f"{self.name}: {self.doc}", "", "searched:"]
-        lines += [f"  {name:18} {dimension}" for name, dimension in self.dimensions.items()]
+        lines += [f"  {name:18} {dimension}{self._depends(name)}" for name, dimension in self.dimensions.items()]
         if self.recipes:
             lines += ["", "recipes:"]
             lines += [f"  {name:18} {recipe.name}" for name, found in self.recipes.items() for recipe in found]
@@ -253,6 +259,12 @@ class Space:
             allowed = ", ".join(meta["choices"]) or numbers
             lines.append(f"  {spec.name:18} {defaults[spec.name]!s:22} {meta['doc']} [{allowed}]")
         return "\n".join(lines)
+
+    def _depends(self, name: str) -> str:
+        """What a dimension depends on, for `describe`; empty if on nothing."""
+        if name != "epochs" or not self.epochs_of:
+            return ""
+        return f"  for {self.epochs_of} training images; with fewer images more epochs, with more images fewer"
 
     def _parse(self, text: str) -> tuple[str, Any]:
         """The name in a `--set`, and its value or `Dimension`."""
@@ -329,6 +341,17 @@ def space_names() -> list[str]:
     import search.spaces.builtin
 
     return sorted(module.name for module in pkgutil.iter_modules(search.spaces.builtin.__path__))
+
+
+def space_name(given: str | None, data: object) -> str:
+    """The name of the space: `--space`, or that for one's own images where only `--data` is given. Raises
+    `ValueError`."""
+    if given is None and data is None:
+        raise ValueError(
+            f"--space is required without --data: one of {', '.join(space_names())}. With --data DIR alone, your own "
+            f"images are searched in the space {OWN_IMAGES}"
+        )
+    return OWN_IMAGES if given is None else given
 
 
 def load_space(name: str) -> Space:

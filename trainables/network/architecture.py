@@ -1,7 +1,7 @@
 """Checks before any worker starts that a network trains as a recipe says, without data or weights.
 
 The network runs on torch's meta device, whose tensors have shapes but no values, so that even a large one takes only a
-second. `require_trainable` imports no torch; a child process does.
+second. `untrainable` imports no torch; a child process does.
 """
 
 import json
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from trainables.recipe import Recipe
 from trainables.system.cache import cache_dir
 from trainables.system.new_process import run_module
+from trainables.system.text import last_line
 
 if TYPE_CHECKING:
     import torch
@@ -36,23 +37,32 @@ NUM_SUGGESTED = 2
 
 
 def require_trainable(recipes: Iterable[dict[str, Any]]) -> None:
-    """Raises one `ValueError` for all `recipes`, given by their `DECISIVE` settings, that cannot be trained.
+    """Raises one `ValueError` for all `recipes` that cannot be trained, see `untrainable`."""
+    if problems := untrainable(recipes):
+        raise ValueError(" ".join(problems.values()))
+
+
+def untrainable(recipes: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """The first problem of each architecture with which one of `recipes`, given by their `DECISIVE` settings, cannot be
+    trained. Raises `ValueError` where that could not be found out.
 
     Those that have passed with the same versions of torch and timm are not tried again.
     """
     untried = [recipe for recipe in recipes if not _pass(recipe).exists()]
     if not untried:
-        return
+        return {}
     archs = ", ".join(dict.fromkeys(recipe["arch"] for recipe in untried))
     logger.info("checking that these can be trained: %s", archs)
     child = run_module("trainables.network.architecture", stdin=json.dumps(untried))
     if child.returncode:
-        ended = f"{archs} could not be checked: the process for it ended with exit code {child.returncode}"
-        raise ValueError(child.stdout.strip() or ended)
+        raise ValueError(f"{archs} could not be checked: the process for it ended with exit code {child.returncode}")
+    problems: dict[str, str] = json.loads(last_line(child.stdout))
     with suppress(OSError):  # without a record they are tried again next time
         for recipe in untried:
-            _pass(recipe).parent.mkdir(parents=True, exist_ok=True)
-            _pass(recipe).touch()
+            if recipe["arch"] not in problems:
+                _pass(recipe).parent.mkdir(parents=True, exist_ok=True)
+                _pass(recipe).touch()
+    return problems
 
 
 def _pass(recipe: dict[str, Any]) -> Path:
@@ -61,8 +71,9 @@ def _pass(recipe: dict[str, Any]) -> Path:
     return cache_dir() / "architectures" / sha256(of.encode()).hexdigest()[:32]
 
 
-def main() -> int:
-    """The child process of `require_trainable`: recipes as JSON on stdin; prints the first problem of each network."""
+def main() -> None:
+    """The child process of `untrainable`: recipes as JSON on stdin; prints the first problem of each network as
+    JSON."""
     problems: dict[str, str] = {}
     for recipe in json.load(sys.stdin):
         if recipe["arch"] not in problems:
@@ -70,8 +81,7 @@ def main() -> int:
                 try_out(Recipe(**recipe, presize=4096))
             except ValueError as error:
                 problems[recipe["arch"]] = " ".join(str(error).split())
-    print(" ".join(problems.values()))
-    return 2 if problems else 0
+    print(json.dumps(problems))
 
 
 def try_out(recipe: Recipe) -> None:
@@ -144,4 +154,4 @@ def _other_sizes(recipe: Recipe) -> Sequence[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

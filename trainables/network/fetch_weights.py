@@ -1,44 +1,51 @@
-"""Fetches weights from timm's hub into its cache, as a child process of `pretrained_weights.require_weights`."""
+"""Fetches weights from timm's hub into its cache, as a child process of `pretrained_weights.without_weights`."""
 
+import json
 import os
-import socket
+import ssl
 import sys
-from urllib.parse import urlsplit
-from urllib.request import getproxies
+import urllib.error
+import urllib.request
 
 from trainables.network.pretrained_weights import no_weights_message
 
+ANSWER_SECONDS = 10.0
+"""How long the hub may take to answer at all."""
+
 
 def main() -> None:
-    """Fetches the weights of the architectures that the arguments name."""
-    unreachable = _hub_unreachable()
+    """Fetches the weights of the architectures that the arguments name; prints the problems of the others as JSON."""
+    unreachable = hub_unreachable()
     if unreachable:
-        # The hub's client would retry for most of a minute. Offline, it only looks into its cache.
+        # The hub's client would retry for most of a minute, for each of them. Offline, it only looks into its cache.
         os.environ["HF_HUB_OFFLINE"] = "1"
     import timm
 
     from trainables.network.model import check_architecture
 
+    problems = {}
     for arch in sys.argv[1:]:
         try:
             check_architecture(arch)
             timm.create_model(arch, pretrained=True)
         except ValueError as error:
-            print(error)
-            sys.exit(2)
+            problems[arch] = str(error)
         except Exception as error:  # the hub's clients raise many kinds; the message names it
-            print(no_weights_message(arch, unreachable or error))
-            sys.exit(2)
+            problems[arch] = no_weights_message(arch, unreachable or error)
+    print(json.dumps(problems))
 
 
-def _hub_unreachable() -> OSError | None:
-    if getproxies().get("https"):
-        return None  # the proxy resolves names
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+def hub_unreachable() -> OSError | None:
+    """Why the hub does not answer, or None if it does, be it with an error."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        socket.getaddrinfo(host, 443)
+        urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=ANSWER_SECONDS).close()
+    except urllib.error.HTTPError:
+        return None
     except OSError as error:
-        return OSError(f"{host} cannot be resolved ({error.strerror})")
+        reason = getattr(error, "reason", error)
+        # The hub's client may trust other certificates than Python does.
+        return None if isinstance(reason, ssl.SSLError) else OSError(f"{hub} does not answer ({reason})")
     return None
 
 

@@ -4,6 +4,7 @@ Imports no torch, so that commands can look for weights before any worker starts
 """
 
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -15,7 +16,7 @@ from filelock import FileLock
 
 from trainables.system.cache import cache_dir
 from trainables.system.new_process import run_module
-from trainables.system.text import some
+from trainables.system.text import last_line, some
 
 if TYPE_CHECKING:
     import torch
@@ -53,32 +54,46 @@ def find_weights(arch: str, folder: Path | None) -> WeightsFile | None:
 
 
 def require_weights(archs: list[str], folder: Path | None, given: str | None = None) -> None:
-    """Ensures that all `archs` have weights, or raises `WeightsError`.
-
-    Without a `folder` (`given` is the user's name for it), a child process, which imports torch, fetches missing ones
-    from timm's hub.
-    """
+    """Ensures that all `archs` have weights, or raises `WeightsError`; see `without_weights`."""
     if folder is not None:
         require_in_folder(archs, folder, given)
-        return
+    elif problems := without_weights(archs, None):
+        raise WeightsError(next(iter(problems.values())))
+
+
+def without_weights(archs: list[str], folder: Path | None, given: str | None = None) -> dict[str, str]:
+    """The architectures that have no weights, each with what was tried.
+
+    Without a `folder` (`given` is the user's name for it), a child process, which imports torch, fetches missing ones
+    from timm's hub. Raises `WeightsError` where there is no such folder, or where that process breaks.
+    """
+    if folder is not None:
+        require_folder(folder, given)
+        return {arch: _looked_for(arch) for arch in archs if _file_in(Path(folder), arch) is None}
     missing = [arch for arch in archs if find_weights(arch, None) is None]
     if not missing:
-        return
+        return {}
     logger.info("fetching weights from timm's hub: %s", ", ".join(missing))
     # Without network, the hub's client would wait and retry for minutes.
     timeouts = {"HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "20"}
     child = run_module("trainables.network.fetch_weights", *missing, environment={**timeouts, **os.environ})
     if child.returncode:
-        raise WeightsError(child.stdout.strip() or f"fetching weights for {', '.join(missing)} failed")
+        raise WeightsError(f"fetching weights for {', '.join(missing)} failed with exit code {child.returncode}")
+    problems: dict[str, str] = json.loads(last_line(child.stdout))
+    return problems
+
+
+def require_folder(folder: Path, given: str | None = None) -> None:
+    """Raises `WeightsError` where `folder`, which the user called `given`, is none."""
+    if not Path(folder).is_dir():
+        raise WeightsError(f"--weights {given or folder} is not a folder. Give one that holds <arch>.safetensors files.")
 
 
 def require_in_folder(archs: list[str], folder: Path, given: str | None = None) -> None:
     """Raises one `WeightsError` for all `archs` without weights in `folder`, which names the expected files."""
     folder, given = Path(folder), given or str(folder)
-    if not folder.is_dir():
-        raise WeightsError(f"--weights {given} is not a folder. Give one that holds <arch>.safetensors files.")
-    if missing := [arch for arch in archs if _file_in(folder, arch) is None]:
-        tried = "; ".join(f"{arch} (looked for {' and '.join(_file_names(arch))})" for arch in missing)
+    if missing := without_weights(archs, folder, given):
+        tried = "; ".join(f"{arch} ({looked})" for arch, looked in missing.items())
         held = sorted(path.name for path in folder.glob("*.safetensors"))
         there = some(held, "such file", "such files") if held else "no such file"
         raise WeightsError(
@@ -90,6 +105,10 @@ def require_in_folder(archs: list[str], folder: Path, given: str | None = None) 
 
 def _file_names(arch: str) -> list[str]:
     return [f"{name}.safetensors" for name in dict.fromkeys((arch, arch.split(".")[0]))]
+
+
+def _looked_for(arch: str) -> str:
+    return f"looked for {' and '.join(_file_names(arch))}"
 
 
 def _file_in(folder: Path, arch: str) -> Path | None:
