@@ -1,4 +1,4 @@
-"""Check images before training on them: `python -m search.check --space pets --data ~/my_images`.
+"""Check images before training on them: `python -m search.check --data ~/my_images`.
 
 Reads every image once, reports what is there and what would spoil a training, and draws one training and one validation
 batch as the network will see them. Needs neither Ray nor torch.
@@ -51,9 +51,9 @@ NUM_PICTURED, COLUMNS = 24, 6  # images in a picture, and in each of its rows
 
 EXAMPLES = """
 examples:
-  python -m search.check --space pets --data ~/my_images
+  python -m search.check --data ~/my_images
       what is in the folder, and whether a search can train on it
-  python -m search.check --space pets --data ~/my_images --set image_size=128 --set max_rotate=45 --out look
+  python -m search.check --data ~/my_images --set image_size=128 --set max_rotate=45 --out look
       the same, with pictures of the images as the network sees them with this recipe
   python -m search.check --cache
       lists the presized images that this machine keeps for searches; --cache clear removes them

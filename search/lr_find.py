@@ -1,4 +1,4 @@
-"""The learning-rate finder: `python -m search.lr_find --space pets --data DIR --arch A`, and for a search's bounds."""
+"""The learning-rate finder: `python -m search.lr_find --data DIR --arch A`, and for a search's bounds."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ FACTOR = 2.0
 
 EXAMPLES = """
 examples:
-  python -m search.lr_find --space pets --data ~/my_images --arch resnet34.tv_in1k
+  python -m search.lr_find --data ~/my_images --arch resnet34.tv_in1k
       train the frozen stage for 100 steps with rates from 1e-7 to 10, and draw how the loss changes
-  python -m search.lr_find --space pets --data ~/my_images --arch resnet34.tv_in1k --unfrozen
+  python -m search.lr_find --data ~/my_images --arch resnet34.tv_in1k --unfrozen
       the same for the whole network, after its frozen stage
 
 A good peak rate lies where the loss falls steadily, well before it explodes. The suggestions are fastai's: valley (its

@@ -16,7 +16,7 @@ from trainables.data.labelled_images import MAX_UNREADABLE
 from trainables.data.layouts import find_images
 from trainables.data.presize import STORAGES, presize
 from trainables.network.architecture import try_out
-from trainables.network.pretrained_weights import require_in_folder
+from trainables.network.pretrained_weights import require_weights
 from trainables.recipe import Recipe, parse_value
 from trainables.system.command_line import run_cli
 from trainables.system.text import printable
@@ -38,7 +38,7 @@ def main() -> None:
         recipe = Recipe(**dict(_parse_setting(text) for text in args.set))
         try_out(recipe)
         if recipe.pretrained and args.weights:
-            require_in_folder([recipe.arch], args.weights)
+            require_weights([recipe.arch], args.weights)
         found = find_images(args.data)
         if int(os.environ.get("RANK", 0)) == 0:
             print(printable(f"data: {found.describe()}"), file=sys.stderr)

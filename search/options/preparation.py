@@ -142,7 +142,7 @@ def with_weights(options: SearchOptions, space: Space) -> tuple[SearchOptions, S
 
     Raises `WeightsError` where none is left, for the single architecture that a user asks for, and in a resumed search.
     """
-    from trainables.network.pretrained_weights import without_weights
+    from trainables.network.pretrained_weights import weights_error, without_weights
 
     if setting_values(space, "pretrained") == [False]:
         return options, space
@@ -151,7 +151,7 @@ def with_weights(options: SearchOptions, space: Space) -> tuple[SearchOptions, S
     if not problems:
         return options, space
     if not _may_leave_out(options, space, problems):
-        check_weights(space, options.weights)
+        raise weights_error(problems, folder, called)
     where = f"--weights {called} has none" if called else f"the first of them: {next(iter(problems.values()))}"
     return _leave_out(options, space, problems, f"no pretrained weights ({where.rstrip('.')})")
 

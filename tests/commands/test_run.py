@@ -207,10 +207,22 @@ def test_a_missing_weights_folder_is_refused(command, tmp_path, images):
 
 def test_weights_that_the_given_folder_lacks_are_refused_before_ray_starts(command, tmp_path, images):
     (tmp_path / "tf_efficientnet_lite0.safetensors").touch()
-    archs = "arch=tf_efficientnet_lite0,tf_efficientnet_lite1,tf_efficientnet_lite2"
+    archs = "arch=tf_efficientnet_lite1,tf_efficientnet_lite2"
     ended = command("--space", "quickstart", "--data", images, "--weights", tmp_path, "--set", archs)
     message = assert_refused(ended, "looked for tf_efficientnet_lite1.safetensors")
     assert "tf_efficientnet_lite2.safetensors" in message and "for tf_efficientnet_lite0" not in message
+
+
+def test_the_space_for_ones_own_images_needs_some(command):
+    assert_refused(command("--space", "images"), "--space images needs --data DIR, a folder of your own images")
+
+
+def test_a_description_says_what_the_epochs_depend_on(command):
+    assert "epochs             4..17  for 2000 training images; with fewer images more epochs" in (
+        command("--space", "images", "--describe").stdout
+    )
+    pinned = command("--space", "images", "--set", "epochs=3..5", "--describe").stdout
+    assert "epochs             3..5\n" in pinned
 
 
 def test_a_name_that_is_taken_is_refused_and_left_alone(command, tmp_path, images):

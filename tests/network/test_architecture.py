@@ -1,6 +1,8 @@
 """Architectures of all kinds: they train, or a sentence says before the search why not."""
 
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -62,10 +64,34 @@ def test_what_cannot_be_trained_is_refused_with_the_reason_and_what_to_choose(se
 
 def test_the_projects_own_architectures_start_no_process(monkeypatch):
     monkeypatch.setattr(architecture, "run_module", lambda *args, **kwargs: pytest.fail("started a process"))
+    require_trainable(to_try(load_space("images")))
     for name in ("quickstart", "pets", "imagenette"):
         assert load_space(name).settings["arch"] in known()
         require_trainable(to_try(load_space(name)))
         require_trainable(to_try(load_space(name).of_recipes("book")))
+
+
+def test_the_architectures_for_ones_own_images_are_tried_with_settings_that_their_space_lacks():
+    space = load_space("images")
+    vit = space.with_settings(["arch=vit_small_patch14_reg4_dinov2.lvd142m", "image_size=224"])
+    assert to_try(vit) == []
+    for setting in ("concat_pool=true", "start_size=128", "image_size=100", "head=mlp"):
+        assert to_try(vit.with_settings([setting])), setting
+
+
+def test_an_untrainable_architecture_does_not_hide_that_others_have_passed(search_cache, monkeypatch):
+    """The child process answers with problems by architecture; only those are tried again."""
+
+    def tried(module, stdin):
+        asked.append([recipe["arch"] for recipe in json.loads(stdin)])
+        return subprocess.CompletedProcess([], 0, stdout='{"bad": "arch=bad cannot be trained."}')
+
+    asked: list[list[str]] = []
+    monkeypatch.setattr(architecture, "run_module", tried)
+    recipes = [{"arch": arch, "image_size": 32} for arch in ("good", "bad")]
+    assert architecture.untrainable(recipes) == {"bad": "arch=bad cannot be trained."}
+    assert architecture.untrainable(recipes) == {"bad": "arch=bad cannot be trained."}
+    assert asked == [["good", "bad"], ["bad"]]
 
 
 def test_all_heads_and_sizes_of_other_architectures_are_tried():

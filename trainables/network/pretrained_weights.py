@@ -48,17 +48,15 @@ def find_weights(arch: str, folder: Path | None) -> WeightsFile | None:
     `WeightsError` if there is no such file.
     """
     if folder is not None:
-        require_in_folder([arch], folder)
+        require_weights([arch], folder)
     file = _file_in(Path(folder), arch) if folder is not None else _lite_package_file(arch)
     return WeightsFile(file, *_lite_statistics(arch)) if file else None
 
 
 def require_weights(archs: list[str], folder: Path | None, given: str | None = None) -> None:
     """Ensures that all `archs` have weights, or raises `WeightsError`; see `without_weights`."""
-    if folder is not None:
-        require_in_folder(archs, folder, given)
-    elif problems := without_weights(archs, None):
-        raise WeightsError(next(iter(problems.values())))
+    if problems := without_weights(archs, folder, given):
+        raise weights_error(problems, folder, given)
 
 
 def without_weights(archs: list[str], folder: Path | None, given: str | None = None) -> dict[str, str]:
@@ -68,7 +66,10 @@ def without_weights(archs: list[str], folder: Path | None, given: str | None = N
     from timm's hub. Raises `WeightsError` where there is no such folder, or where that process breaks.
     """
     if folder is not None:
-        require_folder(folder, given)
+        if not Path(folder).is_dir():
+            raise WeightsError(
+                f"--weights {given or folder} is not a folder. Give one that holds <arch>.safetensors files."
+            )
         return {arch: _looked_for(arch) for arch in archs if _file_in(Path(folder), arch) is None}
     missing = [arch for arch in archs if find_weights(arch, None) is None]
     if not missing:
@@ -83,24 +84,18 @@ def without_weights(archs: list[str], folder: Path | None, given: str | None = N
     return problems
 
 
-def require_folder(folder: Path, given: str | None = None) -> None:
-    """Raises `WeightsError` where `folder`, which the user called `given`, is none."""
-    if not Path(folder).is_dir():
-        raise WeightsError(f"--weights {given or folder} is not a folder. Give one that holds <arch>.safetensors files.")
-
-
-def require_in_folder(archs: list[str], folder: Path, given: str | None = None) -> None:
-    """Raises one `WeightsError` for all `archs` without weights in `folder`, which names the expected files."""
-    folder, given = Path(folder), given or str(folder)
-    if missing := without_weights(archs, folder, given):
-        tried = "; ".join(f"{arch} ({looked})" for arch, looked in missing.items())
-        held = sorted(path.name for path in folder.glob("*.safetensors"))
-        there = some(held, "such file", "such files") if held else "no such file"
-        raise WeightsError(
-            f"--weights {given} has no weights for {tried}. It holds {there}. Add the missing files (with timm's "
-            "parameter names), or omit --weights to search installed packages and timm's hub. --set pretrained=false "
-            "trains from scratch."
-        )
+def weights_error(problems: dict[str, str], folder: Path | None, given: str | None = None) -> WeightsError:
+    """The error for the architectures that `without_weights` has found: for a folder, all files that it lacks."""
+    if folder is None:
+        return WeightsError(next(iter(problems.values())))
+    tried = "; ".join(f"{arch} ({looked})" for arch, looked in problems.items())
+    held = sorted(path.name for path in Path(folder).glob("*.safetensors"))
+    there = some(held, "such file", "such files") if held else "no such file"
+    return WeightsError(
+        f"--weights {given or folder} has no weights for {tried}. It holds {there}. Add the missing files (with timm's "
+        "parameter names), or omit --weights to search installed packages and timm's hub. --set pretrained=false "
+        "trains from scratch."
+    )
 
 
 def _file_names(arch: str) -> list[str]:

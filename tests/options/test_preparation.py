@@ -1,0 +1,193 @@
+"""What is decided before a search begins: names for patterns, what is left out, epochs for the images."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_run import draw_images
+
+from search import check, lr_find
+from search.options.arguments import parse_arguments
+from search.options.preparation import (
+    has_pattern,
+    searched_space,
+    with_epochs,
+    with_names,
+    with_weights,
+    without_untrainable,
+)
+from search.options.search_options import SearchOptions
+from search.run import prepare
+from search.runs.paths import RunFolder
+from trainables.data.labelled_images import ImageFolder
+from trainables.network import architecture_names, pretrained_weights
+from trainables.network.pretrained_weights import WeightsError
+
+LITES = tuple(f"tf_efficientnet_lite{number}" for number in range(3))
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("FINETUNE_SEARCH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def lites(monkeypatch) -> None:
+    """All patterns match the three Lites, without a process."""
+    monkeypatch.setattr(
+        architecture_names, "names_like", lambda patterns: {pattern: list(LITES) for pattern in patterns}
+    )
+
+
+def weights(folder: Path, *archs: str) -> Path:
+    folder.mkdir()
+    for arch in archs:
+        (folder / f"{arch}.safetensors").touch()
+    return folder
+
+
+# --- Which space ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parse", [parse_arguments, check.parse_arguments, lr_find.parse_arguments])
+def test_ones_own_images_have_a_space_of_their_own(parse, capsys):
+    assert parse(["--data", "photos"]).space == "images"
+    assert parse(["--data", "photos", "--space", "pets"]).space == "pets"
+    with pytest.raises(SystemExit):
+        parse([])
+    assert "--space is required without --data: one of imagenette, images, pets" in capsys.readouterr().err
+
+
+def test_a_resumed_run_knows_its_space():
+    assert parse_arguments(["--resume", "--name", "mine", "--data", "photos"]).space is None
+
+
+# --- Patterns ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_pattern_becomes_names_beside_those_that_are_given(lites, capsys):
+    given = ("epochs=3", "arch=resnet18, tf_*, tf_efficientnet_lite1", "image_size=96,128")
+    assert with_names(given) == ("epochs=3", f"arch=resnet18,{','.join(LITES)}", "image_size=96,128")
+    assert capsys.readouterr().out == f"architectures: 3 match tf_*: {', '.join(LITES)}\n"
+    assert has_pattern(given) and not has_pattern(with_names(given))
+
+
+def test_names_are_not_looked_up(monkeypatch):
+    monkeypatch.setattr(architecture_names, "names_like", lambda patterns: pytest.fail("looked up"))
+    assert with_names(["arch=resnet18,resnet34", "mixup_alpha=0,0.1..0.4"]) == (
+        "arch=resnet18,resnet34",
+        "mixup_alpha=0,0.1..0.4",
+    )
+
+
+def test_looking_up_a_pattern_leaves_timm_out_of_this_process(monkeypatch):
+    """The child process is stood in for; nothing else may import it."""
+    for name in ("timm", "torch"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import raises
+    names = {"tf_*": list(LITES)}
+    monkeypatch.setattr(architecture_names, "_kept", names.get)
+    assert searched_space(SearchOptions(space="quickstart", set=("arch=tf_*",))).dimensions["arch"].values == LITES
+
+
+def test_what_a_pattern_finds_and_cannot_be_trained_is_left_out(monkeypatch, capsys):
+    from search.spaces import architectures
+
+    monkeypatch.setattr(architectures, "untrainable", lambda recipes: {LITES[1]: "it stops.", LITES[2]: "it too."})
+    options = SearchOptions(space="quickstart")
+    with pytest.raises(ValueError, match=r"^it stops\. it too\.$"):
+        without_untrainable(options, searched_space(options), by_pattern=False)
+    kept, space = without_untrainable(options, searched_space(options), by_pattern=True)
+    assert (kept.set, space.settings["arch"]) == ((f"arch={LITES[0]}",), LITES[0])
+    said = f"left out: {LITES[1]}, {LITES[2]}: cannot be trained (the first of them: it stops)\n"
+    assert capsys.readouterr().out == said
+
+
+# --- Weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_architectures_without_weights_leave_the_space_before_the_search(tmp_path, capsys):
+    options = SearchOptions(space="quickstart", weights=weights(tmp_path / "weights", *LITES[1:]))
+    options, space = with_weights(options, searched_space(options))
+    assert space.dimensions["arch"].values == LITES[1:]
+    assert space.first_configs()[0]["arch"] == LITES[1]  # trial 0's own is not there
+    assert space == searched_space(options)  # a resumed search has the same
+    assert capsys.readouterr().out.startswith(f"left out: {LITES[0]}: no pretrained weights (--weights {tmp_path}")
+
+
+def test_where_all_have_weights_nothing_changes(tmp_path, capsys):
+    options = SearchOptions(space="quickstart", weights=weights(tmp_path / "weights", *LITES))
+    assert with_weights(options, searched_space(options))[0] is options
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"set": (f"arch={LITES[0]}",)},  # the single one
+        {"set": (f"arch={LITES[0]},{LITES[1]}",)},  # none is left
+        {"recipes": "book"},  # which has recipes for Lite0
+        {"resume": True, "name": "mine"},  # another space than before
+    ],
+)
+def test_missing_weights_are_an_error_where_nothing_can_be_left_out(tmp_path, asked):
+    options = SearchOptions(space="quickstart", weights=weights(tmp_path / "weights", LITES[2]), **asked)
+    with pytest.raises(WeightsError, match=rf"has no weights for {LITES[0]} \(looked for {LITES[0]}\.safetensors"):
+        with_weights(options, searched_space(options))
+
+
+def test_a_training_from_scratch_needs_no_weights(tmp_path):
+    options = SearchOptions(space="quickstart", weights=weights(tmp_path / "none"), set=("pretrained=false",))
+    assert with_weights(options, searched_space(options))[0] is options
+
+
+def test_what_the_hub_does_not_have_is_left_out_with_the_reason(monkeypatch, capsys):
+    problems = {LITES[1]: "No pretrained weights for it."}
+    monkeypatch.setattr(pretrained_weights, "without_weights", lambda archs, folder, given: problems)
+    options = SearchOptions(space="quickstart")
+    assert with_weights(options, searched_space(options))[0].set == (f"arch={LITES[0]},{LITES[2]}",)
+    reason = "no pretrained weights (the first of them: No pretrained weights for it)"
+    assert capsys.readouterr().out == f"left out: {LITES[1]}: {reason}\n"
+
+
+# --- Epochs -----------------------------------------------------------------------------------------------------------
+
+
+def folder_of(count: int, *, valid: int | None = None) -> ImageFolder:
+    split = None if valid is None else tuple(i < valid for i in range(count))
+    names = tuple(f"{i}.jpg" for i in range(count))
+    return ImageFolder(Path(), "class folders", names, tuple(i % 2 for i in range(count)), ("a", "b"), split)
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(folder_of(7500), "2..10"), (folder_of(7500, valid=5000), "3..15")])
+def test_the_epochs_are_those_for_the_training_images(images, epochs, capsys):
+    options = SearchOptions(data=Path("photos"))
+    options, space = with_epochs(options, searched_space(options), images)
+    assert str(space.dimensions["epochs"]) == epochs
+    assert space.epochs_of == 0 and space == searched_space(options)  # a resumed search does not decide again
+    assert capsys.readouterr().out.startswith(f"epochs: {epochs}, for ")
+
+
+@pytest.mark.parametrize("asked", [{"data": Path("photos"), "set": ("epochs=3..5",)}, {"space": "pets"}])
+def test_epochs_that_were_asked_for_stay(asked):
+    options = SearchOptions(**asked)
+    assert with_epochs(options, searched_space(options), folder_of(60))[0] is options
+
+
+# --- All together -----------------------------------------------------------------------------------------------------
+
+
+def test_what_was_decided_is_in_the_options_of_a_run_and_what_was_asked_for_too(lites, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("search.run.presize_here", lambda *args, **kwargs: None)
+    data = draw_images(tmp_path / "images", each=3)
+    folder = weights(tmp_path / "weights", *LITES[:2])
+    asked = SearchOptions(data=data, weights=folder, set=("arch=tf_*", "presize=64", "image_size=48"))
+    prepared = prepare(asked, RunFolder(tmp_path / "run"))
+    assert prepared.asked == asked
+    assert prepared.space.dimensions["arch"].values == LITES[:2]
+    assert prepared.space.name == "images" and str(prepared.space.dimensions["epochs"]) == "10..40"
+    said = capsys.readouterr().out
+    for line in ("architectures: 3 match tf_*: ", f"left out: {LITES[2]}: ", "epochs: 10..40, for "):
+        assert f"\n{line}" in f"\n{said}"
+    again = replace(prepared.options, resume=True, name="run")
+    assert searched_space(again) == prepared.space
