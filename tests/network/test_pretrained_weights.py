@@ -2,19 +2,22 @@
 
 import os
 import re
+import ssl
 import subprocess
 import sys
+import urllib.error
 from pathlib import Path
 
 import pytest
 
-from trainables.network import pretrained_weights
+from trainables.network import fetch_weights, pretrained_weights
 from trainables.network.pretrained_weights import (
     WeightsError,
     WeightsFile,
     find_weights,
     in_timm_names,
     require_weights,
+    without_weights,
 )
 
 LITE0 = "tf_efficientnet_lite0.in1k"
@@ -136,6 +139,45 @@ def test_local_weights_need_no_child_process(tmp_path, monkeypatch):
 def test_a_weights_folder_that_does_not_exist_is_an_error(tmp_path):
     with pytest.raises(WeightsError, match=r"--weights .*nowhere is not a folder"):
         require_weights(["resnet18.tv_in1k"], tmp_path / "nowhere")
+
+
+def test_those_that_the_hub_lacks_are_told_apart_from_those_that_it_has(no_packages, monkeypatch):
+    def fetch(module, *archs, environment):
+        assert archs == ("resnet18.tv_in1k", "resnet34.tv_in1k")
+        return subprocess.CompletedProcess([], 0, stdout='a line of a library\n{"resnet34.tv_in1k": "No weights."}\n')
+
+    monkeypatch.setattr(pretrained_weights, "run_module", fetch)
+    archs = ["resnet18.tv_in1k", "resnet34.tv_in1k"]
+    assert without_weights(archs, None) == {"resnet34.tv_in1k": "No weights."}
+    with pytest.raises(WeightsError, match=r"^No weights\.$"):
+        require_weights(archs, None)
+
+
+def test_a_fetching_process_that_breaks_is_an_error(no_packages, monkeypatch):
+    ended = subprocess.CompletedProcess([], -9, stdout="")
+    monkeypatch.setattr(pretrained_weights, "run_module", lambda *args, **kwargs: ended)
+    with pytest.raises(WeightsError, match="fetching weights for resnet18 failed with exit code -9"):
+        without_weights(["resnet18"], None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reached"),
+    [
+        (urllib.error.HTTPError("", 403, "Forbidden", None, None), True),  # which is an answer
+        (urllib.error.URLError(ssl.SSLError("unknown certificate")), True),
+        (urllib.error.URLError(OSError("Name or service not known")), False),
+        (TimeoutError("timed out"), False),
+    ],
+)
+def test_a_hub_that_answers_is_told_from_one_that_does_not(answer, reached, monkeypatch):
+    def ask(request, timeout):
+        raise answer
+
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    monkeypatch.setattr(fetch_weights.urllib.request, "urlopen", ask)
+    problem = fetch_weights.hub_unreachable()
+    assert (problem is None) == reached
+    assert reached or str(problem).startswith("https://huggingface.co does not answer (")
 
 
 @pytest.mark.slow
