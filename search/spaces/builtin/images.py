@@ -50,6 +50,7 @@ SPACE = Space(
         "arch": "convnext_nano.in12k_ft_in1k",
         # "Fine-tuning can distort pretrained features" (Kumar et al. 2022, arXiv:2202.10054) less from such a head.
         "head_init": "probe",
+        "probe_views": 2,
         "freeze_epochs": 0,
         "epochs": middle(epochs_for(TYPICAL_IMAGES)),
         "batch_size": 32,
