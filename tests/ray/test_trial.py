@@ -8,7 +8,11 @@ import ray
 from trainables.ray import trial as module
 from trainables.ray.messages import Outcome
 from trainables.ray.retry_limits import MAX_HOSTS
-from trainables.ray.trial import FineTuneTrial
+from trainables.ray.trial import FineTuneTrial, TrialOptions
+from trainables.ray.worker_group import GroupSize
+from trainables.recipe import Recipe
+from trainables.training import checkpoint
+from trainables.training.checkpoint import BEST_FILE, TRAINING_FILE, WEIGHTS_FILE
 
 DONE = Outcome(metrics={"epoch": 1})
 
@@ -69,3 +73,66 @@ def test_a_node_that_takes_one_host_after_another_with_it_costs_the_trial_no_try
 def test_a_trial_that_loses_host_after_host_on_nodes_that_stay_gives_up(run_epoch):
     outcome = run_epoch(MAX_HOSTS * [Host("head", trains=False)], MAX_HOSTS * [{"head"}])
     assert outcome.failure.startswith(f"lost its worker group {MAX_HOSTS} times")
+
+
+# --- What a trial reports of its best epoch --------------------------------------------------------------------------
+
+SETTINGS = Recipe(epochs=3, freeze_epochs=0, head_init="probe").to_dict()
+
+
+def stepping(tmp_path, errors: dict[int, float], **options):
+    """A trial whose epochs have these errors, each with weights of its own."""
+
+    class Trial(FineTuneTrial):
+        trial_id = "a"
+
+        def __init__(self) -> None:
+            self.options = TrialOptions(
+                settings=SETTINGS, data="", weights=None, checkpoints=str(tmp_path), group_size=GroupSize(), **options
+            )
+            self._begin({})
+
+        def _run_epoch(self) -> Outcome:
+            epoch = self.epochs_done + 1
+            times = {"overhead_seconds": 1.0, "train_seconds": 2.0, "valid_seconds": 0.5}
+            metrics = {"epoch": epoch, "error_rate": errors[epoch], "valid_loss": errors[epoch], **times}
+            state = {WEIGHTS_FILE: f"epoch {epoch}".encode(), TRAINING_FILE: b"moments"}
+            return Outcome(metrics=metrics, state=state)
+
+    return Trial()
+
+
+def kept(tmp_path) -> dict[str, bytes]:
+    return checkpoint.last_whole(tmp_path / "ta")[0]
+
+
+def test_a_trial_reports_its_best_epoch_the_probe_included(tmp_path):
+    trial = stepping(tmp_path, {0: 0.2, 1: 0.5, 2: 0.1, 3: 0.3})
+    results = [trial.step() for _ in range(4)]
+    assert [(result["epoch"], result["best_epoch"], result["best_error_rate"]) for result in results] == [
+        (0, 0, 0.2), (1, 0, 0.2), (2, 2, 0.1), (3, 2, 0.1)
+    ]  # fmt: skip
+    assert [result["done"] for result in results] == [False, False, False, True]
+    assert results[0]["overhead_seconds"] == results[3]["overhead_seconds"] == 1.0
+    assert kept(tmp_path) == {WEIGHTS_FILE: b"epoch 3"}
+
+
+def test_with_keep_epoch_best_the_weights_of_the_best_epoch_go_with_a_trial_through_a_kill(tmp_path):
+    errors = {0: 0.2, 1: 0.5, 2: 0.4, 3: 0.3}
+    trial = stepping(tmp_path, errors, keep_epoch="best")
+    for _ in range(2):
+        trial.step()
+    later = stepping(tmp_path, errors, keep_epoch="best")
+    results = [later.step() for _ in range(3)]
+    assert [(result["epoch"], result["best_epoch"]) for result in results] == [(1, 0), (2, 0), (3, 0)]
+    assert kept(tmp_path) == {WEIGHTS_FILE: b"epoch 3", BEST_FILE: b"epoch 0"}
+
+
+def test_equal_errors_are_told_apart_by_the_validation_loss(tmp_path):
+    trial = stepping(tmp_path, {0: 0.2, 1: 0.2, 2: 0.2, 3: 0.2})
+    assert [trial.step()["best_epoch"] for _ in range(4)] == [0, 0, 0, 0]
+
+
+def test_a_trial_without_a_probe_begins_with_epoch_1(tmp_path, monkeypatch):
+    monkeypatch.setitem(SETTINGS, "head_init", "zeros")
+    assert stepping(tmp_path, {1: 0.2}).step()["epoch"] == 1
