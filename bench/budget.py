@@ -18,11 +18,10 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
-from statistics import fmean, median, stdev
-from typing import Any
 
 from budget_methods import ROOT, Record, Split, peer, search, split_folders, warm_up
-from common import RESULTS, command_line, footer, hardware, versions, write
+from budget_table import ANYTIME, covers, markdown, rank, summarise
+from common import RESULTS, command_line, hardware, versions, write
 
 from trainables.data.layouts import find_images
 
@@ -36,39 +35,6 @@ METHODS = {
 }
 """The packages of each."""
 MODULES = {"scikit-learn": "sklearn", "fastai": "fastai.vision.all", "finetune-search": "search"}
-ANYTIME = ("probe", "fastai")
-"""One run, read at all times; the others are told how long they have, and run once for each time."""
-ROWS = {
-    "search": "this project",
-    "before": "this project, before",
-    "probe_best": "logistic regression on frozen features: the best by validation",
-    "probe_median": "logistic regression on frozen features: the median",
-    "fastai": "fastai, `fine_tune` again and again",
-    "autogluon": "AutoGluon MultiModal",
-}
-
-HOW = {
-    "search": """This project:
-  `python -m search.run {words}`
-  A search for each time. What is in `best/` when the minutes are over counts; its `--time-budget` is {margin:g} s
-  shorter, for its start and its end.""",
-    "before": """This project, before:
-  `python -m search.run {words}`
-  An earlier checkout, in the same way, with all of the time as its `--time-budget`.""",
-    "probe": """Logistic regression, scikit-learn:
-  `{words}`
-  Sizes from small to large, at each the architectures in this order, in bf16 where the CPU has it; standardised
-  features, C chosen by validation (a stratified fifth). The best by validation, and the median, of those that are
-  ready.""",
-    "fastai": """fastai:
-  `{words}`
-  `vision_learner(...).fine_tune(1)`, then 2, 4, 8 ... epochs at the valley of `lr_find`. The best by validation (the
-  same fifth) of those that have ended.""",
-    "autogluon": """AutoGluon:
-  `{words}`
-  `MultiModalPredictor` at its defaults, in a Python of its own. It is told the time that is left after its imports, and
-  counts even if it ends late.""",
-}
 
 
 # --- Running ----------------------------------------------------------------------------------------------------------
@@ -113,8 +79,7 @@ def run(args: argparse.Namespace, job: Record, part: Split) -> Record:
 
 def run_all(args: argparse.Namespace, have: Sequence[Record], add: Callable[[Record], None]) -> None:
     """Runs what is not among the records `have`, and adds it there."""
-    done = {key_of(record) for record in have}
-    todo = [job for job in jobs_of(args) if key_of(job) not in done]
+    todo = [job for job in jobs_of(args) if not any(covers(record, job) for record in have)]
     if not todo:
         return
     repos = [ROOT, *([args.before] if args.before else [])]
@@ -136,17 +101,17 @@ def told(record: Record) -> str:
 
 
 def append(file: Path, record: Record) -> None:
-    with file.open("a") as lines:
-        lines.write(json.dumps(record) + "\n")
-
-
-def key_of(job: Record) -> tuple[Any, ...]:
-    return tuple(job[name] for name in ("set", "split", "method", "minutes"))
+    """A line more; one that a kill has cut off goes."""
+    with file.open("a+b") as lines:
+        lines.seek(0)
+        lines.truncate(lines.read().rfind(b"\n") + 1)
+        lines.write(json.dumps(record).encode() + b"\n")
 
 
 def read_records(file: Path) -> tuple[list[Record], Record]:
     """The results, and what ran on what: as the last start told it, with the commands and packages of all of them."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    text = file.read_text().rpartition("\n")[0] if file.is_file() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
     header: Record = {}
     for start in (line for line in lines if "hardware" in line):
         commands = dict.fromkeys([*header.get("command", "").splitlines(), start["command"]])
@@ -162,110 +127,6 @@ def other_settings(args: argparse.Namespace, records: Sequence[Record]) -> str:
         if record["set"] in args.data and record["method"] in args.methods and record["words"] != words:
             return f"{record['method']} on {record['set']} ran with {record['words']!r}, not with {words!r}"
     return ""
-
-
-# --- The table --------------------------------------------------------------------------------------------------------
-
-
-def rank(model: Record) -> tuple[float, float]:
-    """Sorts models, the best by validation first."""
-    return model["valid_error"], model.get("valid_loss", 0.0)
-
-
-def errors_at(record: Record, minutes: float) -> dict[str, tuple[float, bool]]:
-    """By row of the table: the test error after so many minutes, and whether there was a model."""
-    method, models = record["method"], record["models"]
-    if method in ANYTIME:
-        models = [model for model in models if model["seconds"] <= 60 * minutes]
-    best, middle = (record["majority_error"], False), (record["majority_error"], False)
-    if models:
-        best = min(models, key=rank)["test_error"], True
-        middle = median(model["test_error"] for model in models), True
-    return {"probe_best": best, "probe_median": middle} if method == "probe" else {method: best}
-
-
-def summarise(records: Sequence[Record], minutes: Sequence[float]) -> Record:
-    """set -> minutes -> row -> mean, standard error (None for one split) and median over the splits."""
-    found: dict[str, dict[str, dict[str, list[tuple[float, bool]]]]] = {}
-    for record in sorted(records, key=key_of):
-        for each in minutes if record["method"] in ANYTIME else {record["minutes"]} & set(minutes):
-            for row, outcome in errors_at(record, each).items():
-                found.setdefault(record["set"], {}).setdefault(f"{each:g}", {}).setdefault(row, []).append(outcome)
-    return {
-        name: {each: {row: statistics(outcomes) for row, outcomes in rows.items()} for each, rows in times.items()}
-        for name, times in found.items()
-    }
-
-
-def statistics(outcomes: Sequence[tuple[float, bool]]) -> Record:
-    errors = [error for error, _ in outcomes]
-    return {
-        "error_mean": fmean(errors),
-        "error_sem": stdev(errors) / len(errors) ** 0.5 if len(errors) > 1 else None,
-        "error_median": median(errors),
-        "splits": len(errors),
-        "no_model": sum(not there for _, there in outcomes),
-        "errors": errors,
-    }
-
-
-def cell(found: Record | None) -> str:
-    if not found:
-        return "-"
-    spread = "" if found["error_sem"] is None else f" ± {100 * found['error_sem']:.1f}"
-    none = f" (no model: {found['no_model']} of {found['splits']})" if found["no_model"] else ""
-    return f"{100 * found['error_mean']:.1f}{spread}{none}"
-
-
-def table(name: str, times: Record, records: Sequence[Record]) -> str:
-    """Of one set; `times` as `summarise` gives them."""
-    of_set = [record for record in records if record["set"] == name]
-    first, splits = of_set[0], len({record["split"] for record in of_set})
-    columns = sorted(times, key=float)
-    rows = [
-        f"| {words} | {' | '.join(cell(times[each].get(row)) for each in columns)} |"
-        for row, words in ROWS.items()
-        if any(row in times[each] for each in columns)
-    ]
-    line = "\n"
-    return f"""## {name}
-
-{first["train_images"]} images to train and choose by, {first["test_images"]} to test; n = {splits} splits.
-
-| test error in % after | {" | ".join(f"{each} min" for each in columns)} |
-|---{"|---" * len(columns)}|
-{line.join(rows)}
-"""
-
-
-def markdown(result: Record) -> str:
-    runs = result["runs"]
-    names, methods = sorted({run["set"] for run in runs}), {run["method"]: run["words"] for run in runs}
-    how = [
-        f"- {text.format(words=methods[method], margin=result['margin'])}"
-        for method, text in HOW.items()
-        if method in methods
-    ]
-    if "autogluon" not in methods:
-        how.append("- AutoGluon MultiModal was left out.")
-    line = "\n"
-    return f"""# Test error after so many minutes of one command
-
-```
-{result["command"]}
-```
-
-Mean ± standard error of the mean over the splits. A quarter of the images, drawn anew for each split and seen by no
-method, is the test. The clock starts with the command: imports, Ray's start, decoding and presizing count; labelling
-the test images does not. All files had been read once before. A command that has no model by then counts as one that
-always answers with the most frequent class of its training images.
-
-{line.join(table(name, result[name], runs) for name in names)}
-## How each one ran
-
-{line.join(how)}
-
-{result["date"]}. {footer(result)}"""
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
@@ -297,7 +158,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.data = dict(args.data)
     if args.archs is None and args.weights:
-        args.archs = ",".join(sorted(file.stem for file in args.weights.glob("*.safetensors")))
+        files = sorted(args.weights.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+        args.archs = ",".join(file.stem for file in files)
     if not args.report_only and not (args.data and args.archs):
         parser.error("expected --data, and --archs or --weights with some <arch>.safetensors")
     needed = {"before": args.before, "autogluon": args.autogluon_python}
