@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 
-from budget_methods import ROOT, Record, Split, peer, search, split_folders, warm_up
+from budget_methods import ROOT, Failed, Record, Split, peer, search, split_folders, warm_up
 from budget_table import ANYTIME, covers, markdown, rank, summarise
 from common import RESULTS, command_line, hardware, versions, write
 
@@ -77,20 +77,27 @@ def run(args: argparse.Namespace, job: Record, part: Split) -> Record:
     return peer(f"budget_{method}.py", words, part, minutes=minutes, **python)
 
 
-def run_all(args: argparse.Namespace, have: Sequence[Record], add: Callable[[Record], None]) -> None:
-    """Runs what is not among the records `have`, and adds it there."""
+def run_all(args: argparse.Namespace, have: Sequence[Record], add: Callable[[Record], None]) -> int:
+    """Runs what is not among the records `have`, and adds it there; how many commands failed, which are not added."""
     todo = [job for job in jobs_of(args) if not any(covers(record, job) for record in have)]
+    failures = 0
     if not todo:
-        return
+        return failures
     repos = [ROOT, *([args.before] if args.before else [])]
     packages = {package for method in args.methods for package in METHODS[method]}
     warm_up(sorted(MODULES.get(package, package) for package in packages), repos)
     for count, job in enumerate(todo, start=1):
-        with split_folders(find_images(args.data[job["set"]]), job["split"]) as part:
-            record = job | {"words": named_words(args, job["method"])} | part.counts | run(args, job, part)
+        place = f"{count}/{len(todo)}  {job['set']}, split {job['split']}, {job['method']}, {job['minutes']:g} min"
+        try:
+            with split_folders(find_images(args.data[job["set"]]), job["split"]) as part:
+                record = job | {"words": named_words(args, job["method"])} | part.counts | run(args, job, part)
+        except Failed as error:
+            failures += 1
+            print(f"{place}: failed, {error}", flush=True)
+            continue
         add(record)
-        place = f"{job['set']}, split {job['split']}, {job['method']}"
-        print(f"{count}/{len(todo)}  {place}, {job['minutes']:g} min: {told(record)}", flush=True)
+        print(f"{place}: {told(record)}", flush=True)
+    return failures
 
 
 def told(record: Record) -> str:
@@ -188,7 +195,7 @@ def numbers(text: str) -> list[float]:
 
 
 def main() -> None:
-    args = parse_arguments()
+    args, failures = parse_arguments(), 0
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / FILE
     records, _ = read_records(file)
@@ -198,13 +205,15 @@ def main() -> None:
         packages = sorted({package for method in args.methods for package in METHODS[method]})
         header = {"command": command_line(), "hardware": hardware(), "versions": versions(*packages)}
         append(file, header | {"margin": args.margin, "date": date.today().isoformat()})
-        run_all(args, records, lambda record: append(file, record))
+        failures = run_all(args, records, lambda record: append(file, record))
     records, header = read_records(file)
     if not records:
         raise SystemExit(f"{file} has no results")
     result = summarise(records, args.minutes) | header
     result["runs"] = [{name: value for name, value in record.items() if name != "log"} for record in records]
     write(args.out, "budget", result, markdown(result))
+    if failures:
+        raise SystemExit(f"{failures} commands failed; the same command runs them again.")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,13 @@ ROOT = Path(__file__).resolve().parents[1]
 TEST_SHARE = 0.25
 END_SECONDS = 90.0
 """For a command that was interrupted, until it is killed."""
+NO_MODEL = "no trial completed"
+"""In what a search prints that ran well and has no model."""
 Record = dict[str, Any]
+
+
+class Failed(RuntimeError):
+    """A command that ended with an error, which is no result."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,10 @@ def search(repo: Path, words: Sequence[str], part: Split, *, minutes: float, mar
             errors = {"valid_error": metrics["error_rate"], "test_error": predicted_error(repo, model, part.test)}
             found["models"] = [{"seconds": seconds, "number": metrics["number"]} | errors]
         else:
-            found["log"] = (scratch / "log").read_text()[-2000:].replace(folder, "")
+            log = (scratch / "log").read_text()
+            if ended and NO_MODEL not in log:
+                raise Failed(f"exit code {process.returncode}: {log[-4000:]}")
+            found["log"] = log[-2000:].replace(folder, "")
     return found
 
 
@@ -120,8 +129,8 @@ def peer(script: str, words: Sequence[str], part: Split, *, minutes: float, pyth
             seconds = time.monotonic() - started
         rows = [json.loads(line) for line in models.read_text().splitlines()] if models.is_file() else []
         found: Record = {"seconds": seconds, "exit_code": process.returncode, "models": rows}
-        if process.returncode:
-            found["log"] = log.read_text()[-2000:].replace(folder, "")
+        if process.returncode and not rows:
+            raise Failed(f"exit code {process.returncode}: {log.read_text()[-4000:]}")
     return found
 
 

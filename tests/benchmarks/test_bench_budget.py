@@ -162,6 +162,51 @@ def test_results_of_other_settings_are_not_mixed(ran, colour_folder, tmp_path):
     assert done.returncode and not ran and "has other results: search on birds ran with" in str(done)
 
 
+def test_a_command_that_fails_is_no_result_and_runs_again(ran, colour_folder, tmp_path, monkeypatch):
+    words, method = arguments(colour_folder, tmp_path / "out"), budget.search
+
+    def failing(*args, **options):
+        raise budget_methods.Failed("exit code 2: no such option")
+
+    monkeypatch.setattr(budget, "search", failing)
+    done = run_here(budget.main, *words, cwd=tmp_path)
+    assert "exit code 2: no such option" in done.stdout and "8 commands failed" in str(done)
+    monkeypatch.setattr(budget, "search", method)
+    ran.clear()
+    assert run_here(budget.main, *words, cwd=tmp_path).returncode in (0, None) and len(ran) == 8
+
+
+@pytest.mark.parametrize(("code", "told"), [("print('no trial completed')", True), ("1 / 0", False)])
+def test_a_search_that_ends_without_a_model_is_a_result_unless_it_broke(code, told, tmp_path):
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "__init__.py").touch()
+    (tmp_path / "search" / "run.py").write_text(code)
+    part = budget_methods.Split(0, tmp_path, tmp_path)
+    if told:
+        found = budget_methods.search(tmp_path, [], part, minutes=1, margin=0)
+        assert found["models"] == [] and found["ended"] and found["seconds"] < 60
+    else:
+        with pytest.raises(budget_methods.Failed, match="ZeroDivisionError"):
+            budget_methods.search(tmp_path, [], part, minutes=1, margin=0)
+
+
+def test_what_is_in_best_when_the_minutes_are_over_is_the_model(tmp_path, monkeypatch):
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "__init__.py").touch()
+    (tmp_path / "search" / "run.py").write_text(
+        "import sys, time; from pathlib import Path\n"
+        "best = Path(sys.argv[sys.argv.index('--results') + 1]) / 'run' / 'best'; best.mkdir(parents=True)\n"
+        "(best / 'model.safetensors').touch()\n"
+        "(best / 'metrics.json').write_text('{\"number\": 3, \"error_rate\": 0.25}')\n"
+        "time.sleep(60)"
+    )
+    monkeypatch.setattr(budget_methods, "predicted_error", lambda repo, model, test: 0.5)
+    found = budget_methods.search(tmp_path, [], budget_methods.Split(0, tmp_path, tmp_path), minutes=0.08, margin=0)
+    assert not found["ended"] and 4.8 <= found["seconds"] < 15
+    [model] = found["models"]
+    assert (model["number"], model["valid_error"], model["test_error"]) == (3, 0.25, 0.5)
+
+
 def test_the_commands_that_are_measured_take_what_they_are_given(tmp_path):
     words = budget.words_of(budget.parse_arguments(["--data", "a=b", "--archs", "a,b"]), "probe")
     given = ["--train", "a", "--test", "b", *words, "--models", "m", "--seconds", "1", "--started", "0.5"]
