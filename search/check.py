@@ -36,7 +36,7 @@ from trainables.data.fetch import is_uri
 from trainables.data.inspection import Finding, Inspection, find_folder, findings, inspect
 from trainables.data.labelled_images import DataError, ImageFolder
 from trainables.data.layouts import split_level
-from trainables.data.presize import caches_folder, presize
+from trainables.data.presize import presize
 from trainables.data.presized_images import PresizedImages, write_unreadable
 from trainables.data.source import folder_of
 from trainables.recipe import Recipe
@@ -56,7 +56,7 @@ examples:
   python -m search.check --data ~/my_images --set image_size=128 --set max_rotate=45 --out look
       the same, with pictures of the images as the network sees them with this recipe
   python -m search.check --cache
-      lists the presized images that this machine keeps for searches; --cache clear removes them
+      lists the presized images and features that this machine keeps for searches; --cache clear removes them
 
 Exit code 0 if the data are ready to train on (there may be warnings), 1 if something would spoil the training, 2 if an
 argument is invalid.
@@ -83,7 +83,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--out", type=Path, metavar="DIR", help="folder for the pictures (default: results/check-SPACE)"
     )
     parser.add_argument("--cache", nargs="?", choices=("list", "clear"), const="list", help=(
-        "list or remove all presized images on this machine, and check nothing"
+        "list or remove all presized images and features on this machine, and check nothing"
     ))  # fmt: skip
     args = parser.parse_args(argv)
     if not args.cache:
@@ -122,13 +122,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def show_caches(*, clear_them: bool) -> int:
-    """List or remove all presized images on this machine."""
+    """List or remove all presized images and features on this machine."""
     from search.runs.caches import caches_table, clear, find_caches
+    from trainables.system.cache import cache_dir
     from trainables.system.text import megabytes
 
-    caches = find_caches(caches_folder())
+    caches = find_caches()
     if not caches:
-        say(f"there are no presized images in {caches_folder()}")
+        say(f"there are no presized images and no features in {cache_dir()}")
     elif clear_them:
         freed, busy = clear(caches)
         say(f"removed {len(caches) - len(busy)} caches, {megabytes(freed)}")
@@ -137,7 +138,7 @@ def show_caches(*, clear_them: bool) -> int:
     else:
         console().print(caches_table(caches))
         total = sum(cache.num_bytes for cache in caches)
-        say(f"{len(caches)} caches in {caches_folder()}, {megabytes(total)}")
+        say(f"{len(caches)} caches in {cache_dir()}, {megabytes(total)}")
     return 0
 
 

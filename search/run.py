@@ -172,7 +172,7 @@ def connect(prepared: Prepared, folder: "RunFolder", argv: Sequence[str], began:
         began=began,
     )
     write_record(prepared, run, argv, nodes)
-    announce(run, nodes)
+    announce(run, nodes, num_images=len(images.paths))
     return run
 
 
@@ -212,9 +212,10 @@ def write_record(prepared: Prepared, run: "RunOptions", argv: Sequence[str], nod
     write_atomically(folder.space, json.dumps(run.space.to_record(), indent=2) + "\n")
 
 
-def announce(run: "RunOptions", nodes: "list[Node]") -> None:
+def announce(run: "RunOptions", nodes: "list[Node]", *, num_images: int) -> None:
     from search.cluster.resources import memory_note, trials_at_once
-    from search.runs.disk_space import largest_weights, needs
+    from search.options.preparation import setting_values
+    from search.runs.disk_space import features_needed, largest_weights, needs
 
     size, folder, options = run.group_size, run.folder, run.options
     note = memory_note(nodes, size, options.max_concurrent)
@@ -229,12 +230,14 @@ def announce(run: "RunOptions", nodes: "list[Node]") -> None:
         "its workers to start"
     )
     say(f"results: {folder}/")
+    concat_pool = True in setting_values(run.space, "concat_pool")
     say(
         needs(
             folder,
             largest_weights(run.space, run.weights),
             at_once=at_once,
             kept=options.keep + (options.test_split is not None),
+            features=features_needed(num_images, run.num_probes, concat_pool=concat_pool),
         )
     )
     say(f"watch: {shell_command('search.dashboard', folder)}")

@@ -207,7 +207,7 @@ class Recipe:
         return -1 if self.starts_with_probe else 0
 
     def image_size_at(self, epoch: int) -> int:
-        """px; side of the images in epoch 0, 1, ... with progressive resizing."""
+        """px; side of the images in epoch 0, 1, ... with progressive resizing, and in a probe (-1)."""
         return self.start_size if self._starting(epoch) else self.image_size
 
     def batch_size_at(self, epoch: int) -> int:
@@ -217,7 +217,7 @@ class Recipe:
         return self.start_batch_size or max(2, round(self.batch_size * self.image_size / self.start_size))
 
     def _starting(self, epoch: int) -> bool:
-        return self.start_size > 0 and epoch < int(self.start_share * self.total_epochs)
+        return self.start_size > 0 and 0 <= epoch < int(self.start_share * self.total_epochs)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":

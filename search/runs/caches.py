@@ -1,8 +1,9 @@
-"""The presized images that this machine keeps: listing and clearing them (`python -m search.check --cache`)."""
+"""The presized images and features that this machine keeps: listing and clearing them (`search.check --cache`)."""
 
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,44 +11,94 @@ from filelock import FileLock, Timeout
 from rich.table import Table
 from rich.text import Text
 
+from trainables.data.presize import caches_folder
 from trainables.data.presized_images import PresizedImages
-from trainables.system.cache import DamagedCache
+from trainables.probe.feature_files import FEATURES_FILE, features_folder
+from trainables.system.cache import DamagedCache, read_index
 from trainables.system.text import megabytes, printable
 
 NAME = re.compile(r"\.?([0-9a-f]{32})(-memory-map|-jpeg|-off-[0-9a-f]{8})?(\.partial)?")
-"""Folders that `presize` makes, those of earlier versions included; the first group names their lock."""
+"""Folders that `presize` and `feature_files` make, those of earlier versions included; the first group names their
+lock."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What a cache holds, as the table shows it."""
+
+    root: Path
+    size: int
+    """px; of the presized images."""
+    resize_method: str
+    kind: str
+    """How images are stored, or whose features they are."""
+    num_images: int
 
 
 @dataclass(frozen=True)
 class Cache:
-    """One folder of presized images, or what is left of one."""
+    """One folder of presized images or of features, or what is left of one."""
 
     path: Path
     num_bytes: int
     used: float  # seconds since 1970
-    images: PresizedImages | None
-    """None where they cannot be read: damaged, of an earlier version, or not finished."""
+    content: Content | None
+    """None where it cannot be read: damaged, of an earlier version, or not finished."""
 
 
-def find_caches(folder: Path) -> list[Cache]:
-    """All caches in `folder`, the one last used first."""
-    found = [path for path in folder.glob("*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(map(_cache, found), key=lambda cache: -cache.used)
+def find_caches() -> list[Cache]:
+    """All presized images and features, those last used first."""
+    folders = {caches_folder(): _images, features_folder(): _features}
+    found = [
+        _cache(path, read)
+        for folder, read in folders.items()
+        for path in folder.glob("*")
+        if NAME.fullmatch(path.name) and path.is_dir()
+    ]
+    return sorted(found, key=lambda cache: -cache.used)
 
 
-def _cache(path: Path) -> Cache:
+def _cache(path: Path, read: Callable[[Path], Content]) -> Cache:
     files = [file.stat() for file in path.iterdir() if file.is_file()]
     try:
-        images = None if path.name.startswith(".") else PresizedImages(path)
+        content = None if path.name.startswith(".") else read(path)
     except DamagedCache:
-        images = None
-    return Cache(path, sum(file.st_size for file in files), path.stat().st_mtime, images)
+        content = None
+    return Cache(path, sum(file.st_size for file in files), path.stat().st_mtime, content)
+
+
+def _images(path: Path) -> Content:
+    images = PresizedImages(path)
+    return Content(
+        root=images.root,
+        size=images.size,
+        resize_method=images.method,
+        kind=images.storage,
+        num_images=len(images),
+    )
+
+
+def _features(path: Path) -> Content:
+    """By the index and the size of the file: to compare checksums would read all of it."""
+    index = read_index(path)
+    try:
+        if (path / FEATURES_FILE).stat().st_size != 2 * index["num_images"] * index["num_features"]:
+            raise ValueError(f"{FEATURES_FILE} has another size than the index says")
+        return Content(
+            root=Path(index["root"]),
+            size=index["size"],
+            resize_method=index["resize_method"],
+            kind=f"features of {index['arch']} at {index['image_size']} px",
+            num_images=index["num_images"],
+        )
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise DamagedCache(f"{path}: {error}") from error
 
 
 def clear(caches: list[Cache]) -> tuple[int, list[Cache]]:
     """Removes `caches`. Returns the bytes that were freed, and the caches left alone because they are being built.
 
-    A training that has its images open continues to use them; later ones build them again.
+    A training that has its images or features open continues to use them; later ones build them again.
     """
     freed, busy = 0, []
     for folder in {cache.path.parent for cache in caches}:
@@ -56,7 +107,7 @@ def clear(caches: list[Cache]) -> tuple[int, list[Cache]]:
     for cache in caches:
         key = cache.path.name.lstrip(".")[:32]
         try:
-            with FileLock(cache.path.with_name(f".{key}.lock"), timeout=0):  # the builder's, see `presize`
+            with FileLock(cache.path.with_name(f".{key}.lock"), timeout=0):  # the builder's
                 shutil.rmtree(cache.path, ignore_errors=True)
         except Timeout:
             busy.append(cache)
@@ -77,11 +128,12 @@ def caches_table(caches: list[Cache]) -> Table:
 
 
 def _described(cache: Cache) -> tuple[str, ...]:
-    images = cache.images
-    if images is None:
+    content = cache.content
+    if content is None:
         unfinished = cache.path.name.startswith(".")
         return f"{'not finished' if unfinished else 'not readable'}: {cache.path.name}", "", "", "", ""
-    return printable(images.root), str(images.size), images.method, images.storage, str(len(images))
+    kind = printable(content.kind)
+    return printable(content.root), str(content.size), content.resize_method, kind, str(content.num_images)
 
 
 def _ago(moment: float) -> str:

@@ -20,6 +20,8 @@ RESERVE = 32_000_000
 """Bytes that tables, journal, report and Tune's state may take between two checks."""
 STATE = 3
 """Size of a training's state as a multiple of its weights: AdamW keeps two numbers for each."""
+MOST_FEATURES = 2048
+"""Of an image, as ResNet-50 makes them and hardly any network more; how many an architecture has only torch knows."""
 
 
 def needed(weights: int, *, at_once: int, kept: int) -> int:
@@ -28,14 +30,23 @@ def needed(weights: int, *, at_once: int, kept: int) -> int:
     return weights * (2 * STATE * at_once + kept) + RESERVE
 
 
-def needs(folder: RunFolder, weights: int | None, *, at_once: int, kept: int) -> str:
-    """What a search says about its disk at its start; `weights` are the bytes of the largest network, if known."""
+def features_needed(num_images: int, num_sets: int, *, concat_pool: bool) -> int:
+    """The most bytes that so many sets of features take in the cache, in float16; concat pooling doubles them."""
+    return 2 * num_images * num_sets * MOST_FEATURES * (1 + concat_pool)
+
+
+def needs(folder: RunFolder, weights: int | None, *, at_once: int, kept: int, features: int = 0) -> str:
+    """What a search says about its disk at its start; `weights` are the bytes of the largest network, if known.
+
+    The bytes of its `features` are counted as if the cache were on the same disk, as it is by default on one machine.
+    """
     free = free_bytes(folder.path)
+    cached = f"; up to {megabytes(features)} in each machine's cache for features" if features else ""
     if weights is None:
-        return f"disk: {megabytes(free)} free; the size of a trial is known after its first epoch"
+        return f"disk: {megabytes(free)} free; the size of a trial is known after its first epoch{cached}"
     wanted = needed(weights, at_once=at_once, kept=kept)
-    short = "" if free > wanted else ": TOO LITTLE, the search will wait for space"
-    return f"disk: up to {megabytes(wanted)} for checkpoints and {kept} models, {megabytes(free)} free{short}"
+    short = "" if free > wanted + features else ": TOO LITTLE, the search will wait for space"
+    return f"disk: up to {megabytes(wanted)} for checkpoints and {kept} models{cached}, {megabytes(free)} free{short}"
 
 
 def largest_weights(space: Space, weights: str | None) -> int | None:

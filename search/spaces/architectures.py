@@ -25,11 +25,13 @@ def to_try(space: Space) -> list[dict[str, Any]]:
     """
     defaults = Recipe.from_dict(space.settings).to_dict()
     values = {name: _values(space, name, defaults[name]) for name in DECISIVE}
+    if True not in _values(space, "pretrained", defaults["pretrained"]):
+        values["head_init"] = ("zeros",)  # a probe has no effect
     found = []
     for arch in [arch for arch in values.pop("arch") if arch not in known()]:
         first = {"arch": arch, **{name: of[0] for name, of in values.items()}}
-        heads = itertools.product(values["head"], values["concat_pool"])
-        found += [first | {"head": head, "concat_pool": concat_pool} for head, concat_pool in heads]
+        heads = itertools.product(values["head"], values["head_init"], values["concat_pool"])
+        found += [first | {"head": head, "head_init": init, "concat_pool": pool} for head, init, pool in heads]
         sizes = itertools.product(values["image_size"], values["start_size"])
         found += [first | {"image_size": size, "start_size": start} for size, start in sizes]
     own = _recipes_of(load_space(OWN_IMAGES))

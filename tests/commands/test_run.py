@@ -339,7 +339,7 @@ def test_commands_that_a_search_prints_can_be_pasted_where_results_has_a_space(t
     run = RunOptions(
         options=options, space=space, folder=RunFolder(path), data="", labels=[], group_size=GroupSize(), data_digest=""
     )
-    announce(run, [Node(2, 0)])
+    announce(run, [Node(2, 0)], num_images=100)
     assert commands_in(capsys.readouterr().out) == {"search.dashboard": [str(path)]}
     assert conclude(run, 60.0, interrupted=False) == 0
     found = commands_in(capsys.readouterr().out)

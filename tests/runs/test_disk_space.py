@@ -11,7 +11,7 @@ from processes import as_user, open_to_all
 
 from search.runs import disk_space as search_disk
 from search.runs.atomic_files import append_line, write_atomically
-from search.runs.disk_space import DiskWatch, needed, needs
+from search.runs.disk_space import DiskWatch, features_needed, needed, needs
 from search.runs.paths import RunFolder
 from trainables.system import full_disk
 from trainables.training import checkpoint
@@ -144,6 +144,18 @@ def test_a_search_says_what_it_will_need(tmp_path, monkeypatch):
         "1.0 GB free: TOO LITTLE, the search will wait for space"
     )
     assert needs(folder, None, at_once=2, kept=3).startswith("disk: 1.0 GB free; the size of a trial is known")
+
+
+def test_the_features_of_a_screen_count_too(tmp_path, monkeypatch):
+    assert features_needed(6000, 12, concat_pool=False) == 6000 * 12 * 2048 * 2
+    assert features_needed(6000, 12, concat_pool=True) == 6000 * 12 * 4096 * 2
+    monkeypatch.setattr(search_disk, "free_bytes", lambda folder: 500 * MB)
+    said = needs(RunFolder(tmp_path), 20 * MB, at_once=2, kept=3, features=295 * MB)
+    assert said == (
+        "disk: up to 332 MB for checkpoints and 3 models; up to 295 MB in each machine's cache for features, "
+        "500 MB free: TOO LITTLE, the search will wait for space"
+    )
+    assert "TOO LITTLE" not in needs(RunFolder(tmp_path), 20 * MB, at_once=2, kept=3)
 
 
 def test_a_search_pauses_before_its_disk_is_full_and_goes_on_by_itself(tmp_path, monkeypatch, capsys):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DECISIVE = ("arch", "head", "concat_pool", "image_size", "start_size")
+DECISIVE = ("arch", "head", "head_init", "concat_pool", "image_size", "start_size")
 """The settings that decide whether a network can be built and trained."""
 STRIDE = 32
 """px; most networks that do not accept every size accept multiples of it."""
@@ -105,11 +105,13 @@ def _problem(recipe: Recipe) -> str | None:
     """Why the network of `recipe` cannot be built or make a step in one of its stages; None if it trains."""
     import torch
 
-    from trainables.network.model import build
+    from trainables.network.model import build, check_probed
 
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             network = build(replace(recipe, pretrained=False), 3)
+            if recipe.starts_with_probe:
+                check_probed(network, recipe)
             for size in {recipe.image_size, recipe.start_size or recipe.image_size}:
                 _step(network, torch.empty(2, 3, size, size), recipe)
     except ValueError as error:

@@ -119,6 +119,21 @@ def build(recipe: Recipe, num_classes: int, weights: Path | None = None, *, load
     return Network(model, tuple(config["mean"]), tuple(config["std"]))
 
 
+def check_probed(network: Network, recipe: Recipe) -> None:
+    """Raises `ValueError` unless one linear layer or mlp head maps pooled features to classes, as a probe needs it."""
+    classifier = network.classifier
+    if recipe.head == "mlp" or (isinstance(classifier, nn.Linear) and classifier.bias is not None):
+        return
+    if isinstance(classifier, nn.ModuleList):
+        kind = f"{len(classifier)} classifiers"
+    else:
+        kind = type(classifier).__name__ + (" without bias" if isinstance(classifier, nn.Linear) else "")
+    raise ValueError(
+        f"head_init=probe needs one linear classifier with a bias, but {recipe.arch} has {kind}; expected "
+        "head_init=zeros"
+    )
+
+
 def check_architecture(arch: str) -> None:
     """Raises `ValueError`, with similar names or the known tags, if timm has no such architecture or weight tag."""
     name, _, tag = arch.partition(".")

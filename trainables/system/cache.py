@@ -25,7 +25,8 @@ class DamagedCache(ValueError):
 
 
 def cache_dir() -> Path:
-    """The folder of downloads and presized images: FINETUNE_SEARCH_CACHE, or finetune-search in the user's cache."""
+    """The folder of downloads, presized images and features: FINETUNE_SEARCH_CACHE, or finetune-search in the user's
+    cache."""
     if given := os.environ.get("FINETUNE_SEARCH_CACHE"):
         return Path(given).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

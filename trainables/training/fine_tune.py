@@ -26,7 +26,7 @@ from trainables.data.presized_images import PresizedImages
 from trainables.network import loss, model, normalization, optimizer, schedule
 from trainables.network.dropout import WholeBatch
 from trainables.network.precision import autocast_dtype
-from trainables.probe.features import Features
+from trainables.probe.feature_files import Features
 from trainables.recipe import Recipe
 from trainables.training import lr_finder
 from trainables.training.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE, Files, Preprocessing
@@ -36,6 +36,9 @@ from trainables.training.probing import Probing
 
 STEPS_PER_CHECK = 20
 """Steps between checks of the loss, each of which waits for the GPU and the other workers."""
+
+FEATURES_AT_ONCE = 8192
+"""Rows of features that the head reads at a time in a probe, whose memory takes twice as much in fp32."""
 
 
 class Diverged(RuntimeError):
@@ -101,6 +104,8 @@ class FineTune:
             raise ValueError(f"a batch of {smallest} images is too small for {self.world.size} workers")
 
         self.network = model.build(recipe, self.num_classes, weights, load_pretrained=load_pretrained)
+        if recipe.starts_with_probe:
+            model.check_probed(self.network, recipe)
         if self.world.size > 1:
             self.network = self.network.with_model(share_batch_norm(self.network.model, self.device))
         self.network.model.to(self.device).to(memory_format=torch.channels_last)
@@ -147,7 +152,7 @@ class FineTune:
         """Epoch 0 of a training that starts with a probe: computes its head, and evaluates on the same features."""
         started = time.perf_counter()
         found = self.probing.features()
-        head = self.probing.head(found.rows, self.train_indices)
+        head = self.probing.head(found, self.train_indices)
         self.network.classifier.load_state_dict(head)
         trained = time.perf_counter()
         labels = self.inputs.labels[torch.as_tensor(self.train_indices)].to(self.device)
@@ -182,6 +187,7 @@ class FineTune:
             inputs=self.inputs,
             amp_dtype=self.amp_dtype,
             world=self.world,
+            batch_parts=self.batch_parts,
             on_progress=self.on_progress,
         )
 
@@ -189,9 +195,11 @@ class FineTune:
     def _head_logits(self, features: Features) -> torch.Tensor:
         """The head's logits for features (n, features), as validation computes them."""
         self.network.model.eval()
-        with self._autocast():
-            logits: torch.Tensor = self.network.classifier(torch.from_numpy(features).to(self.device).float())
-        return logits.float()
+        logits = []
+        for rows in torch.from_numpy(features).split(FEATURES_AT_ONCE):
+            with self._autocast():
+                logits.append(self.network.classifier(rows.to(self.device).float()).float())
+        return torch.cat(logits)
 
     def _train(self) -> float:
         """The steps of an epoch; their mean loss."""

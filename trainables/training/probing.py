@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -17,20 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 
 from trainables.batches import augmentation
 from trainables.data.presized_images import PresizedImages
-from trainables.network.model import Network
-from trainables.probe.features import (
-    Features,
-    FeatureSet,
-    as_float16,
-    feature_path,
-    open_features,
-    pooled_features,
-    probed_classifier,
-    write_features,
-)
+from trainables.network.model import Network, mlp_head
+from trainables.probe.feature_files import Features, FeatureSet, lock_file, open_features, write_features
+from trainables.probe.features import as_float16, description, feature_path, pooled_features
 from trainables.probe.logistic_regression import fit
 from trainables.probe.mlp_training import fit_mlp
 from trainables.recipe import Recipe
@@ -40,6 +33,8 @@ from trainables.training.inputs import Inputs
 
 CHUNK = 64
 """Images of a forward pass. The same for any number of workers, so that they compute the same features."""
+PIECE = 8192
+"""Rows that a worker gives to the others at a time: a collective copies several times what it passes on."""
 HEAD_VERSION = 1
 """Raise it when the same features give another head."""
 
@@ -58,24 +53,30 @@ class Probing:
     inputs: Inputs
     amp_dtype: torch.dtype | None
     world: World
+    batch_parts: int
+    """As in `FineTune`; of a forward pass of `CHUNK` images, too."""
     on_progress: Callable[[], None]
 
     def features(self) -> FeatureSet:
-        """The features of all images: from this node's cache, or computed by the workers in equal shares."""
+        """The features of all images: from this node's cache, or computed by the workers in equal shares.
+
+        The first worker locks those of its node while all of them compute. The others neither wait for a lock nor hold
+        one then, so that two trainings never wait for each other.
+        """
         path = feature_path(self.network, self.images, self.recipe, self.amp_dtype)
-        found = _opened(path)
-        if all(self.world.gather(found is not None)) and found:
+        if found := self._opened_by_all(path):
             return found
         with ExitStack() as held:
-            if self.world.rank == 0:
-                held.enter_context(_lock(path, self.on_progress))
-                found = _opened(path)
-            if all(self.world.gather(found is not None)) and found:
+            self._lock(path, held)
+            if found := self._opened_by_all(path):  # another training has computed them
                 return found
             computed = self._computed(path)
-            return found or self._kept(computed, locked_already=self.world.rank == 0)
+            if self.world.rank == 0:
+                found = _opened(path) or self._written(computed)
+            self.world.gather(None)  # until they are written
+        return found or _opened(path) or self._written_on_other_node(computed)
 
-    def head(self, features: Features, train: npt.NDArray[np.int64]) -> State:
+    def head(self, features: FeatureSet, train: npt.NDArray[np.int64]) -> State:
         """The state of the classifier that is best on the features of the images `train`; the first worker's."""
         state = self._cached_head(features, train) if self.world.rank == 0 else None
         shared: State = self.world.gather(state)[0]
@@ -83,68 +84,114 @@ class Probing:
 
     # --- Features -----------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    def _opened_by_all(self, path: Path) -> FeatureSet | None:
+        """The cached features; None if any worker's node has none."""
+        found = _opened(path)
+        return found if all(self.world.gather(found is not None)) else None
+
+    def _lock(self, path: Path, held: ExitStack) -> None:
+        """The first worker takes the lock of its node, if the cache can be written at all; the others wait for it."""
+        if self.world.rank > 0:
+            while not self.world.gather(None)[0]:
+                pass
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            purpose = "for another process that computes the same features"
+            held.enter_context(locked(lock_file(path), purpose, self._still_waiting))
+        except OSError as error:
+            logger.debug("features cannot be locked: %s", error)  # `_written` will say so
+        self.world.gather(True)
+
+    def _still_waiting(self) -> None:
+        """The first worker still waits for the lock: no collective of the others may time out."""
+        self.on_progress()
+        self.world.gather(False)
+
     def _computed(self, path: Path) -> FeatureSet:
         """The features of all images, of which each worker computes its share of chunks."""
         started = time.perf_counter()
-        count = len(self.images)
-        chunks = [np.arange(start, min(count, start + CHUNK)) for start in range(0, count, CHUNK)]
-        mine = chunks[self.world.shard(len(chunks))]
-        plans = ((chunk, augmentation.centre(len(chunk), self.recipe.resize_method)) for chunk in mine)
+        count, chunk = len(self.images), max(1, CHUNK // self.batch_parts)
+        chunks = [np.arange(start, min(count, start + chunk)) for start in range(0, count, chunk)]
+        rows = self._gathered(self._forward(chunks[self.world.shard(len(chunks))]))
+        return FeatureSet(rows=rows, seconds=time.perf_counter() - started, path=path)
+
+    @torch.inference_mode()
+    def _forward(self, chunks: list[npt.NDArray[np.int64]]) -> Features:
+        """The features of the images of some chunks, one after another."""
+        plans = ((chunk, augmentation.centre(len(chunk), self.recipe.resize_method)) for chunk in chunks)
+        rows: Features = np.empty((0, 0), dtype=np.float16)
+        done = 0
         self.network.model.eval()
-        rows = []
         with pooled_features(self.network) as found:
             for batch in self.inputs.batches(plans, self.recipe.image_size):
                 with torch.autocast(batch.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
                     self.network.model(batch)
-                rows.append(as_float16(found.pop()))
+                features = as_float16(found.pop())
+                if done == 0:
+                    rows = np.empty((sum(map(len, chunks)), features.shape[1]), dtype=np.float16)
+                rows[done : done + len(features)] = features
+                done += len(features)
                 self.on_progress()
-        parts = self.world.gather(np.concatenate(rows) if rows else None)
-        whole: Features = np.concatenate([part for part in parts if part is not None])
-        return FeatureSet(rows=whole, seconds=time.perf_counter() - started, path=path)
+        return rows
 
-    def _kept(self, computed: FeatureSet, *, locked_already: bool) -> FeatureSet:
+    def _gathered(self, mine: Features) -> Features:
+        """The rows of all workers, by rank."""
+        if self.world.size == 1:
+            return mine
+        lengths, widths = zip(*self.world.gather(mine.shape), strict=True)
+        whole: Features = np.empty((sum(lengths), max(widths)), dtype=np.float16)  # a worker may have no rows
+        first = np.cumsum([0, *lengths])
+        for start in range(0, max(lengths), PIECE):
+            for rank, piece in enumerate(self.world.gather(mine[start : start + PIECE])):
+                if len(piece):
+                    whole[first[rank] + start : first[rank] + start + len(piece)] = piece
+        return whole
+
+    def _written(self, computed: FeatureSet) -> FeatureSet:
         """The features as the cache has them from now on; unchanged where it cannot be written."""
-        with ExitStack() as held:
-            try:
-                if not locked_already:
-                    held.enter_context(_lock(computed.path, self.on_progress))
-                    if found := _opened(computed.path):
-                        return found
-                return write_features(computed, self.images, self.recipe)
-            except OSError as error:
-                logger.warning("features cannot be kept in %s, and are computed again: %s", computed.path, error)
-                return computed
+        try:
+            return write_features(computed, description(self.images, self.recipe))
+        except OSError as error:
+            logger.warning("features cannot be kept in %s, and are computed again: %s", computed.path, error)
+            return computed
+
+    def _written_on_other_node(self, computed: FeatureSet) -> FeatureSet:
+        """The same for a worker that does not share the first one's cache; unchanged where another process builds them
+        there, for which this worker does not wait."""
+        try:
+            computed.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock_file(computed.path), timeout=0):
+                return _opened(computed.path) or self._written(computed)
+        except Timeout:
+            return computed
+        except OSError:  # the lock cannot be written, and neither can they
+            return self._written(computed)
 
     # --- The head -----------------------------------------------------------------------------------------------------
 
-    def _cached_head(self, features: Features, train: npt.NDArray[np.int64]) -> State:
-        path = feature_path(self.network, self.images, self.recipe, self.amp_dtype)
+    def _cached_head(self, features: FeatureSet, train: npt.NDArray[np.int64]) -> State:
         labels = self.inputs.labels[torch.as_tensor(train)]
         recipe = self.recipe
         mlp = (recipe.hidden, recipe.dropout, recipe.seed) if recipe.head == "mlp" else ()
         decisive = (HEAD_VERSION, self.inputs.num_classes, recipe.head, *mlp)
         name = sha256(repr(decisive).encode() + train.tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
-        file = path / f"{recipe.head}-{name}.head"
+        file = features.path / f"{recipe.head}-{name}.head"
         if (state := _read_head(file)) is None:
-            state = self._fitted(features[train], labels)
+            state = self._fitted(features.rows[train], labels)
             _write_head(file, state)
         return state
 
     def _fitted(self, features: Features, labels: torch.Tensor) -> State:
-        rows, classifier = torch.from_numpy(features), probed_classifier(self.network)
-        device, classes = self.inputs.device, self.inputs.num_classes
-        if isinstance(classifier, torch.nn.Linear):
+        rows, device, classes = torch.from_numpy(features), self.inputs.device, self.inputs.num_classes
+        if self.recipe.head == "linear":
             found = fit(rows, labels, classes, seed=0, device=device, on_progress=self.on_progress)
             return {"weight": found.weight, "bias": found.bias}
-        assert isinstance(classifier, torch.nn.Sequential)  # see `probed_classifier`
-        fit_mlp(classifier, rows, labels, seed=self.recipe.seed, device=device, on_progress=self.on_progress)
-        return {name: value.detach().cpu().clone() for name, value in classifier.state_dict().items()}
-
-
-def _lock(path: Path, on_wait: Callable[[], None]) -> AbstractContextManager[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return locked(path.with_name(f".{path.name}.lock"), "for another process that computes the same features", on_wait)
+        # A copy whose batch norms are this worker's own: the others do not train it.
+        head = mlp_head(rows.shape[1], classes, self.recipe)
+        head.load_state_dict(self.network.classifier.state_dict())
+        fit_mlp(head, rows, labels, seed=self.recipe.seed, device=device, on_progress=self.on_progress)
+        return {name: value.detach().clone() for name, value in head.state_dict().items()}
 
 
 def _opened(path: Path) -> FeatureSet | None:
@@ -170,7 +217,10 @@ def _write_head(file: Path, state: State) -> None:
     content = safetensors.torch.save({name: value.contiguous() for name, value in state.items()})
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     with suppress(OSError):
-        with partial.open("wb") as opened:
-            opened.write(sha256(content).digest() + content)
-            flush(opened)
-        partial.replace(file)
+        try:
+            with partial.open("wb") as opened:
+                opened.write(sha256(content).digest() + content)
+                flush(opened)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
