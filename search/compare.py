@@ -5,7 +5,9 @@ import os
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 from rich.console import Console
 from rich.table import Table
@@ -15,8 +17,9 @@ from search.cli.messages import command_name, say
 from search.reporting import html_page
 from search.reporting.charts import FAMILIES, Chart, end_times, plain
 from search.reporting.importance import importances
+from search.reporting.summary import model
 from search.runs.atomic_files import write_atomically
-from search.runs.result_rows import COMPLETED, FAILED, STOPPED
+from search.runs.result_rows import COMPLETED, FAILED, PROBE, PROBED, RANKED, STOPPED, UNFINISHED, how_many, name_of
 from search.runs.run_record import RunRecord, load
 from trainables.system.command_line import run_cli
 from trainables.system.full_disk import require_writable_file
@@ -33,7 +36,7 @@ Exit code 0, or 2 if a run or an option is invalid.
 """
 
 
-HEADINGS = ["run", "best", "95 % interval", "trial 0", "trials", "epochs", "trained", "took"]
+HEADINGS = ["run", "best", "95 % interval", "best probe", "trial 0", "trials", "epochs", "trained", "took"]
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -91,6 +94,9 @@ def tables(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str, list[li
     rated = [[name, *(percent(found[name], 0) if name in found else "" for found in shares)] for name in dimensions]
     recipes = [[name, *(_setting(run, name) for run in runs)] for name in dimensions]
     found = {"Best error and budget": [HEADINGS, *map(_row, runs, names)]}
+    if any(run.fine_tuning for run in runs):
+        worth = [[name, run.fine_tuning] for run, name in zip(runs, names, strict=True)]
+        found["Fine-tuning against the best probe"] = [["run", "fine-tuning"], *worth]
     if any(shares):
         found["Importance of the settings (PED-ANOVA; empty: too few trials, or not searched)"] = [head, *rated]
     return found | {"The winners' recipes": [head, *recipes]}
@@ -98,21 +104,31 @@ def tables(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str, list[li
 
 def _row(run: RunRecord, name: str) -> list[str]:
     """A run's best error and budget; empty texts for what is not known."""
-    best, first = run.best, run.first
+    best, probe, first = run.best, run.probe, run.first
     low_high = run.interval(best) if best is not None else None
     counts = run.trials["status"].value_counts()
-    ended = ", ".join(f"{counts[status]} {status}" for status in (COMPLETED, STOPPED, FAILED) if status in counts)
+    statuses = (COMPLETED, UNFINISHED, STOPPED, FAILED)
+    ended = ", ".join(f"{counts[status]} {status}" for status in statuses if status in counts)
+    kinds = run.trials["kind"]
+    started = how_many(kinds) if (kinds == PROBE).any() else str(len(run.trials))
     minutes = end_times(run)
     return [
         name,
-        "none completed" if best is None else f"{percent(best['error_rate'])} (trial {best.name})",
+        "none completed" if best is None else f"{percent(best['error_rate'])} ({name_of(best['number'])})",
         " to ".join(map(percent, low_high)) if low_high else "",
-        "" if first is None else percent(first["error_rate"]),
-        f"{len(run.trials)}: {ended}" if ended else str(len(run.trials)),
-        str(len(run.epochs)),
+        "" if probe is None else f"{_with_interval(run, probe)}, {model(run, probe)}",
+        "" if first is None else _with_interval(run, first),
+        f"{started}: {ended}" if ended else started,
+        str((run.epochs["epoch"] > 0).sum()),
         duration(run.trials["seconds"].sum()),
         duration(60 * minutes.max()) if len(minutes) else "",
     ]
+
+
+def _with_interval(run: RunRecord, row: "pd.Series[Any]") -> str:
+    """Such as "5.0 % (2.3 % to 10.5 %)"."""
+    low_high = run.interval(row)
+    return percent(row["error_rate"]) + (f" ({' to '.join(map(percent, low_high))})" if low_high else "")
 
 
 def warnings(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
@@ -131,7 +147,9 @@ def _setting(run: RunRecord, name: str) -> str:
     """The winner's value of a setting, searched or not."""
     if run.best is None:
         return ""
-    value = run.best[name] if name in run.best else run.space.get("settings", {}).get(name, "")
+    if run.best["kind"] == PROBE and name not in PROBED:
+        return ""
+    value = run.setting(run.best, name)
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -167,7 +185,7 @@ def incumbents(runs: Sequence[RunRecord], names: Sequence[str]) -> Chart | None:
         minutes = end_times(run)
         trials = run.trials.assign(minutes=minutes).sort_values("minutes")
         done = trials.assign(spent=trials["seconds"].cumsum() / 60)
-        done = done[done["status"] == COMPLETED]
+        done = done[done["status"].isin(RANKED) & done["error_rate"].notna()]
         if done.empty:
             continue
         best = list(accumulate(done["error_rate"], min))

@@ -20,6 +20,7 @@ from search.exporting import export_formats
 from search.exporting.verification import Differs, check_against_table
 from search.runs.atomic_files import replace_folder
 from search.runs.command import CommandRecord
+from search.runs.result_rows import PROBE, name_of, short_name
 from search.runs.trained_model import open_run
 from trainables.data.labelled_images import MAX_UNREADABLE
 from trainables.inference.model_folder import ModelFolder, read_json, read_model
@@ -65,7 +66,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run, such as results/<name>")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--trial", metavar="ID", help=(
-        "a trial's number or id; a run keeps the weights of its best trials (--keep); default: the best"
+        "a trial's number or id, or 'probe 3'; a run keeps the weights of its best (--keep); default: the best"
     ))  # fmt: skip
     parser.add_argument("--format", default="safetensors", metavar="LIST", help=(
         "safetensors, onnx and pt2, separated by commas; safetensors is always written and the default"
@@ -121,7 +122,8 @@ def export(
     metrics = read_json(model.path / "metrics.json")
     export_formats.require_packages(formats)
     require_free(out, force=force)
-    print(f"exporting trial {metrics['trial_id']}: {model.recipe.arch}, {percent(metrics['error_rate'], 2)} wrong")
+    name = name_of(metrics["number"]) if "number" in metrics else f"trial {metrics['trial_id']}"
+    print(f"exporting {name}: {model.recipe.arch}, {percent(metrics['error_rate'], 2)} wrong")
 
     def require_same_best() -> None:
         if not model.path.is_dir() or read_json(model.path / "metrics.json") != metrics:
@@ -160,26 +162,34 @@ def find_model(run: Path, trial: str | None) -> ModelFolder:
     """The best model of `run`, or that of `trial` (a number or id). Raises `ValueError` if its weights are missing."""
     best = open_run(run)
     metrics = read_json(best.path / "metrics.json")
-    if trial is None or trial in (metrics["trial_id"], str(metrics.get("number"))):
+    if trial is None or trial == metrics["trial_id"] or ("number" in metrics and trial in names_of(metrics["number"])):
         return best
     record = record_of(run)
     unknown = f"--trial {trial}: there is no such trial in {run}. Its trials:"
     if record is None or record.trials.empty:
         raise ValueError(f"{unknown} {metrics['trial_id']}.")
     numbers, ids = record.trials["number"], record.trials["trial_id"]
-    found = record.trials[(ids == trial) | (numbers.astype(str) == trial)]
+    found = record.trials[(ids == trial) | numbers.map(lambda number: trial in names_of(number))]
     if found.empty:
-        raise ValueError(f"{unknown} {numbers.min()} to {numbers.max()} (or by id, such as {metrics['trial_id']}).")
+        kinds = [numbers[numbers < 0].iloc[::-1], numbers[numbers >= 0]]
+        ranges = [f"{short_name(found.iloc[0])} to {short_name(found.iloc[-1])}" for found in kinds if len(found)]
+        raise ValueError(f"{unknown} {', '.join(ranges)} (or by id, such as {metrics['trial_id']}).")
     row = found.iloc[0]
     folders = weight_folders(record, metrics.get("number"))
     if row["number"] in folders:
         return read_model(folders[row["number"]])
+    kept = ", ".join(map(short_name, sorted(folders))) or metrics["trial_id"]
     score = "" if math.isnan(row["error_rate"]) else f", {percent(row['error_rate'], 2)} wrong"
     raise ValueError(
-        f"--trial {trial}: the weights of trial {row['number']} ({row['status']}{score}) were not kept: a run keeps "
-        f"those of its best trials only (--keep; here {', '.join(map(str, sorted(folders))) or metrics['trial_id']}). "
+        f"--trial {trial}: the weights of {name_of(row['number'])} ({row['status']}{score}) were not kept: a run keeps "
+        f"those of its best trials only (--keep; here {kept}). "
         f"Train this one again with: {training_command(record, row)}"
     )
+
+
+def names_of(number: int) -> tuple[str, str]:
+    """What `--trial` may call a trial."""
+    return str(number), name_of(number)
 
 
 def weight_folders(record: RunRecord, best: int | None) -> dict[int, Path]:
@@ -196,6 +206,8 @@ def training_command(record: RunRecord, row: Any) -> str:
     # With named recipes the space's own dimensions are plain settings, and would be searched unless all are pinned.
     names = list(settings) if options.recipes else [*record.dimensions, *space.get("pinned", [])]
     values = {name: row[name] if name in row else settings[name] for name in dict.fromkeys(names) if name != "seed"}
+    if row.get("kind") == PROBE:
+        values |= {"head_init": "probe", "freeze_epochs": 0, "epochs": 0}
     words = ["--space", space["name"], "--trials", "1"]
     for name, value in (("data", options.data), ("weights", options.weights)):
         words += [f"--{name}", str(value)] if value else []

@@ -15,16 +15,32 @@ from pandas.api.types import is_numeric_dtype
 from search.cli.messages import command_name, say
 from search.reporting import charts, html_page, test_set, winner_charts
 from search.reporting.error_analysis import ErrorAnalysis, analyse, read_analysis
+from search.reporting.summary import model
 from search.runs.atomic_files import write_atomically
 from search.runs.command import CommandRecord
-from search.runs.result_rows import COMPLETED, CONFIRMED, FAILED, RETRAINED, RUNNING, SCORES, STOPPED
+from search.runs.result_rows import (
+    COMPLETED,
+    CONFIRMED,
+    FAILED,
+    PROBE,
+    PROBED,
+    RETRAINED,
+    RUNNING,
+    SCORES,
+    STOPPED,
+    UNFINISHED,
+    better_epoch,
+    how_many,
+    name_of,
+    short_name,
+)
 from search.runs.run_record import RunRecord, load
 from search.spaces.space import dimension_text
 from trainables.system.command_line import run_cli
 from trainables.system.full_disk import require_writable_file
 from trainables.system.text import duration, many, percent, shell_command
 
-STATUSES = (COMPLETED, RETRAINED, STOPPED, FAILED, RUNNING)
+STATUSES = (COMPLETED, UNFINISHED, RETRAINED, STOPPED, FAILED, RUNNING)
 
 EXAMPLES = """
 examples:
@@ -69,7 +85,7 @@ def write_report(run: RunRecord, out: Path, *, analysis: bool) -> None:
     """
     _write(out, render(run))
     if analysis and run.best is not None and read_analysis(run) is None:
-        say(f"labelling the validation images with trial {run.best.name} for the report (Ctrl-C skips this)")
+        say(f"labelling the validation images with {name_of(run.best['number'])} for the report (Ctrl-C skips this)")
         _write(out, render(run, no_analysis=analyse(run)))
 
 
@@ -83,12 +99,8 @@ def _write(out: Path, text: str) -> None:
 def render(run: RunRecord, *, no_analysis: str = "") -> str:
     """The report as HTML. `no_analysis` says why it lacks the winner's errors."""
     found = read_analysis(run)
+    failed = run.trials[run.trials["status"] == FAILED]
     found_charts, about_winner = charts.search_charts(run), winner_figures(run, found)
-    best, first = run.best, run.first
-    cards = [_card("best-card", "Best", best, run)] if best is not None else []
-    if best is not None and first is not None and first.name != best.name:
-        what = "Trial 0" if run.command.arguments.recipes else "Trial 0, the space's own recipe"
-        cards.append(_card("first-card", what, first, run))
     return html_page.render(
         "report.html",
         [*found_charts, *about_winner],
@@ -97,7 +109,7 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
         headline=headline(run),
         written_at=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         running=bool((run.trials["status"] == RUNNING).any()),
-        cards=cards,
+        cards=cards(run),
         verdict=verdict(run),
         test=test_set.lines(run.folder),
         facts=facts(run),
@@ -110,7 +122,7 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
         columns=columns(run),
         rows=table(run),
         statuses=sorted(run.trials["status"].unique()),
-        failures=list(run.trials.loc[run.trials["status"] == FAILED, "reason"].items()),
+        failures=[(name_of(row["number"]), row["reason"]) for _, row in failed.iterrows()],
         command=shell_command("search.run", *run.command.argv),
         later_commands=run.later_commands,
         environment=environment(run),
@@ -134,24 +146,41 @@ def headline(run: RunRecord) -> str:
     by_status = ", ".join(f"{counts[name]} {name}" for name in STATUSES if name in counts)
     minutes = charts.end_times(run)
     took = f" in {duration(60 * minutes.max())}" if len(minutes) else ""
-    return f"{many(len(run.trials), 'trial')}{took}: {by_status}"
+    return f"{how_many(run.trials['kind'])}{took}: {by_status}"
 
 
 def verdict(run: RunRecord) -> str:
-    """How certain the winner's lead over trial 0 is, in words; empty without both."""
+    """How certain the winner's lead over trial 0 is, and whether fine-tuning was worth it, in words; empty where there
+    is nothing to compare."""
     if run.best is None:
         return "No trial has completed, so there is no winner yet." if len(run.trials) else ""
-    if not run.lead:
+    found = [f"Fine-tuning is {run.fine_tuning}."] if run.fine_tuning else []
+    found += [f"The winner is {run.lead}."] if run.lead else []
+    if not found:
         return ""
-    return (
-        f"The winner is {run.lead}. It is the best of {len(run.completed)} trials on the same {run.num_valid} images "
-        "that are reported here, so expect a slightly larger error on new ones."
-    )
+    chosen = f"The winner is the best of {how_many(run.completed['kind'])} on the same {run.num_valid} images"
+    if run.command.arguments.keep_epoch == "best":
+        chosen += ", which also chose the best epoch of each trial, and"
+    return " ".join([*found, f"{chosen} that are reported here, so expect a slightly larger error on new ones."])
+
+
+def cards(run: RunRecord) -> list[dict[str, Any]]:
+    """The winner beside the best probe and trial 0, as far as there are these."""
+    best, probe, first = run.best, run.probe, run.first
+    if best is None:
+        return []
+    shown = [_card("best-card", "Best", best, run)]
+    if probe is not None and probe.name != best.name:
+        shown.append(_card("probe-card", "Best probe, without fine-tuning", probe, run))
+    if first is not None and first.name != best.name:
+        what = "Trial 0" if run.command.arguments.recipes else "Trial 0, the space's own recipe"
+        shown.append(_card("first-card", what, first, run))
+    return shown
 
 
 def _card(name: str, title: str, row: "pd.Series[Any]", run: RunRecord) -> dict[str, Any]:
     error, interval = row["error_rate"], run.interval(row)
-    lines = [f"validation error, trial {row.name}"]
+    lines = [f"validation error, {model(run, row)}"]
     if interval:
         low, high = map(percent, interval)
         num_valid = run.num_valid or 0
@@ -159,7 +188,8 @@ def _card(name: str, title: str, row: "pd.Series[Any]", run: RunRecord) -> dict[
         lines.append(f"{wrong} of {num_valid} images wrong; 95 % interval {low} to {high}")
     if not math.isnan(row["tta_error_rate"]):
         lines.append(f"{percent(row['tta_error_rate'])} with test-time augmentation")
-    lines.append(f"{row['seconds']:.0f} s of training and validation")
+    if better := better_epoch(row):
+        lines.append(f"{percent(better[1])} after its best epoch, {better[0]}")
     return {"id": name, "title": title, "figure": percent(error), "lines": lines}
 
 
@@ -224,8 +254,8 @@ def _node(cpus: float, gpus: float) -> str:
 def _winner(run: RunRecord) -> dict[str, Any] | None:
     if run.best is None:
         return None
-    settings = [(name, _short(run.best[name])) for name in run.dimensions]
-    return {"number": run.best.name, "settings": settings}
+    names = [name for name in run.dimensions if run.best["kind"] != PROBE or name in PROBED]
+    return {"name": name_of(run.best["number"]), "settings": [(name, _short(run.best[name])) for name in names]}
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
@@ -243,6 +273,9 @@ def columns(run: RunRecord) -> list[Column]:
     """The columns of the table: outcome, cost, searched and pinned settings, and why a trial ended."""
     shown = [Column("trial", "number"), Column("status", "status", is_text=True), Column("epochs", "epochs_done")]
     shown.append(Column("error", "error_rate", is_share=True))
+    if any(better_epoch(row) for _, row in run.trials.iterrows()):
+        shown.append(Column("best epoch", "best_epoch"))
+        shown.append(Column("error then", "best_error_rate", is_share=True))
     if run.trials["tta_error_rate"].notna().any():
         shown.append(Column("with TTA", "tta_error_rate", is_share=True))
     if CONFIRMED in run.trials and run.trials[CONFIRMED].notna().any():
@@ -250,6 +283,7 @@ def columns(run: RunRecord) -> list[Column]:
     shown += [Column("loss", "valid_loss"), Column("seconds", "seconds")]
     known = {"number", "trial_id", *SCORES, *(column.source for column in shown)}
     known |= {CONFIRMED, "epochs_total", "overhead_seconds", "images_per_second", "reason"}
+    known |= {"kind", "best_epoch", "best_error_rate"}
     settings = [name for name in run.trials.columns if name not in known]
     shown += [Column(name, name, is_text=not is_numeric_dtype(run.trials[name])) for name in settings]
     return [*shown, Column("reason", "reason", is_text=True)]
@@ -261,8 +295,15 @@ def table(run: RunRecord) -> list[dict[str, Any]]:
     order = run.trials.sort_values(["error_rate", "valid_loss", "number"], kind="stable", na_position="last")
     return [
         {"status": row["status"], "is_best": number == best, "cells": [_cell(row, column) for column in shown]}
-        for number, row in order.iterrows()
+        for number, row in order.assign(**_without_idle_settings(run, order)).iterrows()
     ]
+
+
+def _without_idle_settings(run: RunRecord, rows: pd.DataFrame) -> "dict[str, pd.Series[Any]]":
+    """The columns of settings without those that a probe does not depend on."""
+    names = [name for name in run.dimensions if name in rows and name not in PROBED]
+    probes = rows["kind"] == PROBE
+    return {name: rows[name].astype(object).mask(probes, math.nan) for name in names} if probes.any() else {}
 
 
 def _cell(row: "pd.Series[Any]", column: Column) -> dict[str, str]:
@@ -272,6 +313,10 @@ def _cell(row: "pd.Series[Any]", column: Column) -> dict[str, str]:
     if column.source == "epochs_done":
         text = f"{row['epochs_done']}/{row['epochs_total']}"
     elif column.source == "seconds":
+        text = f"{value:.0f}"
+    elif column.source == "number":
+        text = short_name(value)
+    elif column.source == "best_epoch" and not missing:
         text = f"{value:.0f}"
     kind = "text long" if column.source == "reason" else "text" if column.is_text else ""
     return {"text": text, "value": "" if missing else str(value), "kind": kind}

@@ -277,7 +277,7 @@ def conclude(run: "RunOptions", seconds: float, *, interrupted: bool) -> int:
     from search.cli.errors import report_errors
     from search.reporting.live_table import counts
     from search.reporting.test_set import read_once
-    from search.runs.result_rows import FAILED, RUNNING, leaders, name_of, read_trials
+    from search.runs.result_rows import FAILED, RUNNING, how_many, leaders, name_of, read_trials
     from search.runs.results_table import deliver_running
     from trainables.training import checkpoint
 
@@ -288,7 +288,7 @@ def conclude(run: "RunOptions", seconds: float, *, interrupted: bool) -> int:
             if row["status"] != RUNNING:  # an epoch that was running when the search ended has left its state
                 checkpoint.drop(run.folder.checkpoints / row["trial_id"])
     print_trials(run, rows)
-    say(f"{many(len(rows), 'trial')} in {duration(seconds)}: {counts(rows)}")
+    say(f"{how_many(row['kind'] for row in rows)} in {duration(seconds)}: {counts(rows)}")
     if (budget := run.options.time_budget) and len(rows) < run.num_trials + run.num_probes and not interrupted:
         left = "is spent" if seconds >= budget else "leaves no time for another trial"
         say(f"the time budget of {duration(budget)} {left}; --resume with a longer --time-budget continues")

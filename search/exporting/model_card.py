@@ -11,12 +11,13 @@ from huggingface_hub import ModelCardData
 from search.exporting.export_formats import INPUT, ONNX_FILE, OPSET, OUTPUT, PROGRAM_FILE
 from search.reporting.test_set import describe_score, read_test
 from search.runs.command import CommandRecord
+from search.runs.result_rows import how_many, name_of
 from search.runs.run_record import RunRecord
 from search.runs.statistics import wilson_interval
 from trainables.data.layouts import split_level
 from trainables.inference.model_folder import ModelFolder
 from trainables.recipe import spec_of
-from trainables.system.text import many, percent, printable
+from trainables.system.text import percent, printable
 
 OURS_SHELL = "python -m search.predict . photo.jpg --top 3"
 OURS = """
@@ -125,12 +126,14 @@ def _summary(model: ModelFolder, metrics: dict[str, Any], run: RunRecord | None)
     chosen = ""
     if run is not None:
         number, best = metrics.get("number"), None if run.best is None else run.best.name
-        which = "the best of" if number in (None, best) else f"trial {number} of"
-        chosen = f", {which} {many(len(run.completed), 'completed trial')} ({len(run.trials)} started)"
-    started = "from pretrained weights" if model.recipe.pretrained else "from scratch"
+        which = "the best of" if number in (None, best) else f"{name_of(number)} of"
+        chosen = f", {which} {how_many(run.completed['kind'], 'completed trial')} ({len(run.trials)} started)"
+    made = "fine-tuned from pretrained weights" if model.recipe.pretrained else "fine-tuned from scratch"
+    if model.recipe.total_epochs == 0:
+        made = "a probe: the frozen features of pretrained weights with a trained head"
     return (
         f"# {text(model.recipe.arch)} for {len(model.labels)} classes\n\n"
-        f"An image classifier, fine-tuned {started}{chosen}: {percent(metrics['error_rate'])} wrong on its validation "
+        f"An image classifier, {made}{chosen}: {percent(metrics['error_rate'])} wrong on its validation "
         "images."
     )
 
@@ -187,9 +190,10 @@ def _errors(metrics: dict[str, Any], run: RunRecord | None) -> str:
         rows.append(("with test-time augmentation", percent(tta, 2)))
     if metrics.get("valid_loss") is not None:
         rows.append(("validation loss", f"{metrics['valid_loss']:.4f}"))
-    trials = "" if run is None else f" {many(len(run.completed), 'completed trial')} of"
+    trials = "" if run is None else f" {how_many(run.completed['kind'], 'completed trial')} of"
+    epoch = ", and its epoch," if run is not None and run.command.arguments.keep_epoch == "best" else ""
     return (
-        f"## Error\n\n{_table(('', ''), rows)}\n\nThe same validation images chose this model among{trials} a "
+        f"## Error\n\n{_table(('', ''), rows)}\n\nThe same validation images chose this model{epoch} among{trials} a "
         "search, so the figures are optimistic: expect a somewhat larger error on new images of the same kind. The "
         f"interval reflects the number of images, not the choice.{_test(metrics, run)}"
     )

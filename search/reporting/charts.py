@@ -17,7 +17,19 @@ import plotly.graph_objects as go
 
 from search.reporting.importance import importances
 from search.reporting.summary import describe_front
-from search.runs.result_rows import COMPLETED, FAILED, RETRAINED, RUNNING, STOPPED
+from search.runs.result_rows import (
+    COMPLETED,
+    FAILED,
+    PROBE,
+    RANKED,
+    RETRAINED,
+    RUNNING,
+    STOPPED,
+    TRIAL,
+    UNFINISHED,
+    how_many,
+    name_of,
+)
 from search.runs.run_record import RunRecord
 from trainables.system.text import many, percent
 
@@ -26,6 +38,8 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E0
 GREY = "#8a8f98"
 STATUS_MARKERS = {
     COMPLETED: {"color": BLUE, "symbol": "circle"},
+    PROBE: {"color": SKY, "symbol": "triangle-up"},  # whatever its status
+    UNFINISHED: {"color": PURPLE, "symbol": "hexagon-open"},
     RETRAINED: {"color": SKY, "symbol": "diamond-open"},
     STOPPED: {"color": ORANGE, "symbol": "x"},
     FAILED: {"color": RED, "symbol": "cross"},
@@ -47,7 +61,8 @@ class Chart:
 
 def search_charts(run: RunRecord) -> list[Chart]:
     """The charts of the search as a whole for which there is data."""
-    charts = (incumbent(run), learning_curves(run), parallel_coordinates(run), importance(run), cost(run))
+    about_settings = (parallel_coordinates(run), importance(run), cost(run))
+    charts = (incumbent(run), learning_curves(run), probes_and_fine_tuned(run), *about_settings)
     return [chart for chart in charts if chart is not None]
 
 
@@ -73,17 +88,18 @@ def end_times(run: RunRecord) -> "pd.Series[float]":
 
 
 def incumbent(run: RunRecord) -> Chart | None:
-    """Error of the best completed trial over time, and where every trial ended."""
+    """Error of the best trial or probe over time, and where every one of them ended."""
     minutes = end_times(run)
     scored = run.trials[run.trials["error_rate"].notna() & run.trials.index.isin(minutes.index)]
     scored = scored.assign(minutes=minutes).sort_values("minutes")
-    done = scored[scored["status"] == COMPLETED]
+    done = scored[scored["status"].isin(RANKED)]
     if done.empty:
         return None
     figure = go.Figure()
-    for status, marker in STATUS_MARKERS.items():
-        if len(rows := scored[scored["status"] == status]):
-            _add_points(figure, rows, "minutes", "after %{x:.1f} min", name=status, marker=marker | {"size": 9})
+    groups = scored["status"].where(scored["kind"] == TRIAL, PROBE)
+    for name, marker in STATUS_MARKERS.items():
+        if len(rows := scored[groups == name]):
+            _add_points(figure, rows, "minutes", "after %{x:.1f} min", name=name, marker=marker | {"size": 9})
     best = list(accumulate(done["error_rate"], min))
     figure.add_scatter(
         x=[*done["minutes"], float(scored["minutes"].max())],
@@ -96,23 +112,28 @@ def incumbent(run: RunRecord) -> Chart | None:
     figure.update_xaxes(title_text="minutes since the first epoch began", rangemode="tozero")
     _error_axis(figure)
     first, last = (
-        f"trial {number} with {percent(done.loc[number, 'error_rate'])} after {done.loc[number, 'minutes']:.1f} min"
+        f"{name_of(number)} with {percent(done.loc[number, 'error_rate'])} after {done.loc[number, 'minutes']:.1f} min"
         for number in (done.index[0], done.sort_values(["error_rate", "valid_loss"]).index[0])
     )
-    caption = f"The first trial to complete was {first}"
+    caption = f"The first model was that of {first}"
     caption += f"; the best so far is {last}." if last != first else ", and no later one has beaten it."
     return Chart("incumbent", "Error of the best trial over time", caption, figure)
 
 
 def learning_curves(run: RunRecord) -> Chart | None:
-    """Validation error after every epoch of every trial; a cross ends those that were stopped early."""
-    if run.epochs.empty:
+    """Validation error after every epoch of every trial; a cross ends those that were stopped early.
+
+    A trial that starts from a probe begins with its epoch 0. Of the screen's probes, only a winner is shown.
+    """
+    trials = run.trials[run.trials["kind"] == TRIAL]
+    epochs = run.epochs[run.epochs["number"].isin(trials.index)]
+    if epochs.empty:
         return None
     figure = go.Figure()
-    best = None if run.best is None else run.best.name
+    best = None if run.best is None else run.best["number"]
     for status, marker in STATUS_MARKERS.items():
-        numbers = [n for n in run.trials.index[run.trials["status"] == status] if n != best]
-        _add_curves(figure, run.epochs, numbers, status, marker["color"])
+        numbers = [n for n in trials.index[trials["status"] == status] if n != best]
+        _add_curves(figure, epochs, numbers, status, marker["color"])
     stopped = run.trials[(run.trials["status"] == STOPPED) & (run.trials["epochs_done"] > 0)]
     if len(stopped):
         figure.add_scatter(
@@ -121,15 +142,17 @@ def learning_curves(run: RunRecord) -> Chart | None:
             mode="markers",
             name="where it was stopped",
             marker=STATUS_MARKERS[STOPPED] | {"size": 10},
-            text=[f"trial {number}: {plain(row['reason'])}" for number, row in stopped.iterrows()],
+            text=[f"{name_of(row['number'])}: {plain(row['reason'])}" for _, row in stopped.iterrows()],
             hovertemplate="%{text}<extra></extra>",
         )
     if best is not None:
-        _add_curves(figure, run.epochs, [best], f"best: trial {best}", GREEN, width=4)
-    step = max(1, math.ceil(run.epochs["epoch"].max() / 10))
+        _add_curves(figure, run.epochs, [best], f"best: {name_of(best)}", GREEN, width=4)
+    step = max(1, math.ceil(epochs["epoch"].max() / 10))
     figure.update_xaxes(title_text="epoch", rangemode="tozero", tick0=0, dtick=step)
     _error_axis(figure)
-    caption = f"Validation error after each epoch of {many(run.epochs['number'].nunique(), 'trial')}."
+    caption = f"Validation error after each epoch of {many(epochs['number'].nunique(), 'trial')}."
+    if (epochs["epoch"] == 0).any():
+        caption += " Epoch 0 is the probe that a trial starts from."
     if len(stopped):
         rungs = stopped["trial_id"].map(run.stop_rungs).dropna().value_counts().sort_index()
         at = ", ".join(f"{number} at rung {rung:g} %" for rung, number in rungs.items())
@@ -137,9 +160,66 @@ def learning_curves(run: RunRecord) -> Chart | None:
     return Chart("learning-curves", "Learning curves", caption, figure)
 
 
+def probes_and_fine_tuned(run: RunRecord) -> Chart | None:
+    """Error of each fine-tuned trial against that of its probe. What was only probed lies on the diagonal."""
+    probed = own_probes(run)
+    tuned = run.tuned[run.tuned.index.isin(probed.index)].assign(probe=probed)
+    if tuned.empty:
+        return None
+    figure = go.Figure()
+    _add_families(figure, tuned, run, "probe", "from a probe's %{x:.1%}")
+    alone = _only_probed(run)
+    if len(alone):
+        marker = {"color": GREY, "symbol": "circle-open", "size": 8}
+        name, alone = "not fine-tuned", alone.assign(probe=alone["error_rate"])
+        _add_points(figure, alone, "probe", "as a probe alone", name=name, marker=marker)
+    line = {"color": GREY, "dash": "dot"}
+    ends = [0.0, float(pd.concat([tuned["probe"], tuned["error_rate"], alone["error_rate"]]).max())]
+    figure.add_scatter(x=ends, y=ends, mode="lines", name="as good as its probe", line=line, hoverinfo="skip")
+    figure.update_xaxes(title_text="validation error of the probe", tickformat=".0%", rangemode="tozero")
+    _error_axis(figure)
+    better, same = (tuned["error_rate"] < tuned["probe"]).sum(), (tuned["error_rate"] == tuned["probe"]).sum()
+    caption = (
+        f"Of {many(len(tuned), 'fine-tuned trial')}, {better} ended below the diagonal, better than the probe of the "
+        f"same architecture and image size; {len(tuned) - better - same} ended above it."
+    )
+    if len(alone):
+        caption += f" Circles on the diagonal: {many(len(alone), 'probe')} that no trial was fine-tuned from."
+    return Chart("probes", "What fine-tuning adds to a probe", caption, figure)
+
+
+def own_probes(run: RunRecord) -> "pd.Series[float]":
+    """The error rate of each fine-tuned trial's probe, by its number: of its own epoch 0, or else of the screen's probe
+    of the same architecture and image size. Without the trials that have neither."""
+    starts = run.epochs[run.epochs["epoch"] == 0].drop_duplicates("number", keep="last")
+    own = starts.set_index("number")["error_rate"]
+    of_screen = {_backbone(run, row): row["error_rate"] for _, row in _probes(run).iterrows()}
+    errors = {
+        number: own.get(number, of_screen.get(_backbone(run, row), math.nan)) for number, row in run.tuned.iterrows()
+    }
+    return pd.Series(errors, dtype=float).dropna()
+
+
+def _only_probed(run: RunRecord) -> pd.DataFrame:
+    """The probes of what no completed trial was fine-tuned from."""
+    tuned, probes = {_backbone(run, row) for _, row in run.tuned.iterrows()}, _probes(run)
+    return probes[[_backbone(run, row) not in tuned for _, row in probes.iterrows()]]
+
+
+def _probes(run: RunRecord) -> pd.DataFrame:
+    return run.completed[run.completed["kind"] == PROBE]
+
+
+def _backbone(run: RunRecord, row: "pd.Series[Any]") -> tuple[str, str]:
+    """Architecture and image size."""
+    return str(run.setting(row, "arch")), str(run.setting(row, "image_size"))
+
+
 def parallel_coordinates(run: RunRecord) -> Chart | None:
-    """A line per trial through its settings to its error, in groups from the best to the worst quarter."""
-    scored = run.trials[run.trials["error_rate"].notna() & (run.trials["status"] != RUNNING)]
+    """A line per trial through its settings to its error, in groups from the best to the worst quarter. A probe has few
+    of the settings, and none of the trials' errors."""
+    trials = run.trials[run.trials["kind"] == TRIAL]
+    scored = trials[trials["error_rate"].notna() & (trials["status"] != RUNNING)]
     if len(scored) < 2 or not run.dimensions:
         return None
     axes = [_Axis(name, scored[name], run.is_log(name)) for name in run.dimensions]
@@ -148,7 +228,7 @@ def parallel_coordinates(run: RunRecord) -> Chart | None:
     quarters = (4 * (scored["error_rate"].rank(method="first") - 1) // len(scored)).to_numpy()
     figure = go.Figure()
     for name, quarter, colour in QUARTERS:
-        lines = ((range(len(axes)), positions[i], [f"trial {scored.index[i]}"] * len(axes))
+        lines = ((range(len(axes)), positions[i], [name_of(scored.index[i])] * len(axes))
                  for i in np.flatnonzero(quarters == quarter).tolist())  # fmt: skip
         x, y, text = _joined(lines)
         figure.add_scatter(
@@ -193,7 +273,7 @@ def importance(run: RunRecord) -> Chart | None:
     figure.update_yaxes(automargin=True)
     listed = ", ".join(f"{name} {percent(share, 0)}" for name, share in shares.items())
     caption = (
-        f"How much each setting tells the better half of {len(run.completed)} completed trials from all of them "
+        f"How much each setting tells the better half of {len(run.whole)} completed trials from all of them "
         f"(Optuna's PED-ANOVA): {listed}. With few trials it is a hint, not a finding."
     )
     return Chart("importance", "Importance of the settings", caption, figure)
@@ -205,11 +285,10 @@ def cost(run: RunRecord) -> Chart | None:
     if done.empty:
         return None
     figure = go.Figure()
-    families = done["arch"].astype(str) if "arch" in run.dimensions else pd.Series("trials", index=done.index)
-    for i, family in enumerate(families.value_counts().index):
-        colour, symbol = FAMILIES[i % len(FAMILIES)]
-        marker = {"color": colour, "symbol": symbol, "size": 10}
-        _add_points(figure, done[families == family], "seconds", "in %{x:.0f} s", name=plain(family), marker=marker)
+    _add_families(figure, run.tuned, run, "seconds", "in %{x:.0f} s")
+    if len(probes := _probes(run)):
+        marker = STATUS_MARKERS[PROBE] | {"size": 8}
+        _add_points(figure, probes, "seconds", "in %{x:.0f} s", name="probes", marker=marker)
     front = run.pareto_front
     figure.add_scatter(
         x=front["seconds"],
@@ -221,7 +300,7 @@ def cost(run: RunRecord) -> Chart | None:
     )
     figure.update_xaxes(title_text="seconds of training and validation", rangemode="tozero")
     _error_axis(figure)
-    caption = f"No completed trial is better and cheaper than these: {describe_front(front)}."
+    caption = f"Of {how_many(done['kind'])}, none is better and cheaper than these: {describe_front(front)}."
     return Chart("cost", "Error against cost", caption, figure)
 
 
@@ -250,6 +329,15 @@ class _Axis:
         self.ticks = [(0.0, f"{low:.3g}"), (1.0, f"{high:.3g}")]
 
 
+def _add_families(figure: go.Figure, rows: pd.DataFrame, run: RunRecord, x: str, where: str) -> None:
+    """Points in a colour and a shape per architecture, if these are searched."""
+    families = rows["arch"].astype(str) if "arch" in run.dimensions else pd.Series("trials", index=rows.index)
+    for i, family in enumerate(families.value_counts().index):
+        colour, symbol = FAMILIES[i % len(FAMILIES)]
+        marker = {"color": colour, "symbol": symbol, "size": 10}
+        _add_points(figure, rows[families == family], x, where, name=plain(family), marker=marker)
+
+
 def _add_points(
     figure: go.Figure, rows: pd.DataFrame, x: str, where: str, *, name: str, marker: dict[str, Any]
 ) -> None:
@@ -260,7 +348,7 @@ def _add_points(
         mode="markers",
         name=name,
         marker=marker,
-        text=[f"trial {number}" for number in rows.index],
+        text=[name_of(number) for number in rows.index],
         hovertemplate=f"%{{text}}: %{{y:.1%}} {where}<extra></extra>",
     )
 
@@ -272,7 +360,7 @@ def _add_curves(
     groups = epochs[epochs["number"].isin(numbers)].sort_values("epoch").groupby("number")
     if not len(groups):
         return
-    lines = ((rows["epoch"], rows["error_rate"], [f"trial {number}"] * len(rows)) for number, rows in groups)
+    lines = ((rows["epoch"], rows["error_rate"], [name_of(rows["number"].iloc[0])] * len(rows)) for _, rows in groups)
     x, y, text = _joined(lines)
     figure.add_scatter(
         x=x,

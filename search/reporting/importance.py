@@ -17,7 +17,7 @@ for which all settings seem to matter alike: bench/search_quality.py compares bo
 
 def importances(run: RunRecord) -> dict[str, float]:
     """Share of each dimension, largest first, summing to 1; empty if there are too few trials to tell."""
-    if len(run.completed) < MIN_TRIALS or not run.folder.journal.is_file():
+    if len(run.whole) < MIN_TRIALS or not run.folder.journal.is_file():
         return {}
     try:
         return study_importances(run.study)

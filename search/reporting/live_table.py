@@ -15,7 +15,18 @@ from rich.table import Table
 from rich.text import Text
 
 from search.runs.csv_file import Row
-from search.runs.result_rows import COMPLETED, CONFIRMED, PROBE, RUNNING, leaders, name_of, row_of
+from search.runs.result_rows import (
+    COMPLETED,
+    CONFIRMED,
+    PROBE,
+    PROBED,
+    RUNNING,
+    better_epoch,
+    leaders,
+    name_of,
+    row_of,
+    short_name,
+)
 from search.runs.results_table import ResultsTable
 from search.runs.time_budget import seconds_spent
 from search.spaces.space import NamedRecipe
@@ -68,6 +79,8 @@ class Leaderboard(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         row = self._row(trial)
         outcome = row["reason"] or f"error {_percent(row['error_rate'])}"
+        if better := better_epoch(row):
+            outcome += f" ({percent(better[1])} at epoch {better[0]})"
         self._say(row, f"{row['status']}: {outcome}. {self._summary()}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -133,7 +146,8 @@ def rows_table(rows: list[Row], dimensions: list[str], *, fold: bool = True) -> 
     """Trials as a table for `rich`, with a bar for the epochs of a running one; without `fold`, one line each."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     # With these widths, only the recipe shrinks in a narrow terminal.
-    widths = {"trial": 8, "status": 10, "epochs": 6, "error": 7, "loss": 5, "seconds": 7}
+    has_probes = any(row["number"] < 0 for row in rows)
+    widths = {"trial": 8 if has_probes else 5, "status": 10, "epochs": 6, "error": 7, "loss": 5, "seconds": 7}
     for name, width in widths.items():
         table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True, min_width=width)
     optional = {name: cell for name, cell in OPTIONAL_COLUMNS.items() if any(map(cell, rows))}
@@ -143,7 +157,7 @@ def rows_table(rows: list[Row], dimensions: list[str], *, fold: bool = True) -> 
     for row in rows:
         known = not math.isnan(row["error_rate"])
         scores = [_percent(row["error_rate"]), f"{row['valid_loss']:.3f}"] if known else ["", ""]
-        cells = [name_of(row["number"]).removeprefix("trial "), _status(row), _epochs(row), *scores]
+        cells = [short_name(row["number"]), _status(row), _epochs(row), *scores]
         cells.append(f"{row['seconds']:.0f}")
         cells += [cell(row) for cell in optional.values()]
         recipe = _recipe(row, dimensions)
@@ -155,7 +169,14 @@ def rows_table(rows: list[Row], dimensions: list[str], *, fold: bool = True) -> 
 OPTIONAL_COLUMNS: dict[str, Callable[[Row], str]] = {
     "confirmed": lambda row: _percent(row.get(CONFIRMED)),  # the mean of the retrainings
     "front": lambda row: "*" if row.get("front") else "",
+    "best epoch": lambda row: _best_epoch(row),  # where it is not the last one
 }
+
+
+def _best_epoch(row: Row) -> str:
+    """Such as "0: 18.3 %"."""
+    better = better_epoch(row)
+    return f"{better[0]}: {percent(better[1])}" if better else ""
 
 
 def _epochs(row: Row) -> str:
@@ -207,7 +228,9 @@ def _percent(error_rate: float | None) -> str:
 
 
 def _recipe(row: Row, dimensions: list[str]) -> str:
-    return "  ".join(f"{name} {_short(row[name])}" for name in dimensions)
+    """The searched settings; of a probe only what it depends on."""
+    names = [name for name in dimensions if name in PROBED] if row.get("kind") == PROBE else dimensions
+    return "  ".join(f"{name} {_short(row[name])}" for name in names)
 
 
 def _short(value: Any) -> str:

@@ -1,23 +1,31 @@
 """The lines that a search prints at its end about what it found."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
 from search.options.strategy import CONFIRM_SEEDS
 from search.reporting.importance import importances
-from search.runs.result_rows import CONFIRMED, FAILED
+from search.runs.result_rows import CONFIRMED, FAILED, better_epoch, name_of
 from search.runs.run_record import RunRecord
 from trainables.ray.trial import RETRAINS
-from trainables.system.text import percent
+from trainables.system.text import duration, percent
 
 MAX_SETTINGS = 4  # named
 
 
 def summary(run: RunRecord) -> list[str]:
-    """The winner, whether its lead is more than noise, the Pareto front, and which settings mattered."""
+    """The winner beside the best probe and trial 0, whether fine-tuning was worth it and the winner's lead is more than
+    noise, the Pareto front, and which settings mattered."""
     recipes = run.command.arguments.recipes
-    lines = [f"best: {_winner(run)}{'' if recipes else _trial_0(run)}"]
+    lines = [f"best: {_winner(run)}"]
+    if len(rows := side_by_side(run)) > 1:
+        cells = ((what, percent(row["error_rate"]), interval(run, row), model(run, row)) for what, row in rows)
+        lines += _aligned(list(cells))
+    if run.fine_tuning:
+        lines.append(f"fine-tuning: {run.fine_tuning}")
     if run.lead and not recipes:
         lines.append(f"noise: {run.lead}")
     if missing := _unconfirmed(run):
@@ -26,7 +34,7 @@ def summary(run: RunRecord) -> list[str]:
         lines.append(f"best for their cost: {describe_front(run.pareto_front)}")
     if shares := importances(run):
         named = [f"{name} {percent(share, 0)}" for name, share in list(shares.items())[:MAX_SETTINGS]]
-        lines.append(f"what mattered (PED-ANOVA of {len(run.completed)} trials): {', '.join(named)}")
+        lines.append(f"what mattered (PED-ANOVA of {len(run.whole)} trials): {', '.join(named)}")
     return lines
 
 
@@ -34,22 +42,50 @@ def _winner(run: RunRecord) -> str:
     best = run.best
     assert best is not None  # a summary is made of completed trials
     tta, confirmed = best["tta_error_rate"], best.get(CONFIRMED, math.nan)
-    text = f"trial {best.name} with {percent(best['error_rate'])} validation error"
+    text = f"{name_of(best['number'])} with {percent(best['error_rate'])} validation error"
     more = [] if math.isnan(tta) else [f"{percent(tta)} with test-time augmentation"]
     if not math.isnan(confirmed):
         more.append(f"{percent(confirmed)} on average over {CONFIRM_SEEDS} more seeds")
+    if better := better_epoch(best):
+        more.append(f"{percent(better[1])} at epoch {better[0]}")
     return text + (f" ({', '.join(more)})" if more else "")
 
 
-def _trial_0(run: RunRecord) -> str:
-    first = run.first
-    return "" if first is None else f"; trial 0, the space's own recipe: {percent(first['error_rate'])}"
+def side_by_side(run: RunRecord) -> list[tuple[str, "pd.Series[Any]"]]:
+    """What a person compares, each with what it is: the best probe, trial 0, the winner; those of them that there are.
+    Among named recipes, trial 0 is nothing special."""
+    found: dict[int, tuple[str, pd.Series[Any]]] = {}
+    first = None if run.command.arguments.recipes else run.first
+    for what, row in (("best probe", run.probe), ("trial 0", first), ("winner", run.best)):
+        if row is not None:
+            before = f"{found[row['number']][0]}, the " if row["number"] in found else ""
+            found[row["number"]] = f"{before}{what}", row
+    return list(found.values())
+
+
+def interval(run: RunRecord, row: "pd.Series[Any]") -> str:
+    """Such as "95 % interval 2.3 to 10.5 %"; empty where it is not known."""
+    ends = run.interval(row)
+    return f"95 % interval {100 * ends[0]:.1f} to {percent(ends[1])}" if ends else ""
+
+
+def model(run: RunRecord, row: "pd.Series[Any]") -> str:
+    """Such as "probe 3: resnet34 at 224 px, trained in 9 s", as far as it is known."""
+    size = run.setting(row, "image_size")
+    parts = [f"{run.setting(row, 'arch')}{f' at {size} px' if size else ''}", f"trained in {duration(row['seconds'])}"]
+    return f"{name_of(row['number'])}: {', '.join(part for part in parts if part)}"
+
+
+def _aligned(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:
+    """What, error, interval and model of each row in columns, the errors to the right."""
+    what, error, interval, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [f"  {a:<{what}}  {b:>{error}}  {c:<{interval}}  {d}" for a, b, c, d in rows]
 
 
 def _unconfirmed(run: RunRecord) -> str:
     """A line if `--confirm` is incomplete."""
-    wanted = min(run.command.arguments.confirm, len(run.completed))
-    best = run.completed.sort_values(["error_rate", "valid_loss", "number"])[:wanted]
+    wanted = min(run.command.arguments.confirm, len(run.whole))
+    best = run.whole.sort_values(["error_rate", "valid_loss", "number"])[:wanted]
     done = int(best[CONFIRMED].notna().sum()) if wanted else 0
     if done == wanted:
         return ""
@@ -61,5 +97,6 @@ def _unconfirmed(run: RunRecord) -> str:
 
 def describe_front(front: pd.DataFrame) -> str:
     """Such as "5.0 % in 30 s (trial 4), 3.0 % in 60 s (trial 7)"."""
-    rows = front.iterrows()
-    return ", ".join(f"{percent(row['error_rate'])} in {row['seconds']:.0f} s (trial {number})" for number, row in rows)
+    rows = (row for _, row in front.iterrows())
+    named = ((percent(row["error_rate"]), f"{row['seconds']:.0f} s", name_of(row["number"])) for row in rows)
+    return ", ".join(f"{error} in {seconds} ({name})" for error, seconds, name in named)

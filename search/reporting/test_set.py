@@ -9,6 +9,7 @@ from search.cli.errors import error_line, report_errors
 from search.cli.messages import say
 from search.options.arguments import resume_command
 from search.runs.command import CommandRecord
+from search.runs.result_rows import name_of
 from search.runs.statistics import wilson_interval
 from trainables.data.held_out_images import WithoutTestImages, held_share, set_aside, without_test_images
 from trainables.data.labelled_images import DataError, ImageFolder
@@ -111,7 +112,7 @@ def measure(folder: "RunFolder", test: ImageFolder) -> dict[str, Any]:
 
     models = {_number(model): model for model in (folder.first, folder.best) if model.is_dir()}
     winner = _number(folder.best)
-    say(f"labelling the {len(test.paths)} test images with {' and '.join(f'trial {n}' for n in sorted(models))}")
+    say(f"labelling the {len(test.paths)} test images with {' and '.join(map(name_of, sorted(models)))}")
     found = in_new_process(label, list(models.values()), test)
     if not (readable := [answers for answers in zip(*found, strict=True) if None not in answers]):
         raise DataError(f"none of the {len(test.paths)} test images in {test.root} can be read")
@@ -189,7 +190,7 @@ def lines(folder: "RunFolder") -> list[str]:
     if found["unreadable"]:
         texts.append(f"{many(found['unreadable'], 'image')} skipped: unreadable")
     if folder.best.is_dir() and (number := _number(folder.best)) != winner["trial"]:
-        texts.append(f"trial {number} has won since, but is not tested: the images are read only once")
+        texts.append(f"{name_of(number)} has won since, but is not tested: the images are read only once")
     return [f"test: {text}" for text in texts]
 
 
@@ -197,7 +198,7 @@ def describe_score(scored: dict[str, Any]) -> str:
     """The error of one trial, with its interval."""
     low, high = (100 * end for end in scored["interval"])
     return (
-        f"trial {scored['trial']} has {scored['wrong']} of {scored['total']} wrong "
+        f"{name_of(scored['trial'])} has {scored['wrong']} of {scored['total']} wrong "
         f"({percent(scored['error_rate'])}, 95 % interval {low:.1f} to {high:.1f} %)"
     )
 
@@ -205,8 +206,8 @@ def describe_score(scored: dict[str, Any]) -> str:
 def _describe_difference(number: int, pair: dict[str, Any]) -> str:
     ours, theirs = pair["only_winner_right"], pair["only_trial_0_right"]
     p_value = pair["p_value"]
-    counts = f"only trial {number} is right on {ours} images, only trial 0 on {theirs} (McNemar's p {p_value:.2g})"
+    counts = f"only {name_of(number)} is right on {ours} images, only trial 0 on {theirs} (McNemar's p {p_value:.2g})"
     if p_value >= SIGNIFICANCE:
         return f"{counts}: the difference may be noise"
-    better, worse = (number, 0) if ours > theirs else (0, number)
-    return f"{counts}: trial {better} is better than trial {worse} by more than noise"
+    better, worse = map(name_of, (number, 0) if ours > theirs else (0, number))
+    return f"{counts}: {better} is better than {worse} by more than noise"

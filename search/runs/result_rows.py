@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from search.runs.csv_file import (
     Parser,
@@ -19,6 +19,10 @@ from search.runs.csv_file import (
 )
 from search.runs.paths import RunFolder
 from trainables.ray.trial import RETRAINS
+from trainables.system.text import many
+
+if TYPE_CHECKING:  # takes long to import
+    import pandas as pd
 
 COMPLETED, STOPPED, FAILED, RUNNING = "completed", "stopped early", "failed", "running"
 RETRAINED = "retrained"  # one of the best trials again, with another seed; it is not ranked
@@ -26,6 +30,8 @@ UNFINISHED = "unfinished"  # it was running when a time budget or failures ended
 RANKED = (COMPLETED, UNFINISHED)
 """What the best model may come from: the last finished epoch of an unfinished trial counts."""
 TRIAL, PROBE = "trial", "probe"  # kinds
+PROBED = ("arch", "image_size")
+"""The searched settings that a probe of the screen depends on."""
 SCORES = ("error_rate", "tta_error_rate", "valid_loss", "accuracy")  # none without a finished epoch
 METRICS = (*SCORES, "best_epoch", "best_error_rate", "epochs_done", "epochs_total")
 COSTS = ("seconds", "overhead_seconds", "images_per_second")
@@ -61,6 +67,28 @@ EPOCH_NEEDED = ("number", "trial_id", "epoch", "error_rate")
 def name_of(number: int) -> str:
     """What a person calls the trial of a number: those of a screen's probes are below 0."""
     return f"probe {-number}" if number < 0 else f"trial {number}"
+
+
+def short_name(number: int) -> str:
+    """The same where it is known to be of a trial: only its number."""
+    return name_of(number).removeprefix("trial ")
+
+
+def how_many(kinds: Iterable[str], trial: str = "trial") -> str:
+    """Such as "10 trials", or "9 probes and 10 trials". `trial` is what one is called."""
+    found = list(kinds)
+    probes = found.count(PROBE)
+    trials = len(found) - probes
+    shown = [many(probes, "probe")] * bool(probes) + [many(trials, trial)] * bool(trials or not probes)
+    return " and ".join(shown)
+
+
+def better_epoch(row: "Row | pd.Series[Any]") -> tuple[int, float] | None:
+    """The best epoch of a trial and its error rate, where it is not the last one; epoch 0 is the trial's own probe."""
+    epoch, error = row.get("best_epoch", ""), row.get("best_error_rate", math.nan)
+    if epoch in ("", row["epochs_done"]) or math.isnan(epoch) or math.isnan(error) or row["status"] == FAILED:
+        return None
+    return int(epoch), float(error)
 
 
 def is_whole(row: Row) -> bool:

@@ -16,6 +16,7 @@ from search.runs.command import CommandRecord
 from search.runs.csv_file import Parser, as_csv, read_table
 from search.runs.paths import RunFolder
 from search.runs.result_rows import (
+    COMPLETED,
     CONFIRMED,
     EPOCH_NEEDED,
     EPOCH_PARSERS,
@@ -25,12 +26,14 @@ from search.runs.result_rows import (
     TRIAL,
     TRIAL_NEEDED,
     TRIAL_PARSERS,
+    how_many,
+    name_of,
 )
 from search.runs.statistics import describe_lead, wilson_interval
 from search.runs.trained_model import require_run
 from trainables.inference.model_folder import read_json, read_model
 from trainables.recipe import Recipe
-from trainables.system.text import shell_command
+from trainables.system.text import duration, shell_command
 
 
 def load(path: Path | str) -> "RunRecord":
@@ -109,6 +112,11 @@ class RunRecord:
         return self.completed[self.completed["kind"] == TRIAL]
 
     @property
+    def whole(self) -> pd.DataFrame:
+        """Those of `tuned` that have made all their epochs: what the study has learned from."""
+        return self.tuned[self.tuned["status"] == COMPLETED]
+
+    @property
     def probe(self) -> pd.Series | None:
         """The row of the best probe, or None without one."""
         probes = self.completed[self.completed["kind"] == PROBE]
@@ -160,11 +168,30 @@ class RunRecord:
         best, first = self.best, self.first
         if best is None or first is None or best.name == first.name or not self.num_valid:
             return ""
-        error, firsts = (
-            row["error_rate"] if math.isnan(confirmed := row.get(CONFIRMED, math.nan)) else confirmed
-            for row in (best, first)
-        )
-        return describe_lead(error, firsts, self.num_valid, len(self.completed))
+        others = self.completed.drop(index=first.name)
+        return self._lead_of(best, first, others, than=name_of(0))
+
+    @property
+    def fine_tuning(self) -> str:
+        """Whether the best fine-tuned trial is better than the best probe, in words; empty without both. As the best of
+        its kind, the probe's error is a little too low as well, which the interval leaves out."""
+        tuned, probe = self.tuned, self.probe
+        if tuned.empty or probe is None or not self.num_valid:
+            return ""
+        best = tuned.iloc[0]
+        if _expected(best) >= probe["error_rate"]:
+            return f"no better than the best probe, which trained in {duration(probe['seconds'])}"
+        return self._lead_of(best, probe, tuned, than="the best probe")
+
+    def _lead_of(self, row: pd.Series, other: pd.Series, candidates: pd.DataFrame, *, than: str) -> str:
+        """What the lead of a row, the best of the candidates, over another is worth, in words."""
+        assert self.num_valid  # see the callers
+        among, count = how_many(candidates["kind"]), len(candidates)
+        return describe_lead(_expected(row), _expected(other), self.num_valid, among=among, count=count, than=than)
+
+    def setting(self, row: pd.Series, name: str) -> Any:
+        """A row's value of a setting, searched or not; empty where it is not known."""
+        return row[name] if name in row else self.space.get("settings", {}).get(name, "")
 
     @cached_property
     def study(self) -> optuna.Study:
@@ -173,6 +200,12 @@ class RunRecord:
             raise ValueError(f"{self.folder} has no study yet: no trial has started.")
         storage = JournalStorage(JournalFileBackend(str(self.folder.journal)))
         return optuna.load_study(study_name=self.space["name"], storage=storage)
+
+
+def _expected(row: pd.Series) -> float:
+    """A trial's error rate: the mean of its retrainings, or without them that of its one training."""
+    confirmed = row.get(CONFIRMED, math.nan)
+    return float(row["error_rate"] if math.isnan(confirmed) else confirmed)
 
 
 def _read_table(path: Path, parsers: dict[str, Parser], needed: Iterable[str], key: str | None = None) -> pd.DataFrame:

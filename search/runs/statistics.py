@@ -3,8 +3,6 @@
 import math
 from statistics import NormalDist
 
-from trainables.system.text import many
-
 Interval = tuple[float, float]
 
 
@@ -37,15 +35,15 @@ def difference_interval(error_rate: float, other: float, num_images: int, level:
     )
 
 
-def describe_lead(winner: float, first: float, num_images: int, num_trials: int) -> str:
-    """Whether the lead of the winner, the best of `num_trials`, over trial 0 is more than noise, in words.
+def describe_lead(error_rate: float, other: float, num_images: int, *, among: str, count: int, than: str) -> str:
+    """Whether the lead of the best of `count` candidates over another one, `than`, is more than noise, in words.
 
-    The luckiest of many looks better than it is. So each trial except trial 0 gets its share of the 5 % (Bonferroni).
+    The luckiest of many looks better than it is. So each of them gets its share of the 5 % (Bonferroni). `among` says
+    in words what the candidates are.
     """
-    others = max(1, num_trials - 1)
-    low, high = difference_interval(winner, first, num_images, 1 - 0.05 / others)
-    chosen = f", corrected for the choice among {many(others, 'trial')}" if others > 1 else ""
+    low, high = difference_interval(error_rate, other, num_images, 1 - 0.05 / max(1, count))
+    chosen = f", corrected for the choice among {among}" if count > 1 else ""
     interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}{chosen}"
     verdict = "more than noise" if low > 0 else "this may be noise"
-    points, side = 100 * abs(first - winner), "better" if winner <= first else "worse"
-    return f"{points:.1f} points {side} than trial 0 ({interval}): {verdict}"
+    points, side = 100 * abs(other - error_rate), "better" if error_rate <= other else "worse"
+    return f"{points:.1f} points {side} than {than} ({interval}): {verdict}"

@@ -27,17 +27,23 @@ def test_the_interval_of_a_difference_is_newcombes():
     assert difference_interval(0.9, 0.3, 10) == pytest.approx((-high, -low))
 
 
+def lead(error_rate, first, num_images, num_trials):
+    """Of the best of that many trials over trial 0."""
+    others = num_trials - 1
+    return describe_lead(error_rate, first, num_images, among=f"{others} trials", count=others, than="trial 0")
+
+
 def test_a_lead_says_whether_it_is_more_than_noise():
-    assert describe_lead(0.05, 0.30, 120, 8).endswith("corrected for the choice among 7 trials): more than noise")
-    assert describe_lead(0.05, 0.08, 120, 8).endswith("this may be noise")
-    assert describe_lead(0.05, 0.30, 120, 2).startswith("25.0 points better than trial 0 (95 % interval 15.")
-    assert "corrected" not in describe_lead(0.05, 0.30, 120, 2)
-    assert describe_lead(0.08, 0.05, 120, 8).startswith("3.0 points worse than trial 0 (95 % interval -")
+    assert lead(0.05, 0.30, 120, 8).endswith("corrected for the choice among 7 trials): more than noise")
+    assert lead(0.05, 0.08, 120, 8).endswith("this may be noise")
+    assert lead(0.05, 0.30, 120, 2).startswith("25.0 points better than trial 0 (95 % interval 15.")
+    assert "corrected" not in lead(0.05, 0.30, 120, 2)
+    assert lead(0.08, 0.05, 120, 8).startswith("3.0 points worse than trial 0 (95 % interval -")
 
 
 def test_more_than_noise_is_rarely_said_where_there_is_nothing_but_noise():
     """Twenty trials that are all alike: the luckiest one beats trial 0 in 5 % of the searches at most."""
     rng = np.random.default_rng(0)
     errors = rng.binomial(120, 0.2, size=(400, 20)) / 120
-    said = [describe_lead(row.min(), row[0], 120, 20).endswith("more than noise") for row in errors]
+    said = [lead(row.min(), row[0], 120, 20).endswith("more than noise") for row in errors]
     assert np.mean(said) <= 0.05
