@@ -93,7 +93,10 @@ def test_features_are_cleared_but_not_while_they_are_built(features, capsys):
         assert check.main(["--cache", "clear"]) == 0
     said = capsys.readouterr().out
     assert "removed 2 caches" in said and "kept: 2 that are still being built" in said
-    assert {path for path in features_folder().iterdir() if path.is_dir()} == {features["resnet18"], features["partial"]}
+    assert {path for path in features_folder().iterdir() if path.is_dir()} == {
+        features["resnet18"],
+        features["partial"],
+    }
     assert check.main(["--cache", "clear"]) == 0
     assert not [path for path in features_folder().iterdir() if path.is_dir()]
 

@@ -15,6 +15,7 @@ import torch
 from trainables.data.presized_images import PresizedImages
 from trainables.network.model import Network, classifier_names
 from trainables.probe.feature_files import Features, features_folder
+from trainables.probe.views import View
 from trainables.recipe import Recipe
 
 FORMAT_VERSION = 2
@@ -23,8 +24,10 @@ LARGEST = 65504.0
 """The largest float16."""
 
 
-def feature_path(network: Network, images: PresizedImages, recipe: Recipe, dtype: torch.dtype | None) -> Path:
-    """The folder of the features of `images` by this network's backbone, as validation computes them in `dtype`.
+def feature_path(
+    network: Network, images: PresizedImages, recipe: Recipe, dtype: torch.dtype | None, view: View
+) -> Path:
+    """The folder of the features of a view of `images` by this network's backbone, computed in `dtype`.
 
     The name of the presized images says where they come from and how; their digest, which of them could be read. GPUs
     augment and compute a little differently than CPUs do, and one version of timm may than another.
@@ -32,7 +35,7 @@ def feature_path(network: Network, images: PresizedImages, recipe: Recipe, dtype
     settings = recipe.arch, recipe.concat_pool, recipe.image_size, recipe.resize_method
     device = next(network.model.parameters()).device.type
     computing = network.mean, network.std, str(dtype), device, timm.__version__
-    digest = sha256(repr((FORMAT_VERSION, images.path.name, images.digest, *settings, *computing)).encode())
+    digest = sha256(repr((FORMAT_VERSION, images.path.name, images.digest, *settings, *computing, *view.key)).encode())
     head = tuple(f"{name}." for name in classifier_names(network.model))
     for name, value in network.model.state_dict().items():
         if not name.startswith(head):

@@ -20,9 +20,6 @@ class View:
     key: tuple[Any, ...]
     """What tells it from other views of the same presized images."""
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
 
 def centre_view(num_images: int, recipe: Recipe) -> View:
     """All images as validation sees them."""

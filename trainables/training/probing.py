@@ -12,6 +12,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +20,14 @@ import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
 
-from trainables.batches import augmentation
+from trainables.batches.loader import Plan
 from trainables.data.presized_images import PresizedImages
 from trainables.network.model import Network, mlp_head
 from trainables.probe.feature_files import Features, FeatureSet, lock_file, open_features, write_features
 from trainables.probe.features import as_float16, description, feature_path, pooled_features
 from trainables.probe.logistic_regression import fit
 from trainables.probe.mlp_training import fit_mlp
+from trainables.probe.views import View, augmented_view, centre_view
 from trainables.recipe import Recipe
 from trainables.system.cache import DamagedCache, flush, locked
 from trainables.training.distributed import World
@@ -57,28 +59,33 @@ class Probing:
     """As in `FineTune`; of a forward pass of `CHUNK` images, too."""
     on_progress: Callable[[], None]
 
-    def features(self) -> FeatureSet:
-        """The features of all images: from this node's cache, or computed by the workers in equal shares.
+    def features(self, view: View | None = None) -> FeatureSet:
+        """The features of a view, by default of all images as validation sees them: from this node's cache, or computed
+        by the workers in equal shares.
 
         The first worker locks those of its node while all of them compute. The others neither wait for a lock nor hold
         one then, so that two trainings never wait for each other.
         """
-        path = feature_path(self.network, self.images, self.recipe, self.amp_dtype)
+        view = view or centre_view(len(self.images), self.recipe)
+        path = feature_path(self.network, self.images, self.recipe, self.amp_dtype, view)
         if found := self._opened_by_all(path):
             return found
         with ExitStack() as held:
             self._lock(path, held)
             if found := self._opened_by_all(path):  # another training has computed them
                 return found
-            computed = self._computed(path)
+            computed = self._computed(view, path)
             if self.world.rank == 0:
                 found = _opened(path) or self._written(computed)
             self.world.gather(None)  # until they are written
         return found or _opened(path) or self._written_on_other_node(computed)
 
     def head(self, features: FeatureSet, train: npt.NDArray[np.int64]) -> State:
-        """The state of the classifier that is best on the features of the images `train`; the first worker's."""
-        state = self._cached_head(features, train) if self.world.rank == 0 else None
+        """The state of the classifier that is best on the features of the images `train` and of their `probe_views`;
+        the first worker's."""
+        numbers = range(1, self.recipe.probe_views + 1)
+        views = [self.features(augmented_view(number, train, self.recipe)).rows for number in numbers]
+        state = self._cached_head(features, train, views) if self.world.rank == 0 else None
         shared: State = self.world.gather(state)[0]
         return shared
 
@@ -108,18 +115,18 @@ class Probing:
         self.on_progress()
         self.world.gather(False)
 
-    def _computed(self, path: Path) -> FeatureSet:
-        """The features of all images, of which each worker computes its share of chunks."""
+    def _computed(self, view: View, path: Path) -> FeatureSet:
+        """The features of a view, of which each worker computes its share of chunks."""
         started = time.perf_counter()
-        count, chunk = len(self.images), max(1, CHUNK // self.batch_parts)
-        chunks = [np.arange(start, min(count, start + chunk)) for start in range(0, count, chunk)]
-        rows = self._gathered(self._forward(chunks[self.world.shard(len(chunks))]))
+        chunk = max(1, CHUNK // self.batch_parts)
+        chunks = [slice(start, start + chunk) for start in range(0, len(view.indices), chunk)]
+        mine = [(view.indices[rows], view.augmentations[rows]) for rows in chunks[self.world.shard(len(chunks))]]
+        rows = self._gathered(self._forward(mine))
         return FeatureSet(rows=rows, seconds=time.perf_counter() - started, path=path)
 
     @torch.inference_mode()
-    def _forward(self, chunks: list[npt.NDArray[np.int64]]) -> Features:
-        """The features of the images of some chunks, one after another."""
-        plans = ((chunk, augmentation.centre(len(chunk), self.recipe.resize_method)) for chunk in chunks)
+    def _forward(self, plans: list[Plan]) -> Features:
+        """The features of the images of some plans, one after another."""
         rows: Features = np.empty((0, 0), dtype=np.float16)
         done = 0
         self.network.model.eval()
@@ -129,7 +136,7 @@ class Probing:
                     self.network.model(batch)
                 features = as_float16(found.pop())
                 if done == 0:
-                    rows = np.empty((sum(map(len, chunks)), features.shape[1]), dtype=np.float16)
+                    rows = np.empty((sum(len(plan[0]) for plan in plans), features.shape[1]), dtype=np.float16)
                 rows[done : done + len(features)] = features
                 done += len(features)
                 self.on_progress()
@@ -170,27 +177,32 @@ class Probing:
 
     # --- The head -----------------------------------------------------------------------------------------------------
 
-    def _cached_head(self, features: FeatureSet, train: npt.NDArray[np.int64]) -> State:
+    def _cached_head(self, features: FeatureSet, train: npt.NDArray[np.int64], views: list[Features]) -> State:
         labels = self.inputs.labels[torch.as_tensor(train)]
         recipe = self.recipe
         mlp = (recipe.hidden, recipe.dropout, recipe.seed) if recipe.head == "mlp" else ()
-        decisive = (HEAD_VERSION, self.inputs.num_classes, recipe.head, *mlp)
+        decisive = (HEAD_VERSION, self.inputs.num_classes, recipe.head, len(views), recipe.flip, *mlp)
         name = sha256(repr(decisive).encode() + train.tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
         file = features.path / f"{recipe.head}-{name}.head"
         if (state := _read_head(file)) is None:
-            state = self._fitted(features.rows[train], labels)
+            state = self._fitted([features.rows[train], *views], labels)
             _write_head(file, state)
         return state
 
-    def _fitted(self, features: Features, labels: torch.Tensor) -> State:
-        rows, device, classes = torch.from_numpy(features), self.inputs.device, self.inputs.num_classes
+    def _fitted(self, views: list[Features], labels: torch.Tensor) -> State:
+        """The classifier's state for views of the same images, the first of them the centre ones."""
+        rows, repeated = torch.from_numpy(np.concatenate(views)), labels.repeat(len(views))
+        classes = self.inputs.num_classes
+        options: dict[str, Any] = {"device": self.inputs.device, "on_progress": self.on_progress}
         if self.recipe.head == "linear":
-            found = fit(rows, labels, classes, seed=0, device=device, on_progress=self.on_progress)
+            found = fit(rows[: len(labels)], labels, classes, **options)
+            if len(views) > 1:  # cross-validation would have views of one image on both sides
+                found = fit(rows, repeated, classes, l2=found.l2, **options)
             return {"weight": found.weight, "bias": found.bias}
         # A copy whose batch norms are this worker's own: the others do not train it.
         head = mlp_head(rows.shape[1], classes, self.recipe)
         head.load_state_dict(self.network.classifier.state_dict())
-        fit_mlp(head, rows, labels, seed=self.recipe.seed, device=device, on_progress=self.on_progress)
+        fit_mlp(head, rows, repeated, seed=self.recipe.seed, **options)
         return {name: value.detach().clone() for name, value in head.state_dict().items()}
 
 
