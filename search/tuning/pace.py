@@ -28,10 +28,10 @@ class Pace:
     def add(self, recipe: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Learn from an epoch's result."""
         pair = recipe["arch"], recipe["image_size"]
-        self.images = result["train_images"], result["valid_images"]
-        if result["stage"] == "probe":
+        if result.get("stage") == "probe":
+            self.images = result["train_images"], result["valid_images"]
             self.forward[pair] = result["feature_seconds"] / sum(self.images)
-        elif result["stage"] == "unfrozen" and (forward := self.forward.get(pair)):
+        elif result.get("stage") == "unfrozen" and (forward := self.forward.get(pair)):
             seconds = result["train_seconds"] / self.images[0] / forward
             self.training[pair] = max(seconds, self.training.get(pair, 0.0))
 

@@ -243,9 +243,9 @@ class OptunaSearcher(Searcher):
         return self.capacity.group_size((self.space.settings | config)["arch"]).num_workers
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if config := result.get("config"):  # Tune's, in a search
-            self.pace.add(self.space.full_settings | config, result)
         running, progress = self._running(trial_id), result["progress"]
+        if running is not None:
+            self.pace.add(self.space.full_settings | config_of(self.space, running.params), result)
         # A study has one value per step, and none with two objectives. Progress stays 0 in the frozen stage, and a
         # restored trial repeats its last result.
         if running is None or len(self.study.directions) > 1:
@@ -282,8 +282,7 @@ class OptunaSearcher(Searcher):
         probe = screen.end(trial_id, result)
         if probe is None:
             return
-        if config := result.get("config"):
-            self.pace.add(self.space.full_settings | config, result)
+        self.pace.add(self.space.full_settings | screen.config(screen.begun[trial_id]), result)
         pair = {name: screen.config(screen.begun[trial_id])[name] for name in screen.pairs[0]}
         choices = {name: tuple(dict.fromkeys(other[name] for other in screen.pairs)) for name in pair}
         found = optuna.trial.create_trial(
