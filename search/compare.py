@@ -116,7 +116,7 @@ def _row(run: RunRecord, name: str) -> list[str]:
         name,
         "none completed" if best is None else f"{percent(best['error_rate'])} ({name_of(best['number'])})",
         " to ".join(map(percent, low_high)) if low_high else "",
-        "" if probe is None else f"{_with_interval(run, probe)}, {model(run, probe)}",
+        "" if probe is None else f"{_with_interval(run, probe)}: {model(run, probe)}",
         "" if first is None else _with_interval(run, first),
         f"{started}: {ended}" if ended else started,
         str((run.epochs["epoch"] > 0).sum()),

@@ -40,6 +40,8 @@ from trainables.system.command_line import run_cli
 from trainables.system.full_disk import require_writable_file
 from trainables.system.text import duration, many, percent, shell_command
 
+BEST_EPOCH = ("best_epoch", "best_error_rate")
+"""Shown of the trials whose best epoch is not their last."""
 STATUSES = (COMPLETED, UNFINISHED, RETRAINED, STOPPED, FAILED, RUNNING)
 
 EXAMPLES = """
@@ -180,7 +182,7 @@ def cards(run: RunRecord) -> list[dict[str, Any]]:
 
 def _card(name: str, title: str, row: "pd.Series[Any]", run: RunRecord) -> dict[str, Any]:
     error, interval = row["error_rate"], run.interval(row)
-    lines = [f"validation error, {model(run, row)}"]
+    lines = [f"validation error, {name_of(row['number'])}: {model(run, row)}"]
     if interval:
         low, high = map(percent, interval)
         num_valid = run.num_valid or 0
@@ -283,7 +285,7 @@ def columns(run: RunRecord) -> list[Column]:
     shown += [Column("loss", "valid_loss"), Column("seconds", "seconds")]
     known = {"number", "trial_id", *SCORES, *(column.source for column in shown)}
     known |= {CONFIRMED, "epochs_total", "overhead_seconds", "images_per_second", "reason"}
-    known |= {"kind", "best_epoch", "best_error_rate"}
+    known |= {"kind", *BEST_EPOCH}
     settings = [name for name in run.trials.columns if name not in known]
     shown += [Column(name, name, is_text=not is_numeric_dtype(run.trials[name])) for name in settings]
     return [*shown, Column("reason", "reason", is_text=True)]
@@ -308,10 +310,12 @@ def _without_idle_settings(run: RunRecord, rows: pd.DataFrame) -> "dict[str, pd.
 
 def _cell(row: "pd.Series[Any]", column: Column) -> dict[str, str]:
     value = row[column.source]
+    if column.source in BEST_EPOCH and better_epoch(row) is None:
+        value = math.nan
     missing = isinstance(value, float) and math.isnan(value)
     text = "" if missing else percent(value) if column.is_share else _short(value)
     if column.source == "epochs_done":
-        text = f"{row['epochs_done']}/{row['epochs_total']}"
+        text = f"{row['epochs_done']}/{row['epochs_total']}" if row["epochs_total"] else "0"
     elif column.source == "seconds":
         text = f"{value:.0f}"
     elif column.source == "number":

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ray import tune
@@ -50,7 +50,7 @@ class Leaderboard(tune.Callback):
     def setup(self, *args: Any, **info: Any) -> None:
         self.started = time.monotonic()
         self.spent_before = seconds_spent(self.table.folder)
-        self.ended_before = self._num_ended()
+        self.ended_before = self._num_ended_trials()
         self.console = Console()
         if self.console.is_terminal:
             self.live = Live(console=self.console, get_renderable=self._render, refresh_per_second=2, transient=True)
@@ -105,17 +105,22 @@ class Leaderboard(tune.Callback):
     def _num_ended(self) -> int:
         return sum(row["status"] != RUNNING for row in self.table.rows.values())
 
+    def _num_ended_trials(self) -> int:
+        return sum(row["status"] != RUNNING and row["number"] >= 0 for row in self.table.rows.values())
+
     def _summary(self) -> str:
         best = leaders(self.table.rows.values())
         incumbent = "no trial completed yet"
         if best:
             incumbent = f"best error {_percent(best[0]['error_rate'])} ({name_of(best[0]['number'])})"
         total = max(self.num_trials, len(self.table.rows))  # after an extension, more trials may be trained again
-        return f"{self._num_ended()}/{total} trials ended, {incumbent}, {self._time_left()}"
+        what = "probes and trials" if _has_probes(self.table.rows.values()) else "trials"
+        return f"{self._num_ended()}/{total} {what} ended, {incumbent}, {self._time_left()}"
 
     def _time_left(self) -> str:
+        """Probes do not tell how long the trials after them will take."""
         elapsed = time.monotonic() - self.started
-        ended = self._num_ended() - self.ended_before
+        ended = self._num_ended_trials() - self.ended_before
         guesses = [self.time_budget - self.spent_before - elapsed] if self.time_budget else []
         if ended:
             guesses.append(elapsed / ended * (self.num_trials - self._num_ended()))
@@ -146,8 +151,7 @@ def rows_table(rows: list[Row], dimensions: list[str], *, fold: bool = True) -> 
     """Trials as a table for `rich`, with a bar for the epochs of a running one; without `fold`, one line each."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     # With these widths, only the recipe shrinks in a narrow terminal.
-    has_probes = any(row["number"] < 0 for row in rows)
-    widths = {"trial": 8 if has_probes else 5, "status": 10, "epochs": 6, "error": 7, "loss": 5, "seconds": 7}
+    widths = {"trial": 8 if _has_probes(rows) else 5, "status": 10, "epochs": 6, "error": 7, "loss": 5, "seconds": 7}
     for name, width in widths.items():
         table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True, min_width=width)
     optional = {name: cell for name, cell in OPTIONAL_COLUMNS.items() if any(map(cell, rows))}
@@ -179,8 +183,12 @@ def _best_epoch(row: Row) -> str:
     return f"{better[0]}: {percent(better[1])}" if better else ""
 
 
+def _has_probes(rows: Iterable[Row]) -> bool:
+    return any(row["number"] < 0 for row in rows)
+
+
 def _epochs(row: Row) -> str:
-    return f"{row['epochs_done']}/{row['epochs_total']}"
+    return f"{row['epochs_done']}/{row['epochs_total']}" if row["epochs_total"] else "0"
 
 
 def _status(row: Row) -> str | ProgressBar:

@@ -56,10 +56,10 @@ def side_by_side(run: RunRecord) -> list[tuple[str, "pd.Series[Any]"]]:
     Among named recipes, trial 0 is nothing special."""
     found: dict[int, tuple[str, pd.Series[Any]]] = {}
     first = None if run.command.arguments.recipes else run.first
-    for what, row in (("best probe", run.probe), ("trial 0", first), ("winner", run.best)):
+    for what, row in (("the best probe", run.probe), ("the space's recipe", first), ("the winner", run.best)):
         if row is not None:
-            before = f"{found[row['number']][0]}, the " if row["number"] in found else ""
-            found[row["number"]] = f"{before}{what}", row
+            before, _ = found.get(row["number"], (name_of(row["number"]), row))
+            found[row["number"]] = f"{before}, {what}", row
     return list(found.values())
 
 
@@ -70,10 +70,10 @@ def interval(run: RunRecord, row: "pd.Series[Any]") -> str:
 
 
 def model(run: RunRecord, row: "pd.Series[Any]") -> str:
-    """Such as "probe 3: resnet34 at 224 px, trained in 9 s", as far as it is known."""
-    size = run.setting(row, "image_size")
-    parts = [f"{run.setting(row, 'arch')}{f' at {size} px' if size else ''}", f"trained in {duration(row['seconds'])}"]
-    return f"{name_of(row['number'])}: {', '.join(part for part in parts if part)}"
+    """Such as "resnet34 at 224 px, trained in 9 s", as far as it is known."""
+    arch, size = (run.setting(row, name) for name in ("arch", "image_size"))
+    backbone = f"{arch} at {size} px, " if arch and size else f"{arch}, " if arch else ""
+    return f"{backbone}trained in {duration(row['seconds'])}"
 
 
 def _aligned(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:

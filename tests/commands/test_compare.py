@@ -31,7 +31,8 @@ def test_each_run_has_its_best_error_and_its_budget(folders):
         shown = cells(table, i)
         assert shown["best"] == f"{100 * run.best['error_rate']:.1f} % (trial {run.best.name})"
         assert shown["epochs"] == str(len(run.epochs))
-        assert shown["trial 0"] == f"{100 * run.first['error_rate']:.1f} %"
+        assert shown["trial 0"].startswith(f"{100 * run.first['error_rate']:.1f} % (")
+        assert shown["best probe"] == ""
     assert cells(table, 1)["trials"] == "10: 7 completed, 2 stopped early, 1 failed"
     assert cells(table, 1)["trained"] == "4 min 20 s"  # 26 epochs of ten seconds
 
@@ -43,6 +44,22 @@ def test_importance_and_recipes_stand_side_by_side(folders):
     assert [row[0] for row in recipes[1:]] == runs[0].dimensions
     assert recipes[1][1:] == [run.best["arch"] for run in runs]
     assert sum(int(row[2].removesuffix(" %")) for row in importance[1:]) == pytest.approx(100, abs=2)
+
+
+def test_the_best_probe_stands_beside_the_winner_and_whether_fine_tuning_was_worth_it(folders, tmp_path):
+    runs = [load(folders[0]), load(write_run(tmp_path / "run", probes=(0.1, 0.15, 0.3)))]
+    found = compare.tables(runs, ["a", "probed"])
+    shown = cells(found["Best error and budget"], 2)
+    assert shown["best"] == "10.0 % (probe 3)" and shown["epochs"] == "25"
+    assert shown["best probe"] == "10.0 % (2.8 % to 30.1 %): resnet18 at 224 px, trained in 9 s"
+    assert shown["trials"] == "3 probes and 10 trials: 9 completed, 1 unfinished, 2 stopped early, 1 failed"
+    worth = found["Fine-tuning against the best probe"]
+    assert worth[1:] == [["a", ""], ["probed", "no better than the best probe, which trained in 9 s"]]
+    assert dict(found["The winners' recipes"][1:][i][::2] for i in range(3)) == {
+        "arch": "resnet18",
+        "epochs": "",
+        "lr_max": "",
+    }
 
 
 def test_the_command_prints_it_and_writes_a_page(folders, tmp_path):

@@ -71,6 +71,47 @@ def test_the_winner_stands_beside_trial_0_with_both_intervals(run):
     assert "best of 7 trials on the same 20 images" in html
 
 
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    return load(write_run(tmp_path_factory.mktemp("runs") / "probed", probes=(0.1, 0.15, 0.3)))
+
+
+def test_the_best_probe_has_a_card_and_whether_fine_tuning_was_worth_it_is_said(tmp_path):
+    html = report.render(load(write_run(tmp_path / "run", probes=(0.5, 0.45, 0.6))))
+    assert 'id="probe-card"' in html and "validation error, probe 2: resnet34 at 224 px, trained in 9 s" in html
+    assert "Fine-tuning is 15.0 points better than the best probe (95 % interval -23.3 to 48.0, " in html
+    assert "best of 3 probes and 7 trials on the same 20 images" in html
+    assert "3 probes and 10 trials in 5 min 27 s: 9 completed, 1 unfinished, 2 stopped early, 1 failed" in html
+
+
+def test_a_probe_that_wins_is_called_one_everywhere(probed):
+    html = report.render(probed)
+    assert "The winner: probe 3" in html and "trial -3" not in html and 'id="probe-card"' not in html
+    assert "Fine-tuning is no better than the best probe, which trained in 9 s." in html
+    assert report.render(probed).count("<dt>lr_max</dt>") == 0  # it has none
+
+
+def test_a_probes_row_has_only_what_it_depends_on_and_a_trials_its_best_epoch(probed):
+    header, *rows = Page(report.render(probed)).rows
+    by_trial = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    first, second = by_trial["probe 3"], by_trial["2"]
+    assert (first["arch"], first["lr_max"], first["best epoch"]) == ("resnet18", "", "")
+    assert (second["best epoch"], second["error then"], second["error"]) == ("0", "15.0 %", "30.0 %")
+    assert by_trial["1"]["best epoch"] == ""  # its last epoch is its best one
+
+
+def test_without_a_better_epoch_the_table_has_no_columns_for_it(run):
+    assert not {"best epoch", "error then", "kind", "best_epoch"} & {column.name for column in report.columns(run)}
+
+
+def test_a_best_epoch_that_was_kept_is_said_to_be_chosen(probed, tmp_path):
+    folder = write_run(tmp_path / "run", probes=(0.1, 0.15, 0.3))
+    command = json.loads((folder / "command.json").read_text())
+    (folder / "command.json").write_text(json.dumps(command | {"arguments": {"keep_epoch": "best"}}))
+    assert "which also chose the best epoch of each trial" in report.verdict(load(folder))
+    assert "which also chose" not in report.verdict(probed)
+
+
 def test_what_ran_can_be_run_again(run):
     html = report.render(run)
     assert "python -m search.run --space pets --set arch=resnet18,resnet34" in html

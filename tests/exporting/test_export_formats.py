@@ -270,6 +270,24 @@ def test_the_best_trial_can_be_named_by_number_or_id(searched, tmp_path):
         assert export.main([str(searched), "--trial", name, "--no-check", "--out", str(tmp_path / f"out{i}")]) == 0
 
 
+def test_a_probe_can_be_named_as_people_and_the_table_call_it(tmp_path, trained, capsys):
+    folder = write_run(tmp_path / "run", probes=(0.1, 0.15, 0.3))
+    shutil.rmtree(folder / "best")
+    shutil.copytree(trained / "best", folder / "best")
+    metrics = json.loads((folder / "best/metrics.json").read_text())
+    write_json(folder / "best/metrics.json", metrics | {"number": -3, "trial_id": "p0"})
+    for i, name in enumerate(("-3", "probe 3", "p0")):
+        assert export.main([str(folder), "--trial", name, "--no-check", "--out", str(tmp_path / f"out{i}")]) == 0
+        assert capsys.readouterr().out.startswith("exporting probe 3: ")
+    with pytest.raises(
+        ValueError, match=r"the weights of probe 2 \(completed, 15.00 % wrong\) were not kept: .* here probe 3"
+    ) as error:
+        export.main([str(folder), "--trial", "probe 2", "--out", str(tmp_path / "other")])
+    assert "--set epochs=0 " in str(error.value) and "--set freeze_epochs=0" in str(error.value)
+    with pytest.raises(ValueError, match=r"no such trial in .* Its trials: probe 1 to probe 3, 0 to 9 \(or by id"):
+        export.main([str(folder), "--trial", "-4", "--out", str(tmp_path / "other")])
+
+
 @pytest.fixture
 def kept(searched, tmp_path, data) -> Path:
     """The same, with another model as a trial that is not the winner."""

@@ -90,6 +90,13 @@ def test_it_says_on_what_it_was_trained_and_how_well_it_does(tables):
     assert "| ray | 2.60.0 |" in found and "| processor | AMD EPYC |" in found
 
 
+def test_a_probe_is_not_said_to_be_fine_tuned(tmp_path):
+    probed = load(write_run(tmp_path / "run", probes=(0.1, 0.15, 0.3)))
+    found = card(folder(head_init="probe", epochs=0, freeze_epochs=0), metrics=METRICS | {"number": -2}, run=probed)
+    assert "a probe: the frozen features of pretrained weights with a trained head, probe 2 of 3 probes and 7" in found
+    assert "fine-tuned from" not in found
+
+
 def test_it_says_how_images_are_read_and_with_what_recipe():
     found = card(folder(lr_max=0.0123))
     assert (

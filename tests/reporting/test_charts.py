@@ -24,6 +24,12 @@ def run(tmp_path_factory):
     return load(write_run(tmp_path_factory.mktemp("runs") / "ten"))
 
 
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    """A search that began with three probes; no trial has the architecture of the last one."""
+    return load(write_run(tmp_path_factory.mktemp("runs") / "probed", probes=(0.35, 0.45, 0.3)))
+
+
 def trace(chart, name):
     return next(trace for trace in chart.figure.data if trace.name == name)
 
@@ -62,6 +68,64 @@ def test_every_trial_has_a_curve_and_the_stopped_ones_end_in_a_cross_with_the_ru
     crosses = trace(chart, "where it was stopped")
     assert list(crosses.text) == [f"trial {n}: error_rate 0.5000 above the cut-off 0.4000 of rung 50 %" for n in (3, 8)]
     assert "2 trials ended early: 2 at rung 50 % of the unfrozen stage" in chart.caption
+
+
+def test_the_first_incumbent_is_a_probe_and_an_unfinished_trial_has_its_own_marker(probed):
+    chart = charts.incumbent(probed)
+    assert list(trace(chart, "probe").text) == ["probe 3", "probe 2", "probe 1"]
+    assert list(trace(chart, "unfinished").text) == ["trial 9"]
+    assert (
+        trace(chart, "best so far").y[0] == 0.35 and "The first model was that of probe 3 with 35.0 %" in chart.caption
+    )
+    drawn = sum(len(t.x) for t in chart.figure.data if t.mode == "markers")
+    assert drawn == probed.trials["error_rate"].notna().sum()
+
+
+def test_the_curve_of_a_trial_with_a_probe_begins_at_epoch_0_and_those_of_the_screen_are_none(probed):
+    chart = charts.learning_curves(probed)
+    texts = {text for t in chart.figure.data if t.mode == "lines+markers" for text in t.text if text}
+    best = {"probe 1"} if probed.best.name == -1 else set()
+    assert texts == {f"trial {number}" for number in range(10)} | best
+    xs = {x for t in chart.figure.data if t.mode == "lines+markers" for x in t.x}
+    assert 0 in xs and "of 10 trials. Epoch 0 is the probe that a trial starts from." in chart.caption
+
+
+def test_probes_stand_against_what_fine_tuning_made_of_them(probed):
+    chart = charts.probes_and_fine_tuned(probed)
+    points = [t for t in chart.figure.data if t.mode == "markers"]
+    found = {text: (x, y) for t in points for text, x, y in zip(t.text, t.x, t.y, strict=True)}
+    tuned = probed.tuned
+    assert set(found) == {f"trial {number}" for number in tuned.index} | {"probe 1"}
+    for number, row in tuned.iterrows():
+        assert found[f"trial {number}"] == ({"resnet18": 0.35, "resnet34": 0.45}[row["arch"]], row["error_rate"])
+    assert found["probe 1"] == (0.3, 0.3)  # on the diagonal: nothing was fine-tuned from it
+    diagonal = trace(chart, "as good as its probe")
+    assert list(diagonal.x) == list(diagonal.y) and diagonal.x[1] >= max(x for x, _ in found.values())
+    below = sum(y < x for x, y in found.values())
+    above = sum(y > x for x, y in found.values())
+    assert f"Of 7 fine-tuned trials, {below} ended below the diagonal" in chart.caption
+    assert f"{above} ended above it" in chart.caption and "1 probe that no trial was fine-tuned from" in chart.caption
+
+
+def test_a_trials_own_epoch_0_comes_before_the_screens_probe(probed, tmp_path):
+    run = load(write_run(tmp_path / "run", probes=(0.35, 0.45, 0.3)))
+    own = (run.epochs["number"] == 2) & (run.epochs["epoch"] == 0)
+    run.epochs.loc[own, "error_rate"] = 0.4  # its head is another one: it has augmentations, or another seed
+    assert charts.own_probes(run)[2] == 0.4 and charts.own_probes(run)[0] == 0.45
+    assert charts.own_probes(probed)[1] == 0.35  # an odd one, without an epoch 0
+
+
+def test_probes_are_in_the_chart_of_costs_but_not_in_those_of_settings(probed):
+    assert len(trace(charts.cost(probed), "probes").x) == 3
+    texts = {text for t in charts.parallel_coordinates(probed).figure.data for text in t.text if text}
+    assert texts and not any(text.startswith("probe") for text in texts)
+    assert "resnet50" not in {note.text for note in charts.parallel_coordinates(probed).figure.layout.annotations}
+    assert "of 6 completed trials" in charts.importance(probed).caption
+
+
+def test_of_probes_alone_there_is_the_incumbent_and_their_cost(tmp_path):
+    run = load(write_run(tmp_path / "run", num_trials=0, probes=(0.35, 0.45, 0.3)))
+    assert [chart.name for chart in charts.search_charts(run)] == ["incumbent", "cost"]
 
 
 def test_parallel_coordinates_pass_the_best_trial_last_and_name_both_ends_of_an_axis(run):

@@ -11,12 +11,13 @@ import termios
 import time
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from tiny_run import draw_images
 
-from search.reporting.live_table import Leaderboard, leaderboard
+from search.reporting.live_table import Leaderboard, leaderboard, rows_table
 from search.runs.paths import RunFolder
 from search.runs.result_rows import COMPLETED, FAILED, RUNNING, STOPPED
 from search.runs.time_budget import TimeBudget
@@ -77,6 +78,52 @@ def test_a_running_trial_has_a_bar_of_its_epochs_and_a_completed_one_its_status(
     assert one.count("━") < three.count("━") <= 10
     assert "completed" in best and "0.0 %" in best
     assert not any("failed" in line for line in lines)
+
+
+def probe(number: int, error_rate: float, status: str = COMPLETED) -> dict:
+    return row(0, status) | {
+        **{"number": number, "kind": "probe", "error_rate": error_rate, "epochs_done": 0, "epochs_total": 0},
+    }
+
+
+def test_a_probe_is_called_one_and_shows_only_what_it_depends_on():
+    board = board_of(COMPLETED)
+    board.table.rows["p"] = probe(-3, 0.125)
+    lines = drawn(board, width=120).splitlines()
+    [shown] = [line for line in lines if line.strip().startswith("probe 3")]
+    assert "12.5 %" in shown and shown.split()[-2:] == ["arch", "tf_efficientnet_lite0"]
+    assert "2/10 probes and trials ended" in lines[-1]
+
+
+def test_probes_do_not_tell_how_long_the_trials_take():
+    board = board_of()
+    board.table.rows["p"] = probe(-1, 0.125)
+    board.started = time.monotonic() - 90
+    assert drawn(board).rstrip().endswith("best error 12.5 % (probe 1), 1 min 30 s elapsed")
+
+
+def test_where_the_last_epoch_is_not_the_best_the_best_one_has_a_column():
+    worse = row(57, COMPLETED) | {"best_epoch": 0, "best_error_rate": 0.183}
+    as_good = row(58, COMPLETED) | {"best_epoch": 4, "best_error_rate": 0.58}
+    out = StringIO()
+    Console(file=out, width=100).print(leaderboard([worse, as_good], ["arch"]))
+    head, first, second = out.getvalue().splitlines()
+    assert "seconds  best epoch  recipe" in head
+    assert "57.0 %" in first and "  0: 18.3 %  " in first and "%" not in second.partition("58.0 %")[2]
+    failed = row(59, FAILED) | {"best_epoch": 0, "best_error_rate": 0.183}
+    assert "best epoch" not in str(rows_table([as_good, failed], ["arch"]).columns)
+
+
+def test_in_a_log_a_probe_and_a_better_earlier_epoch_are_told(capsys):
+    board = board_of(COMPLETED, num_trials=2)
+    board.table.rows["tp"] = probe(-3, 0.125) | {"reason": ""}
+    board.table.rows["t0"] |= {"reason": "", "best_epoch": 0, "best_error_rate": 0.0}
+    board.console = Console(width=200)
+    for trial_id in ("p", "0"):
+        board.on_trial_complete(0, [], SimpleNamespace(trial_id=trial_id, config={}))
+    first, second = capsys.readouterr().out.splitlines()
+    assert "  probe 3   completed: error 12.5 %. " in first
+    assert "  trial 0   completed: error 0.0 % (0.0 % at epoch 0). " in second
 
 
 def test_below_are_a_bar_of_all_trials_the_incumbent_and_the_time_left():

@@ -27,16 +27,73 @@ def changed(folder, **columns):
 
 def test_the_winner_is_named_beside_trial_0_with_what_its_lead_is_worth(folder):
     run = load(folder)
-    first, second, *_ = summary(run)
-    assert first.startswith(f"best: trial {run.best.name} with ") and "; trial 0, the space's own recipe: " in first
-    assert second == f"noise: {run.lead}" and " points better than trial 0 (95 % interval " in second
+    first, *both, noise, _ = summary(run)
+    assert first.startswith(f"best: trial {run.best.name} with ")
+    assert [line.split("  ")[1] for line in both] == [
+        "trial 0, the space's recipe",
+        f"trial {run.best.name}, the winner",
+    ]
+    assert noise == f"noise: {run.lead}" and " points better than trial 0 (95 % interval " in noise
 
 
 def test_named_recipes_are_not_compared_with_trial_0(folder):
     command = json.loads((folder / "command.json").read_text())
     (folder / "command.json").write_text(json.dumps(command | {"arguments": {"recipes": "book"}}))
     lines = summary(load(folder))
-    assert "trial 0" not in lines[0] and not any(line.startswith("noise") for line in lines)
+    assert not any("trial 0" in line for line in lines) and not any(line.startswith("noise") for line in lines)
+
+
+def test_the_best_probe_trial_0_and_the_winner_stand_side_by_side_with_their_intervals(tmp_path):
+    run = load(write_run(tmp_path / "run", probes=(0.5, 0.45, 0.6)))
+    _, *rows, fine_tuning, noise, _ = summary(run)
+    low, high = run.interval(run.probe)
+    assert rows[0] == (
+        f"  probe 2, the best probe      45.0 %  95 % interval {100 * low:.1f} to {100 * high:.1f} %  "
+        "resnet34 at 224 px, trained in 9 s"
+    )
+    assert [row.split(",")[0].strip() for row in rows] == ["probe 2", "trial 0", f"trial {run.best.name}"]
+    assert len({row.index("95 %") for row in rows}) == 1  # they are columns
+    assert fine_tuning == f"fine-tuning: {run.fine_tuning}" and noise.startswith("noise: ")
+    assert run.fine_tuning.startswith("15.0 points better than the best probe (95 % interval -23.3 to 48.0, ")
+    assert run.fine_tuning.endswith("corrected for the choice among 7 trials): this may be noise")
+    assert "corrected for the choice among 3 probes and 6 trials" in noise
+
+
+def test_where_the_best_probe_wins_fine_tuning_is_said_to_be_no_better_in_how_short_a_time(tmp_path):
+    best, *rows, fine_tuning, _, _ = summary(load(write_run(tmp_path / "run", probes=(0.1, 0.15, 0.3))))
+    assert best == "best: probe 3 with 10.0 % validation error"
+    assert [row.split("  ")[1] for row in rows] == [
+        "probe 3, the best probe, the winner",
+        "trial 0, the space's recipe",
+    ]
+    assert fine_tuning == "fine-tuning: no better than the best probe, which trained in 9 s"
+
+
+def test_a_lead_over_the_probe_that_is_more_than_noise_is_said_to_be(tmp_path):
+    folder = write_run(tmp_path / "run", probes=(0.95, 0.9, 0.95), shift=-0.4)
+    assert load(folder).fine_tuning.endswith("corrected for the choice among 7 trials): more than noise")
+
+
+def test_without_probes_or_without_fine_tuned_trials_nothing_is_said_of_fine_tuning(folder, tmp_path):
+    assert load(folder).fine_tuning == "" and not any(line.startswith("fine-tuning") for line in summary(load(folder)))
+    probes = load(write_run(tmp_path / "probes", num_trials=0, probes=(0.1, 0.15)))
+    assert probes.fine_tuning == "" and summary(probes)[0].startswith("best: probe 2 with ")
+
+
+def test_probes_and_unfinished_trials_are_not_waited_for_to_be_confirmed(tmp_path):
+    folder = write_run(tmp_path / "run", probes=(0.1, 0.15, 0.3))
+    confirmed_best_two(folder)
+    numbers = list(load(folder).whole.index[:2])
+    assert numbers == [number for number in load(folder).completed.index if 0 <= number != 9][:2]
+    done = summary(changed(folder, confirmed_error_rate=dict.fromkeys(numbers, 0.3)))
+    assert not any(line.startswith("confirmed") for line in done)
+
+
+def test_a_winner_that_was_better_at_an_earlier_epoch_is_said_to_be(tmp_path):
+    folder = write_run(tmp_path / "run")
+    best = load(folder).best.name
+    run = changed(folder, best_epoch={best: 1}, best_error_rate={best: 0.05})
+    assert summary(run)[0].endswith("validation error (5.0 % at epoch 1)")
 
 
 def test_the_settings_that_mattered_are_named(folder):
