@@ -47,8 +47,8 @@ def write_run(
 ) -> Path:
     """Every fifth trial was stopped early, every seventh failed; `shift` is added to all error rates.
 
-    With the error rates of `probes`, of one per architecture in `SCREENED`, the search began with them, trials with even
-    numbers started from that of their architecture, and the last one is unfinished.
+    With the error rates of `probes`, of one per architecture in `SCREENED`, the search began with them, trials with
+    even numbers started from that of their architecture, and the last one is unfinished.
     """
     rng = np.random.default_rng(num_trials)
     folder.mkdir(parents=True, exist_ok=True)
