@@ -193,7 +193,8 @@ def own_probes(run: RunRecord) -> "pd.Series[float]":
     of the same architecture and image size. Without the trials that have neither."""
     starts = run.epochs[run.epochs["epoch"] == 0].drop_duplicates("number", keep="last")
     own = starts.set_index("number")["error_rate"]
-    of_screen = {_backbone(run, row): row["error_rate"] for _, row in _probes(run).iterrows()}
+    best_last = _probes(run)[::-1]  # the screen probes its best pair twice
+    of_screen = {_backbone(run, row): row["error_rate"] for _, row in best_last.iterrows()}
     errors = {
         number: own.get(number, of_screen.get(_backbone(run, row), math.nan)) for number, row in run.tuned.iterrows()
     }

@@ -34,6 +34,8 @@ from trainables.ray.trial import table_id
 from trainables.system.text import duration, percent
 
 MAX_SHOWN = 8  # completed trials
+MAX_PROBES = 3
+"""Of them: where no trial is better than its probe yet, the trials are to be seen as well."""
 
 
 class Leaderboard(tune.Callback):
@@ -133,7 +135,7 @@ class Leaderboard(tune.Callback):
         running = [row for row in rows if row["status"] == RUNNING]
         height = self.console.size.height
         shown = running[: max(1, height // 2 - 3)]
-        best = leaders(rows)[: max(0, min(MAX_SHOWN, height - len(shown) - 7))]  # two or three lines follow
+        best = _leading(rows)[: max(0, height - len(shown) - 7)]  # two or three lines follow
         parts: list[RenderableType] = [rows_table([*shown, *best], self.table.dimensions, fold=False)]
         if len(shown) < len(running):
             parts.append(Text(f"and {len(running) - len(shown)} more running", style="dim"))
@@ -144,7 +146,14 @@ class Leaderboard(tune.Callback):
 
 def leaderboard(rows: list[Row], dimensions: list[str]) -> Table:
     """The best completed trials, as a table for `rich`."""
-    return rows_table(leaders(rows)[:MAX_SHOWN], dimensions)
+    return rows_table(_leading(rows), dimensions)
+
+
+def _leading(rows: Iterable[Row]) -> list[Row]:
+    """The best completed trials, with the best of the probes among them."""
+    best = leaders(rows)
+    later_probes = [row["number"] for row in best if row["number"] < 0][MAX_PROBES:]
+    return [row for row in best if row["number"] not in later_probes][:MAX_SHOWN]
 
 
 def rows_table(rows: list[Row], dimensions: list[str], *, fold: bool = True) -> Table:

@@ -95,6 +95,14 @@ def test_a_probe_is_called_one_and_shows_only_what_it_depends_on():
     assert "2/10 probes and trials ended" in lines[-1]
 
 
+def test_many_good_probes_do_not_hide_the_trials():
+    rows = [probe(-number, number / 1000) for number in range(1, 10)] + [row(number, COMPLETED) for number in (50, 51)]
+    out = StringIO()
+    Console(file=out, width=100).print(leaderboard(rows, ["arch"]))
+    named = [line.split("  ")[0].strip() or line.split()[0] for line in out.getvalue().splitlines()[1:]]
+    assert named == ["probe 1", "probe 2", "probe 3", "50", "51"]
+
+
 def test_probes_do_not_tell_how_long_the_trials_take():
     board = board_of()
     board.table.rows["p"] = probe(-1, 0.125)
