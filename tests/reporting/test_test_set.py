@@ -190,9 +190,9 @@ def answers(*counts: tuple[bool, bool, int]) -> list[tuple[bool, ...]]:
     return list(zip(*[(one, other) for one, other, count in counts for _ in range(count)], strict=True))
 
 
-def written(folder: RunFolder, ours: tuple, theirs: tuple | None) -> list[str]:
+def written(folder: RunFolder, ours: tuple, theirs: tuple | None, number: int = 6) -> list[str]:
     first, pair = (score(0, theirs), compare(ours, theirs)) if theirs else (None, None)
-    write_json(folder.test, {"unreadable": 0, "winner": score(6, ours), "trial_0": first, "pair": pair})
+    write_json(folder.test, {"unreadable": 0, "winner": score(number, ours), "trial_0": first, "pair": pair})
     return lines(folder)
 
 
@@ -221,6 +221,16 @@ def test_a_small_difference_is_not_taken_for_more_than_noise(folder):
 def test_a_winner_that_tests_worse_is_not_said_to_be_better(folder):
     text = written(folder, *answers((True, True, 84), (True, False, 2), (False, True, 29)))[1]
     assert text.endswith("trial 0 is better than trial 6 by more than noise")
+
+
+def test_a_probe_that_has_won_is_called_one(folder):
+    write_json(folder.best / "metrics.json", {"number": -3})
+    both = answers((True, True, 84), (True, False, 29), (False, True, 2), (False, False, 5))
+    first, second = written(folder, *both, number=-3)
+    assert first.startswith("test: probe 3 has 7 of 120 wrong") and "; trial 0 has 34" in first
+    assert "only probe 3 is right on 29 images" in second and "probe 3 is better than trial 0" in second
+    write_json(folder.best / "metrics.json", {"number": -2})
+    assert lines(folder)[-1].startswith("test: probe 2 has won since")
 
 
 def test_without_a_trial_0_the_winner_stands_alone(folder):

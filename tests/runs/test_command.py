@@ -12,6 +12,7 @@ from search import compare
 from search.options.arguments import parse_arguments
 from search.options.search_options import SearchOptions
 from search.report import write_report
+from search.reporting.summary import summary
 from search.runs.command import FORMAT, CommandRecord, FilesRecord, ImagesRecord, Resume
 from search.runs.paths import RunFolder
 from search.runs.results_table import ResultsTable, consecutive_failures
@@ -47,6 +48,7 @@ def test_the_run_of_an_earlier_version_is_reported_and_compared(earlier, capsys)
     write_report(search.load(earlier), earlier / "report.html", analysis=False)
     page = (earlier / "report.html").read_text()
     assert "searcher tpe, scheduler rungs, objective error, seed 6" in page and "--test-split 0.1" in page
+    assert 'id="probe-card"' not in page and summary(search.load(earlier))[0].startswith("best: trial ")
     other = shutil.copytree(EARLIER / "1", earlier.with_name("other"))
     assert compare.main([str(earlier), str(other)]) == 0
     assert "warning" not in capsys.readouterr().err

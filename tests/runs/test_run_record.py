@@ -50,6 +50,22 @@ def test_the_winner_has_the_lowest_error_and_among_equals_the_lowest_loss(folder
     assert run.first.name == 0
 
 
+def test_probes_and_what_was_fine_tuned_are_told_apart_and_an_unfinished_trial_can_win(folder):
+    kinds = TRIALS.replace("trial_id,status", "trial_id,kind,status").replace("completed", "trial,completed")
+    kinds = kinds.replace("stopped early", "trial,stopped early").replace("running,,,,0", "trial,unfinished,0.1,,0.5,1")
+    probes = "-2,p0,probe,completed,0.25,,1.0,0,0,resnet18,crop,\n-1,p1,probe,failed,,,,0,0,none,crop,out of memory\n"
+    (folder / "trials.csv").write_text(kinds + probes)
+    run = search.load(folder)
+    assert run.probe.name == -2 and run.best.name == 4 and run.first.name == 0
+    assert run.tuned.index.tolist() == [4, 3, 2, 0] and run.whole.index.tolist() == [3, 2, 0]
+    assert run.completed.index.tolist() == [4, 3, 2, -2, 0]
+
+
+def test_a_run_of_an_earlier_version_has_no_probe(folder):
+    run = search.load(folder)
+    assert run.probe is None and run.fine_tuning == "" and run.tuned.index.tolist() == [3, 2, 0]
+
+
 def test_a_row_that_is_being_written_is_not_there_yet(folder):
     change(folder / "epochs.csv", ",0.3,80,20\n", ",0.")
     assert search.load(folder).epochs["error_rate"].tolist() == [0.4]
