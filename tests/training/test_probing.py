@@ -1,0 +1,425 @@
+"""Epoch 0 of a training that starts from a probe: its head, what it shares with other trainings, and what may go wrong."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from filelock import FileLock
+from PIL import Image
+from weights import draw_weights
+
+from search import lr_find
+from trainables import finetune
+from trainables.data.layouts import find_images
+from trainables.data.presize import presize
+from trainables.data.presized_images import PresizedImages
+from trainables.probe import feature_files
+from trainables.probe.feature_files import FEATURES_FILE, features_folder, lock_file
+from trainables.recipe import Recipe
+from trainables.system import cache as cache_module
+from trainables.training import probing as module
+from trainables.training.fine_tune import FineTune
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = {"arch": "test_resnet", "head_init": "probe", "presize": 48, "image_size": 32, "batch_size": 8, "hidden": 16}
+SMALL |= {"freeze_epochs": 0, "epochs": 0, "precision": "fp32"}
+METRICS = ("train_loss", "valid_loss", "error_rate", "accuracy")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch, colour_images) -> Path:
+    """The folder of the test's features; the images are in the cache of all tests."""
+    monkeypatch.setenv("FINETUNE_SEARCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "features"
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    return draw_weights(tmp_path_factory.mktemp("weights"), "test_resnet", "test_vit")
+
+
+@pytest.fixture
+def probe(colour_images, weights):
+    """A new training with these settings."""
+
+    def new(images: PresizedImages = colour_images, on_progress=lambda: None, **settings) -> FineTune:
+        return FineTune(Recipe(**SMALL | settings), images, weights=weights, on_progress=on_progress)
+
+    return new
+
+
+def measured(metrics: dict) -> tuple[float, ...]:
+    return tuple(metrics[name] for name in METRICS)
+
+
+class ForwardPasses:
+    """Counts the images that go through a training's network."""
+
+    def __init__(self, training: FineTune) -> None:
+        self.images = 0
+        training.network.model.register_forward_pre_hook(self._count)
+
+    def _count(self, model, inputs) -> None:
+        self.images += len(inputs[0])
+
+
+def folders(cache: Path) -> list[Path]:
+    return [path for path in cache.iterdir() if path.is_dir()]
+
+
+# --- The probe --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"arch": "test_vit"}, {"head": "mlp"}, {"concat_pool": True}], ids=str)
+def test_without_other_epochs_it_is_the_whole_training(probe, colour_images, settings):
+    training = probe(**settings)
+    metrics = training.run_epoch()
+    assert (metrics["epoch"], metrics["stage"], metrics["progress"]) == (0, "probe", 100)
+    assert metrics["error_rate"] <= 0.15 and metrics["accuracy"] == 1 - metrics["error_rate"]
+    assert metrics["feature_seconds"] > 0 and metrics["images_per_second"] > 0
+    assert (metrics["train_images"], metrics["valid_images"]) == tuple(map(len, colour_images.split()))
+    assert training.state()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"head": "mlp"}, {"start_size": 16, "start_share": 0.5, "epochs": 2}], ids=str
+)
+def test_evaluation_of_the_network_gives_the_error_of_the_probe(probe, settings):
+    training = probe(**settings)
+    metrics = training.run_epoch()
+    if "start_size" in settings:  # the next epoch's images are smaller than the probe's
+        training.epochs_done = -1
+    again = training.evaluate()
+    assert abs(again["error_rate"] - metrics["error_rate"]) * metrics["valid_images"] < 1.5
+    assert again["valid_loss"] == pytest.approx(metrics["valid_loss"], rel=0.02)
+
+
+@pytest.mark.parametrize("settings", [{}, {"head": "mlp"}], ids=str)
+def test_it_is_the_same_in_every_training_whether_features_and_head_are_cached_or_not(probe, settings, monkeypatch):
+    first, second = probe(**settings), probe(**settings, epochs=3)
+    expected = measured(first.run_epoch())
+    monkeypatch.setattr(module, "fit", lambda *args, **kwargs: pytest.fail("computed the head again"))
+    monkeypatch.setattr(module, "fit_mlp", module.fit)
+    passes = ForwardPasses(second)
+    assert measured(second.run_epoch()) == expected
+    assert passes.images == 0
+    for ours, theirs in zip(first.network.model.parameters(), second.network.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_other_images_for_training_get_a_head_of_their_own_from_the_same_features(colour_images, weights, cache):
+    recipe = Recipe(**SMALL)
+    heads = []
+    for seed in (0, 1):
+        training = FineTune(recipe, colour_images, weights=weights, split_seed=seed)
+        passes = ForwardPasses(training)
+        training.run_epoch()
+        heads.append(training.network.classifier.weight)
+        assert passes.images == (0 if seed else len(colour_images))
+    assert not torch.equal(*heads)
+    [folder] = folders(cache)
+    assert len(list(folder.glob("*.head"))) == 2
+
+
+@pytest.mark.parametrize("each", [12, 2], ids=["two classes", "one image for training per class"])
+def test_few_classes_and_few_images_are_enough(probe, tmp_path, each):
+    for label, colour in enumerate(((200, 60, 60), (60, 60, 200))):
+        (tmp_path / "data" / str(label)).mkdir(parents=True)
+        for n in range(each):
+            Image.new("RGB", (48, 48), tuple(c + n for c in colour)).save(tmp_path / "data" / str(label) / f"{n}.png")
+    metrics = probe(presize(find_images(tmp_path / "data"), 48)).run_epoch()
+    assert metrics["train_images"] == (2 if each == 2 else 20) and metrics["error_rate"] == 0
+
+
+def test_without_pretrained_weights_there_is_none(probe):
+    settings = {"pretrained": False, "epochs": 1}
+    trained = [probe(**settings, head_init=init).run_epoch() for init in ("probe", "zeros")]
+    assert [(row["epoch"], row["stage"]) for row in trained] == [(1, "unfrozen")] * 2
+    assert measured(trained[0]) == measured(trained[1])
+
+
+def test_a_network_that_makes_infinite_features_fails_in_words(probe):
+    training = probe()
+    training.network.model.get_parameter("conv1.weight" if hasattr(training.network.model, "conv1") else "x")
+    with torch.no_grad():
+        for parameter in training.network.model.parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(ValueError, match="features that are NaN or infinite"):
+        training.run_epoch()
+
+
+# --- What follows it --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_frozen_and_unfrozen_epochs_go_on_from_it(probe, head):
+    training = probe(freeze_epochs=1, epochs=2, head=head)
+    rows = [training.run_epoch() for _ in range(4)]
+    assert [row["stage"] for row in rows] == ["probe", "frozen", "unfrozen", "unfrozen"]
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
+    assert [row["progress"] for row in rows] == [0, 0, 50, 100]
+    assert rows[1]["train_loss"] < 0.9  # ln 3 from a head of zeros
+
+
+@pytest.mark.parametrize("settings", [{"epochs": 2}, {"epochs": 1, "freeze_epochs": 1, "head": "mlp"}], ids=str)
+def test_a_training_continues_exactly_from_the_end_of_epoch_0(probe, weights, colour_images, settings):
+    whole = probe(**settings)
+    whole.run_epoch()
+    state = whole.state()
+    expected = [measured(whole.run_epoch()) for _ in range(2)]
+    resumed = FineTune(Recipe(**SMALL | settings), colour_images, load_pretrained=False)
+    resumed.load_state(state)
+    assert resumed.epochs_done == 0
+    assert [measured(resumed.run_epoch()) for _ in range(2)] == expected
+
+
+def test_a_training_that_ends_before_the_end_of_epoch_0_starts_again(probe):
+    def end() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        probe(on_progress=end, epochs=1).run_epoch()
+    again, other = probe(epochs=1), probe(epochs=1)
+    assert [measured(again.run_epoch()) for _ in range(2)] == [measured(other.run_epoch()) for _ in range(2)]
+
+
+def test_the_finder_starts_from_it(colour_images, weights):
+    recipe = Recipe(**SMALL | {"epochs": 1, "freeze_epochs": 1})
+    curves = lr_find.find(recipe, colour_images, weights, ["frozen", "unfrozen"], num_it=12)
+    assert set(curves) == {"frozen", "unfrozen"}
+    assert curves["frozen"].losses[0] < 0.9  # ln 3 from a head of zeros
+
+
+def test_the_command_without_a_search_prints_epoch_0(colour_folder, weights, monkeypatch, capsys):
+    options = [f"--set={name}={value}" for name, value in (SMALL | {"epochs": 1}).items()]
+    monkeypatch.setattr(sys, "argv", ["finetune", "--data", str(colour_folder), "--weights", str(weights), *options])
+    finetune.main()
+    rows = [dict(part.split(" ", 1) for part in line.split("  ")) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["epoch"], row["stage"]) for row in rows] == [("0", "probe"), ("1", "unfrozen")]
+
+
+# --- What may go wrong with the cache ---------------------------------------------------------------------------------
+
+
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damaged", [FEATURES_FILE, "index.json", "*.head"])
+def test_what_is_damaged_is_computed_again(probe, cache, damaged, caplog):
+    expected = measured(probe().run_epoch())
+    [folder] = folders(cache)
+    [file] = folder.glob(damaged)
+    whole = file.read_bytes()
+    flip_byte(file)
+    again = probe()
+    passes = ForwardPasses(again)
+    assert measured(again.run_epoch()) == expected
+    if damaged != "*.head":
+        assert "the cached features are damaged and will be computed again" in caplog.text
+        assert passes.images == 36
+    if damaged != "index.json":  # it has the seconds that they took
+        assert file.read_bytes() == whole
+
+
+def no_folder(cache: Path, monkeypatch) -> None:
+    cache.parent.mkdir()
+    cache.touch()
+
+
+def full_disk(cache: Path, monkeypatch) -> None:
+    for each in (feature_files, module):
+        monkeypatch.setattr(each, "flush", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+
+
+@pytest.mark.parametrize("trouble", [no_folder, full_disk])
+def test_where_the_cache_cannot_be_written_the_training_goes_on(probe, cache, trouble, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        trouble(cache, patch)
+        training = probe(epochs=1)
+        found = [measured(training.run_epoch()) for _ in range(2)]
+        assert "features cannot be kept in" in caplog.text
+        assert not cache.is_dir() or not [path for path in cache.iterdir() if not path.name.endswith(".lock")]
+    cache.unlink(missing_ok=True) if cache.is_file() else None
+    training = probe(epochs=1)
+    assert [measured(training.run_epoch()) for _ in range(2)] == found
+
+
+def test_two_trainings_at_once_compute_them_once_and_who_waits_gives_signs_of_life(probe, cache, monkeypatch):
+    monkeypatch.setattr(cache_module, "LOOK_SECONDS", 0.02)
+    waits, signs = threading.Event(), []
+    builder = probe(on_progress=lambda: waits.wait(30))
+    waiting = probe(on_progress=lambda: (signs.append(1), waits.set()))
+    passes = [ForwardPasses(training) for training in (builder, waiting)]
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(builder.run_epoch)
+        while not passes[0].images:
+            time.sleep(0.01)
+        second = pool.submit(waiting.run_epoch)
+        assert measured(first.result(60)) == measured(second.result(60))
+    assert [each.images for each in passes] == [36, 0]
+    assert signs and len(folders(cache)) == 1
+
+
+def test_one_that_cannot_get_the_lock_computes_nothing_until_it_is_free(probe, colour_images, monkeypatch):
+    monkeypatch.setattr(cache_module, "LOOK_SECONDS", 0.02)
+    signs = []
+    training = probe(on_progress=lambda: signs.append(1))
+    path = module.feature_path(training.network, colour_images, training.recipe, None)
+    path.parent.mkdir(parents=True)
+    passes = ForwardPasses(training)
+    with ThreadPoolExecutor(1) as pool, FileLock(lock_file(path)):
+        ended = pool.submit(training.run_epoch)
+        while len(signs) < 3:
+            time.sleep(0.01)
+        assert passes.images == 0
+        pool.submit(lambda: None)
+        release = threading.Timer(0, lambda: None)
+        release.start()
+    assert ended.result(30)["stage"] == "probe" and passes.images == 36
+
+
+def build_and_hang(cache: str, weights: Path, halfway) -> None:
+    def hang() -> None:
+        halfway.set()
+        time.sleep(60)
+
+    FineTune(Recipe(**SMALL), PresizedImages(cache), weights=weights, on_progress=hang).run_epoch()
+
+
+@pytest.mark.slow
+def test_a_killed_build_frees_its_lock_and_leaves_nothing_that_is_used(probe, colour_images, weights, cache):
+    spawn = multiprocessing.get_context("spawn")
+    halfway = spawn.Event()
+    process = spawn.Process(target=build_and_hang, args=(str(colour_images.path), weights, halfway))
+    process.start()
+    assert halfway.wait(60)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(10)
+    assert not folders(cache)
+    training = probe()
+    passes = ForwardPasses(training)
+    assert training.run_epoch()["epoch"] == 0 and passes.images == 36
+
+
+def test_memory_that_is_scarce_splits_the_forward_passes_too(colour_images, weights):
+    sizes = []
+    training = FineTune(Recipe(**SMALL), colour_images, weights=weights, batch_parts=4)
+    training.network.model.register_forward_pre_hook(lambda model, inputs: sizes.append(len(inputs[0])))
+    training.run_epoch()
+    assert sizes == [16, 16, 4]
+
+
+# --- Several workers --------------------------------------------------------------------------------------------------
+
+SHARED = {"linear head": {"epochs": 1}, "mlp head": {"head": "mlp", "epochs": 1}}
+
+
+def work(rank: int, rendezvous: str, images: str, weights: Path, caches: dict[str, str]) -> dict:
+    """One of two workers: the features and two epochs of each recipe, with the caches of some situations."""
+    torch.set_num_threads(1)
+    logging.disable()
+    module.PIECE, module.CHUNK = 5, 4  # several chunks for each worker, and several pieces
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
+    found = {}
+    for situation, cache in caches.items():
+        os.environ["FINETUNE_SEARCH_CACHE"] = cache
+        for name, settings in SHARED.items():
+            training = FineTune(Recipe(**SMALL | settings), PresizedImages(images), weights=weights)
+            passes = ForwardPasses(training)
+            rows = training.probing.features().rows
+            computed = passes.images
+            metrics = [training.run_epoch() for _ in range(2)]
+            found[situation, name] = {
+                "features": rows.tobytes(),
+                "probe": measured(metrics[0]),
+                "next": measured(metrics[1]),
+                "computed": computed,
+                "kept": len(folders(features_folder())) if features_folder().is_dir() else 0,
+                "mapped": isinstance(rows, np.memmap),
+            }
+            training.close()
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.fixture(scope="module")
+def groups(colour_images, weights, tmp_path_factory) -> list[list[dict]]:
+    """What the workers of two trainings on one machine found, with the same cache or with one for each worker (as on
+    two nodes, on which the first workers of the two are different ones), and where it cannot be written."""
+    folder = tmp_path_factory.mktemp("workers")
+    (folder / "closed").touch()
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = []
+        for group in range(2):
+            for rank in range(2):
+                node = (group + rank) % 2
+                caches = {"one node": folder / "shared", "two nodes": folder / f"node {node}"}
+                caches |= {"no cache": folder / "closed" / "cache"}
+                arguments = str(folder / f"rendezvous {group}"), str(colour_images.path), weights
+                futures.append(pool.submit(work, rank, *arguments, {name: str(path) for name, path in caches.items()}))
+        found = [future.result(timeout=300) for future in futures]
+    return [found[:2], found[2:]]
+
+
+@pytest.fixture(scope="module")
+def alone(colour_images, weights, tmp_path_factory) -> dict:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_SEARCH_CACHE", str(tmp_path_factory.mktemp("alone")))
+        patch.setattr(module, "CHUNK", 4)
+        found = {}
+        for name, settings in SHARED.items():
+            training = FineTune(Recipe(**SMALL | settings), colour_images, weights=weights)
+            rows = training.probing.features().rows
+            metrics = [measured(training.run_epoch()) for _ in range(2)]
+            found[name] = {"features": rows.tobytes(), "probe": metrics[0], "next": metrics[1]}
+        return found
+
+
+SITUATIONS = ("one node", "two nodes", "no cache")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_two_workers_compute_the_same_features_and_the_same_probe_as_one(groups, alone, situation, name):
+    expected = alone[name]
+    for workers in groups:
+        for worker in workers:
+            found = worker[situation, name]
+            assert found["features"] == expected["features"]
+            np.testing.assert_allclose(found["probe"], expected["probe"], rtol=1e-6)
+            np.testing.assert_allclose(found["next"], expected["next"], rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_two_trainings_of_two_workers_each_at_once_compute_them_once(groups):
+    computed = [[worker["one node", "linear head"]["computed"] for worker in workers] for workers in groups]
+    assert sorted(map(sum, computed)) == [0, 36]
+    assert sorted(map(max, computed))[1] < 36  # in shares
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("situation", SITUATIONS[:2])
+def test_each_node_keeps_them_and_the_next_training_finds_them(groups, situation):
+    for workers in groups:
+        for worker in workers:
+            assert worker[situation, "mlp head"]["kept"] == 1
+            assert worker[situation, "mlp head"]["computed"] == 0
+            assert worker[situation, "mlp head"]["mapped"]
