@@ -19,7 +19,8 @@ from trainables.batches import augmentation
 from trainables.network.model import Network, build
 from trainables.probe import feature_files
 from trainables.probe.feature_files import FEATURES_FILE, FeatureSet, features_folder, open_features, write_features
-from trainables.probe.features import LARGEST, as_float16, feature_path
+from trainables.probe.features import LARGEST, as_float16, backbone_digest, feature_path
+from trainables.probe.views import augmented_view, centre_view
 from trainables.recipe import Recipe
 from trainables.system.cache import DamagedCache
 from trainables.training.fine_tune import FineTune
@@ -53,7 +54,7 @@ def weights(tmp_path_factory) -> Path:
 )
 def test_they_are_what_a_plain_forward_pass_gives_the_classifier_one_row_per_image(colour_images, weights, settings):
     training = FineTune(Recipe(**SMALL | settings), colour_images, weights=weights)
-    found = training.probing.features().rows
+    found = training.probing().features().rows
     everything = np.arange(len(colour_images))
     [images] = training.inputs.batches([(everything, augmentation.centre(len(colour_images)))], 32)
     model = training.network.model.eval()
@@ -78,18 +79,19 @@ def test_a_classifier_of_maps_instead_of_vectors_is_refused_in_words():
 # --- What tells them apart --------------------------------------------------------------------------------------------
 
 
-def network(recipe: Recipe, weights: Path, num_classes: int = 3) -> Network:
-    return build(recipe, num_classes, weights)
+def path_of(images, recipe: Recipe, network: Network, *, view=None, dtype=None) -> Path:
+    digest = backbone_digest(network, torch.device("cpu"), dtype)
+    return feature_path(digest, images, recipe, view or centre_view(36, recipe))
 
 
 def test_all_that_decides_them_is_in_their_name(colour_images, weights):
-    def path(images=colour_images, dtype=None, change=None, statistics=None, **settings) -> Path:
+    def path(images=colour_images, change=None, statistics=None, view=None, dtype=None, **settings) -> Path:
         recipe = Recipe(**SMALL | settings)
-        net = network(recipe, weights)
+        network = build(recipe, 3, weights)
         if change:
             with torch.no_grad():
-                net.model.get_parameter(change)[0] += 1e-3
-        return feature_path(replace(net, **statistics or {}), images, recipe, dtype)
+                network.model.get_parameter(change)[0] += 1e-3
+        return path_of(images, recipe, replace(network, **statistics or {}), view=view, dtype=dtype)
 
     class Other:
         """The same images, of which one more could not be read."""
@@ -106,13 +108,15 @@ def test_all_that_decides_them_is_in_their_name(colour_images, weights):
         path(statistics={"mean": (0.1, 0.2, 0.3)}),
         path(change="layer1.0.conv1.weight"),
         path(images=Other),
+        *(path(view=augmented_view(number, np.arange(count), RECIPE)) for number in (1, 2) for count in (20, 30)),
+        path(view=augmented_view(1, np.arange(20), Recipe(flip=False))),
     ]
     assert len(set(paths)) == len(paths)
     assert {each.parent for each in paths} == {features_folder()}
 
 
 def test_trainings_with_other_heads_and_settings_share_them(colour_images, weights):
-    expected = feature_path(network(RECIPE, weights), colour_images, RECIPE, None)
+    expected = path_of(colour_images, RECIPE, build(RECIPE, 3, weights))
     for settings in (
         {"head": "mlp"},
         {"seed": 3},
@@ -121,8 +125,8 @@ def test_trainings_with_other_heads_and_settings_share_them(colour_images, weigh
         {"batch_size": 4},
     ):
         recipe = Recipe(**SMALL | settings)
-        assert feature_path(network(recipe, weights), colour_images, recipe, None) == expected
-    assert feature_path(network(RECIPE, weights, num_classes=7), colour_images, RECIPE, None) == expected
+        assert path_of(colour_images, recipe, build(recipe, 3, weights)) == expected
+    assert path_of(colour_images, RECIPE, build(RECIPE, 7, weights)) == expected
 
 
 # --- How they are kept ------------------------------------------------------------------------------------------------

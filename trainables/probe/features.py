@@ -24,24 +24,29 @@ LARGEST = 65504.0
 """The largest float16."""
 
 
-def feature_path(
-    network: Network, images: PresizedImages, recipe: Recipe, dtype: torch.dtype | None, view: View
-) -> Path:
-    """The folder of the features of a view of `images` by this network's backbone, computed in `dtype`.
+def backbone_digest(network: Network, device: torch.device, dtype: torch.dtype | None) -> str:
+    """SHA-256 of all in a network that decides its features, and of what computes them, in `dtype`.
 
-    The name of the presized images says where they come from and how; their digest, which of them could be read. GPUs
-    augment and compute a little differently than CPUs do, and one version of timm may than another.
+    GPUs augment and compute a little differently than CPUs do, and one version of timm may than another.
     """
-    settings = recipe.arch, recipe.concat_pool, recipe.image_size, recipe.resize_method
-    device = next(network.model.parameters()).device.type
-    computing = network.mean, network.std, str(dtype), device, timm.__version__
-    digest = sha256(repr((FORMAT_VERSION, images.path.name, images.digest, *settings, *computing, *view.key)).encode())
+    computing = network.mean, network.std, str(dtype), device.type, timm.__version__
+    digest = sha256(repr(computing).encode())
     head = tuple(f"{name}." for name in classifier_names(network.model))
     for name, value in network.model.state_dict().items():
         if not name.startswith(head):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return features_folder() / digest.hexdigest()[:32]
+    return digest.hexdigest()
+
+
+def feature_path(backbone: str, images: PresizedImages, recipe: Recipe, view: View) -> Path:
+    """The folder of the features of a view of `images` by the backbone with this digest.
+
+    The name of the presized images says where they come from and how; their digest, which of them could be read.
+    """
+    settings = recipe.arch, recipe.concat_pool, recipe.image_size, recipe.resize_method
+    decisive = FORMAT_VERSION, backbone, images.path.name, images.digest, *settings, *view.key
+    return features_folder() / sha256(repr(decisive).encode()).hexdigest()[:32]
 
 
 def description(images: PresizedImages, recipe: Recipe) -> dict[str, Any]:

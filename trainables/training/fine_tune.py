@@ -151,8 +151,9 @@ class FineTune:
     def _run_probe(self) -> dict[str, float | int | str]:
         """Epoch 0 of a training that starts with a probe: computes its head, and evaluates on the same features."""
         started = time.perf_counter()
-        found = self.probing.features()
-        head = self.probing.head(found, self.train_indices)
+        probing = self.probing()
+        found = probing.features()
+        head = probing.head(found, self.train_indices)
         self.network.classifier.load_state_dict(head)
         trained = time.perf_counter()
         labels = self.inputs.labels[torch.as_tensor(self.train_indices)].to(self.device)
@@ -178,8 +179,8 @@ class FineTune:
         counts = {"train_images": len(self.train_indices), "valid_images": len(self.valid_indices)}
         return metrics | {"progress": self.progress} | counts
 
-    @property
     def probing(self) -> Probing:
+        """Of the network as it is now."""
         return Probing(
             recipe=self.recipe,
             network=self.network,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from trainables.batches.loader import Plan
 from trainables.data.presized_images import PresizedImages
 from trainables.network.model import Network, mlp_head
 from trainables.probe.feature_files import Features, FeatureSet, lock_file, open_features, write_features
-from trainables.probe.features import as_float16, description, feature_path, pooled_features
+from trainables.probe.features import as_float16, backbone_digest, description, feature_path, pooled_features
 from trainables.probe.logistic_regression import fit
 from trainables.probe.mlp_training import fit_mlp
 from trainables.probe.views import View, augmented_view, centre_view
@@ -67,7 +68,7 @@ class Probing:
         one then, so that two trainings never wait for each other.
         """
         view = view or centre_view(len(self.images), self.recipe)
-        path = feature_path(self.network, self.images, self.recipe, self.amp_dtype, view)
+        path = self.path(view)
         if found := self._opened_by_all(path):
             return found
         with ExitStack() as held:
@@ -88,6 +89,13 @@ class Probing:
         state = self._cached_head(features, train, views) if self.world.rank == 0 else None
         shared: State = self.world.gather(state)[0]
         return shared
+
+    def path(self, view: View) -> Path:
+        return feature_path(self._backbone, self.images, self.recipe, view)
+
+    @cached_property
+    def _backbone(self) -> str:
+        return backbone_digest(self.network, self.inputs.device, self.amp_dtype)
 
     # --- Features -----------------------------------------------------------------------------------------------------
 
