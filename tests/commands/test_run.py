@@ -124,7 +124,7 @@ def test_a_description_names_every_dimension_and_setting(command):
     assert ended.returncode == 0
     searched, settings = ended.stdout.split("all settings")
     assert "epochs             4..6" in searched
-    assert "lr_max             0.0001..0.01 (log)" in searched
+    assert "lr_max             3e-05..0.003 (log)" in searched
     assert "resnet34.tv_in1k" in searched
     assert "image_size         160 " in settings
     for name in ("arch", "smoothing", "weight_decay", "seed"):
