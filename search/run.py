@@ -231,13 +231,15 @@ def announce(run: "RunOptions", nodes: "list[Node]", *, num_images: int) -> None
     )
     say(f"results: {folder}/")
     concat_pool = True in setting_values(run.space, "concat_pool")
+    # Those of the screen and its views; a range may have other image sizes, too.
+    num_sets = len(run.screen.pairs) * (1 + run.screen.views) if run.screen else 0
     say(
         needs(
             folder,
             largest_weights(run.space, run.weights),
             at_once=at_once,
             kept=options.keep + (options.test_split is not None),
-            features=features_needed(num_images, run.num_probes, concat_pool=concat_pool),
+            features=features_needed(num_images, num_sets, concat_pool=concat_pool),
         )
     )
     say(f"watch: {shell_command('search.dashboard', folder)}")

@@ -51,6 +51,14 @@ def test_every_kind_of_network_that_passes_trains_in_both_stages(colour_images, 
         ),
         ({"arch": "gemma4_vit_167m_enc"}, "has no classifier, it only makes features. Choose another architecture"),
         ({"arch": "pit_ti_distilled_224", "head": "mlp"}, "has 2 classifiers; expected head=linear"),
+        (
+            {"arch": "pit_ti_distilled_224", "head_init": "probe"},
+            "needs one linear classifier with a bias, but pit_ti_distilled_224 has 2 classifiers; expected head_i",
+        ),
+        (
+            {"arch": "dla46x_c", "head_init": "probe", "image_size": 64},
+            "a bias, but dla46x_c has Conv2d; expected head_i",
+        ),
         ({"arch": "test_vit", "concat_pool": True}, "does not accept the options"),
         ({"arch": "test_vit", "start_size": 64}, "at start_size=64: test_vit accepts images of only one size"),
     ],
@@ -100,6 +108,9 @@ def test_all_heads_and_sizes_of_other_architectures_are_tried():
     assert {recipe["arch"] for recipe in tried} == {"convnext_atto"}
     assert {recipe["head"] for recipe in tried} == {"linear", "mlp"}
     assert {recipe["image_size"] for recipe in tried} == {96, 97, 224}
+    assert "probe" in {recipe["head_init"] for recipe in tried}
+    without = to_try(space.with_settings(["pretrained=false"]))
+    assert {recipe["head_init"] for recipe in without} == {"zeros"}  # a probe has no effect
 
 
 @pytest.mark.slow
