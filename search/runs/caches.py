@@ -84,11 +84,12 @@ def _features(path: Path) -> Content:
     try:
         if (path / FEATURES_FILE).stat().st_size != 2 * index["num_images"] * index["num_features"]:
             raise ValueError(f"{FEATURES_FILE} has another size than the index says")
+        augmented = ", augmented" if index["augmented"] else ""
         return Content(
             root=Path(index["root"]),
             size=index["size"],
             resize_method=index["resize_method"],
-            kind=f"features of {index['arch']} at {index['image_size']} px",
+            kind=f"features of {index['arch']} at {index['image_size']} px" + augmented,
             num_images=index["num_images"],
         )
     except (KeyError, TypeError, ValueError, OSError) as error:

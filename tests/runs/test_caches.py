@@ -63,13 +63,14 @@ def test_what_is_being_built_is_left_alone(kept, capsys):
 
 @pytest.fixture
 def features(colour_folder, tmp_path, monkeypatch) -> dict[str, Path]:
-    """Sets of features by the name of their architecture: one that is whole, and what is left of others."""
+    """Sets of features by the name of their architecture: two that are whole, and what is left of others."""
     monkeypatch.setenv("FINETUNE_SEARCH_CACHE", str(tmp_path))
     features_folder().mkdir(parents=True)
     paths = {}
-    for digit, arch in enumerate(("resnet18", "vit", "lost", "partial")):
+    for digit, arch in enumerate(("resnet18", "vit", "lost", "partial", "view")):
         path = paths[arch] = features_folder() / (str(digit) * 32)
         described = {"root": str(colour_folder), "size": 48, "resize_method": "crop", "arch": arch, "image_size": 32}
+        described["augmented"] = arch == "view"
         write_features(FeatureSet(rows=np.ones((36, 8), np.float16), seconds=1.0, path=path), described)
     (paths["vit"] / "index.json").write_text("{}")
     (paths["lost"] / FEATURES_FILE).write_bytes(b"")
@@ -82,17 +83,18 @@ def test_the_list_shows_features_and_what_is_damaged_or_not_finished(features, c
     shown = capsys.readouterr().out
     [line] = [line for line in shown.splitlines() if "features of resnet18 at 32 px" in line]
     assert str(colour_folder) in line and " 48 " in line and " crop " in line and " 36 " in line and "just now" in line
+    assert "features of view at 32 px, augmented" in shown and ", augmented" not in line
     for arch in ("vit", "lost"):
         assert f"not readable: {features[arch].name}" in shown
     assert f"not finished: {features['partial'].name}" in shown
-    assert f"4 caches in {cache_dir()}" in shown
+    assert f"5 caches in {cache_dir()}" in shown
 
 
 def test_features_are_cleared_but_not_while_they_are_built(features, capsys):
     with FileLock(lock_file(features["resnet18"])), FileLock(features_folder() / f".{'3' * 32}.lock"):
         assert check.main(["--cache", "clear"]) == 0
     said = capsys.readouterr().out
-    assert "removed 2 caches" in said and "kept: 2 that are still being built" in said
+    assert "removed 3 caches" in said and "kept: 2 that are still being built" in said
     assert {path for path in features_folder().iterdir() if path.is_dir()} == {
         features["resnet18"],
         features["partial"],

@@ -49,7 +49,7 @@ def feature_path(backbone: str, images: PresizedImages, recipe: Recipe, view: Vi
     return features_folder() / sha256(repr(decisive).encode()).hexdigest()[:32]
 
 
-def description(images: PresizedImages, recipe: Recipe) -> dict[str, Any]:
+def description(images: PresizedImages, recipe: Recipe, view: View) -> dict[str, Any]:
     """What the index of a set says of it, for `search.check --cache`."""
     return {
         "format": FORMAT_VERSION,
@@ -58,6 +58,7 @@ def description(images: PresizedImages, recipe: Recipe) -> dict[str, Any]:
         "resize_method": images.method,
         "arch": recipe.arch,
         "image_size": recipe.image_size,
+        "augmented": view.is_augmented,
     }
 
 

@@ -18,7 +18,11 @@ class View:
     indices: npt.NDArray[np.int64]
     augmentations: augmentation.Augmentations
     key: tuple[Any, ...]
-    """What tells it from other views of the same presized images."""
+    """What tells it from other views of the same presized images; empty for the centre view."""
+
+    @property
+    def is_augmented(self) -> bool:
+        return bool(self.key)
 
 
 def centre_view(num_images: int, recipe: Recipe) -> View:

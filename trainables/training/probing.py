@@ -73,13 +73,13 @@ class Probing:
             return found
         with ExitStack() as held:
             self._lock(path, held)
-            if found := self._opened_by_all(path):  # another training has computed them
+            if found := self._opened_by_all(path, warn=True):  # another training has computed them
                 return found
             computed = self._computed(view, path)
             if self.world.rank == 0:
-                found = _opened(path) or self._written(computed)
+                found = _opened(path) or self._written(computed, view)
             self.world.gather(None)  # until they are written
-        return found or _opened(path) or self._written_on_other_node(computed)
+        return found or _opened(path) or self._written_on_other_node(computed, view)
 
     def head(self, features: FeatureSet, train: npt.NDArray[np.int64]) -> State:
         """The state of the classifier that is best on the features of the images `train` and of their `probe_views`;
@@ -99,9 +99,9 @@ class Probing:
 
     # --- Features -----------------------------------------------------------------------------------------------------
 
-    def _opened_by_all(self, path: Path) -> FeatureSet | None:
+    def _opened_by_all(self, path: Path, *, warn: bool = False) -> FeatureSet | None:
         """The cached features; None if any worker's node has none."""
-        found = _opened(path)
+        found = _opened(path, warn=warn)
         return found if all(self.world.gather(found is not None)) else None
 
     def _lock(self, path: Path, held: ExitStack) -> None:
@@ -163,25 +163,25 @@ class Probing:
                     whole[first[rank] + start : first[rank] + start + len(piece)] = piece
         return whole
 
-    def _written(self, computed: FeatureSet) -> FeatureSet:
+    def _written(self, computed: FeatureSet, view: View) -> FeatureSet:
         """The features as the cache has them from now on; unchanged where it cannot be written."""
         try:
-            return write_features(computed, description(self.images, self.recipe))
+            return write_features(computed, description(self.images, self.recipe, view))
         except OSError as error:
             logger.warning("features cannot be kept in %s, and are computed again: %s", computed.path, error)
             return computed
 
-    def _written_on_other_node(self, computed: FeatureSet) -> FeatureSet:
+    def _written_on_other_node(self, computed: FeatureSet, view: View) -> FeatureSet:
         """The same for a worker that does not share the first one's cache; unchanged where another process builds them
         there, for which this worker does not wait."""
         try:
             computed.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(lock_file(computed.path), timeout=0):
-                return _opened(computed.path) or self._written(computed)
+                return _opened(computed.path) or self._written(computed, view)
         except Timeout:
             return computed
         except OSError:  # the lock cannot be written, and neither can they
-            return self._written(computed)
+            return self._written(computed, view)
 
     # --- The head -----------------------------------------------------------------------------------------------------
 
@@ -214,11 +214,12 @@ class Probing:
         return {name: value.detach().clone() for name, value in head.state_dict().items()}
 
 
-def _opened(path: Path) -> FeatureSet | None:
+def _opened(path: Path, *, warn: bool = False) -> FeatureSet | None:
     try:
         return open_features(path)
     except DamagedCache as error:
-        logger.warning("the cached features are damaged and will be computed again: %s", error)
+        if warn:
+            logger.warning("the cached features are damaged and will be computed again: %s", error)
         return None
 
 
