@@ -44,9 +44,7 @@ def test_the_screen_comes_first_and_no_probe_is_better_than_the_best_model(data,
 
 def test_a_time_budget_leaves_a_model_and_exit_code_0(data, ray_head, tmp_path):
     folder = tmp_path / "budgeted"
-    search = probed_search(
-        folder, data, ray_head, "--trials", 500, "--time-budget", "25s", "--keep-epoch", "best"
-    )
+    search = probed_search(folder, data, ray_head, "--trials", 500, "--time-budget", "25s", "--keep-epoch", "best")
     assert search.wait() == 0, search.text
     assert "the time budget of 25 s" in search.text
     rows, _ = tables(folder)

@@ -27,6 +27,7 @@ from trainables.network import loss, model, normalization, optimizer, schedule
 from trainables.network.dropout import WholeBatch
 from trainables.network.precision import autocast_dtype
 from trainables.probe.feature_files import Features
+from trainables.probe.soft_start import soften, softening
 from trainables.recipe import Recipe
 from trainables.training import lr_finder
 from trainables.training.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE, Files, Preprocessing
@@ -149,15 +150,21 @@ class FineTune:
         )
 
     def _run_probe(self) -> dict[str, float | int | str]:
-        """Epoch 0 of a training that starts with a probe: computes its head, and evaluates on the same features."""
+        """Epoch 0 of a training that starts with a probe: computes its head, and evaluates on the same features. Where
+        more epochs follow, they start from a softer one, see `soft_start`."""
         started = time.perf_counter()
         probing = self.probing()
         found = probing.features()
         head = probing.head(found, self.train_indices)
         self.network.classifier.load_state_dict(head)
-        trained = time.perf_counter()
         labels = self.inputs.labels[torch.as_tensor(self.train_indices)].to(self.device)
-        train_loss = F.cross_entropy(self._head_logits(found.rows[self.train_indices]), labels).item()
+        logits = self._head_logits(found.rows[self.train_indices])
+        if self.recipe.total_epochs:
+            factor = self.world.gather(softening(logits, labels))[0]
+            soften(self.network.classifier, factor)
+            logits = logits * factor
+        trained = time.perf_counter()
+        train_loss = F.cross_entropy(logits, labels).item()
         rows, targets = self._my_validation_rows()
         metrics = self._metrics(self._head_logits(found.rows[self.valid_indices[rows]]), targets)
         return self._end_epoch(
