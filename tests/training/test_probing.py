@@ -1,6 +1,7 @@
 """Epoch 0 of a training that starts from a probe: its head, what trainings share, and what may go wrong."""
 
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -26,6 +27,7 @@ from trainables.data.presize import presize
 from trainables.data.presized_images import PresizedImages
 from trainables.probe import feature_files, logistic_regression
 from trainables.probe.feature_files import FEATURES_FILE, lock_file
+from trainables.probe.soft_start import START_LOSS
 from trainables.probe.views import centre_view
 from trainables.recipe import Recipe
 from trainables.system import cache as cache_module
@@ -112,7 +114,7 @@ def test_evaluation_of_the_network_gives_the_error_of_the_probe(probe, settings)
 
 @pytest.mark.parametrize("settings", [{}, {"head": "mlp"}], ids=str)
 def test_it_is_the_same_in_every_training_whether_features_and_head_are_cached_or_not(probe, settings, monkeypatch):
-    first, second = probe(**settings), probe(**settings, epochs=3)
+    first, second = probe(**settings), probe(**settings, mixup_alpha=0.4)
     expected = measured(first.run_epoch())
     monkeypatch.setattr(module, "fit", lambda *args, **kwargs: pytest.fail("computed the head again"))
     monkeypatch.setattr(module, "fit_mlp", module.fit)
@@ -124,7 +126,7 @@ def test_it_is_the_same_in_every_training_whether_features_and_head_are_cached_o
 
 
 def test_augmented_views_of_the_images_for_training_are_shared_too(probe, cache):
-    first, second = probe(probe_views=2), probe(probe_views=2, epochs=1)
+    first, second = probe(probe_views=2), probe(probe_views=2, mixup_alpha=0.4)
     passes = [ForwardPasses(training) for training in (first, second)]
     expected = first.run_epoch()
     assert passes[0].images == 36 + 2 * expected["train_images"] and len(folders(cache)) == 3
@@ -449,3 +451,10 @@ def test_each_node_keeps_them_and_the_next_training_finds_them(groups, situation
         for worker in workers:
             assert worker[situation, "mlp head"]["computed"] == 0
             assert worker[situation, "mlp head"]["mapped"]
+
+
+def test_where_epochs_follow_it_predicts_the_same_less_confidently(probe):
+    alone, followed = probe().run_epoch(), probe(epochs=2).run_epoch()
+    assert followed["error_rate"] == alone["error_rate"]
+    assert followed["train_loss"] == pytest.approx(START_LOSS * math.log(3), rel=0.01)
+    assert alone["train_loss"] < 0.1 * followed["train_loss"]
