@@ -70,6 +70,14 @@ class Recipe:
         10,
         needs="head_init=probe",
     )
+    head_softening: float = setting(
+        0.5,
+        "how unsure a probe's head is when training goes on from it: mean loss of the training images / that of "
+        "guessing; 0 = as the probe left it",
+        0,
+        0.95,
+        needs="head_init=probe",
+    )
     normalize: str = setting(
         "auto",
         "mean and deviation of the inputs: the weights' own, or computed from the data; auto = data if from scratch",

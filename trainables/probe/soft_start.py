@@ -11,15 +11,13 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-START_LOSS = 0.7
-"""Mean cross-entropy of the training images when fine-tuning starts, by that of a head that knows nothing."""
 HALVINGS = 40
 
 
-def softening(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """The factor 0 to 1 of logits (images, classes) with which their mean cross-entropy is `START_LOSS` times the
-    logarithm of the number of classes; 1 where it is no less than that already."""
-    target = START_LOSS * math.log(logits.shape[1])
+def softening(logits: torch.Tensor, labels: torch.Tensor, share: float) -> float:
+    """The factor 0 to 1 of logits (images, classes) with which their mean cross-entropy is `share` of what guessing
+    has, the logarithm of the number of classes; 1 where it is no less than that already."""
+    target = share * math.log(logits.shape[1])
     if cross_entropy(logits, labels) >= target:
         return 1.0
     low, high = 0.0, 1.0  # the cross-entropy is convex in the factor, so it passes the target once

@@ -160,7 +160,7 @@ class FineTune:
         labels = self.inputs.labels[torch.as_tensor(self.train_indices)].to(self.device)
         logits = self._head_logits(found.rows[self.train_indices])
         if self.recipe.total_epochs:
-            factor = self.world.gather(softening(logits, labels))[0]
+            factor = self.world.gather(softening(logits, labels, self.recipe.head_softening))[0]
             soften(self.network.classifier, factor)
             logits = logits * factor
         trained = time.perf_counter()
