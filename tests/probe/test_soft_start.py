@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from trainables.network.model import mlp_head
-from trainables.probe.soft_start import START_LOSS, soften, softening
+from trainables.probe.soft_start import soften, softening
 from trainables.recipe import Recipe
 
 
@@ -23,17 +23,16 @@ def confident():
 def test_the_start_has_the_wanted_loss_whatever_the_heads_weights_are(confident):
     logits, labels = confident
     for scale in (0.5, 1, 10):
-        factor = softening(scale * logits, labels)
+        factor = softening(scale * logits, labels, 0.7)
         assert 0 < factor < 1
-        assert cross_entropy(factor * scale * logits, labels).item() == pytest.approx(
-            START_LOSS * math.log(5), rel=1e-4
-        )
+        assert cross_entropy(factor * scale * logits, labels).item() == pytest.approx(0.7 * math.log(5), rel=1e-4)
 
 
 def test_a_head_that_is_unsure_already_stays_as_it_is(confident):
     logits, labels = confident
-    assert softening(1e-3 * logits, labels) == 1
-    assert softening(-logits, labels) == 1  # and so does one that is mostly wrong
+    assert softening(1e-3 * logits, labels, 0.7) == 1
+    assert softening(-logits, labels, 0.7) == 1  # and so does one that is mostly wrong
+    assert softening(logits, labels, 0) == 1
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])

@@ -16,8 +16,8 @@ SPACE = Space(
         "batch_size": 32,
         # The probe's head fits the pretrained statistics: batch statistics would shift what it was computed for.
         "train_bn": "never",
-        "lr_max": 5e-4,
-        "lr_ratio": 10.0,
+        "lr_max": 3e-4,
+        "lr_ratio": 3.0,
         "presize": 460,
         "image_size": 224,
     },
@@ -28,6 +28,7 @@ SPACE = Space(
         "epochs": Range(3, 15),
         "lr_max": Range(3e-5, 3e-3, log=True),
         "lr_ratio": Range(1, 100, log=True),
+        "head_softening": Range(0.0, 0.8),
         "train_bn": Choice(("never", "unfrozen")),
         "mixup_alpha": Range(0.05, 0.4, off=True),
         "smoothing": Range(0.0, 0.2),
