@@ -13,7 +13,7 @@ SPACE = Space(
     settings={
         "arch": "tf_efficientnet_lite0",
         "head_init": "probe",
-        "probe_views": 2,
+        "probe_views": 1,
         "head_softening": 0.7,  # drawn animals are unlike ImageNet's
         "epochs": 2,
         "freeze_epochs": 0,
@@ -33,6 +33,6 @@ SPACE = Space(
         "smoothing": Range(0.0, 0.2),
     },
     recipes={"book": tuple(fastai_book.scaled_down(recipe, ARCHS, **SIZES) for recipe in fastai_book.PETS)},
-    num_trials=10,
+    num_trials=8,
     seed=6,
 )
