@@ -200,14 +200,24 @@ class ResultsTable(tune.Callback):
             return
         for row in [row for row in self.rows.values() if row["number"] == number]:  # none if the user has removed it
             row[CONFIRMED] = sum(r["error_rate"] for r in again) / len(again)
-            self._write_trials(row)
+            self._write_trials(row, *self._confirmed_probes())
             self.models.retain(self._kept())
 
+    def _confirmed_probes(self) -> list[Row]:
+        """Probes depend on no seed, so their errors need no confirmation. Returns their rows."""
+        probes = [row for row in self.rows.values() if row["kind"] == PROBE and row["status"] == COMPLETED]
+        for row in probes:
+            row[CONFIRMED] = row["error_rate"]
+        return probes
+
     def _kept(self, *more: Row) -> list[int]:
-        """The trials, with `more`, that keep their models: first the best, then those that are to be confirmed next."""
+        """The trials, with `more`, that keep their models: first the best, then those that are to be confirmed next, and
+        the probe that may win when they are."""
         ranked = leaders([*self.rows.values(), *more])
         by_error = sorted(ranked, key=lambda row: rank(row)[1:]) if self.confirm else []
-        return list(dict.fromkeys(row["number"] for row in (*ranked[: self.keep], *by_error[: self.confirm])))
+        probes = [row for row in by_error if row["kind"] == PROBE]
+        kept = (*ranked[: self.keep], *by_error[: self.confirm], *probes[:1])
+        return list(dict.fromkeys(row["number"] for row in kept))
 
     def _row(self, trial: Trial) -> Row:
         trial_id = table_id(trial)

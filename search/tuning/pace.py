@@ -47,8 +47,8 @@ class Pace:
         train, valid = self.images
         ratio = self.training.get(pair) or max(self.training.values(), default=TRAINING_COST)
         epoch = forward * (ratio * train + valid)
-        last = forward * valid * recipe["tta_views"] + forward * train * recipe["freeze_epochs"]
-        return max(0.0, float(SLACK * seconds - last) / epoch)
+        once = forward * (valid * recipe["tta_views"] + train * (recipe["probe_views"] + recipe["freeze_epochs"]))
+        return max(0.0, float(SLACK * seconds - once) / epoch)
 
     def _scaled(self, pair: Pair) -> float:
         """The forward seconds of an architecture, from another size."""

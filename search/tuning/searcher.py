@@ -73,9 +73,7 @@ class OptunaSearcher(Searcher):
         self.strategy = strategy or Strategy()
         self.sampler = _new_sampler(self.strategy, seed)
         self.num_trials = num_trials
-        self.first_configs = space.first_configs()
-        if self.strategy.target_seconds:
-            self.first_configs += _default_per_arch(space, self.first_configs)
+        self.first_configs = self._first_configs()
         self.numbers: dict[str, int] = {}  # Tune's trial id -> Optuna's trial number
         self.retrained: dict[str, tuple[str, int]] = {}  # Tune's id of a retraining -> table's id of its trial, seed
         self.screen = screen
@@ -146,7 +144,12 @@ class OptunaSearcher(Searcher):
         """The screen is over: fine-tune what it has found."""
         self.narrowed = True
         self.space = screen.narrowed(self.space)
-        self.first_configs = self.space.first_configs()
+        self.first_configs = self._first_configs()
+
+    def _first_configs(self) -> list[Config]:
+        """What is proposed before the sampler is asked."""
+        first = self.space.first_configs()
+        return first + (_default_per_arch(self.space, first) if self.strategy.target_seconds else [])
 
     # --- Time ---------------------------------------------------------------------------------------------------------
 

@@ -99,6 +99,19 @@ def fail(table, trial_id: str, reason: str = "diverged") -> FakeTrial:
     return trial
 
 
+def probed(table, trial_id: str, error_rate: float) -> None:
+    """A probe of the screen, from its start to its end."""
+    trial = FakeTrial(trial_id, epochs=0, freeze_epochs=0, head_init="probe", screens=-2)
+    table.on_trial_start(0, [], trial)
+    assert read_trials(table.folder.trials)[-1]["status"] == RUNNING
+    outcome = result(0, error_rate) | {"stage": "probe", "epochs_total": 0}
+    outcome |= {"best_epoch": 0, "best_error_rate": error_rate}
+    files = {WEIGHTS_FILE: trial_id.encode(), PREPROCESSING_FILE: b"{}"}
+    checkpoint.save(table.folder.checkpoints / table_id(trial), 0, files, outcome)
+    table.on_trial_result(0, [], trial, outcome)
+    table.on_trial_complete(0, [], trial)
+
+
 def best(folder) -> tuple[bytes, dict, dict, list]:
     contents = (json.loads((folder.best / f"{name}.json").read_text()) for name in ("recipe", "metrics", "labels"))
     return ((folder.best / WEIGHTS_FILE).read_bytes(), *contents)
@@ -185,14 +198,7 @@ def test_an_interrupted_search_delivers_a_running_trials_last_epoch_and_takes_it
 
 
 def test_probes_have_numbers_below_0_and_trial_0_stays_the_first_fine_tuning(table, folder):
-    probe = FakeTrial("p", epochs=0, freeze_epochs=0, head_init="probe", screens=-2)
-    table.on_trial_start(0, [], probe)
-    assert read_trials(folder.trials)[0]["status"] == RUNNING
-    outcome = result(0, 0.25) | {"stage": "probe", "epochs_total": 0, "best_epoch": 0, "best_error_rate": 0.25}
-    files = {WEIGHTS_FILE: b"p", PREPROCESSING_FILE: b"{}"}
-    checkpoint.save(folder.checkpoints / table_id(probe), 0, files, outcome)
-    table.on_trial_result(0, [], probe, outcome)
-    table.on_trial_complete(0, [], probe)
+    probed(table, "p", 0.25)
     complete(table, "a", 0.5)
     rows = read_trials(folder.trials)
     assert [(row["number"], row["kind"], row["status"]) for row in rows] == [
@@ -648,6 +654,18 @@ def test_the_mean_of_the_retrainings_decides_who_has_won(folder):
     assert [row["number"] for row in leaders(rows)] == [1, 0, 2]
     weights, _, metrics, _ = best(folder)
     assert (weights, metrics["trial_id"], metrics["error_rate"]) == (b"b", "tb", 0.2)
+
+
+def test_a_probe_needs_no_retraining_to_beat_what_was_trained_again(folder):
+    table = made(folder, confirm=1)
+    probed(table, "p", 0.25)
+    lucky = complete(table, "a", 0.1)
+    assert best(folder)[0] == b"a"
+    for number in range(3):
+        retrain(table, number, lucky, 0.3, [])
+    rows = leaders(read_trials(folder.trials))
+    assert [(row["number"], row["confirmed_error_rate"]) for row in rows] == [(-2, 0.25), (0, pytest.approx(0.3))]
+    assert best(folder)[0] == b"p"
 
 
 def kept(folder) -> dict[str, bytes]:

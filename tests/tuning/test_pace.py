@@ -6,7 +6,7 @@ import pytest
 
 from search.tuning.pace import SLACK, TRAINING_COST, Pace
 
-RECIPE = {"arch": "a", "image_size": 100, "tta_views": 0, "freeze_epochs": 0}
+RECIPE = {"arch": "a", "image_size": 100, "tta_views": 0, "freeze_epochs": 0, "probe_views": 0}
 IMAGES = {"train_images": 80, "valid_images": 20}
 
 
@@ -39,7 +39,7 @@ def test_measured_epochs_replace_the_guess():
     assert pace.epochs_within(50 / SLACK, RECIPE) == pytest.approx(1)
 
 
-def test_test_time_augmentation_and_frozen_epochs_need_their_share():
-    more = RECIPE | {"tta_views": 4, "freeze_epochs": 1}
+def test_test_time_augmentation_frozen_epochs_and_a_probes_views_need_their_share():
+    more = RECIPE | {"tta_views": 4, "freeze_epochs": 1, "probe_views": 2}
     left = probed().epochs_within(100 / SLACK, more)
-    assert left == pytest.approx((100 - 0.1 * (4 * 20 + 80)) / 26)
+    assert left == pytest.approx((100 - 0.1 * (4 * 20 + 3 * 80)) / 26)
