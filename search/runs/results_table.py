@@ -211,8 +211,8 @@ class ResultsTable(tune.Callback):
         return probes
 
     def _kept(self, *more: Row) -> list[int]:
-        """The trials, with `more`, that keep their models: first the best, then those that are to be confirmed next, and
-        the probe that may win when they are."""
+        """The trials, with `more`, that keep their models: first the best, then those that are to be confirmed next,
+        and the probe that may win when they are."""
         ranked = leaders([*self.rows.values(), *more])
         by_error = sorted(ranked, key=lambda row: rank(row)[1:]) if self.confirm else []
         probes = [row for row in by_error if row["kind"] == PROBE]

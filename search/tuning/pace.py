@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from search.tuning.screen import Screen
+
 TRAINING_COST = 3.0
 """Seconds of training on an image by those of a forward pass, until epochs have been measured."""
 SLACK = 0.9
@@ -35,8 +37,10 @@ class Pace:
             seconds = result["train_seconds"] / self.images[0] / forward
             self.training[pair] = max(seconds, self.training.get(pair, 0.0))
 
-    def probe_seconds(self, per_image: float) -> float:
-        return per_image * sum(self.images)
+    def probe_seconds(self, screen: Screen, place: int) -> float:
+        """That a probe of the screen is expected to take; the last one sees images for training alone."""
+        train, valid = self.images
+        return screen.expected_seconds(place) * (train if place == screen.last else train + valid)
 
     def epochs_within(self, seconds: float, recipe: Mapping[str, Any]) -> float:
         """How many unfrozen epochs of a recipe fit into the seconds; infinitely many where nothing is known."""

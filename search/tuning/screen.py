@@ -63,13 +63,18 @@ class Screen:
         return len(self.pairs) + bool(self.views)
 
     @property
+    def last(self) -> int:
+        """The place of the best pair's second probe."""
+        return len(self.pairs)
+
+    @property
     def next_place(self) -> int | None:
         """Of the probe that can begin now; None where none is left, or the second one has to wait for the others."""
-        last, taken = len(self.pairs), {*self.begun.values(), *self.skipped}
-        if left := set(range(last)) - taken:
+        taken = {*self.begun.values(), *self.skipped}
+        if left := set(range(self.last)) - taken:
             return min(left)
-        can_refine = self.views and last not in taken and self._all_ended and self.probes
-        return last if can_refine else None
+        can_refine = self.views and self.last not in taken and self._all_ended and self.probes
+        return self.last if can_refine else None
 
     @property
     def is_over(self) -> bool:
@@ -87,30 +92,32 @@ class Screen:
         return [(self._pair(place), probe) for place, probe in found]
 
     def _pair(self, place: int) -> Config:
-        return self.pairs[place] if place < len(self.pairs) else self.best or self.probes[0][0]
+        return self.pairs[place] if place < self.last else self.best or self.probes[0][0]
 
     def config(self, place: int) -> Config:
         """Of a probe, as a trial's. Its number is below 0, so that trial 0 is the first fine-tuning."""
-        views = self.views if place == len(self.pairs) else 0
+        views = self.views if place == self.last else 0
         none = {"epochs": 0, "freeze_epochs": 0}
         return self._pair(place) | none | {"probe_views": views, SCREENS: place - self.num_probes}
 
     def expected_seconds(self, place: int) -> float:
         """Of a probe per image, from the dearest one that has ended; 0 before the first has."""
-        measured = [(self.costs[i], probe.forward_seconds) for i, probe in self.ended.items() if probe]
-        cost, seconds = max(measured, default=(1.0, 0.0))
-        if place == len(self.pairs):
+        if place == self.last:
             return self.probes[0][1].forward_seconds * self.views
+        measured = [
+            (self.costs[i], probe.forward_seconds) for i, probe in self.ended.items() if probe and i < self.last
+        ]
+        cost, seconds = max(measured, default=(1.0, 0.0))
         return seconds * self.costs[place] / cost
 
     def begin(self, trial_id: str, place: int) -> None:
-        if place == len(self.pairs):
+        if place == self.last:
             self.best = self._pair(place)
         self.begun[trial_id] = place
 
     def skip(self, place: int) -> None:
         """A time budget leaves no time for this probe, nor for those that cost more."""
-        self.skipped |= set(range(place, len(self.pairs))) if place < len(self.pairs) else {place}
+        self.skipped |= set(range(place, self.last)) or {place}
 
     def forget_running(self, *, begun_again: bool) -> None:
         """Forget the probes that have not ended, with the search that has: a resumed one repeats them, and those

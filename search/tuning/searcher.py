@@ -158,8 +158,9 @@ class OptunaSearcher(Searcher):
         is enough for some epochs."""
         if self.budget is None or self.budget.limit is None:
             return True
-        left, expected = self.budget.seconds_left, self.pace.probe_seconds(screen.expected_seconds(place))
-        if expected > left:
+        left, expected = self.budget.seconds_left, self.pace.probe_seconds(screen, place)
+        refining = self.pace.probe_seconds(screen, screen.last) if place != screen.last and screen.probes else 0.0
+        if expected + refining > left:  # augmented views for the best pair are worth more than another pair
             return False
         if self._epochs_within(left, screen.narrowed(self.space).full_settings) < WORTHWHILE_EPOCHS:
             return True

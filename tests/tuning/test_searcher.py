@@ -643,3 +643,13 @@ def test_a_trial_has_no_more_epochs_than_fit_into_the_time_that_is_left(journal,
     assert all(run_trial(searcher, f"t{i}")["epochs"] <= 3 for i in range(2, 12))
     clock.seconds += 65
     assert searcher.suggest("last") == Searcher.FINISHED
+
+
+def test_time_is_left_for_the_second_probe_of_the_best_pair(journal, clock):
+    space = replace(PROBED, settings=PROBED.settings | {"probe_views": 2})
+    budget = TimeBudget(RunFolder(journal.parent), 60.0, since=1000.0)
+    searcher = made(journal, space=space, screen=new_screen(space, None, None), budget=budget)
+    config = searcher.suggest("probe0")
+    clock.seconds += 35
+    probe(searcher, "probe0", config)  # another pair is expected to take 13 s, and its views 2 * 80 images * 0.1 s
+    assert searcher.suggest("probe1") == config | {"probe_views": 2, "screens": -1}
