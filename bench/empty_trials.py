@@ -19,6 +19,11 @@ from trainables.training.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WE
 
 CPUS_TOLD = 4
 """What Ray is told that this machine has: two workers and, in Ray's own pattern, the function that starts them."""
+BEFORE_PROBES = (
+    *("head_init=zeros", "freeze_epochs=1", "train_bn=unfrozen", "lr_max_frozen=0.002", "lr_max=0.001", "lr_ratio=100"),
+    *("lr_max_frozen=0.0005..0.02", "lr_max=0.0001..0.01", "lr_ratio=3..1000"),
+)
+"""The quickstart's settings and dimensions when the published figures were measured."""
 product_serve = worker.serve
 
 
@@ -127,10 +132,12 @@ def search_options(
     from search.tuning.tuner import RunOptions
 
     space = load_space("quickstart")
-    space = replace(space, seed=seed, settings=space.settings | {"seed": seed}).with_settings(settings)
+    space = replace(space, seed=seed, settings=space.settings | {"seed": seed}).with_settings(
+        [*BEFORE_PROBES, *settings]
+    )
     size = GroupSize(num_workers=workers, cpus_per_worker=1)
     options = SearchOptions(
-        space=space.name, trials=trials, max_concurrent=concurrent, keep=1, stall_timeout=math.inf
+        space=space.name, trials=trials, max_concurrent=concurrent, keep=1, screen="off", stall_timeout=math.inf
     )  # fmt: skip
     images = str(draw_images(root / "images"))
     folder = RunFolder(root / "run")

@@ -20,20 +20,25 @@ from pathlib import Path
 from typing import Any
 
 from common import CPUS, RESULTS
+from empty_trials import BEFORE_PROBES
 
 FILE = "learning_curves.csv.gz"
 METRICS = ("epoch", "stage", "progress", "train_loss", "valid_loss", "error_rate")
 SEEDS = 2
 """Trainings of each configuration."""
+DIMENSIONS = ("arch", "image_size", "epochs", "lr_max_frozen", "lr_max", "lr_ratio", "mixup_alpha", "smoothing")
 Config = dict[str, Any]
 
 
 def space():
-    """The quickstart's. In fp32 everywhere, which is what it has on a CPU."""
+    """The quickstart's as it was before trials started from probes: the published curves are of that space. In fp32
+    everywhere, which is what it has on a CPU."""
     from search.spaces.space import load_space
 
     found = load_space("quickstart")
-    return replace(found, settings=found.settings | {"seed": found.seed, "tta_views": 0, "precision": "fp32"})
+    found = replace(found, settings=found.settings | {"seed": found.seed, "tta_views": 0, "precision": "fp32"})
+    found = found.with_settings(BEFORE_PROBES)
+    return replace(found, dimensions={name: found.dimensions[name] for name in DIMENSIONS})
 
 
 def configurations(points: int, seed: int) -> list[Config]:

@@ -19,7 +19,8 @@ from search.reporting.charts import FAMILIES, Chart, end_times, plain
 from search.reporting.importance import importances
 from search.reporting.summary import model
 from search.runs.atomic_files import write_atomically
-from search.runs.result_rows import COMPLETED, FAILED, PROBE, PROBED, RANKED, STOPPED, UNFINISHED, how_many, name_of
+from search.runs.kinds import PROBE, how_many, name_of
+from search.runs.result_rows import COMPLETED, FAILED, PROBED, RANKED, STOPPED, UNFINISHED
 from search.runs.run_record import RunRecord, load
 from trainables.system.command_line import run_cli
 from trainables.system.full_disk import require_writable_file

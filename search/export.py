@@ -20,7 +20,7 @@ from search.exporting import export_formats
 from search.exporting.verification import Differs, check_against_table
 from search.runs.atomic_files import replace_folder
 from search.runs.command import CommandRecord
-from search.runs.result_rows import PROBE, name_of, short_name
+from search.runs.kinds import PROBE, name_of, short_name
 from search.runs.trained_model import open_run
 from trainables.data.labelled_images import MAX_UNREADABLE
 from trainables.inference.model_folder import ModelFolder, read_json, read_model

@@ -18,11 +18,11 @@ from search.reporting.error_analysis import ErrorAnalysis, analyse, read_analysi
 from search.reporting.summary import model
 from search.runs.atomic_files import write_atomically
 from search.runs.command import CommandRecord
+from search.runs.kinds import PROBE, how_many, name_of, short_name
 from search.runs.result_rows import (
     COMPLETED,
     CONFIRMED,
     FAILED,
-    PROBE,
     PROBED,
     RETRAINED,
     RUNNING,
@@ -30,9 +30,6 @@ from search.runs.result_rows import (
     STOPPED,
     UNFINISHED,
     better_epoch,
-    how_many,
-    name_of,
-    short_name,
 )
 from search.runs.run_record import RunRecord, load
 from search.spaces.space import dimension_text

@@ -279,7 +279,8 @@ def conclude(run: "RunOptions", seconds: float, *, interrupted: bool) -> int:
     from search.cli.errors import report_errors
     from search.reporting.live_table import counts
     from search.reporting.test_set import read_once
-    from search.runs.result_rows import FAILED, RUNNING, how_many, leaders, name_of, read_trials
+    from search.runs.kinds import how_many, name_of
+    from search.runs.result_rows import FAILED, RUNNING, leaders, read_trials
     from search.runs.results_table import deliver_running
     from trainables.training import checkpoint
 

@@ -12,7 +12,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from PIL import Image
 
-from search.runs.result_rows import COMPLETED, EPOCH_COLUMNS, FAILED, METRICS, PROBE, STOPPED, TRIAL, UNFINISHED
+from search.runs.kinds import PROBE, TRIAL
+from search.runs.result_rows import COMPLETED, EPOCH_COLUMNS, FAILED, METRICS, STOPPED, UNFINISHED
 from search.runs.results_table import as_csv
 from trainables.recipe import Recipe
 

@@ -263,7 +263,10 @@ def spec_of(name: str) -> dataclasses.Field[Any]:
 def has_effect(name: str, values: Mapping[str, Any]) -> bool:
     """Whether setting `name` has an effect in a training whose other settings are `values`."""
     needed, value = needed_by(name), spec_of(name).metadata["needs"].partition("=")[2]
-    return not needed or (str(values[needed]) == value if value else bool(values[needed]))
+    if not needed:
+        return True
+    has_it = str(values[needed]) == value if value else bool(values[needed])
+    return has_it and has_effect(needed, values)
 
 
 def needed_by(name: str) -> str:

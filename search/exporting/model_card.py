@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from search.exporting.export_formats import INPUT, ONNX_FILE, OPSET, OUTPUT, PROGRAM_FILE
 from search.reporting.test_set import describe_score, read_test
 from search.runs.command import CommandRecord
-from search.runs.result_rows import how_many, name_of
+from search.runs.kinds import how_many, name_of
 from search.runs.run_record import RunRecord
 from search.runs.statistics import wilson_interval
 from trainables.data.layouts import split_level

@@ -17,19 +17,8 @@ import plotly.graph_objects as go
 
 from search.reporting.importance import importances
 from search.reporting.summary import describe_front
-from search.runs.result_rows import (
-    COMPLETED,
-    FAILED,
-    PROBE,
-    RANKED,
-    RETRAINED,
-    RUNNING,
-    STOPPED,
-    TRIAL,
-    UNFINISHED,
-    how_many,
-    name_of,
-)
+from search.runs.kinds import PROBE, TRIAL, how_many, name_of
+from search.runs.result_rows import COMPLETED, FAILED, RANKED, RETRAINED, RUNNING, STOPPED, UNFINISHED
 from search.runs.run_record import RunRecord
 from trainables.system.text import many, percent
 

@@ -15,18 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from search.runs.csv_file import Row
-from search.runs.result_rows import (
-    COMPLETED,
-    CONFIRMED,
-    PROBE,
-    PROBED,
-    RUNNING,
-    better_epoch,
-    leaders,
-    name_of,
-    row_of,
-    short_name,
-)
+from search.runs.kinds import PROBE, name_of, short_name
+from search.runs.result_rows import COMPLETED, CONFIRMED, PROBED, RUNNING, better_epoch, leaders, row_of
 from search.runs.results_table import ResultsTable
 from search.runs.time_budget import seconds_spent
 from search.spaces.space import NamedRecipe

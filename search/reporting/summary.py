@@ -8,7 +8,8 @@ import pandas as pd
 
 from search.options.strategy import CONFIRM_SEEDS
 from search.reporting.importance import importances
-from search.runs.result_rows import CONFIRMED, FAILED, better_epoch, name_of
+from search.runs.kinds import name_of
+from search.runs.result_rows import CONFIRMED, FAILED, better_epoch
 from search.runs.run_record import RunRecord
 from trainables.ray.trial import RETRAINS
 from trainables.system.text import duration, percent

@@ -9,7 +9,7 @@ from search.cli.errors import error_line, report_errors
 from search.cli.messages import say
 from search.options.arguments import resume_command
 from search.runs.command import CommandRecord
-from search.runs.result_rows import name_of
+from search.runs.kinds import name_of
 from search.runs.statistics import wilson_interval
 from trainables.data.held_out_images import WithoutTestImages, held_share, set_aside, without_test_images
 from trainables.data.labelled_images import DataError, ImageFolder

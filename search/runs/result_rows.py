@@ -17,9 +17,9 @@ from search.runs.csv_file import (
     signed_integer,
     timestamp,
 )
+from search.runs.kinds import PROBE, TRIAL
 from search.runs.paths import RunFolder
 from trainables.ray.trial import RETRAINS
-from trainables.system.text import many
 
 if TYPE_CHECKING:  # takes long to import
     import pandas as pd
@@ -29,7 +29,6 @@ RETRAINED = "retrained"  # one of the best trials again, with another seed; it i
 UNFINISHED = "unfinished"  # it was running when a time budget or failures ended the search
 RANKED = (COMPLETED, UNFINISHED)
 """What the best model may come from: the last finished epoch of an unfinished trial counts."""
-TRIAL, PROBE = "trial", "probe"  # kinds
 PROBED = ("arch", "image_size")
 """The searched settings that a probe of the screen depends on."""
 SCORES = ("error_rate", "tta_error_rate", "valid_loss", "accuracy")  # none without a finished epoch
@@ -62,25 +61,6 @@ EPOCH_PARSERS: dict[str, Parser] = {
     "finished_at": timestamp,
 }
 EPOCH_NEEDED = ("number", "trial_id", "epoch", "error_rate")
-
-
-def name_of(number: int) -> str:
-    """What a person calls the trial of a number: those of a screen's probes are below 0."""
-    return f"probe {-number}" if number < 0 else f"trial {number}"
-
-
-def short_name(number: int) -> str:
-    """The same where it is known to be of a trial: only its number."""
-    return name_of(number).removeprefix("trial ")
-
-
-def how_many(kinds: Iterable[str], trial: str = "trial") -> str:
-    """Such as "10 trials", or "9 probes and 10 trials". `trial` is what one is called."""
-    found = list(kinds)
-    probes = found.count(PROBE)
-    trials = len(found) - probes
-    shown = [many(probes, "probe")] * bool(probes) + [many(trials, trial)] * bool(trials or not probes)
-    return " and ".join(shown)
 
 
 def better_epoch(row: "Row | pd.Series[Any]") -> tuple[int, float] | None:

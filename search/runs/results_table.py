@@ -13,6 +13,7 @@ from search.options.strategy import CONFIRM_SEEDS
 from search.runs.atomic_files import append_line, write_atomically
 from search.runs.csv_file import Row, as_csv
 from search.runs.kept_models import KeptModels
+from search.runs.kinds import PROBE, TRIAL
 from search.runs.paths import RunFolder
 from search.runs.result_rows import (
     COMPLETED,
@@ -21,12 +22,10 @@ from search.runs.result_rows import (
     EPOCH_COLUMNS,
     FAILED,
     METRICS,
-    PROBE,
     RETRAINED,
     RUNNING,
     SCORES,
     STOPPED,
-    TRIAL,
     UNFINISHED,
     is_whole,
     leaders,

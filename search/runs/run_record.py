@@ -14,20 +14,17 @@ from optuna.storages.journal import JournalFileBackend
 
 from search.runs.command import CommandRecord
 from search.runs.csv_file import Parser, as_csv, read_table
+from search.runs.kinds import PROBE, TRIAL, how_many, name_of
 from search.runs.paths import RunFolder
 from search.runs.result_rows import (
     COMPLETED,
     CONFIRMED,
     EPOCH_NEEDED,
     EPOCH_PARSERS,
-    PROBE,
     RANKED,
     SCORES,
-    TRIAL,
     TRIAL_NEEDED,
     TRIAL_PARSERS,
-    how_many,
-    name_of,
 )
 from search.runs.statistics import describe_lead, wilson_interval
 from search.runs.trained_model import require_run

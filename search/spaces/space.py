@@ -178,7 +178,7 @@ class Space:
 
     def in_order(self) -> list[str]:
         """The dimensions, each after the one that decides whether it has an effect."""
-        names = itertools.chain.from_iterable((needed_by(name), name) for name in self.dimensions)
+        names = itertools.chain.from_iterable(map(_with_needed, self.dimensions))
         return [name for name in dict.fromkeys(names) if name in self.dimensions]
 
     def with_settings(self, texts: Iterable[str]) -> "Space":
@@ -313,7 +313,12 @@ def dimension_text(saved: Mapping[str, Any] | str) -> str:
 
 def _is_idle(name: str, dimensions: Mapping[str, Dimension], settings: Mapping[str, Any]) -> bool:
     """Whether a dimension has no effect in any trial, because of what another setting is pinned to."""
-    return needed_by(name) not in dimensions and not has_effect(name, settings)
+    return not set(_with_needed(name)[:-1]) & set(dimensions) and not has_effect(name, settings)
+
+
+def _with_needed(name: str) -> list[str]:
+    """A setting after those that decide whether it has an effect."""
+    return [*_with_needed(needed), name] if (needed := needed_by(name)) else [name]
 
 
 def check_dimension(name: str, dimension: Dimension) -> None:

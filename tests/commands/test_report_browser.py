@@ -28,12 +28,13 @@ def browser():
 
 @pytest.fixture(scope="module")
 def quickstart(browser, tmp_path_factory, request) -> Path:
-    """The folder of a real run of the quickstart: three trials of an epoch each."""
+    """The folder of a real run of the quickstart: two probes, then three trials of an epoch each."""
     ray_head = request.getfixturevalue("ray_head")  # not before it is known that there is a browser
     results = tmp_path_factory.mktemp("results")
     command = [sys.executable, "-m", "search.run", "--space", "quickstart", "--results", results, "--name", "quick"]
     command += ["--address", ray_head]
-    command += ["--trials", 3, "--set", "epochs=1", "--set", "freeze_epochs=1", "--set", "image_size=96"]
+    command += ["--trials", 3, "--set", "epochs=1", "--set", "image_size=96"]
+    command += ["--set", "arch=tf_efficientnet_lite0"]
     child = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
     assert child.returncode == 0, child.stdout + child.stderr
     return results / "quick"
@@ -57,9 +58,12 @@ def complaints():
     assert not found
 
 
+def shown(page) -> list[str]:
+    return page.locator("#trials-table tbody tr:visible td:first-child").all_inner_texts()
+
+
 def shown_trials(page) -> list[int]:
-    rows = page.locator("#trials-table tbody tr:visible td:first-child").all_inner_texts()
-    return [int(text) for text in rows]
+    return [int(text) for text in shown(page)]
 
 
 @pytest.mark.ray
@@ -74,7 +78,7 @@ def test_the_report_of_a_quickstart_run_opens_without_a_complaint(browser, quick
         assert page.locator(".thumbnails img").count() == 12
         widths = page.eval_on_selector_all(".thumbnails img", "images => images.map(image => image.naturalWidth)")
         assert min(widths) > 0
-        assert sorted(shown_trials(page)) == [0, 1, 2]
+        assert sorted(shown(page)) == ["0", "1", "2", "probe 1", "probe 2"]
 
 
 @pytest.mark.ray

@@ -12,6 +12,7 @@ import pytest
 
 from search.runs.atomic_files import replace_folder, write_atomically
 from search.runs.csv_file import read_rows
+from search.runs.kinds import name_of
 from search.runs.paths import RunFolder
 from search.runs.result_rows import (
     COMPLETED,
@@ -23,7 +24,6 @@ from search.runs.result_rows import (
     UNFINISHED,
     check_tables,
     leaders,
-    name_of,
     read_trials,
 )
 from search.runs.results_table import ResultsTable, TooManyFailures
