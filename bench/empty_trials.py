@@ -132,9 +132,8 @@ def search_options(
     from search.tuning.tuner import RunOptions
 
     space = load_space("quickstart")
-    space = replace(space, seed=seed, settings=space.settings | {"seed": seed}).with_settings(
-        [*BEFORE_PROBES, *settings]
-    )
+    space = replace(space, seed=seed, settings=space.settings | {"seed": seed}).with_settings(BEFORE_PROBES)
+    space = space.with_settings(settings)
     size = GroupSize(num_workers=workers, cpus_per_worker=1)
     options = SearchOptions(
         space=space.name, trials=trials, max_concurrent=concurrent, keep=1, screen="off", stall_timeout=math.inf

@@ -131,7 +131,7 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
 def winner_figures(run: RunRecord, found: ErrorAnalysis | None) -> list[charts.Chart]:
     recipe = run.best_recipe
     shown = [winner_charts.confusion(found.counts, found.classes)] if found else []
-    return [*shown, winner_charts.schedule(recipe)] if recipe else shown
+    return [*shown, winner_charts.schedule(recipe)] if recipe and recipe.total_epochs else shown
 
 
 # --- What ran, and what came of it ------------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ def test_the_final_table_has_the_best_first_and_no_bars():
 def test_a_search_in_a_terminal_draws_the_live_table_and_ends_with_the_leaderboard(tmp_path, ray_head):
     data = draw_images(tmp_path / "data")
     settings = "pretrained=false presize=40 image_size=32 batch_size=4 arch=test_resnet.r160_in1k,test_vit.r160_in1k"
-    settings += " epochs=8 lr_ratio=10 lr_max_frozen=0.002 lr_max=0.001 mixup_alpha=0 smoothing=0.1"
+    settings += " freeze_epochs=1 epochs=8 lr_ratio=10 lr_max_frozen=0.002 lr_max=0.001 mixup_alpha=0 smoothing=0.1"
     command = [sys.executable, "-m", "search.run", "--space", "quickstart", "--data", data, "--trials", 2]
     command += ["--max-concurrent", 1, "--cpus-per-worker", 1, "--address", ray_head, "--report", "off"]
     command += ["--results", tmp_path, "--name", "live"]
