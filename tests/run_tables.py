@@ -143,7 +143,10 @@ def _write_winner(folder: Path, row: dict, labels: Sequence[str]) -> None:
     for made in (best, interpretation, images):
         made.mkdir()
     (best / "model.safetensors").touch()
-    recipe = Recipe.from_dict({name: row[name] for name in DIMENSIONS if name != "arch"})
+    settings = {name: row[name] for name in DIMENSIONS if name != "arch" and row.get(name, "") != ""}
+    if row.get("kind") == PROBE:
+        settings |= {"head_init": "probe", "freeze_epochs": 0, "epochs": 0}
+    recipe = Recipe.from_dict(settings)
     preprocessing = {"presize": 64, "image_size": 48, "mean": [0.5] * 3, "std": [0.5] * 3, "resize_method": "crop"}
     contents = {"recipe": recipe.to_dict(), "labels": list(labels), "metrics": {"trial_id": row["trial_id"]}}
     for name, content in (contents | {"preprocessing": preprocessing}).items():
