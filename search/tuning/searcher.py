@@ -359,7 +359,10 @@ def end_study(journal: Path, name: str) -> None:
     report them."""
     if not Path(journal).is_file():
         return
-    study = optuna.load_study(study_name=name, storage=open_journal(Path(journal)))
+    storage = open_journal(Path(journal))
+    if name not in optuna.get_all_study_names(storage):  # the screen was not over
+        return
+    study = optuna.load_study(study_name=name, storage=storage)
     for frozen in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         trial = optuna.Trial(study, frozen._trial_id)
         if frozen.intermediate_values:

@@ -653,3 +653,10 @@ def test_time_is_left_for_the_second_probe_of_the_best_pair(journal, clock):
     clock.seconds += 35
     probe(searcher, "probe0", config)  # another pair is expected to take 13 s, and its views 2 * 80 images * 0.1 s
     assert searcher.suggest("probe1") == config | {"probe_views": 2, "screens": -1}
+
+
+def test_a_search_that_ended_in_its_screen_has_no_study_to_end(journal):
+    searcher = made(journal, space=PROBED, screen=new_screen(PROBED, None, None))
+    probe(searcher, "probe0", searcher.suggest("probe0"))
+    end_study(journal, "small")
+    assert optuna.get_all_study_names(JournalStorage(JournalFileBackend(str(journal)))) == ["small: probes"]
