@@ -1,6 +1,5 @@
 """Optuna as Tune's searcher. It learns how every trial ended: finished, stopped early, or failed."""
 
-import math
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from search.tuning.pace import Pace
 from search.tuning.retraining import retrainings
 from search.tuning.screen import Screen
 from search.tuning.study_configs import Config, config_of, params_of, propose
+from search.tuning.time_left import TimeLeft
 from search.tuning.tpe import CachedTPESampler
 from trainables.ray.trial import RETRAINS, text_id
 
@@ -28,10 +28,6 @@ STARTUP_TRIALS = 5
 """Few random configs: most searches here are short, and trial 0 is already a good one."""
 FORGOTTEN = "forgotten when the search was killed"
 ENDED = "the search ended"
-SCREEN_SHARE = 0.5
-"""Of a time budget, which the screen leaves to fine-tuning."""
-WORTHWHILE_EPOCHS = 2
-"""A budget that leaves less for fine-tuning is better spent on more probes."""
 
 _TUNE_ID, _SECONDS, _LOSS = "trial_id", "seconds", "valid_loss"
 
@@ -128,7 +124,7 @@ class OptunaSearcher(Searcher):
 
     def _probe(self, trial_id: str, screen: Screen) -> Config | None:
         """The next probe of the screen; None while it has to wait, or others have to end."""
-        while (place := screen.next_place) is not None and not self._has_time_for_probe(screen, place):
+        while (place := screen.next_place) is not None and not self._time.for_probe(screen, place, self.space):
             screen.skip(place)
         if place is None:
             return None
@@ -151,38 +147,20 @@ class OptunaSearcher(Searcher):
         first = self.space.first_configs()
         return first + (_default_per_arch(self.space, first) if self.strategy.target_seconds else [])
 
-    # --- Time ---------------------------------------------------------------------------------------------------------
-
-    def _has_time_for_probe(self, screen: Screen, place: int) -> bool:
-        """Whether a probe fits into the time budget, of which the screen leaves a part for fine-tuning, if that
-        is enough for some epochs."""
-        if self.budget is None or self.budget.limit is None:
-            return True
-        left, expected = self.budget.seconds_left, self.pace.probe_seconds(screen, place)
-        refining = self.pace.probe_seconds(screen, screen.last) if place != screen.last and screen.probes else 0.0
-        if expected + refining > left:  # augmented views for the best pair are worth more than another pair
-            return False
-        if self._epochs_within(left, screen.narrowed(self.space).full_settings) < WORTHWHILE_EPOCHS:
-            return True
-        return self.budget.limit - left + expected <= SCREEN_SHARE * self.budget.limit
+    @property
+    def _time(self) -> TimeLeft:
+        return TimeLeft(self.budget, self.pace)
 
     def _has_time(self) -> bool:
-        """Whether an epoch fits into what is left of the time budget."""
+        """Whether an epoch of any trial fits into what is left of the time budget."""
         settings = self.space.full_settings
         pairs = [settings, *({"arch": arch, "image_size": size} for arch, size in self.pace.forward)]
-        choice = _archs(self.space) or (settings["arch"],)
-        left = self.budget.seconds_left if self.budget else math.inf
-        return any(self._epochs_within(left, settings | pair) >= 1 for pair in pairs if pair["arch"] in choice)
-
-    def _epochs_within(self, seconds: float, settings: Config) -> float:
-        return math.inf if math.isinf(seconds) else self.pace.epochs_within(seconds, settings)
+        archs = _archs(self.space) or (settings["arch"],)
+        return any(self._time.epochs(settings | pair) >= 1 for pair in pairs if pair["arch"] in archs)
 
     def _most_epochs(self, config: Config) -> float:
         """That fit into what is left of the time budget, at least 1."""
-        left = self.budget.seconds_left if self.budget else math.inf
-        return max(1, self._epochs_within(left, self.space.full_settings | config))
-
-    # --- Proposals ----------------------------------------------------------------------------------------------------
+        return max(1, self._time.epochs(self.space.full_settings | config))
 
     def _ask(self) -> tuple[optuna.Trial, Config]:
         self._skip_slow_archs()

@@ -84,18 +84,7 @@ class RunOptions:
 def new_tuner(run: RunOptions) -> tune.Tuner:
     options, strategy, folder = run.options, run.options.strategy, run.folder
     settings = run.space.full_settings
-    table = ResultsTable(
-        folder,
-        settings=settings,
-        dimensions=list(run.space.dimensions),
-        pinned=list(run.space.pinned),
-        labels=run.labels,
-        confirm=strategy.confirm,
-        front=strategy.num_objectives > 1,
-        keep=options.keep,
-        keep_first=options.test_split is not None,
-        keep_epoch=options.keep_epoch,
-    )
+    table = table_of(run)
     import_tensorboardx()
     budget, capacity = TimeBudget(folder, options.time_budget, run.began), capacity_of(run)
     searcher = new_searcher(
@@ -141,6 +130,22 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
+    )
+
+
+def table_of(run: RunOptions) -> ResultsTable:
+    options, strategy = run.options, run.options.strategy
+    return ResultsTable(
+        run.folder,
+        settings=run.space.full_settings,
+        dimensions=list(run.space.dimensions),
+        pinned=list(run.space.pinned),
+        labels=run.labels,
+        confirm=strategy.confirm,
+        front=strategy.num_objectives > 1,
+        keep=options.keep,
+        keep_first=options.test_split is not None,
+        keep_epoch=options.keep_epoch,
     )
 
 
