@@ -253,7 +253,7 @@ def execute(run: "RunOptions", *, resume: bool) -> bool:
     import ray
 
     from search.cli.errors import report_errors
-    from search.tuning.searcher import end_study
+    from search.tuning.study_end import end_study
     from search.tuning.tuner import new_tuner, restored_tuner
 
     try:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
@@ -17,17 +16,15 @@ from search.runs.time_budget import TimeBudget
 from search.spaces.space import Choice, Range, Space, ends
 from search.tuning.pace import Pace
 from search.tuning.retraining import retrainings
+from search.tuning.samplers import new_sampler
 from search.tuning.screen import Screen
 from search.tuning.study_configs import Config, config_of, params_of, propose
+from search.tuning.study_end import fail
 from search.tuning.time_left import TimeLeft
-from search.tuning.tpe import CachedTPESampler
 from trainables.ray.trial import RETRAINS, text_id
 
 METRIC = "error_rate"
-STARTUP_TRIALS = 5
-"""Few random configs: most searches here are short, and trial 0 is already a good one."""
 FORGOTTEN = "forgotten when the search was killed"
-ENDED = "the search ended"
 
 _TUNE_ID, _SECONDS, _LOSS = "trial_id", "seconds", "valid_loss"
 
@@ -67,7 +64,7 @@ class OptunaSearcher(Searcher):
         self.space = space
         self.journal = Path(journal)
         self.strategy = strategy or Strategy()
-        self.sampler = _new_sampler(self.strategy, seed)
+        self.sampler = new_sampler(self.strategy, seed)
         self.num_trials = num_trials
         self.first_configs = self._first_configs()
         self.numbers: dict[str, int] = {}  # Tune's trial id -> Optuna's trial number
@@ -247,7 +244,7 @@ class OptunaSearcher(Searcher):
         trial, result = self._trial(running), result or {}
         if error or result.get("failure") or "epoch" not in result:
             failure = result.get("failure") or ("error" if error else "ended before its first epoch")
-            _fail(self.study, trial, failure)
+            fail(self.study, trial, failure)
             return
         self.on_trial_result(trial_id, result)  # Tune passes a trial's last result to this method only
         seconds = result[_SECONDS] * result["epochs_total"] / max(1, result["epoch"])
@@ -316,7 +313,7 @@ class OptunaSearcher(Searcher):
             self.study.ask()  # empties the queue
         for frozen in self._all_running():
             if frozen.number not in self.numbers.values():
-                _fail(self.study, self._trial(frozen), FORGOTTEN)
+                fail(self.study, self._trial(frozen), FORGOTTEN)
 
     def _all_running(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
@@ -330,28 +327,6 @@ class OptunaSearcher(Searcher):
 
     def _trial(self, frozen: FrozenTrial) -> optuna.Trial:
         return optuna.Trial(self.study, frozen._trial_id)
-
-
-def end_study(journal: Path, name: str) -> None:
-    """Record the end of the trials that were running when a time budget or failures ended the search: Tune does not
-    report them."""
-    if not Path(journal).is_file():
-        return
-    storage = open_journal(Path(journal))
-    if name not in optuna.get_all_study_names(storage):  # the screen was not over
-        return
-    study = optuna.load_study(study_name=name, storage=storage)
-    for frozen in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        trial = optuna.Trial(study, frozen._trial_id)
-        if frozen.intermediate_values:
-            study.tell(trial, state=TrialState.PRUNED)
-        else:
-            _fail(study, trial, ENDED)
-
-
-def _fail(study: optuna.Study, trial: optuna.Trial, reason: str) -> None:
-    trial.set_user_attr("failure", reason)
-    study.tell(trial, state=TrialState.FAIL)
 
 
 def probes_study(name: str) -> str:
@@ -369,14 +344,3 @@ def _default_per_arch(space: Space, first: Sequence[Config]) -> list[Config]:
     """Trial 0 with each of the other architectures."""
     configs = [first[0] | {"arch": arch} for arch in _archs(space)]
     return [config for config in configs if config not in first]
-
-
-def _new_sampler(strategy: Strategy, seed: int) -> BaseSampler:
-    if strategy.searcher == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    if strategy.searcher == "gp":
-        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS, warn_independent_sampling=False)
-    if strategy.searcher == "cmaes":
-        return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=STARTUP_TRIALS, warn_independent_sampling=False)
-    # One dimension at a time: measured to find more than Optuna 5's default, see results/bench/search_quality.md.
-    return CachedTPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)

@@ -21,8 +21,9 @@ from search.runs.paths import RunFolder
 from search.runs.time_budget import TimeBudget
 from search.spaces.space import Choice, Range, Space
 from search.tuning.screen import new_screen
-from search.tuning.searcher import OptunaSearcher, end_study
+from search.tuning.searcher import OptunaSearcher
 from search.tuning.study_configs import config_of, params_of
+from search.tuning.study_end import end_study
 from search.tuning.tuner import Resumable
 
 SPACE = Space(
