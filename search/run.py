@@ -223,16 +223,17 @@ def announce(run: "RunOptions", nodes: "list[Node]", *, num_images: int) -> None
     others = "".join(f", {arch} on {count}" for arch, count in run.num_workers.items())
     within = f" in at most {options.time_budget / 60:g} min" if options.time_budget else ""
     gpus = f" and {size.gpus_per_worker} GPUs" if size.gpus_per_worker else ""
-    screen = f", after a screen of {many(run.num_probes, 'probe')}" if run.num_probes else ""
+    screen = run.screen
+    probes = f", after a screen of {many(screen.num_probes, 'probe')}" if screen else ""
     say(
-        f"search: {run.num_trials} trials{screen}{within}, {at_once} at once{note}, each on "
+        f"search: {run.num_trials} trials{probes}{within}, {at_once} at once{note}, each on "
         f"{many(size.num_workers, 'worker')} of {size.cpus_per_worker:g} CPUs{gpus}{others}; the first one waits for "
         "its workers to start"
     )
     say(f"results: {folder}/")
     concat_pool = True in setting_values(run.space, "concat_pool")
     # Those of the screen and its views; a range may have other image sizes, too.
-    num_sets = len(run.screen.pairs) * (1 + run.screen.views) if run.screen else 0
+    num_sets = len(screen.pairs) * (1 + screen.views) if screen else 0
     say(
         needs(
             folder,
@@ -292,9 +293,8 @@ def conclude(run: "RunOptions", seconds: float, *, interrupted: bool) -> int:
                 checkpoint.drop(run.folder.checkpoints / row["trial_id"])
     print_trials(run, rows)
     say(f"{how_many(row['kind'] for row in rows)} in {duration(seconds)}: {counts(rows)}")
-    if (budget := run.options.time_budget) and len(rows) < run.num_trials + run.num_probes and not interrupted:
-        left = "is spent" if seconds >= budget else "leaves no time for another trial"
-        say(f"the time budget of {duration(budget)} {left}; --resume with a longer --time-budget continues")
+    if not interrupted:
+        say_budget(run, seconds, num_rows=len(rows))
     if leaders(rows) and not interrupted:
         read_once(run.folder, run.data_digest)  # before the report, which shows it
     write_last_report(run, analysis=run.options.report == "full" and not interrupted)
@@ -342,13 +342,29 @@ def say_results(run: "RunOptions") -> None:
     say(f"next: {shell_command('search.export', run.folder, '--out', 'exported')}")
 
 
-def ended_by_failures(run: "RunOptions", rows: "list[Row]") -> bool:
-    """Whether too many consecutive failures aborted the search; says so."""
-    from search.runs.result_rows import FAILED
+def say_budget(run: "RunOptions", seconds: float, *, num_rows: int) -> None:
+    """Where a time budget has ended the search before its last trial, say so."""
+    budget = run.options.time_budget
+    if budget is None or num_rows >= run.num_trials + run.num_probes or too_many_failures(run):
+        return
+    left = "is spent" if seconds >= budget else "leaves no time for another trial"
+    say(f"the time budget of {duration(budget)} {left}; --resume with a longer --time-budget continues")
+
+
+def too_many_failures(run: "RunOptions") -> bool:
+    """Whether consecutive failures aborted the search."""
     from search.runs.results_table import consecutive_failures
     from trainables.ray.retry_limits import MAX_CONSECUTIVE_FAILURES
 
-    if consecutive_failures(run.folder) < MAX_CONSECUTIVE_FAILURES:
+    return consecutive_failures(run.folder) >= MAX_CONSECUTIVE_FAILURES
+
+
+def ended_by_failures(run: "RunOptions", rows: "list[Row]") -> bool:
+    """The same, and says so."""
+    from search.runs.result_rows import FAILED
+    from trainables.ray.retry_limits import MAX_CONSECUTIVE_FAILURES
+
+    if not too_many_failures(run):
         return False
     last = [row for row in rows if row["status"] == FAILED][-1]
     say(f"ended early: {MAX_CONSECUTIVE_FAILURES} trials failed, one after another; the last one: {last['reason']}")

@@ -237,7 +237,7 @@ class ResultsTable(tune.Callback):
     def _next_number(self) -> int:
         """Epochs count, too: they remain if the user has removed a damaged row of `trials.csv`."""
         numbers = [int(row["number"]) for row in (*self.rows.values(), *self.epoch_rows.values())]
-        return 1 + max(-1, *numbers) if numbers else 0
+        return 1 + max([-1, *numbers])
 
     def _keep_weights(self, trial: Trial, row: Row) -> None:
         found = checkpoint.newest(self.folder.checkpoints / row["trial_id"])

@@ -261,8 +261,9 @@ class OptunaSearcher(Searcher):
         probe = screen.end(trial_id, result)
         if probe is None:
             return
-        self.pace.add(self.space.full_settings | screen.config(screen.begun[trial_id]), result)
-        pair = {name: screen.config(screen.begun[trial_id])[name] for name in screen.pairs[0]}
+        config = screen.config(screen.begun[trial_id])
+        self.pace.add(self.space.full_settings | config, result)
+        pair = {name: config[name] for name in screen.pairs[0]}
         choices = {name: tuple(dict.fromkeys(other[name] for other in screen.pairs)) for name in pair}
         found = optuna.trial.create_trial(
             params=pair,
