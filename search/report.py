@@ -22,6 +22,7 @@ from search.runs.kinds import PROBE, how_many, name_of, short_name
 from search.runs.result_rows import (
     COMPLETED,
     CONFIRMED,
+    EXPECTED,
     FAILED,
     PROBED,
     RETRAINED,
@@ -185,6 +186,8 @@ def _card(name: str, title: str, row: "pd.Series[Any]", run: RunRecord) -> dict[
         num_valid = run.num_valid or 0
         wrong = round(error * num_valid)
         lines.append(f"{wrong} of {num_valid} images wrong; 95 % interval {low} to {high}")
+    if not math.isnan(expected := row.get(EXPECTED, math.nan)):
+        lines.append(f"{percent(expected)} expected on new images, from all images that its probe was tried on")
     if not math.isnan(row["tta_error_rate"]):
         lines.append(f"{percent(row['tta_error_rate'])} with test-time augmentation")
     if better := better_epoch(row):
@@ -272,6 +275,8 @@ def columns(run: RunRecord) -> list[Column]:
     """The columns of the table: outcome, cost, searched and pinned settings, and why a trial ended."""
     shown = [Column("trial", "number"), Column("status", "status", is_text=True), Column("epochs", "epochs_done")]
     shown.append(Column("error", "error_rate", is_share=True))
+    if EXPECTED in run.trials and run.trials[EXPECTED].notna().any():
+        shown.append(Column("expected", EXPECTED, is_share=True))
     if any(better_epoch(row) for _, row in run.trials.iterrows()):
         shown.append(Column("best epoch", "best_epoch"))
         shown.append(Column("error then", "best_error_rate", is_share=True))
@@ -291,7 +296,7 @@ def columns(run: RunRecord) -> list[Column]:
 def table(run: RunRecord) -> list[dict[str, Any]]:
     """A row per trial, best first."""
     shown, best = columns(run), None if run.best is None else run.best.name
-    order = run.trials.sort_values(["error_rate", "valid_loss", "number"], kind="stable", na_position="last")
+    order = run.trials.assign(expected=run.expected).sort_values(["expected", "error_rate", "valid_loss", "number"])
     return [
         {"status": row["status"], "is_best": number == best, "cells": [_cell(row, column) for column in shown]}
         for number, row in order.assign(**_without_idle_settings(run, order)).iterrows()

@@ -12,6 +12,7 @@ from search.exporting.export_formats import INPUT, ONNX_FILE, OPSET, OUTPUT, PRO
 from search.reporting.test_set import describe_score, read_test
 from search.runs.command import CommandRecord
 from search.runs.kinds import how_many, name_of
+from search.runs.result_rows import EXPECTED
 from search.runs.run_record import RunRecord
 from search.runs.statistics import wilson_interval
 from trainables.data.layouts import split_level
@@ -186,6 +187,8 @@ def _errors(metrics: dict[str, Any], run: RunRecord | None) -> str:
     if run is not None and run.num_valid:
         low, high = wilson_interval(error, run.num_valid)
         rows.append(("95 % interval (Wilson)", f"{percent(low, 2)} to {percent(high, 2)}"))
+    if (expected := metrics.get(EXPECTED)) is not None and expected == expected:
+        rows.append(("expected on new images, from the probe's error on all images", percent(expected, 2)))
     if tta is not None and tta == tta:
         rows.append(("with test-time augmentation", percent(tta, 2)))
     if metrics.get("valid_loss") is not None:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from search.runs.csv_file import Row
 from search.runs.kinds import PROBE, name_of, short_name
-from search.runs.result_rows import COMPLETED, CONFIRMED, PROBED, RUNNING, better_epoch, leaders, row_of
+from search.runs.result_rows import COMPLETED, CONFIRMED, EXPECTED, PROBED, RUNNING, better_epoch, leaders, row_of
 from search.runs.results_table import ResultsTable
 from search.runs.time_budget import seconds_spent
 from search.spaces.space import NamedRecipe
@@ -170,6 +170,7 @@ def rows_table(rows: list[Row], dimensions: list[str], *, fold: bool = True) -> 
 
 
 OPTIONAL_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "expected": lambda row: _percent(row.get(EXPECTED)),
     "confirmed": lambda row: _percent(row.get(CONFIRMED)),  # the mean of the retrainings
     "front": lambda row: "*" if row.get("front") else "",
     "best epoch": lambda row: _best_epoch(row),  # where it is not the last one

@@ -9,7 +9,7 @@ import pandas as pd
 from search.options.strategy import CONFIRM_SEEDS
 from search.reporting.importance import importances
 from search.runs.kinds import name_of
-from search.runs.result_rows import CONFIRMED, FAILED, better_epoch
+from search.runs.result_rows import CONFIRMED, EXPECTED, FAILED, better_epoch
 from search.runs.run_record import RunRecord
 from trainables.ray.trial import RETRAINS
 from trainables.system.text import duration, percent
@@ -44,7 +44,9 @@ def _winner(run: RunRecord) -> str:
     assert best is not None  # a summary is made of completed trials
     tta, confirmed = best["tta_error_rate"], best.get(CONFIRMED, math.nan)
     text = f"{name_of(best['number'])} with {percent(best['error_rate'])} validation error"
-    more = [] if math.isnan(tta) else [f"{percent(tta)} with test-time augmentation"]
+    expected = best.get(EXPECTED, math.nan)
+    more = [] if math.isnan(expected) else [f"{percent(expected)} expected on new images"]
+    more += [] if math.isnan(tta) else [f"{percent(tta)} with test-time augmentation"]
     if not math.isnan(confirmed):
         more.append(f"{percent(confirmed)} on average over {CONFIRM_SEEDS} more seeds")
     if better := better_epoch(best):

@@ -1,7 +1,7 @@
 """The rows of the results table: columns, reading and ranking of `trials.csv` and `epochs.csv`."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +31,14 @@ RANKED = (COMPLETED, UNFINISHED)
 """What the best model may come from: the last finished epoch of an unfinished trial counts."""
 PROBED = ("arch", "image_size")
 """The searched settings that a probe of the screen depends on."""
-SCORES = ("error_rate", "tta_error_rate", "valid_loss", "accuracy")  # none without a finished epoch
+EXPECTED = "expected_error_rate"  # on new images, where a probe tells it: see `trainables.probe.expected_error`
+SCORES = ("error_rate", EXPECTED, "tta_error_rate", "valid_loss", "accuracy")  # none without a finished epoch
 METRICS = (*SCORES, "best_epoch", "best_error_rate", "epochs_done", "epochs_total")
 COSTS = ("seconds", "overhead_seconds", "images_per_second")
 CONFIRMED = "confirmed_error_rate"  # mean of a trial's retrainings
 EPOCH_COLUMNS = [
-    *("number", "trial_id", "epoch", "stage", "progress", "train_loss", "valid_loss", "error_rate", "accuracy"),
-    *("train_seconds", "valid_seconds", "images_per_second", "train_images", "valid_images", "batch_parts"),
+    *("number", "trial_id", "epoch", "stage", "progress", "train_loss", "valid_loss", "error_rate", EXPECTED),
+    *("accuracy", "train_seconds", "valid_seconds", "images_per_second", "train_images", "valid_images", "batch_parts"),
     "finished_at",
 ]
 
@@ -76,11 +77,20 @@ def is_whole(row: Row) -> bool:
     return bool(row["epochs_done"] == row["epochs_total"]) and not math.isnan(row["error_rate"])
 
 
+def expected_error(row: "Mapping[str, Any] | pd.Series[Any]", *, confirmed: bool = True) -> float:
+    """The error rate to expect of a trial on new images, as far as it is known: the mean over its retrainings (unless
+    not `confirmed`), or its own one corrected by its probe's, or its own one on the validation images."""
+    for name in (CONFIRMED, EXPECTED) if confirmed else (EXPECTED,):
+        if not math.isnan(value := row.get(name, math.nan)):
+            return float(value)
+    return float(row["error_rate"])
+
+
 def rank(row: Row) -> tuple[float, ...]:
-    """Key that sorts completed trials best first: by the mean error rate of their retrainings (none: last), then by
-    error rate, validation loss, and number."""
-    confirmed = row.get(CONFIRMED, math.nan)
-    return (math.inf if math.isnan(confirmed) else confirmed), row["error_rate"], row["valid_loss"], row["number"]
+    """Key that sorts completed trials best first: those that were trained again before the others, then by expected
+    error rate, error rate, validation loss, and number."""
+    alone = math.isnan(row.get(CONFIRMED, math.nan))
+    return alone, expected_error(row), row["error_rate"], row["valid_loss"], row["number"]
 
 
 def leaders(rows: Iterable[Row]) -> list[Row]:

@@ -20,6 +20,7 @@ from search.runs.result_rows import (
     CONFIRMED,
     COSTS,
     EPOCH_COLUMNS,
+    EXPECTED,
     FAILED,
     METRICS,
     RETRAINED,
@@ -27,6 +28,7 @@ from search.runs.result_rows import (
     SCORES,
     STOPPED,
     UNFINISHED,
+    expected_error,
     is_whole,
     leaders,
     pareto_front,
@@ -198,7 +200,7 @@ class ResultsTable(tune.Callback):
         if len(again) < CONFIRM_SEEDS:
             return
         for row in [row for row in self.rows.values() if row["number"] == number]:  # none if the user has removed it
-            row[CONFIRMED] = sum(r["error_rate"] for r in again) / len(again)
+            row[CONFIRMED] = sum(expected_error(r, confirmed=False) for r in again) / len(again)
             self._write_trials(row, *self._confirmed_probes())
             self.models.retain(self._kept())
 
@@ -206,14 +208,14 @@ class ResultsTable(tune.Callback):
         """Probes depend on no seed, so their errors need no confirmation. Returns their rows."""
         probes = [row for row in self.rows.values() if row["kind"] == PROBE and row["status"] == COMPLETED]
         for row in probes:
-            row[CONFIRMED] = row["error_rate"]
+            row[CONFIRMED] = expected_error(row, confirmed=False)
         return probes
 
     def _kept(self, *more: Row) -> list[int]:
         """The trials, with `more`, that keep their models: first the best, then those that are to be confirmed next,
         and the probe that may win when they are."""
         ranked = leaders([*self.rows.values(), *more])
-        by_error = sorted(ranked, key=lambda row: rank(row)[1:]) if self.confirm else []
+        by_error = sorted(ranked, key=lambda row: rank(row | {CONFIRMED: math.nan})) if self.confirm else []
         probes = [row for row in by_error if row["kind"] == PROBE]
         kept = (*ranked[: self.keep], *by_error[: self.confirm], *probes[:1])
         return list(dict.fromkeys(row["number"] for row in kept))
@@ -246,8 +248,9 @@ class ResultsTable(tune.Callback):
             return
         if self.keep_epoch == "best" and row["best_epoch"] not in ("", row["epochs_done"]):
             error = row["best_error_rate"]
-            loss = self.epoch_rows[row["trial_id"], row["best_epoch"]]["valid_loss"]
-            row |= {"error_rate": error, "valid_loss": loss, "accuracy": 1 - error, "tta_error_rate": math.nan}
+            best = self.epoch_rows[row["trial_id"], row["best_epoch"]]
+            row |= {"error_rate": error, "accuracy": 1 - error, "tta_error_rate": math.nan}
+            row |= {name: best.get(name, math.nan) for name in (EXPECTED, "valid_loss")}
         status = COMPLETED if is_whole(row) else UNFINISHED
         known = {name: row[name] for name in row if name not in ("front", CONFIRMED, RETRAINS)}
         searched = {name: trial.config[name] for name in self.dimensions if name in trial.config}

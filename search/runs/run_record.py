@@ -21,10 +21,12 @@ from search.runs.result_rows import (
     CONFIRMED,
     EPOCH_NEEDED,
     EPOCH_PARSERS,
+    EXPECTED,
     RANKED,
     SCORES,
     TRIAL_NEEDED,
     TRIAL_PARSERS,
+    expected_error,
 )
 from search.runs.statistics import describe_lead, wilson_interval
 from search.runs.trained_model import require_run
@@ -86,11 +88,17 @@ class RunRecord:
 
     @property
     def completed(self) -> pd.DataFrame:
-        """The completed trials and, by their last epoch, the unfinished ones, best first: lowest mean error rate of the
-        retrainings, those without them last; then lowest error rate, ties by validation loss."""
-        by = [name for name in (CONFIRMED, "error_rate", "valid_loss") if name in self.trials]
-        ranked = self.trials["status"].isin(RANKED) & self.trials["error_rate"].notna()
-        return self.trials[ranked].sort_values(by, kind="stable")
+        """The completed trials and, by their last epoch, the unfinished ones, best first, see `result_rows.rank`."""
+        ranked = self.trials[self.trials["status"].isin(RANKED) & self.trials["error_rate"].notna()]
+        confirmed = ranked.get(CONFIRMED, pd.Series(math.nan, ranked.index))
+        keys = {"alone": confirmed.isna(), "expected": confirmed.fillna(self.expected)}
+        order = ranked[["error_rate", "valid_loss"]].assign(**keys)
+        return ranked.loc[order.sort_values([*keys, "error_rate", "valid_loss"], kind="stable").index]
+
+    @property
+    def expected(self) -> pd.Series:
+        """The expected error rate of each trial by itself, see `result_rows.expected_error`."""
+        return self.trials.get(EXPECTED, self.trials["error_rate"]).fillna(self.trials["error_rate"])
 
     @property
     def best(self) -> pd.Series | None:
@@ -176,7 +184,7 @@ class RunRecord:
         if tuned.empty or probe is None or not self.num_valid:
             return ""
         best = tuned.iloc[0]
-        if _expected(best) >= probe["error_rate"]:
+        if expected_error(best) >= expected_error(probe):
             return f"no better than the best probe, which trained in {duration(probe['seconds'])}"
         return self._lead_of(best, probe, tuned, than="the best probe")
 
@@ -184,7 +192,8 @@ class RunRecord:
         """What the lead of a row, the best of the candidates, over another is worth, in words."""
         assert self.num_valid  # see the callers
         among, count = how_many(candidates["kind"]), len(candidates)
-        return describe_lead(_expected(row), _expected(other), self.num_valid, among=among, count=count, than=than)
+        errors = expected_error(row), expected_error(other)
+        return describe_lead(*errors, self.num_valid, among=among, count=count, than=than)
 
     def setting(self, row: pd.Series, name: str) -> Any:
         """A row's value of a setting, searched or not; empty where it is not known."""
@@ -197,12 +206,6 @@ class RunRecord:
             raise ValueError(f"{self.folder} has no study yet: no trial has started.")
         storage = JournalStorage(JournalFileBackend(str(self.folder.journal)))
         return optuna.load_study(study_name=self.space["name"], storage=storage)
-
-
-def _expected(row: pd.Series) -> float:
-    """A trial's error rate: the mean of its retrainings, or without them that of its one training."""
-    confirmed = row.get(CONFIRMED, math.nan)
-    return float(row["error_rate"] if math.isnan(confirmed) else confirmed)
 
 
 def _read_table(path: Path, parsers: dict[str, Parser], needed: Iterable[str], key: str | None = None) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from search.runs.result_rows import expected_error
 from search.spaces.space import Choice, Space
 from search.tuning.study_configs import Config
 from trainables.network.pretrained_weights import find_weights
@@ -31,6 +32,7 @@ class Probe:
     """The result of a probe of the screen."""
 
     error_rate: float
+    expected_error_rate: float
     valid_loss: float
     forward_seconds: float
     """Of one image through the backbone."""
@@ -88,7 +90,7 @@ class Screen:
     def probes(self) -> list[tuple[Config, Probe]]:
         """The pairs of the successful probes, best first."""
         found = [(place, probe) for place, probe in self.ended.items() if probe]
-        found.sort(key=lambda item: (item[1].error_rate, item[1].valid_loss, item[0]))
+        found.sort(key=lambda item: (item[1].expected_error_rate, item[1].error_rate, item[1].valid_loss, item[0]))
         return [(self._pair(place), probe) for place, probe in found]
 
     def _pair(self, place: int) -> Config:
@@ -132,6 +134,7 @@ class Screen:
         if not result.get("failure") and math.isfinite(result.get("error_rate", math.nan)):
             probe = Probe(
                 error_rate=result["error_rate"],
+                expected_error_rate=expected_error(result),
                 valid_loss=result["valid_loss"],
                 forward_seconds=result["feature_seconds"] / (result["train_images"] + result["valid_images"]),
             )

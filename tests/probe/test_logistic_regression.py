@@ -101,6 +101,21 @@ def test_the_out_of_fold_error_rate_is_that_of_unseen_images():
     assert head.out_of_fold_error_rate == pytest.approx(error_rate(head, features[300:], labels[300:]), abs=0.06)
 
 
+def test_it_is_that_of_fits_without_half_a_fold():
+    features, labels = drawn(120, 40, 4)
+    head, folds = fit(features, labels, 4), _folds(labels, 0)
+    wrong = 0
+    for fold in range(5):
+        unseen = (folds == fold).nonzero().flatten()
+        unseen = unseen[labels[unseen].argsort(stable=True)]
+        for half in (unseen[::2], unseen[1::2]):
+            seen = torch.ones(120, dtype=torch.bool)
+            seen[half] = False
+            other = fit(features[seen], labels[seen], 4, l2=head.l2)
+            wrong += int((other.logits(features[half]).argmax(1) != labels[half]).sum())
+    assert head.out_of_fold_error_rate == pytest.approx(wrong / 120, abs=2.5 / 120)
+
+
 def test_cross_validation_chooses_what_is_near_the_best_for_unseen_images():
     features, labels = drawn(500, 30, 5)
     x, y, unseen, truth = features[:150], labels[:150], features[150:], labels[150:]

@@ -24,6 +24,7 @@ from search.runs.result_rows import (
     UNFINISHED,
     check_tables,
     leaders,
+    read_epochs,
     read_trials,
 )
 from search.runs.results_table import ResultsTable, TooManyFailures
@@ -66,8 +67,11 @@ class FakeTrial(SimpleNamespace):
         return self.error
 
 
-def result(epoch: int, error_rate: float, *, valid_loss: float = 0.5, overhead: float = 0.25) -> dict:
+def result(
+    epoch: int, error_rate: float, *, valid_loss: float = 0.5, overhead: float = 0.25, expected: float = math.nan
+) -> dict:
     metrics = {"error_rate": error_rate, "valid_loss": valid_loss, "accuracy": 1 - error_rate, "train_loss": 0.7}
+    metrics |= {} if math.isnan(expected) else {"expected_error_rate": expected}
     metrics |= {"stage": "frozen" if epoch == 1 else "unfrozen", "progress": 50 * (epoch - 1)}
     times = {"train_seconds": 2.0, "valid_seconds": 0.5, "seconds": 2.5 * epoch}
     times |= {"images_per_second": 100.0, "overhead_seconds": overhead}
@@ -83,10 +87,12 @@ def run_epochs(table, trial, *error_rates: float, first: int = 1, **more) -> Non
         table.on_trial_result(0, [], trial, outcome)
 
 
-def complete(table, trial_id: str, error_rate: float, *, valid_loss: float = 0.5, **config) -> FakeTrial:
+def complete(
+    table, trial_id: str, error_rate: float, *, valid_loss: float = 0.5, expected: float = math.nan, **config
+) -> FakeTrial:
     trial = FakeTrial(trial_id, **config)
     table.on_trial_start(0, [], trial)
-    run_epochs(table, trial, 0.9, 0.8, error_rate, valid_loss=valid_loss)
+    run_epochs(table, trial, 0.9, 0.8, error_rate, valid_loss=valid_loss, expected=expected)
     table.on_trial_complete(0, [], trial)
     return trial
 
@@ -120,7 +126,7 @@ def best(folder) -> tuple[bytes, dict, dict, list]:
 def test_the_tables_are_there_and_whole_from_the_first_moment(table, folder):
     assert read_trials(folder.trials) == read_rows(folder.epochs) == []
     assert folder.trials.read_text().startswith(
-        "number,trial_id,kind,status,error_rate,tta_error_rate,valid_loss,accuracy,best_epoch,best_error_rate,"
+        "number,trial_id,kind,status,error_rate,expected_error_rate,tta_error_rate,valid_loss,accuracy,best_epoch,"
     )
     assert folder.epochs.read_text().splitlines() == [",".join(EPOCH_COLUMNS)]
 
@@ -223,7 +229,7 @@ def test_with_keep_epoch_best_a_trial_leaves_the_model_and_the_error_of_its_best
     table, trial = made(folder, keep_epoch="best"), FakeTrial("b")
     table.on_trial_start(0, [], trial)
     for epoch, error in enumerate((0.4, 0.1, 0.3), 1):
-        outcome = result(epoch, error, valid_loss=error) | {"tta_error_rate": 0.2}
+        outcome = result(epoch, error, valid_loss=error, expected=error + 0.05) | {"tta_error_rate": 0.2}
         outcome |= {"best_epoch": min(epoch, 2), "best_error_rate": min(error, 0.1 if epoch > 1 else 1.0)}
         files = {WEIGHTS_FILE: b"last", BEST_FILE: b"best", PREPROCESSING_FILE: b"{}"}
         checkpoint.save(folder.checkpoints / table_id(trial), epoch, files, outcome)
@@ -231,6 +237,7 @@ def test_with_keep_epoch_best_a_trial_leaves_the_model_and_the_error_of_its_best
     table.on_trial_complete(0, [], trial)
     [row] = read_trials(folder.trials)
     assert (row["error_rate"], row["valid_loss"], row["accuracy"], row["best_epoch"]) == (0.1, 0.1, 0.9, 2)
+    assert row["expected_error_rate"] == pytest.approx(0.15)
     assert math.isnan(row["tta_error_rate"])  # it is the last epoch's
     assert best(folder)[0] == b"best"
 
@@ -345,7 +352,7 @@ def test_a_torn_last_line_is_gone_when_the_search_goes_on(table, folder):
 
 DAMAGES = {
     "text for a number": ("trials", "0.3,", "0.3?,", r"line 2 has '0\.3\?' for error_rate"),
-    "a lost field": ("trials", "completed,", "", "line 2 has 17 fields, expected 18"),
+    "a lost field": ("trials", "completed,", "", "line 2 has 18 fields, expected 19"),
     "another status": ("trials", "completed", "complete", "line 2 has 'complete' for status"),
     "a setting renamed": ("trials", ",lr_max,", ",lr_mix,", "line 1 has no column lr_max"),
     "a metric renamed": ("trials", ",epochs_done,", ",epochs-done,", "line 1 has no column epochs_done"),
@@ -434,6 +441,30 @@ def test_best_changes_for_a_better_trial_only(table, folder):
         complete(table, trial_id, error_rate, valid_loss=valid_loss)
         assert best(folder)[0] == expected
     assert leaders(table.rows.values())[0]["trial_id"] == best(folder)[2]["trial_id"] == "te"
+
+
+def test_the_error_to_expect_decides_where_it_is_known(table, folder):
+    for trial_id, error_rate, expected, winner in [
+        ("a", 0.10, 0.2, b"a"),
+        ("b", 0.15, 0.1, b"b"),
+        ("c", 0.05, 0.1, b"c"),  # as good, and better on the validation images
+        ("d", 0.07, math.nan, b"d"),
+        ("e", 0.01, 0.08, b"d"),
+    ]:
+        complete(table, trial_id, error_rate, expected=expected)
+        assert best(folder)[0] == winner
+    rows = read_trials(folder.trials)
+    assert [row["trial_id"] for row in leaders(rows)] == ["td", "te", "tc", "tb", "ta"]
+    assert [row["expected_error_rate"] for row in rows[:3]] == [0.2, 0.1, 0.1]
+    assert read_epochs(folder.epochs)[2]["expected_error_rate"] == 0.2
+
+
+def test_the_mean_of_the_retrainings_is_of_errors_to_expect(folder):
+    table = made(folder, confirm=1)
+    first = complete(table, "a", 0.1, expected=0.2)
+    for number in range(3):
+        retrain(table, number, first, 0.1, [], expected=0.3)
+    assert read_trials(folder.trials)[0]["confirmed_error_rate"] == pytest.approx(0.3)
 
 
 def test_a_trial_that_was_stopped_or_failed_is_never_the_best(table, folder):
@@ -629,9 +660,9 @@ def test_a_trial_whose_files_were_lost_with_its_end_begins_anew(table, folder):
 # --- The best once more, and the front --------------------------------------------------------------------------------
 
 
-def retrain(table, number: int, original: FakeTrial, error_rate: float, trials: list) -> None:
+def retrain(table, number: int, original: FakeTrial, error_rate: float, trials: list, **more) -> None:
     trial = FakeTrial(f"again{number}", seed=number, retrains=table_id(original), **original.config)
-    run_epochs(table, trial, 0.9, 0.8, error_rate)
+    run_epochs(table, trial, 0.9, 0.8, error_rate, **more)
     table.on_trial_complete(0, trials, trial)
 
 

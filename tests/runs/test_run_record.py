@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import optuna
 import pytest
@@ -9,6 +10,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 import search
+from search.runs.result_rows import leaders, read_trials
 
 TRIALS = """number,trial_id,status,error_rate,tta_error_rate,valid_loss,epochs_done,epochs_total,arch,head,reason
 0,t1e5,completed,0.3,,1.1,3,3,none,crop,
@@ -48,6 +50,19 @@ def test_the_winner_has_the_lowest_error_and_among_equals_the_lowest_loss(folder
     assert run.completed.index.tolist() == [3, 2, 0]
     assert run.best.name == 3
     assert run.first.name == 0
+
+
+def test_the_winner_of_a_frame_is_that_of_the_table(folder):
+    """However errors, expected ones and means of retrainings are mixed."""
+    draws = random.Random(0)
+    rows = []
+    for number in range(40):
+        cells = [f"{draws.choice(('', round(draws.random(), 1)))}" for _ in range(2)]
+        rows.append(f"{number},t{number},completed,{draws.random():.1f},,{draws.random():.1f},3,3,{','.join(cells)}\n")
+    head = "number,trial_id,status,error_rate,best_error_rate,valid_loss,epochs_done,epochs_total"
+    (folder / "trials.csv").write_text(f"{head},expected_error_rate,confirmed_error_rate\n" + "".join(rows))
+    expected = [row["number"] for row in leaders(read_trials(folder / "trials.csv"))]
+    assert search.load(folder).completed.index.tolist() == expected
 
 
 def test_probes_and_what_was_fine_tuned_are_told_apart_and_an_unfinished_trial_can_win(folder):

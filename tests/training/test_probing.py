@@ -39,7 +39,7 @@ SMALL = {"arch": "test_resnet", "head_init": "probe", "presize": 48, "image_size
 SMALL |= {"freeze_epochs": 0, "epochs": 0, "precision": "fp32"}
 FEW = (0.1, 0.01)
 """Penalties that are tried, to be quick."""
-METRICS = ("train_loss", "valid_loss", "error_rate", "accuracy")
+METRICS = ("train_loss", "valid_loss", "error_rate", "expected_error_rate", "accuracy")
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def probe(colour_images, weights):
 
 
 def measured(metrics: dict) -> tuple[float, ...]:
-    return tuple(metrics[name] for name in METRICS)
+    return tuple(metrics.get(name, -1) for name in METRICS)
 
 
 class ForwardPasses:
@@ -96,6 +96,23 @@ def test_without_other_epochs_it_is_the_whole_training(probe, colour_images, set
     assert metrics["feature_seconds"] > 0 and metrics["images_per_second"] > 0
     assert (metrics["train_images"], metrics["valid_images"]) == tuple(map(len, colour_images.split()))
     assert training.state()
+
+
+@pytest.mark.parametrize("settings", [{}, {"head": "mlp"}, {"probe_views": 1}], ids=str)
+def test_the_error_to_expect_of_it_is_that_on_all_images(probe, settings):
+    """Of the linear probe of the centre views: exactly that; of others: corrected by it, so between the two."""
+    training = probe(**settings)
+    probing = training.probing()
+    features, train = probing.features(), training.train_indices
+    linear = probing.linear_probe(features, train)
+    labels = training.inputs.labels[training.valid_indices]
+    wrong = (linear.logits(torch.from_numpy(features.rows[training.valid_indices])).argmax(1) != labels).sum().item()
+    on_all = (wrong + len(train) * linear.out_of_fold_error_rate) / (len(train) + len(labels))
+    metrics = training.run_epoch()
+    assert training.reference.error_rate == pytest.approx(on_all)
+    assert metrics["expected_error_rate"] >= min(on_all, metrics["error_rate"])
+    if not settings and wrong:
+        assert metrics["expected_error_rate"] == pytest.approx(on_all)
 
 
 @pytest.mark.parametrize(

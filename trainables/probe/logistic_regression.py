@@ -46,8 +46,9 @@ class LinearHead:
     l2: float
     """Penalty of the weights on standardised features."""
     out_of_fold_error_rate: float | None = None
-    """Share of the images, 0 to 1, that the folds' fits with this l2 got wrong without having seen them. A little too
-    low, since l2 was chosen by their log-loss. None where nothing was held out."""
+    """Share of the images, 0 to 1, that fits with this l2 get wrong without having seen them. They have seen nearly as
+    many of the others, see `_out_of_fold_error_rate`. A little too low, since l2 was chosen by the log-loss on the same
+    images. None where nothing was held out."""
 
     def logits(self, features: Tensor) -> Tensor:
         """(images, classes) of features (images, features) of any floating-point type, on the CPU."""
@@ -183,7 +184,7 @@ def _principal_axes(x: Tensor) -> _Axes:
 def _cross_validated(
     data: _Axes, y: Tensor, seed: int, on_progress: Callable[[], None]
 ) -> tuple[float, _Solution | None, float | None]:
-    """The l2 with the lowest out-of-fold log-loss, the mean of its folds' solutions and its out-of-fold error rate.
+    """The l2 with the lowest out-of-fold log-loss, the mean of its folds' solutions, its error rate on unseen images.
 
     By log-loss rather than by the number of errors, which is the same for many values and decides by chance between
     them. From strong to weak, each fold's fit starts from its last one.
@@ -196,25 +197,51 @@ def _cross_validated(
     validation = [(data.coordinates[folds == k], y[folds == k]) for k in held_out]
     num_images = sum(len(targets) for _, targets in validation)
     solutions: list[_Solution | None] = [None] * len(held_out)
-    best: tuple[float, float, _Solution | None, float] = (math.inf, L2_WITHOUT_VALIDATION, None, 1.0)
+    best: tuple[float, float, list[_Solution]] = (math.inf, L2_WITHOUT_VALIDATION, [])
     worse = 0
     for l2 in L2_GRID:
-        log_loss = wrong = 0.0
+        log_loss = 0.0
         fitted = []
         for (x, targets), (unseen, truth), start in zip(training, validation, solutions, strict=True):
             solution = _solve(x, targets, l2, start, ROUGH, on_progress)
             logits = unseen @ solution.weight.T + solution.bias
             log_loss += float(cross_entropy(logits, truth, reduction="sum")) / num_images
-            wrong += float((logits.argmax(1) != truth).sum())
             fitted.append(solution)
         solutions = [*fitted]
         if log_loss < best[0] - MIN_GAIN:
-            best, worse = (log_loss, l2, _mean(fitted), wrong / num_images), 0
+            best, worse = (log_loss, l2, fitted), 0
         else:
             worse += 1
             if worse == PATIENCE:
                 break
-    return best[1:]
+    _, l2, fitted = best
+    starts = dict(zip(held_out, fitted, strict=True))
+    return l2, _mean(fitted), _out_of_fold_error_rate(data, y, folds, starts, l2, on_progress)
+
+
+def _out_of_fold_error_rate(
+    data: _Axes, y: Tensor, folds: Tensor, starts: dict[int, _Solution], l2: float, on_progress: Callable[[], None]
+) -> float:
+    """The share of images that fits get wrong which have seen all but half a fold.
+
+    Fits on 2/3 or 4/5 of the images, which choose l2, are worse than the one on all of them, by 2 points of error where
+    a class has 15 images. Each of these starts from its fold's, which has not seen the images that it is tried on.
+    """
+    wrong = count = 0
+    for fold, start in starts.items():
+        unseen = (folds == fold).nonzero().flatten()
+        unseen = unseen[y[unseen].argsort(stable=True)]
+        for half in (unseen[::2], unseen[1::2]):
+            if not len(half):
+                continue
+            seen = torch.ones_like(y, dtype=torch.bool)
+            seen[half] = False
+            training = _Axes(data.coordinates[seen], data.variances, data.axes)
+            solution = _solve(training, y[seen], l2, start, ROUGH, on_progress)
+            logits = data.coordinates[half] @ solution.weight.T + solution.bias
+            wrong += int((logits.argmax(1) != y[half]).sum())
+            count += len(half)
+    return wrong / count
 
 
 def _folds(labels: Tensor, seed: int) -> Tensor:

@@ -26,7 +26,9 @@ from trainables.data.presized_images import PresizedImages
 from trainables.network import loss, model, normalization, optimizer, schedule
 from trainables.network.dropout import WholeBatch
 from trainables.network.precision import autocast_dtype
+from trainables.probe.expected_error import Reference, reference
 from trainables.probe.feature_files import Features
+from trainables.probe.logistic_regression import LinearHead
 from trainables.probe.soft_start import soften, softening
 from trainables.recipe import Recipe
 from trainables.training import lr_finder
@@ -94,6 +96,8 @@ class FineTune:
         self.device = torch.device(device)
         self.world = World.current()
         self.epochs_done = recipe.before_first_epoch
+        self.reference: Reference | None = None
+        """What the linear probe gets wrong, once it is known."""
         self.draws = True
         """Whether the network draws random numbers in training, as far as is known."""
         require_same_images(images, self.world)
@@ -155,8 +159,9 @@ class FineTune:
         started = time.perf_counter()
         probing = self.probing()
         found = probing.features()
-        head = probing.head(found, self.train_indices)
-        self.network.classifier.load_state_dict(head)
+        linear = probing.linear_probe(found, self.train_indices)
+        self.network.classifier.load_state_dict(probing.head(found, self.train_indices, linear))
+        self.reference = self._reference(linear, found.rows[self.valid_indices])
         labels = self.inputs.labels[torch.as_tensor(self.train_indices)].to(self.device)
         logits = self._head_logits(found.rows[self.train_indices])
         if self.recipe.total_epochs:
@@ -177,6 +182,16 @@ class FineTune:
             images_per_second=len(self.train_indices) / (trained - started),
             feature_seconds=found.seconds,
         )
+
+    def _reference(self, linear: LinearHead, features: Features) -> Reference | None:
+        """What the linear probe gets wrong, with the features of the validation images; None without enough images to
+        cross-validate it."""
+        if linear.out_of_fold_error_rate is None:
+            return None
+        wrong = linear.logits(torch.from_numpy(features)).argmax(1) != self.inputs.labels[self.valid_indices]
+        # All workers have the first one's: the last bits of a product may differ between machines.
+        wrong = self.world.gather(wrong)[0]
+        return reference(wrong, linear.out_of_fold_error_rate, len(self.train_indices))
 
     def _end_epoch(self, **metrics: Any) -> dict[str, float | int | str]:
         """Moves on to the next epoch; all metrics of this one."""
@@ -292,11 +307,15 @@ class FineTune:
 
     def _metrics(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
         """Validation metrics over all workers, from this worker's logits and labels."""
-        sums = torch.stack([F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(1) != targets).sum()])
-        total, errors = (self.world.sum(sums.double()) / len(self.valid_indices)).tolist()
+        wrong = logits.argmax(1) != targets
+        rows = self.world.shard(len(self.valid_indices))
+        both = wrong & self.reference.wrong[rows].to(self.device) if self.reference else torch.zeros_like(wrong)
+        sums = torch.stack([F.cross_entropy(logits, targets, reduction="sum"), wrong.sum(), both.sum()])
+        total, errors, both_wrong = (self.world.sum(sums.double()) / len(self.valid_indices)).tolist()
         if not np.isfinite(total):
             raise Diverged(f"validation loss is {total} after epoch {self.epochs_done + 1}")
-        return {"valid_loss": total, "error_rate": errors, "accuracy": 1 - errors}
+        expected = {"expected_error_rate": self.reference.expected(errors, both_wrong)} if self.reference else {}
+        return {"valid_loss": total, "error_rate": errors, "accuracy": 1 - errors} | expected
 
     def tta_error_rate(self) -> float:
         """Error rate over the validation split with the recipe's test-time augmentation."""
@@ -421,7 +440,8 @@ class FineTune:
         """All that is needed to continue from here, as the files of a checkpoint. No random state is among it."""
         training = io.BytesIO()
         parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        torch.save({"epochs_done": self.epochs_done, **parts}, training)
+        known = {"reference": asdict(self.reference)} if self.reference else {}
+        torch.save({"epochs_done": self.epochs_done, **parts, **known}, training)
         weights = {name: value.contiguous() for name, value in self.network.model.state_dict().items()}
         return {
             WEIGHTS_FILE: safetensors.torch.save(weights),
@@ -435,6 +455,7 @@ class FineTune:
         # To the CPU first: the optimizer moves what it needs to the parameters' device.
         training = torch.load(io.BytesIO(state[TRAINING_FILE]), map_location="cpu", weights_only=True)
         self.epochs_done = training["epochs_done"]
+        self.reference = Reference(**training["reference"]) if "reference" in training else None
         self._enter_stage()
         self.optimizer.load_state_dict(training["optimizer"])
         if training["scaler"]:  # empty if the worker that saved it had bf16

@@ -5,6 +5,7 @@ Pretrained Features and Underperform Out-of-Distribution", https://arxiv.org/abs
 """
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from trainables.data.presized_images import PresizedImages
 from trainables.network.model import Network, mlp_head
 from trainables.probe.feature_files import Features, FeatureSet, lock_file, open_features, write_features
 from trainables.probe.features import as_float16, backbone_digest, description, feature_path, pooled_features
-from trainables.probe.logistic_regression import fit
+from trainables.probe.logistic_regression import LinearHead, fit
 from trainables.probe.mlp_training import fit_mlp
 from trainables.probe.views import View, augmented_view, centre_view
 from trainables.recipe import Recipe
@@ -38,7 +39,7 @@ CHUNK = 64
 """Images of a forward pass. The same for any number of workers, so that they compute the same features."""
 PIECE = 8192
 """Rows that a worker gives to the others at a time: a collective copies several times what it passes on."""
-HEAD_VERSION = 1
+HEAD_VERSION = 2
 """Raise it when the same features give another head."""
 
 logger = logging.getLogger(__name__)
@@ -81,14 +82,29 @@ class Probing:
             self.world.gather(None)  # until they are written
         return found or _opened(path) or self._written_on_other_node(computed, view)
 
-    def head(self, features: FeatureSet, train: npt.NDArray[np.int64]) -> State:
-        """The state of the classifier that is best on the features of the images `train` and of their `probe_views`;
-        the first worker's."""
-        numbers = range(1, self.recipe.probe_views + 1)
-        views = [self.features(augmented_view(number, train, self.recipe)).rows for number in numbers]
-        state = self._cached_head(features, train, views) if self.world.rank == 0 else None
-        shared: State = self.world.gather(state)[0]
+    def linear_probe(self, features: FeatureSet, train: npt.NDArray[np.int64]) -> LinearHead:
+        """The logistic regression on the features of the images `train`; the first worker's."""
+        found = self._linear_probe(features, train) if self.world.rank == 0 else None
+        shared: LinearHead = self.world.gather(found)[0]
         return shared
+
+    def head(self, features: FeatureSet, train: npt.NDArray[np.int64], linear: LinearHead) -> State:
+        """The state of the classifier that is best on the features of the images `train` and of their `probe_views`;
+        the first worker's. `linear` is their linear probe."""
+        recipe = self.recipe
+        if recipe.head == "linear" and not recipe.probe_views:
+            return {"weight": linear.weight, "bias": linear.bias}
+        mlp = (recipe.hidden, recipe.dropout, recipe.seed) if recipe.head == "mlp" else ()
+        file = self._head_file(features, train, recipe.head, recipe.probe_views, recipe.flip, *mlp)
+        state: State | None = self.world.gather(_read_head(file) if self.world.rank == 0 else None)[0]
+        if state is None:
+            numbers = range(1, recipe.probe_views + 1)
+            views = [self.features(augmented_view(number, train, recipe)).rows for number in numbers]
+            if self.world.rank == 0:
+                state = self._fitted([features.rows[train], *views], self._labels(train), linear.l2)
+                _write_head(file, state)
+            state = self.world.gather(state)[0]
+        return state
 
     def path(self, view: View) -> Path:
         return feature_path(self._backbone, self.images, self.recipe, view)
@@ -185,32 +201,44 @@ class Probing:
 
     # --- The head -----------------------------------------------------------------------------------------------------
 
-    def _cached_head(self, features: FeatureSet, train: npt.NDArray[np.int64], views: list[Features]) -> State:
-        labels = self.inputs.labels[torch.as_tensor(train)]
-        recipe = self.recipe
-        mlp = (recipe.hidden, recipe.dropout, recipe.seed) if recipe.head == "mlp" else ()
-        decisive = (HEAD_VERSION, self.inputs.num_classes, recipe.head, len(views), recipe.flip, *mlp)
-        name = sha256(repr(decisive).encode() + train.tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
-        file = features.path / f"{recipe.head}-{name}.head"
-        if (state := _read_head(file)) is None:
-            state = self._fitted([features.rows[train], *views], labels)
-            _write_head(file, state)
-        return state
+    def _labels(self, train: npt.NDArray[np.int64]) -> torch.Tensor:
+        return self.inputs.labels[torch.as_tensor(train)]
 
-    def _fitted(self, views: list[Features], labels: torch.Tensor) -> State:
-        """The classifier's state for views of the same images, the first of them the centre ones."""
+    def _head_file(self, features: FeatureSet, train: npt.NDArray[np.int64], *decisive: Any) -> Path:
+        """Where a head is kept that these settings decide, beside the images and their labels."""
+        settings = repr((HEAD_VERSION, self.inputs.num_classes, *decisive)).encode()
+        name = sha256(settings + train.tobytes() + self._labels(train).numpy().tobytes()).hexdigest()[:16]
+        return features.path / f"{decisive[0]}-{name}.head"
+
+    def _linear_probe(self, features: FeatureSet, train: npt.NDArray[np.int64]) -> LinearHead:
+        file = self._head_file(features, train, "linear", 0)
+        if kept := _read_head(file):
+            error_rate = kept["out_of_fold_error_rate"].item()
+            known = None if math.isnan(error_rate) else error_rate
+            return LinearHead(kept["weight"], kept["bias"], kept["l2"].item(), known)
+        found = fit(torch.from_numpy(features.rows[train]), self._labels(train), self.inputs.num_classes, **self._how)
+        error_rate = math.nan if found.out_of_fold_error_rate is None else found.out_of_fold_error_rate
+        numbers = {"l2": found.l2, "out_of_fold_error_rate": error_rate}
+        scalars = {name: torch.tensor(number, dtype=torch.float64) for name, number in numbers.items()}
+        _write_head(file, {"weight": found.weight, "bias": found.bias, **scalars})
+        return found
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {"device": self.inputs.device, "on_progress": self.on_progress}
+
+    def _fitted(self, views: list[Features], labels: torch.Tensor, l2: float) -> State:
+        """The classifier's state for views of the same images, the first of them the centre ones. (To choose `l2` by
+        them, cross-validation would have views of one image on both sides.)"""
         rows, repeated = torch.from_numpy(np.concatenate(views)), labels.repeat(len(views))
         classes = self.inputs.num_classes
-        options: dict[str, Any] = {"device": self.inputs.device, "on_progress": self.on_progress}
         if self.recipe.head == "linear":
-            found = fit(rows[: len(labels)], labels, classes, **options)
-            if len(views) > 1:  # cross-validation would have views of one image on both sides
-                found = fit(rows, repeated, classes, l2=found.l2, **options)
+            found = fit(rows, repeated, classes, l2=l2, **self._how)
             return {"weight": found.weight, "bias": found.bias}
         # A copy whose batch norms are this worker's own: the others do not train it.
         head = mlp_head(rows.shape[1], classes, self.recipe)
         head.load_state_dict(self.network.classifier.state_dict())
-        fit_mlp(head, rows, repeated, seed=self.recipe.seed, **options)
+        fit_mlp(head, rows, repeated, seed=self.recipe.seed, **self._how)
         return {name: value.detach().clone() for name, value in head.state_dict().items()}
 
 
