@@ -6,7 +6,7 @@ the architectures with the best probes are fine-tuned. And the first probe is a 
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,10 @@ class Probe:
     """Of one image through the backbone."""
 
 
+Promise = Callable[[Config, Probe], float]
+"""The error rate to expect of fine-tuning from the probe of a pair."""
+
+
 @dataclass(kw_only=True)
 class Screen:
     """The probes of a search and how far they are, which is saved with the searcher."""
@@ -49,13 +53,13 @@ class Screen:
     keep: int | None = None
     """How many architectures are fine-tuned; None: the best third, at least `MIN_ARCHITECTURES`."""
     views: int = 0
-    """With these `probe_views` the best pair is probed once more at the end; 0: it is not. The others have centre views
-    alone, which are enough to compare them."""
+    """With these `probe_views` the pair of trial 0 is probed once more at the end; 0: it is not. The others have centre
+    views alone, which are enough to compare them."""
     begun: dict[str, int] = field(default_factory=dict)
-    """Tune's trial id -> place among the pairs; the best pair's second probe comes after them."""
+    """Tune's trial id -> place among the pairs; the second probe of one of them comes last."""
     ended: dict[int, Probe | None] = field(default_factory=dict)
     """Place -> result; None for a probe that failed."""
-    best: Config | None = None
+    chosen: Config | None = None
     """The pair of the second probe, once that has begun."""
     skipped: set[int] = field(default_factory=set)
     """Places for which a time budget leaves no time."""
@@ -66,7 +70,7 @@ class Screen:
 
     @property
     def last(self) -> int:
-        """The place of the best pair's second probe."""
+        """The place of the second probe of a pair."""
         return len(self.pairs)
 
     @property
@@ -94,7 +98,12 @@ class Screen:
         return [(self._pair(place), probe) for place, probe in found]
 
     def _pair(self, place: int) -> Config:
-        return self.pairs[place] if place < self.last else self.best or self.probes[0][0]
+        return self.pairs[place] if place < self.last else self.chosen or self.probes[0][0]
+
+    def most_promising(self, promise: Promise) -> Config:
+        """The pair with which fine-tuning promises the lowest error; the better probe's among equals."""
+        pair, _ = min(self.probes, key=lambda found: promise(*found))
+        return pair
 
     def config(self, place: int) -> Config:
         """Of a probe, as a trial's. Its number is below 0, so that trial 0 is the first fine-tuning."""
@@ -103,7 +112,8 @@ class Screen:
         return self._pair(place) | none | {"probe_views": views, SCREENS: place - self.num_probes}
 
     def expected_seconds(self, place: int) -> float:
-        """Of a probe per image, from the dearest one that has ended; 0 before the first has."""
+        """Of a probe per image, from the dearest one that has ended; 0 before the first has. The second probe of a pair
+        may be that of the best one."""
         if place == self.last:
             return self.probes[0][1].forward_seconds * self.views
         measured = [
@@ -114,7 +124,7 @@ class Screen:
 
     def begin(self, trial_id: str, place: int) -> None:
         if place == self.last:
-            self.best = self._pair(place)
+            self.chosen = self._pair(place)
         self.begun[trial_id] = place
 
     def skip(self, place: int) -> None:
@@ -141,17 +151,18 @@ class Screen:
         self.ended[self.begun[trial_id]] = probe
         return probe
 
-    def narrowed(self, space: Space) -> Space:
-        """The space of the fine-tunings: the architectures with the best probes, and trial 0 at the best probe's."""
+    def narrowed(self, space: Space, promise: Promise) -> Space:
+        """The space of the fine-tunings: the architectures with the best probes, and trial 0 at the pair that promises
+        most."""
         ranked = self.probes
         if not ranked:
             return space
-        best, dimensions = ranked[0][0], dict(space.dimensions)
+        best, dimensions = self.most_promising(promise), dict(space.dimensions)
         archs = dimensions.get("arch")
         if isinstance(archs, Choice):
             order = list(dict.fromkeys(config["arch"] for config, _ in ranked))
             chosen = order[: self.keep or max(MIN_ARCHITECTURES, math.ceil(SHARE * len(archs.values)))]
-            dimensions["arch"] = Choice(tuple(arch for arch in archs.values if arch in chosen))
+            dimensions["arch"] = Choice(tuple(arch for arch in archs.values if arch in {*chosen, best["arch"]}))
         return replace(space, settings=space.settings | best, dimensions=dimensions)
 
 

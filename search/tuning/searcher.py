@@ -17,7 +17,7 @@ from search.spaces.space import Choice, Range, Space, ends
 from search.tuning.pace import Pace
 from search.tuning.retraining import retrainings
 from search.tuning.samplers import new_sampler
-from search.tuning.screen import Screen
+from search.tuning.screen import Probe, Screen
 from search.tuning.study_configs import Config, config_of, params_of, propose
 from search.tuning.study_end import fail
 from search.tuning.time_left import TimeLeft
@@ -125,6 +125,8 @@ class OptunaSearcher(Searcher):
             screen.skip(place)
         if place is None:
             return None
+        if place == screen.last:
+            screen.chosen = screen.most_promising(self._promised_error)
         config = screen.config(place)
         num_workers = self._num_workers(config)
         if not self._has_room(num_workers):
@@ -136,8 +138,11 @@ class OptunaSearcher(Searcher):
     def _narrow(self, screen: Screen) -> None:
         """The screen is over: fine-tune what it has found."""
         self.narrowed = True
-        self.space = screen.narrowed(self.space)
+        self.space = screen.narrowed(self.space, self._promised_error)
         self.first_configs = self._first_configs()
+
+    def _promised_error(self, pair: Config, probe: Probe) -> float:
+        return self._time.promised_error(pair, probe, self.space)
 
     def _first_configs(self) -> list[Config]:
         """What is proposed before the sampler is asked."""

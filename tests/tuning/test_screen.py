@@ -37,6 +37,10 @@ def probed(screen: Screen, errors: dict[tuple[str, int], float | None]) -> None:
         screen.end(trial_id, {"failure": "no weights"} if error is None else outcome(error))
 
 
+def error_of_the_probe(pair, probe) -> float:
+    return probe.expected_error_rate
+
+
 def outcome(error: float, seconds: float = 10.0) -> dict:
     metrics = {"error_rate": error, "valid_loss": 2 * error, "train_images": 80, "valid_images": 20}
     return {"epoch": 0, "epochs_total": 0, "failure": "", "seconds": seconds, "feature_seconds": seconds, **metrics}
@@ -80,26 +84,34 @@ def test_there_is_no_screen_where_no_trial_starts_from_a_probe(weights, settings
 def test_the_best_third_and_at_least_three_architectures_are_fine_tuned_around_the_best_probe(weights):
     screen = new_screen(SPACE, None, weights)
     probed(screen, {("b", 128): 0.1, ("d", 96): 0.2, ("c", 96): 0.3})
-    narrowed = screen.narrowed(SPACE)
+    narrowed = screen.narrowed(SPACE, error_of_the_probe)
     assert screen.is_over
     assert narrowed.dimensions["arch"].values == ("b", "c", "d")
     assert narrowed.dimensions["image_size"] == SPACE.dimensions["image_size"]
     assert narrowed.first_configs()[0] == {"arch": "b", "image_size": 128, "lr_max": 1e-3}
 
 
+def test_trial_0_is_at_the_pair_that_promises_most_whose_architecture_is_among_the_best_then(weights):
+    screen = new_screen(SPACE, 1, weights)
+    probed(screen, {("b", 128): 0.1, ("d", 96): 0.2})
+    narrowed = screen.narrowed(SPACE, lambda pair, probe: (pair["arch"] != "d", probe.error_rate))
+    assert narrowed.first_configs()[0] == {"arch": "d", "image_size": 96, "lr_max": 1e-3}
+    assert narrowed.dimensions["arch"].values == ("b", "d")
+
+
 def test_a_number_of_architectures_can_be_asked_for(weights):
     screen = new_screen(SPACE, 1, weights)
     probed(screen, {("b", 128): 0.1})
-    assert screen.narrowed(SPACE).dimensions["arch"].values == ("b",)
+    assert screen.narrowed(SPACE, error_of_the_probe).dimensions["arch"].values == ("b",)
 
 
 def test_an_architecture_whose_probes_failed_is_left_out_and_none_where_all_did(weights):
     screen = new_screen(SPACE, None, weights)
     probed(screen, {(arch, size): None for arch in "ab" for size in (96, 128)})
-    assert screen.narrowed(SPACE).dimensions["arch"].values == ("c", "d")
+    assert screen.narrowed(SPACE, error_of_the_probe).dimensions["arch"].values == ("c", "d")
     screen = new_screen(SPACE, None, weights)
     probed(screen, {(arch, size): None for arch in "abcd" for size in (96, 128)})
-    assert screen.narrowed(SPACE) == SPACE
+    assert screen.narrowed(SPACE, error_of_the_probe) == SPACE
 
 
 def test_equal_probes_are_told_apart_by_their_loss(weights):
@@ -149,7 +161,7 @@ def test_the_best_pair_is_probed_once_more_with_augmented_views_when_all_others_
     screen.end("t8", outcome(0.1))
     assert screen.is_over
     assert screen.probes[0] == (screen.pairs[3], screen.ended[8])
-    assert screen.narrowed(space).full_settings["probe_views"] == 2
+    assert screen.narrowed(space, error_of_the_probe).full_settings["probe_views"] == 2
 
 
 def test_what_a_time_budget_skips_is_left_out_and_a_longer_one_begins_it_again(weights):

@@ -518,10 +518,11 @@ PROBED = replace(
 ERRORS = {"resnet18": 0.5, "resnet34": 0.1, "resnet50": 0.3, "resnet101": 0.2}
 
 
-def probe(searcher, trial_id: str, config: dict, seconds: float = 10.0) -> None:
+def probe(searcher, trial_id: str, config: dict, seconds: float = 10.0, error: float | None = None) -> None:
     """A probe as Tune tells it: its only result comes with its end."""
+    error = ERRORS[config["arch"]] if error is None else error
     metrics = {"stage": "probe", "feature_seconds": seconds, "train_images": 80, "valid_images": 20}
-    searcher.on_trial_complete(trial_id, result(0, 2, ERRORS[config["arch"]], **metrics) | {"epochs_total": 0})
+    searcher.on_trial_complete(trial_id, result(0, 2, error, **metrics) | {"epochs_total": 0})
 
 
 def screened(searcher) -> list[str]:
@@ -644,6 +645,17 @@ def test_a_trial_has_no_more_epochs_than_fit_into_the_time_that_is_left(journal,
     assert all(run_trial(searcher, f"t{i}")["epochs"] <= 3 for i in range(2, 12))
     clock.seconds += 65
     assert searcher.suggest("last") == Searcher.FINISHED
+
+
+def test_trial_0_is_at_a_cheaper_pair_where_the_best_one_leaves_no_time_for_its_epochs(journal, clock):
+    searcher = budgeted(journal, 200.0, keep=1)
+    for seconds, error, arch in ((10.0, 0.22, "resnet18"), (80.0, 0.2, "resnet34")):
+        assert searcher.suggest(arch)["arch"] == arch
+        clock.seconds += seconds
+        probe(searcher, arch, {"arch": arch}, seconds, error)
+    config = searcher.suggest("t0")  # 100 s are left, for 3 epochs of 26 s or 0 of 208 s
+    assert (config["arch"], config["epochs"]) == ("resnet18", 3)
+    assert searcher.space.dimensions["arch"].values == ("resnet18", "resnet34")
 
 
 def test_time_is_left_for_the_second_probe_of_the_best_pair(journal, clock):

@@ -1,0 +1,47 @@
+"""What still fits into a time budget, and what that makes of a pair's promise."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from search.spaces.space import Range, Space
+from search.tuning.pace import Pace
+from search.tuning.screen import Probe
+from search.tuning.time_left import GAIN, TimeLeft
+
+SPACE = Space(
+    name="small",
+    doc="for tests",
+    dataset="quickstart",
+    settings={"arch": "a", "image_size": 96, "epochs": 8, "freeze_epochs": 0, "head_init": "probe", "tta_views": 0},
+    dimensions={"epochs": Range(4, 16)},
+)
+IMAGES = {"train_images": 80, "valid_images": 20}
+
+
+def promised(arch: str, error: float, *, seconds_left: float = math.inf) -> float:
+    """Where a forward pass of 100 images takes 1 s with `quick` and 10 s with `slow`."""
+    pace = Pace()
+    for known, seconds in (("quick", 1.0), ("slow", 10.0)):
+        pace.add({"arch": known, "image_size": 96}, {"stage": "probe", "feature_seconds": seconds, **IMAGES})
+    budget = None if math.isinf(seconds_left) else SimpleNamespace(seconds_left=seconds_left)
+    probe = Probe(error_rate=0.0, expected_error_rate=error, valid_loss=1.0, forward_seconds=0.1)
+    return TimeLeft(budget, pace).promised_error({"arch": arch, "image_size": 96}, probe, SPACE)
+
+
+def test_without_a_limit_the_better_probe_promises_more():
+    assert promised("slow", 0.19) < promised("quick", 0.2)
+
+
+@pytest.mark.parametrize("seconds", [30, 60])
+def test_with_little_time_a_quick_pair_does(seconds):
+    """In 30 s there are 10 epochs of the quick pair, and one of the slow one."""
+    assert promised("quick", 0.2, seconds_left=seconds) < promised("slow", 0.18, seconds_left=seconds)
+    assert promised("slow", 0.09, seconds_left=seconds) < promised("quick", 0.2, seconds_left=seconds)
+
+
+def test_more_time_than_the_recipe_takes_promises_no_more():
+    assert promised("quick", 0.2, seconds_left=1000) == promised("quick", 0.2)
+    assert promised("quick", 0.2, seconds_left=0) == 0.2
+    assert 0.2 * (1 - GAIN) < promised("quick", 0.2) < 0.2 * (1 - 0.9 * GAIN)
