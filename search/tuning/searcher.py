@@ -161,8 +161,8 @@ class OptunaSearcher(Searcher):
         return any(self._time.epochs(settings | pair) >= 1 for pair in pairs if pair["arch"] in archs)
 
     def _most_epochs(self, config: Config) -> float:
-        """That fit into what is left of the time budget, at least 1."""
-        return max(1, self._time.epochs(self.space.full_settings | config))
+        """That a trial may have in what is left of the time budget, at least 1."""
+        return max(1, self._time.most_epochs(self.space.full_settings | config))
 
     def _ask(self) -> tuple[optuna.Trial, Config]:
         self._skip_slow_archs()

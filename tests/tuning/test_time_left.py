@@ -20,14 +20,24 @@ SPACE = Space(
 IMAGES = {"train_images": 80, "valid_images": 20}
 
 
-def promised(arch: str, error: float, *, seconds_left: float = math.inf) -> float:
+def time_left(seconds: float) -> TimeLeft:
     """Where a forward pass of 100 images takes 1 s with `quick` and 10 s with `slow`."""
     pace = Pace()
-    for known, seconds in (("quick", 1.0), ("slow", 10.0)):
-        pace.add({"arch": known, "image_size": 96}, {"stage": "probe", "feature_seconds": seconds, **IMAGES})
-    budget = None if math.isinf(seconds_left) else SimpleNamespace(seconds_left=seconds_left)
+    for known, forward in (("quick", 1.0), ("slow", 10.0)):
+        pace.add({"arch": known, "image_size": 96}, {"stage": "probe", "feature_seconds": forward, **IMAGES})
+    return TimeLeft(None if math.isinf(seconds) else SimpleNamespace(seconds_left=seconds), pace)
+
+
+def promised(arch: str, error: float, *, seconds_left: float = math.inf) -> float:
     probe = Probe(error_rate=0.0, expected_error_rate=error, valid_loss=1.0, forward_seconds=0.1)
-    return TimeLeft(budget, pace).promised_error({"arch": arch, "image_size": 96}, probe, SPACE)
+    return time_left(seconds_left).promised_error({"arch": arch, "image_size": 96}, probe, SPACE)
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(100, 17), (20, 3), (10, 3)])
+def test_a_trial_takes_half_of_the_time_or_all_of_it_where_half_is_for_too_few_epochs(seconds, most):
+    """An epoch of the quick pair is expected to take 2.6 s."""
+    settings = SPACE.full_settings | {"arch": "quick", "probe_views": 0}
+    assert int(time_left(seconds).most_epochs(settings)) == most
 
 
 def test_without_a_limit_the_better_probe_promises_more():
