@@ -344,10 +344,12 @@ def say_results(run: "RunOptions") -> None:
 
 def say_budget(run: "RunOptions", seconds: float, *, num_rows: int) -> None:
     """Where a time budget has ended the search before its last trial, say so."""
+    from search.runs.time_budget import for_trials
+
     budget = run.options.time_budget
     if budget is None or num_rows >= run.num_trials + run.num_probes or too_many_failures(run):
         return
-    left = "is spent" if seconds >= budget else "leaves no time for another trial"
+    left = "is spent" if seconds >= (for_trials(budget) or 0) else "leaves no time for another trial"
     say(f"the time budget of {duration(budget)} {left}; --resume with a longer --time-budget continues")
 
 

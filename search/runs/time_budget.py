@@ -8,6 +8,14 @@ from ray import tune
 
 from search.runs.paths import RunFolder
 
+END_SECONDS, END_SHARE = 8.0, 0.05
+"""For the end of a search, of its budget: the last trial is stopped, Ray ends, the report is written."""
+
+
+def for_trials(budget: float | None) -> float | None:
+    """The seconds of a search with this `--time-budget` after which it begins to end."""
+    return budget and budget - min(END_SECONDS, END_SHARE * budget)
+
 
 class TimeBudget(tune.Stopper):
     """Counts the seconds of a search, and ends it after `limit` of them; never where that is None.

@@ -24,6 +24,8 @@ class Pace:
     """Seconds of an image through the backbone."""
     training: dict[Pair, float] = field(default_factory=dict)
     """Seconds of training on an image, by those of a forward pass: the slowest epoch."""
+    fitting: float = 0.0
+    """Seconds of a probe beside its features: the slowest."""
     images: tuple[int, int] = 0, 0
     """For training and for validation."""
 
@@ -33,6 +35,8 @@ class Pace:
         if result.get("stage") == "probe":
             self.images = result["train_images"], result["valid_images"]
             self.forward[pair] = result["feature_seconds"] / sum(self.images)
+            fitting = result["train_seconds"] + result["valid_seconds"] - result["feature_seconds"]
+            self.fitting = max(self.fitting, fitting)
         elif result.get("stage") == "unfrozen" and (forward := self.forward.get(pair)):
             seconds = result["train_seconds"] / self.images[0] / forward
             self.training[pair] = max(seconds, self.training.get(pair, 0.0))
@@ -40,7 +44,7 @@ class Pace:
     def probe_seconds(self, screen: Screen, place: int) -> float:
         """That a probe of the screen is expected to take; the last one sees images for training alone."""
         train, valid = self.images
-        return screen.expected_seconds(place) * (train if place == screen.last else train + valid)
+        return screen.expected_seconds(place) * (train if place == screen.last else train + valid) + self.fitting
 
     def epochs_within(self, seconds: float, recipe: Mapping[str, Any]) -> float:
         """How many unfrozen epochs of a recipe fit into the seconds; infinitely many where nothing is known."""

@@ -59,6 +59,7 @@ class OptunaSearcher(Searcher):
         num_trials: int | None = None,
         screen: Screen | None = None,
         budget: TimeBudget | None = None,
+        num_classes: int = 1,
     ) -> None:
         super().__init__(metric=METRIC, mode="min")
         self.space = space
@@ -72,6 +73,7 @@ class OptunaSearcher(Searcher):
         self.screen = screen
         self.narrowed = False  # whether the space is what the screen has left of it
         self.budget = budget
+        self.num_classes = num_classes
         self.pace = Pace()
         self.capacity = capacity
         self.live: dict[str, int] = {}  # Tune's id of a trial that has not ended -> number of its workers
@@ -151,7 +153,7 @@ class OptunaSearcher(Searcher):
 
     @property
     def _time(self) -> TimeLeft:
-        return TimeLeft(self.budget, self.pace)
+        return TimeLeft(self.budget, self.pace, self.num_classes)
 
     def _has_time(self) -> bool:
         """Whether an epoch of any trial fits into what is left of the time budget."""

@@ -11,14 +11,17 @@ from search.tuning.pace import Pace
 from search.tuning.screen import Probe, Screen
 from search.tuning.study_configs import Config
 
-SCREEN_SHARE = 0.5
-"""Of a time budget, which the screen leaves to fine-tuning."""
+FINE_TUNING_SHARE = 0.5
+"""Of a time budget, which the screen leaves to fine-tuning where much is expected of it."""
 WORTHWHILE_EPOCHS = 2
 """A budget that leaves less for fine-tuning is better spent on more probes."""
 GAIN, EPOCHS_FOR_GAIN = 0.5, 2.0
-"""The share of a probe's error that a long fine-tuning is expected to take away, and the epochs for 63 % of that. (With
-EfficientNet-Lite0 at 160 px, one epoch took away a sixth on flowers and on satellite tiles, three did two fifths. On 37
-breeds with 6 images each none took anything away: there, the probe stays the best.)"""
+"""The share of a probe's error that a long fine-tuning is expected to take away where there are `MANY` images a class,
+and the epochs for 63 % of that."""
+FEW, MANY = 10, 50
+"""Images a class: from so few, features learn nothing. (Three epochs of EfficientNet-Lite0 at 160 px took away two
+fifths of the error with 60 flowers or 90 satellite tiles a class, a tenth with 19 objects, nothing with 7 cats or
+dogs.)"""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,13 @@ class TimeLeft:
 
     budget: TimeBudget | None
     pace: Pace
+    num_classes: int = 1
+
+    @property
+    def gain(self) -> float:
+        """The share of its error that a probe is expected to lose in a long fine-tuning."""
+        images = max(1, self.pace.images[0]) / self.num_classes
+        return GAIN * min(max(math.log(images / FEW) / math.log(MANY / FEW), 0.0), 1.0)
 
     @property
     def seconds(self) -> float:
@@ -54,11 +64,12 @@ class TimeLeft:
         settings = space.full_settings
         if all(self.epochs(settings | pair) < WORTHWHILE_EPOCHS for pair, _ in screen.probes):
             return True
-        return self.budget.limit - left + expected <= SCREEN_SHARE * self.budget.limit
+        most = 1 - FINE_TUNING_SHARE * self.gain / GAIN
+        return self.budget.limit - left + expected <= most * self.budget.limit
 
     def promised_error(self, pair: Config, probe: Probe, space: Space) -> float:
         """The error rate to expect of the space's recipe at this pair with as many epochs as fit: a cheap backbone that
         is fine-tuned beats a dear one for which there is no time. Without a limit, the better probe's is lower."""
         settings = space.full_settings | pair
         epochs = min(self.most_epochs(settings), settings["epochs"])
-        return probe.expected_error_rate * (1 - GAIN * (1 - math.exp(-epochs / EPOCHS_FOR_GAIN)))
+        return probe.expected_error_rate * (1 - self.gain * (1 - math.exp(-epochs / EPOCHS_FOR_GAIN)))

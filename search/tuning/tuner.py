@@ -24,7 +24,7 @@ from search.runs.disk_space import DiskWatch
 from search.runs.paths import RunFolder
 from search.runs.remote_copy import Mirroring
 from search.runs.results_table import ResultsTable, TooManyFailures
-from search.runs.time_budget import TimeBudget
+from search.runs.time_budget import TimeBudget, for_trials
 from search.runs.tune_files import EventFiles, ShortState, atomic_filesystem
 from search.spaces.space import NamedRecipe, Space
 from search.tuning.early_stopping import new_scheduler
@@ -86,7 +86,7 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
     settings = run.space.full_settings
     table = table_of(run)
     import_tensorboardx()
-    budget, capacity = TimeBudget(folder, options.time_budget, run.began), capacity_of(run)
+    budget, capacity = TimeBudget(folder, for_trials(options.time_budget), run.began), capacity_of(run)
     searcher = new_searcher(
         run.space,
         folder.journal,
@@ -96,6 +96,7 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
         num_trials=run.num_trials,
         screen=run.screen,
         budget=budget,
+        num_classes=len(run.labels),
     )
     num_samples = run.num_trials + strategy.num_retrainings + run.num_probes
     callbacks = [

@@ -7,7 +7,7 @@ import pytest
 
 from search.runs import time_budget
 from search.runs.paths import RunFolder
-from search.runs.time_budget import TimeBudget, seconds_spent
+from search.runs.time_budget import TimeBudget, for_trials, seconds_spent
 
 FOLDER = RunFolder(Path("results/budgeted"))
 
@@ -49,3 +49,8 @@ def test_a_search_that_ended_by_its_time_goes_on_with_a_longer_one_only(clock):
     assert looks(resumed(saved, 30), 1) == [True]
     assert looks(resumed(saved, 50), 3) == [False, False, True]
     assert looks(resumed(saved, None), 9) == [False] * 9
+
+
+@pytest.mark.parametrize(("budget", "seconds"), [(60.0, 57.0), (600.0, 592.0), (None, None)])
+def test_a_part_of_a_budget_is_for_the_end_of_the_search(budget, seconds):
+    assert for_trials(budget) == seconds

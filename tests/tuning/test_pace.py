@@ -1,6 +1,7 @@
 """How many epochs fit into the time that is left."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,10 +11,18 @@ RECIPE = {"arch": "a", "image_size": 100, "tta_views": 0, "freeze_epochs": 0, "p
 IMAGES = {"train_images": 80, "valid_images": 20}
 
 
-def probed(seconds: float = 10.0) -> Pace:
+def probed(seconds: float = 10.0, fitting: float = 0.0) -> Pace:
     pace = Pace()
-    pace.add(RECIPE, {"stage": "probe", "feature_seconds": seconds, **IMAGES})
+    spent = {"feature_seconds": seconds, "train_seconds": seconds + fitting - 1, "valid_seconds": 1.0}
+    pace.add(RECIPE, {"stage": "probe", **spent, **IMAGES})
     return pace
+
+
+def test_a_probe_is_expected_to_take_its_features_and_what_a_fit_has_taken():
+    screen = SimpleNamespace(expected_seconds=lambda place: 0.2, last=7)
+    assert probed().probe_seconds(screen, 3) == pytest.approx(0.2 * 100)
+    assert probed(fitting=5.0).probe_seconds(screen, 3) == pytest.approx(0.2 * 100 + 5)
+    assert probed(fitting=5.0).probe_seconds(screen, 7) == pytest.approx(0.2 * 80 + 5)
 
 
 def test_without_a_probe_any_number_of_epochs_fits():

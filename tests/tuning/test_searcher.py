@@ -522,6 +522,7 @@ def probe(searcher, trial_id: str, config: dict, seconds: float = 10.0, error: f
     """A probe as Tune tells it: its only result comes with its end."""
     error = ERRORS[config["arch"]] if error is None else error
     metrics = {"stage": "probe", "feature_seconds": seconds, "train_images": 80, "valid_images": 20}
+    metrics |= {"train_seconds": seconds, "valid_seconds": 0.0}
     searcher.on_trial_complete(trial_id, result(0, 2, error, **metrics) | {"epochs_total": 0})
 
 

@@ -20,12 +20,16 @@ SPACE = Space(
 IMAGES = {"train_images": 80, "valid_images": 20}
 
 
-def time_left(seconds: float) -> TimeLeft:
+def probed(seconds: float) -> dict:
+    return {"stage": "probe", "feature_seconds": seconds, "train_seconds": seconds, "valid_seconds": 0.0, **IMAGES}
+
+
+def time_left(seconds: float, num_classes: int = 1) -> TimeLeft:
     """Where a forward pass of 100 images takes 1 s with `quick` and 10 s with `slow`."""
     pace = Pace()
     for known, forward in (("quick", 1.0), ("slow", 10.0)):
-        pace.add({"arch": known, "image_size": 96}, {"stage": "probe", "feature_seconds": forward, **IMAGES})
-    return TimeLeft(None if math.isinf(seconds) else SimpleNamespace(seconds_left=seconds), pace)
+        pace.add({"arch": known, "image_size": 96}, probed(forward))
+    return TimeLeft(None if math.isinf(seconds) else SimpleNamespace(seconds_left=seconds), pace, num_classes)
 
 
 def promised(arch: str, error: float, *, seconds_left: float = math.inf) -> float:
@@ -42,6 +46,12 @@ def test_a_trial_takes_half_of_the_time_or_all_of_it_where_half_is_for_too_few_e
 
 def test_without_a_limit_the_better_probe_promises_more():
     assert promised("slow", 0.19) < promised("quick", 0.2)
+
+
+@pytest.mark.parametrize(("num_classes", "gain"), [(1, GAIN), (4, 0.43 * GAIN), (8, 0), (80, 0)])
+def test_fewer_images_a_class_promise_less(num_classes, gain):
+    """Of 80 images for training."""
+    assert time_left(10, num_classes).gain == pytest.approx(gain, abs=0.01)
 
 
 @pytest.mark.parametrize("seconds", [30, 60])
