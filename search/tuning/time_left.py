@@ -15,6 +15,8 @@ FINE_TUNING_SHARE = 0.5
 """Of a time budget, which the screen leaves to fine-tuning where much is expected of it."""
 WORTHWHILE_EPOCHS = 2
 """A budget that leaves less for fine-tuning is better spent on more probes."""
+ENOUGH_EPOCHS = 5
+"""Of a trial: with so many it has nearly all of its gain, and the rest of the time is for others."""
 GAIN, EPOCHS_FOR_GAIN = 0.5, 2.0
 """The share of a probe's error that a long fine-tuning is expected to take away where there are `MANY` images a class,
 and the epochs for 63 % of that."""
@@ -50,7 +52,7 @@ class TimeLeft:
         """That a trial may have: what fits into half of it, so that the search is no single trial; into all of it where
         that would be too few."""
         most = self.epochs(settings, share=0.5)
-        return most if most >= WORTHWHILE_EPOCHS else self.epochs(settings)
+        return most if most >= ENOUGH_EPOCHS else self.epochs(settings)
 
     def for_probe(self, screen: Screen, place: int, space: Space) -> bool:
         """Whether a probe fits. The screen leaves a part of the budget to fine-tuning, if that is enough for some

@@ -4,6 +4,7 @@ import logging
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -149,6 +150,16 @@ def test_augmented_views_of_the_images_for_training_are_shared_too(probe, cache)
     assert measured(second.run_epoch()) == measured(expected)
     assert passes[1].images == 0
     assert not torch.equal(probe_weight(first), probe_weight(trained(probe())))
+
+
+def test_views_are_not_computed_again_for_a_head_that_is_kept(probe, cache):
+    expected = probe(probe_views=1).run_epoch()
+    [views] = [folder for folder in folders(cache) if not list(folder.glob("*.head"))]
+    shutil.rmtree(views)
+    again = probe(probe_views=1)
+    passes = ForwardPasses(again)
+    assert measured(again.run_epoch()) == measured(expected)
+    assert passes.images == 0
 
 
 def trained(training: FineTune) -> FineTune:

@@ -73,7 +73,7 @@ SPACE = Space(
         "smoothing": Range(0.0, 0.2),
     },
     # Few images that are like ImageNet's hardly move from the probe; many, or other ones, learn features of their own.
-    first=({"lr_max": 1e-3, "head_softening": 0.7}, {"lr_max": 1e-4, "head_softening": 0.0}),
+    first=({"lr_max": 1e-3}, {"lr_max": 1e-4, "head_softening": 0.0}),
     epochs_of=TYPICAL_IMAGES,
     num_trials=40,
 )
