@@ -26,7 +26,7 @@ from rich.text import Text
 
 HERE = Path(__file__).resolve().parent
 COLUMNS, LINES = 118, 24
-HALF_DONE = "6/10 trials ended"
+HALF_DONE = "14/18 probes and trials ended"
 WITHOUT_HOME = """home => {
     const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
     while (texts.nextNode()) texts.currentNode.nodeValue = texts.currentNode.nodeValue.replaceAll(home, '~');

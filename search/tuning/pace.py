@@ -35,8 +35,9 @@ class Pace:
         if result.get("stage") == "probe":
             self.images = result["train_images"], result["valid_images"]
             self.forward[pair] = result["feature_seconds"] / sum(self.images)
-            fitting = result["train_seconds"] + result["valid_seconds"] - result["feature_seconds"]
-            self.fitting = max(self.fitting, fitting)
+            if not recipe["probe_views"]:  # they take forward passes of their own
+                fitting = result["train_seconds"] + result["valid_seconds"] - result["feature_seconds"]
+                self.fitting = max(self.fitting, fitting)
         elif result.get("stage") == "unfrozen" and (forward := self.forward.get(pair)):
             seconds = result["train_seconds"] / self.images[0] / forward
             self.training[pair] = max(seconds, self.training.get(pair, 0.0))
