@@ -8,8 +8,8 @@ from ray import tune
 
 from search.runs.paths import RunFolder
 
-END_SECONDS, END_SHARE = 8.0, 0.05
-"""For the end of a search, of its budget: the last trial is stopped, Ray ends, the report is written."""
+END_SECONDS, END_SHARE = 16.0, 0.08
+"""For the end of a search, of its budget: Tune gives a running trial ten seconds, Ray ends, the report is written."""
 
 
 def for_trials(budget: float | None) -> float | None:

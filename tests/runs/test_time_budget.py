@@ -51,6 +51,6 @@ def test_a_search_that_ended_by_its_time_goes_on_with_a_longer_one_only(clock):
     assert looks(resumed(saved, None), 9) == [False] * 9
 
 
-@pytest.mark.parametrize(("budget", "seconds"), [(60.0, 57.0), (600.0, 592.0), (None, None)])
+@pytest.mark.parametrize(("budget", "seconds"), [(60.0, 55.2), (600.0, 584.0), (None, None)])
 def test_a_part_of_a_budget_is_for_the_end_of_the_search(budget, seconds):
-    assert for_trials(budget) == seconds
+    assert for_trials(budget) == pytest.approx(seconds)
