@@ -28,7 +28,7 @@ def time_left(seconds: float, num_classes: int = 1) -> TimeLeft:
     """Where a forward pass of 100 images takes 1 s with `quick` and 10 s with `slow`."""
     pace = Pace()
     for known, forward in (("quick", 1.0), ("slow", 10.0)):
-        pace.add({"arch": known, "image_size": 96}, probed(forward))
+        pace.add(SPACE.full_settings | {"arch": known, "probe_views": 0}, probed(forward))
     return TimeLeft(None if math.isinf(seconds) else SimpleNamespace(seconds_left=seconds), pace, num_classes)
 
 
