@@ -51,7 +51,7 @@ def our_batches(images: PresizedImages, recipe: Recipe, loader: BatchLoader, epo
     """An epoch's batches as `FineTune` makes and normalises them: all is drawn before the first."""
     mean, std = (255 * torch.tensor(values, device=DEVICE).view(1, 3, 1, 1) for values in (MEAN, STD))
     settings = {"epoch": epoch, "batch_size": recipe.batch_size, "rows": slice(recipe.batch_size)}
-    steps = list(plan_epoch(recipe, np.arange(len(images)), **settings))
+    steps = list(plan_epoch(recipe, np.arange(len(images)), labels=np.asarray(images.labels), **settings))
     plans = ((step.indices, step.augmentations) for step in steps)
     for batch in loader.batches(plans, recipe.image_size, DEVICE):
         yield normalized(batch, mean, std)

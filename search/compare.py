@@ -17,7 +17,7 @@ from search.cli.messages import command_name, say
 from search.reporting import html_page
 from search.reporting.charts import FAMILIES, Chart, end_times, plain
 from search.reporting.importance import importances
-from search.reporting.summary import model
+from search.reporting.summary import model, scores
 from search.runs.atomic_files import write_atomically
 from search.runs.kinds import PROBE, how_many, name_of
 from search.runs.result_rows import COMPLETED, FAILED, PROBED, RANKED, STOPPED, UNFINISHED
@@ -129,7 +129,7 @@ def _row(run: RunRecord, name: str) -> list[str]:
 def _with_interval(run: RunRecord, row: "pd.Series[Any]") -> str:
     """Such as "5.0 % (2.3 % to 10.5 %)"."""
     low_high = run.interval(row)
-    return percent(row["error_rate"]) + (f" ({' to '.join(map(percent, low_high))})" if low_high else "")
+    return scores(run, row) + (f" ({' to '.join(map(percent, low_high))})" if low_high else "")
 
 
 def warnings(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
@@ -189,7 +189,7 @@ def incumbents(runs: Sequence[RunRecord], names: Sequence[str]) -> Chart | None:
         done = done[done["status"].isin(RANKED) & done["error_rate"].notna()]
         if done.empty:
             continue
-        best = list(accumulate(done["error_rate"], min))
+        best = list(accumulate(done[run.objective_column], min))
         colour, symbol = FAMILIES[i % len(FAMILIES)]
         figure.add_scatter(
             x=done["spent"],
@@ -198,14 +198,18 @@ def incumbents(runs: Sequence[RunRecord], names: Sequence[str]) -> Chart | None:
             mode="lines+markers",
             line={"color": colour, "width": 3, "shape": "hv"},
             marker={"symbol": symbol, "size": 8},
-            hovertemplate="%{y:.1%} after %{x:.1f} min of training<extra></extra>",
+            hovertemplate="%{y:.3g} after %{x:.1f} min of training<extra></extra>",
         )
-        parts.append(f"{name} reaches {percent(best[-1])} in {done['spent'].iloc[-1]:.1f} min")
+        parts.append(f"{name} reaches {run.objective.text(best[-1])} in {done['spent'].iloc[-1]:.1f} min")
     if not parts:
         return None
     figure.update_xaxes(title_text="minutes of training and validation, all trials together", rangemode="tozero")
-    figure.update_yaxes(title_text="validation error", tickformat=".0%", rangemode="tozero")
+    figure.update_yaxes(title_text=" or ".join(dict.fromkeys(_minimised(run) for run in runs)), rangemode="tozero")
     return Chart("incumbents", "Error of the best trial over the budget", f"{'; '.join(parts)}.", figure)
+
+
+def _minimised(run: RunRecord) -> str:
+    return "validation error" if run.objective.is_error_rate else run.objective.name
 
 
 def importance_chart(runs: Sequence[RunRecord], names: Sequence[str]) -> Chart | None:

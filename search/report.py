@@ -21,9 +21,8 @@ from search.runs.command import CommandRecord
 from search.runs.kinds import PROBE, how_many, name_of, short_name
 from search.runs.result_rows import (
     COMPLETED,
-    CONFIRMED,
-    EXPECTED,
     FAILED,
+    OF_OBJECTIVE,
     PROBED,
     RETRAINED,
     RUNNING,
@@ -31,6 +30,7 @@ from search.runs.result_rows import (
     STOPPED,
     UNFINISHED,
     better_epoch,
+    objective,
 )
 from search.runs.run_record import RunRecord, load
 from search.spaces.space import dimension_text
@@ -181,13 +181,16 @@ def cards(run: RunRecord) -> list[dict[str, Any]]:
 def _card(name: str, title: str, row: "pd.Series[Any]", run: RunRecord) -> dict[str, Any]:
     error, interval = row["error_rate"], run.interval(row)
     lines = [f"validation error, {name_of(row['number'])}: {model(run, row)}"]
+    if not run.objective.is_error_rate:
+        lines.append(f"{run.objective.name} {run.objective.text(objective(row))}, which the search minimises")
     if interval:
         low, high = map(percent, interval)
         num_valid = run.num_valid or 0
         wrong = round(error * num_valid)
         lines.append(f"{wrong} of {num_valid} images wrong; 95 % interval {low} to {high}")
-    if not math.isnan(expected := row.get(EXPECTED, math.nan)):
-        lines.append(f"{percent(expected)} expected on new images, from all images that its probe was tried on")
+    if not math.isnan(expected := row.get(run.expected_column, math.nan)):
+        text = run.objective.text(expected)
+        lines.append(f"{text} expected on new images, from all images that its probe was tried on")
     if not math.isnan(row["tta_error_rate"]):
         lines.append(f"{percent(row['tta_error_rate'])} with test-time augmentation")
     if better := better_epoch(row):
@@ -275,28 +278,36 @@ def columns(run: RunRecord) -> list[Column]:
     """The columns of the table: outcome, cost, searched and pinned settings, and why a trial ended."""
     shown = [Column("trial", "number"), Column("status", "status", is_text=True), Column("epochs", "epochs_done")]
     shown.append(Column("error", "error_rate", is_share=True))
-    if EXPECTED in run.trials and run.trials[EXPECTED].notna().any():
-        shown.append(Column("expected", EXPECTED, is_share=True))
+    is_share = run.objective.is_share
+    if not run.objective.is_error_rate:
+        shown.append(Column(run.objective.name, run.objective_column, is_share=is_share))
+    if _has(run, run.expected_column):
+        shown.append(Column("expected", run.expected_column, is_share=is_share))
     if any(better_epoch(row) for _, row in run.trials.iterrows()):
         shown.append(Column("best epoch", "best_epoch"))
         shown.append(Column("error then", "best_error_rate", is_share=True))
     if run.trials["tta_error_rate"].notna().any():
         shown.append(Column("with TTA", "tta_error_rate", is_share=True))
-    if CONFIRMED in run.trials and run.trials[CONFIRMED].notna().any():
-        shown.append(Column("confirmed", CONFIRMED, is_share=True))
+    if _has(run, run.confirmed_column):
+        shown.append(Column("confirmed", run.confirmed_column, is_share=is_share))
     shown += [Column("loss", "valid_loss"), Column("seconds", "seconds")]
     known = {"number", "trial_id", *SCORES, *(column.source for column in shown)}
-    known |= {CONFIRMED, "epochs_total", "overhead_seconds", "images_per_second", "reason"}
+    known |= {run.confirmed_column, *OF_OBJECTIVE, "epochs_total", "overhead_seconds", "images_per_second", "reason"}
     known |= {"kind", *BEST_EPOCH}
     settings = [name for name in run.trials.columns if name not in known]
     shown += [Column(name, name, is_text=not is_numeric_dtype(run.trials[name])) for name in settings]
     return [*shown, Column("reason", "reason", is_text=True)]
 
 
+def _has(run: RunRecord, column: str) -> bool:
+    return column in run.trials and bool(run.trials[column].notna().any())
+
+
 def table(run: RunRecord) -> list[dict[str, Any]]:
     """A row per trial, best first."""
     shown, best = columns(run), None if run.best is None else run.best.name
-    order = run.trials.assign(expected=run.expected).sort_values(["expected", "error_rate", "valid_loss", "number"])
+    keys = ["expected", run.objective_column, "valid_loss", "number"]
+    order = run.trials.assign(expected=run.expected).sort_values(keys)
     return [
         {"status": row["status"], "is_best": number == best, "cells": [_cell(row, column) for column in shown]}
         for number, row in order.assign(**_without_idle_settings(run, order)).iterrows()

@@ -22,6 +22,7 @@ from search.options.preparation import (
     say_depth,
     searched_space,
     with_epochs,
+    with_metric,
     with_names,
     with_weights,
     without_untrainable,
@@ -115,6 +116,7 @@ def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
     images = hold_out(images, options.test_split, space.split_seed, read=folder.test.is_file())
     say_depth(images)
     options, space = with_epochs(options, space, images)
+    options, space = with_metric(options, space, images)
     if not options.weights:  # after the images, because fetching them may take long
         options, space = with_weights(options, space)
     known, files = images_record(images), files_record(options, space)
@@ -318,10 +320,11 @@ def print_trials(run: "RunOptions", rows: "list[Row]") -> None:
     from rich.console import Console
 
     from search.reporting.live_table import leaderboard, recipes_table
+    from search.runs.objective import Objective
 
     console = Console() if sys.stdout.isatty() else Console(width=200)
-    dimensions = list(run.space.dimensions)
-    console.print(recipes_table(dimensions, run.recipes, rows) if run.recipes else leaderboard(rows, dimensions))
+    dimensions, of = list(run.space.dimensions), Objective(run.options.metric)
+    console.print(recipes_table(dimensions, run.recipes, rows) if run.recipes else leaderboard(rows, dimensions, of))
     if any(recipe.error_rate for recipe in run.recipes):
         say("published: on the book's data, split and hardware; other images or settings give other errors")
 

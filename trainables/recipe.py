@@ -132,6 +132,17 @@ class Recipe:
 
     mixup_alpha: float = setting(0.0, "mixup's Beta(alpha, alpha); 0 = no mixup", 0, 10)
     smoothing: float = setting(0.0, "label smoothing epsilon", 0, 0.9)
+    class_weights: str = setting(
+        "none",
+        "weight of an image in the loss, the probe's included, by the number n of its class's training images: "
+        "inverse = 1 / n, effective = (1 - 0.999) / (1 - 0.999^n), none = all count the same",
+        choices=("none", "inverse", "effective"),
+    )
+    sampler: str = setting(
+        "uniform",
+        "what an epoch draws: uniform = every image once, balanced = as many of each class, small ones repeated",
+        choices=("uniform", "balanced"),
+    )
 
     presize: int = setting(
         460,

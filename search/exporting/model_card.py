@@ -19,6 +19,7 @@ from trainables.data.layouts import split_level
 from trainables.inference.model_folder import ModelFolder
 from trainables.recipe import spec_of
 from trainables.system.text import percent, printable
+from trainables.training.metrics import MORE_METRICS
 
 OURS_SHELL = "python -m search.predict . photo.jpg --top 3"
 OURS = """
@@ -193,6 +194,9 @@ def _errors(metrics: dict[str, Any], run: RunRecord | None) -> str:
         rows.append(("with test-time augmentation", percent(tta, 2)))
     if metrics.get("valid_loss") is not None:
         rows.append(("validation loss", f"{metrics['valid_loss']:.4f}"))
+    for name, value in ((name, metrics.get(name)) for name in MORE_METRICS):
+        if value is not None and value == value:
+            rows.append((name.replace("_", " "), f"{value:.4f}"))
     trials = "" if run is None else f" {how_many(run.completed['kind'], 'completed trial')} of"
     epoch = ", and its epoch," if run is not None and run.command.arguments.keep_epoch == "best" else ""
     return (

@@ -13,6 +13,7 @@ from search.spaces.space import OWN_IMAGES, space_names
 from trainables.data.labelled_images import MAX_UNREADABLE
 from trainables.system.file_systems import shown
 from trainables.system.text import shell_command
+from trainables.training.metrics import IMBALANCED, METRICS
 
 EXAMPLES = """
 examples:
@@ -113,6 +114,12 @@ def _add_how(group: Group) -> None:
     group.add_argument("--objective", choices=OBJECTIVES, default="error", help=(
         "what is minimised: the validation error, or both the error and the seconds of training, whose Pareto front "
         "the table then marks; default error"
+    ))  # fmt: skip
+    group.add_argument("--metric", choices=("auto", *METRICS), default="auto", help=(
+        "the validation error in all of this: error_rate; balanced_error = the mean error of the classes, small ones "
+        "count as much as large ones; macro_f1, the mean F1 of the classes; auroc; log_loss; top5_error. auto "
+        f"(default): error_rate, or balanced_error where the largest class has over {IMBALANCED:g} times the images of "
+        "the median one. With balanced_error and macro_f1, class_weights is inverse unless --set says otherwise"
     ))  # fmt: skip
     group.add_argument("--target-seconds", type=_seconds, metavar="90s", help=(
         "prefer trials that train no longer than this; starts with one trial of each architecture, in the order of the "

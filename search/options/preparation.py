@@ -183,6 +183,31 @@ def with_epochs(options: SearchOptions, space: Space, images: "ImageFolder") -> 
     return _with_sets(options, f"epochs={middle(epochs)}", f"epochs={epochs}")
 
 
+def with_metric(options: SearchOptions, space: Space, images: "ImageFolder") -> tuple[SearchOptions, Space]:
+    """Options and space for the metric that suits the images, where the user leaves it open; with class weights where
+    all classes count the same. Raises `ValueError` where the images have too few classes for the metric."""
+    import numpy as np
+
+    from trainables.training.metrics import CLASS_METRICS, median_class, suitable_metric
+
+    metric, counts = options.metric, np.bincount(images.labels)
+    if metric == "auto":
+        metric = suitable_metric(counts)
+        if metric != "error_rate":
+            say(
+                f"metric: {metric}, since the largest class has {counts.max()} images and the median one "
+                f"{median_class(counts)}; --metric error_rate counts every image the same"
+            )
+    if metric == "top5_error" and len(counts) <= 5:
+        raise ValueError(f"--metric top5_error: the images have {len(counts)} classes, expected more than 5")
+    options = replace(options, metric=metric)
+    name = "class_weights"
+    chosen = name in space.pinned or name in space.dimensions or space.full_settings[name] != "none"
+    if metric not in CLASS_METRICS or chosen or options.recipes:
+        return options, space
+    return _with_sets(options, "class_weights=inverse")
+
+
 def _with_sets(options: SearchOptions, *settings: str) -> tuple[SearchOptions, Space]:
     options = replace(options, set=(*options.set, *settings))
     return options, searched_space(options)

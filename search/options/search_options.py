@@ -12,6 +12,8 @@ from trainables.data.labelled_images import MAX_UNREADABLE
 
 OF_THIS_START = ("given", "describe", "resume", "trust")
 """Options that say how this command starts; a run does not keep them."""
+EARLIER = {"space": "", "metric": "error_rate"}
+"""What the record of a version means that did not know these options yet."""
 OLD_SCHEDULERS = {"annealed": "halving"}
 """Names in the records of earlier versions."""
 
@@ -33,6 +35,7 @@ class SearchOptions:
     searcher: str = "tpe"
     scheduler: str | None = None
     objective: str = "error"
+    metric: str = "auto"  # one of `METRICS`; auto: by the balance of the classes
     target_seconds: float | None = None
     confirm: int = 0
     screen: str = "auto"  # how many architectures are fine-tuned after it, a number; auto: the best third; off
@@ -110,7 +113,7 @@ class SearchOptions:
         """The options in a record of this version or an earlier one, which may lack some. Raises `ValueError`."""
         names = [spec.name for spec in fields(cls) if spec.name in record and spec.name not in OF_THIS_START]
         kept = {name: record[name] for name in names if record[name] is not None}
-        return cls(**{"space": ""} | {name: READERS[name](v) if name in READERS else v for name, v in kept.items()})
+        return cls(**EARLIER | {name: READERS[name](v) if name in READERS else v for name, v in kept.items()})
 
 
 def _plain(value: Any) -> Any:

@@ -88,8 +88,8 @@ def incumbent(run: RunRecord) -> Chart | None:
     groups = scored["status"].where(scored["kind"] == TRIAL, PROBE)
     for name, marker in STATUS_MARKERS.items():
         if len(rows := scored[groups == name]):
-            _add_points(figure, rows, "minutes", "after %{x:.1f} min", name=name, marker=marker | {"size": 9})
-    best = list(accumulate(done["error_rate"], min))
+            _add_points(figure, rows, run, "minutes", "after %{x:.1f} min", name=name, marker=marker | {"size": 9})
+    best = list(accumulate(done[run.objective_column], min))
     figure.add_scatter(
         x=[*done["minutes"], float(scored["minutes"].max())],
         y=[*best, best[-1]],
@@ -99,10 +99,11 @@ def incumbent(run: RunRecord) -> Chart | None:
         hoverinfo="skip",
     )
     figure.update_xaxes(title_text="minutes since the first epoch began", rangemode="tozero")
-    _error_axis(figure)
+    _objective_axis(figure, run)
     first, last = (
-        f"{name_of(number)} with {percent(done.loc[number, 'error_rate'])} after {done.loc[number, 'minutes']:.1f} min"
-        for number in (done.index[0], done.sort_values(["error_rate", "valid_loss"]).index[0])
+        f"{name_of(number)} with {run.objective.text(done.loc[number, run.objective_column])} "
+        f"after {done.loc[number, 'minutes']:.1f} min"
+        for number in (done.index[0], done.sort_values([run.objective_column, "valid_loss"]).index[0])
     )
     caption = f"The first model was that of {first}"
     caption += f"; the best so far is {last}." if last != first else ", and no later one has beaten it."
@@ -122,12 +123,12 @@ def learning_curves(run: RunRecord) -> Chart | None:
     best = None if run.best is None else run.best["number"]
     for status, marker in STATUS_MARKERS.items():
         numbers = [n for n in trials.index[trials["status"] == status] if n != best]
-        _add_curves(figure, epochs, numbers, status, marker["color"])
+        _add_curves(figure, run, epochs, numbers, status, marker["color"])
     stopped = run.trials[(run.trials["status"] == STOPPED) & (run.trials["epochs_done"] > 0)]
     if len(stopped):
         figure.add_scatter(
             x=stopped["epochs_done"],
-            y=stopped["error_rate"],
+            y=stopped[run.objective_column],
             mode="markers",
             name="where it was stopped",
             marker=STATUS_MARKERS[STOPPED] | {"size": 10},
@@ -135,10 +136,10 @@ def learning_curves(run: RunRecord) -> Chart | None:
             hovertemplate="%{text}<extra></extra>",
         )
     if best is not None:
-        _add_curves(figure, run.epochs, [best], f"best: {name_of(best)}", GREEN, width=4)
+        _add_curves(figure, run, run.epochs, [best], f"best: {name_of(best)}", GREEN, width=4)
     step = max(1, math.ceil(epochs["epoch"].max() / 10))
     figure.update_xaxes(title_text="epoch", rangemode="tozero", tick0=0, dtick=step)
-    _error_axis(figure)
+    _objective_axis(figure, run)
     caption = f"Validation error after each epoch of {many(epochs['number'].nunique(), 'trial')}."
     if (epochs["epoch"] == 0).any():
         caption += " Epoch 0 is the probe that a trial starts from."
@@ -155,19 +156,19 @@ def probes_and_fine_tuned(run: RunRecord) -> Chart | None:
     tuned = run.tuned[run.tuned.index.isin(probed.index)].assign(probe=probed)
     if tuned.empty:
         return None
-    figure = go.Figure()
+    figure, column = go.Figure(), run.objective_column
     _add_families(figure, tuned, run, "probe", "from a probe's %{x:.1%}")
     alone = _only_probed(run)
     if len(alone):
         marker = {"color": GREY, "symbol": "circle-open", "size": 8}
-        name, alone = "not fine-tuned", alone.assign(probe=alone["error_rate"])
-        _add_points(figure, alone, "probe", "as a probe alone", name=name, marker=marker)
+        name, alone = "not fine-tuned", alone.assign(probe=alone[column])
+        _add_points(figure, alone, run, "probe", "as a probe alone", name=name, marker=marker)
     line = {"color": GREY, "dash": "dot"}
-    ends = [0.0, float(pd.concat([tuned["probe"], tuned["error_rate"], alone["error_rate"]]).max())]
+    ends = [0.0, float(pd.concat([tuned["probe"], tuned[column], alone[column]]).max())]
     figure.add_scatter(x=ends, y=ends, mode="lines", name="as good as its probe", line=line, hoverinfo="skip")
-    figure.update_xaxes(title_text="validation error of the probe", tickformat=".0%", rangemode="tozero")
-    _error_axis(figure)
-    better, same = (tuned["error_rate"] < tuned["probe"]).sum(), (tuned["error_rate"] == tuned["probe"]).sum()
+    figure.update_xaxes(title_text=f"{_title(run)} of the probe", tickformat=_ticks(run), rangemode="tozero")
+    _objective_axis(figure, run)
+    better, same = (tuned[column] < tuned["probe"]).sum(), (tuned[column] == tuned["probe"]).sum()
     caption = (
         f"Of {many(len(tuned), 'fine-tuned trial')}, {better} ended below the diagonal, better than the probe of the "
         f"same architecture and image size; {len(tuned) - better - same} ended above it."
@@ -178,12 +179,12 @@ def probes_and_fine_tuned(run: RunRecord) -> Chart | None:
 
 
 def own_probes(run: RunRecord) -> "pd.Series[float]":
-    """The error rate of each fine-tuned trial's probe, by its number: of its own epoch 0, or else of the screen's probe
+    """The objective of each fine-tuned trial's probe, by its number: of its own epoch 0, or else of the screen's probe
     of the same architecture and image size. Without the trials that have neither."""
     starts = run.epochs[run.epochs["epoch"] == 0].drop_duplicates("number", keep="last")
-    own = starts.set_index("number")["error_rate"]
+    own = starts.set_index("number")[run.objective_column]
     best_last = _probes(run)[::-1]  # the screen probes its best pair twice
-    of_screen = {_backbone(run, row): row["error_rate"] for _, row in best_last.iterrows()}
+    of_screen = {_backbone(run, row): row[run.objective_column] for _, row in best_last.iterrows()}
     errors = {
         number: own.get(number, of_screen.get(_backbone(run, row), math.nan)) for number, row in run.tuned.iterrows()
     }
@@ -213,9 +214,9 @@ def parallel_coordinates(run: RunRecord) -> Chart | None:
     if len(scored) < 2 or not run.dimensions:
         return None
     axes = [_Axis(name, scored[name], run.is_log(name)) for name in run.dimensions]
-    axes.append(_Axis("error_rate", scored["error_rate"], log=False))
+    axes.append(_Axis(run.objective_column, scored[run.objective_column], log=False))
     positions = np.column_stack([axis.positions for axis in axes])
-    quarters = (4 * (scored["error_rate"].rank(method="first") - 1) // len(scored)).to_numpy()
+    quarters = (4 * (scored[run.objective_column].rank(method="first") - 1) // len(scored)).to_numpy()
     figure = go.Figure()
     for name, quarter, colour in QUARTERS:
         lines = ((range(len(axes)), positions[i], [name_of(scored.index[i])] * len(axes))
@@ -278,19 +279,19 @@ def cost(run: RunRecord) -> Chart | None:
     _add_families(figure, run.tuned, run, "seconds", "in %{x:.0f} s")
     if len(probes := _probes(run)):
         marker = STATUS_MARKERS[PROBE] | {"size": 8}
-        _add_points(figure, probes, "seconds", "in %{x:.0f} s", name="probes", marker=marker)
+        _add_points(figure, probes, run, "seconds", "in %{x:.0f} s", name="probes", marker=marker)
     front = run.pareto_front
     figure.add_scatter(
         x=front["seconds"],
-        y=front["error_rate"],
+        y=front[run.objective_column],
         mode="lines",
         name="best for its cost",
         line={"color": GREY, "dash": "dot", "shape": "hv"},
         hoverinfo="skip",
     )
     figure.update_xaxes(title_text="seconds of training and validation", rangemode="tozero")
-    _error_axis(figure)
-    caption = f"Of {how_many(done['kind'])}, none is better and cheaper than these: {describe_front(front)}."
+    _objective_axis(figure, run)
+    caption = f"Of {how_many(done['kind'])}, none is better and cheaper than these: {describe_front(run)}."
     return Chart("cost", "Error against cost", caption, figure)
 
 
@@ -325,32 +326,39 @@ def _add_families(figure: go.Figure, rows: pd.DataFrame, run: RunRecord, x: str,
     for i, family in enumerate(families.value_counts().index):
         colour, symbol = FAMILIES[i % len(FAMILIES)]
         marker = {"color": colour, "symbol": symbol, "size": 10}
-        _add_points(figure, rows[families == family], x, where, name=plain(family), marker=marker)
+        _add_points(figure, rows[families == family], run, x, where, name=plain(family), marker=marker)
 
 
 def _add_points(
-    figure: go.Figure, rows: pd.DataFrame, x: str, where: str, *, name: str, marker: dict[str, Any]
+    figure: go.Figure, rows: pd.DataFrame, run: RunRecord, x: str, where: str, *, name: str, marker: dict[str, Any]
 ) -> None:
-    """A marker per trial at the column `x` and its error; `where` says the former when hovering."""
+    """A marker per trial at the column `x` and its objective; `where` says the former when hovering."""
     figure.add_scatter(
         x=rows[x],
-        y=rows["error_rate"],
+        y=rows[run.objective_column],
         mode="markers",
         name=name,
         marker=marker,
         text=[name_of(number) for number in rows.index],
-        hovertemplate=f"%{{text}}: %{{y:.1%}} {where}<extra></extra>",
+        hovertemplate=f"%{{text}}: %{{y:{_digits(run)}}} {where}<extra></extra>",
     )
 
 
 def _add_curves(
-    figure: go.Figure, epochs: pd.DataFrame, numbers: Sequence[Any], name: str, colour: str, width: float = 1.5
+    figure: go.Figure,
+    run: RunRecord,
+    epochs: pd.DataFrame,
+    numbers: Sequence[Any],
+    name: str,
+    colour: str,
+    width: float = 1.5,
 ) -> None:
     """The curves of some trials as one trace, with gaps between: a thousand traces would be slow."""
     groups = epochs[epochs["number"].isin(numbers)].sort_values("epoch").groupby("number")
     if not len(groups):
         return
-    lines = ((rows["epoch"], rows["error_rate"], [name_of(rows["number"].iloc[0])] * len(rows)) for _, rows in groups)
+    column = run.objective_column
+    lines = ((rows["epoch"], rows[column], [name_of(rows["number"].iloc[0])] * len(rows)) for _, rows in groups)
     x, y, text = _joined(lines)
     figure.add_scatter(
         x=x,
@@ -360,7 +368,7 @@ def _add_curves(
         mode="lines+markers",
         line={"color": colour, "width": width},
         marker={"size": 4 + width},
-        hovertemplate="%{text}, epoch %{x}: %{y:.1%}<extra></extra>",
+        hovertemplate=f"%{{text}}, epoch %{{x}}: %{{y:{_digits(run)}}}<extra></extra>",
     )
 
 
@@ -373,8 +381,20 @@ def _joined(lines: Iterable[tuple[Iterable[Any], ...]]) -> tuple[list[Any], list
     return joined
 
 
-def _error_axis(figure: go.Figure) -> None:
-    figure.update_yaxes(title_text="validation error", tickformat=".0%", rangemode="tozero")
+def _objective_axis(figure: go.Figure, run: RunRecord) -> None:
+    figure.update_yaxes(title_text=_title(run), tickformat=_ticks(run), rangemode="tozero")
+
+
+def _title(run: RunRecord) -> str:
+    return "validation error" if run.objective.is_error_rate else f"{run.objective.name} on validation"
+
+
+def _ticks(run: RunRecord) -> str:
+    return ".0%" if run.objective.is_share else ".2f"
+
+
+def _digits(run: RunRecord) -> str:
+    return ".1%" if run.objective.is_share else ".3f"
 
 
 def shortened(names: Sequence[str], max_length: int = 13) -> list[str]:

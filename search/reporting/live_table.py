@@ -16,7 +16,20 @@ from rich.text import Text
 
 from search.runs.csv_file import Row
 from search.runs.kinds import PROBE, name_of, short_name
-from search.runs.result_rows import COMPLETED, CONFIRMED, EXPECTED, PROBED, RUNNING, better_epoch, leaders, row_of
+from search.runs.objective import Objective
+from search.runs.result_rows import (
+    COMPLETED,
+    CONFIRMED,
+    CONFIRMED_OBJECTIVE,
+    EXPECTED,
+    EXPECTED_OBJECTIVE,
+    PROBED,
+    RUNNING,
+    better_epoch,
+    leaders,
+    objective,
+    row_of,
+)
 from search.runs.results_table import ResultsTable
 from search.runs.time_budget import seconds_spent
 from search.spaces.space import NamedRecipe
@@ -66,11 +79,11 @@ class Leaderboard(tune.Callback):
         parts = result.get("batch_parts", 1)
         split = f", each batch in {parts} parts to save memory" if parts > 1 else ""
         speed = f"{result['images_per_second']:.0f} images/s"
-        self._say(row, f"{epoch}: error {_percent(row['error_rate'])}, {losses}, {speed}{split}")
+        self._say(row, f"{epoch}: {self._score(row)}, {losses}, {speed}{split}")
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         row = self._row(trial)
-        outcome = row["reason"] or f"error {_percent(row['error_rate'])}"
+        outcome = row["reason"] or self._score(row)
         if better := better_epoch(row):
             outcome += f" ({percent(better[1])} at epoch {better[0]})"
         self._say(row, f"{row['status']}: {outcome}. {self._summary()}")
@@ -94,6 +107,11 @@ class Leaderboard(tune.Callback):
             line = f"{time.strftime('%H:%M:%S')}  {name_of(row['number']):<9} {text}"
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    def _score(self, row: Row) -> str:
+        """Such as "error 5.0 %", with the objective where it is another."""
+        error, what = f"error {_percent(row['error_rate'])}", self.table.objective
+        return error if what.is_error_rate else f"{error}, {what.name} {_text(what, objective(row))}"
+
     def _num_ended(self) -> int:
         return sum(row["status"] != RUNNING for row in self.table.rows.values())
 
@@ -104,7 +122,7 @@ class Leaderboard(tune.Callback):
         best = leaders(self.table.rows.values())
         incumbent = "no trial completed yet"
         if best:
-            incumbent = f"best error {_percent(best[0]['error_rate'])} ({name_of(best[0]['number'])})"
+            incumbent = f"best {self._score(best[0])} ({name_of(best[0]['number'])})"
         total = max(self.num_trials, len(self.table.rows))  # after an extension, more trials may be trained again
         what = "probes and trials" if _has_probes(self.table.rows.values()) else "trials"
         return f"{self._num_ended()}/{total} {what} ended, {incumbent}, {self._time_left()}"
@@ -126,7 +144,9 @@ class Leaderboard(tune.Callback):
         height = self.console.size.height
         shown = running[: max(1, height // 2 - 3)]
         best = _leading(rows)[: max(0, height - len(shown) - 7)]  # two or three lines follow
-        parts: list[RenderableType] = [rows_table([*shown, *best], self.table.dimensions, fold=False)]
+        parts: list[RenderableType] = [
+            rows_table([*shown, *best], self.table.dimensions, self.table.objective, fold=False)
+        ]
         if len(shown) < len(running):
             parts.append(Text(f"and {len(running) - len(shown)} more running", style="dim"))
         bar = Table.grid(expand=True)
@@ -134,9 +154,12 @@ class Leaderboard(tune.Callback):
         return Group(*parts, bar, Text(self._summary()))
 
 
-def leaderboard(rows: list[Row], dimensions: list[str]) -> Table:
-    """The best completed trials, as a table for `rich`."""
-    return rows_table(_leading(rows), dimensions)
+ERROR_RATE = Objective("error_rate")
+
+
+def leaderboard(rows: list[Row], dimensions: list[str], of: Objective = ERROR_RATE) -> Table:
+    """The best completed trials by an objective, as a table for `rich`."""
+    return rows_table(_leading(rows), dimensions, of)
 
 
 def _leading(rows: Iterable[Row]) -> list[Row]:
@@ -146,14 +169,14 @@ def _leading(rows: Iterable[Row]) -> list[Row]:
     return [row for row in best if row["number"] not in later_probes][:MAX_SHOWN]
 
 
-def rows_table(rows: list[Row], dimensions: list[str], *, fold: bool = True) -> Table:
+def rows_table(rows: list[Row], dimensions: list[str], of: Objective = ERROR_RATE, *, fold: bool = True) -> Table:
     """Trials as a table for `rich`, with a bar for the epochs of a running one; without `fold`, one line each."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     # With these widths, only the recipe shrinks in a narrow terminal.
     widths = {"trial": 8 if _has_probes(rows) else 5, "status": 10, "epochs": 6, "error": 7, "loss": 5, "seconds": 7}
     for name, width in widths.items():
         table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True, min_width=width)
-    optional = {name: cell for name, cell in OPTIONAL_COLUMNS.items() if any(map(cell, rows))}
+    optional = {name: cell for name, cell in _optional_columns(of).items() if any(map(cell, rows))}
     for name in optional:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("recipe", overflow="fold")
@@ -169,12 +192,20 @@ def rows_table(rows: list[Row], dimensions: list[str], *, fold: bool = True) -> 
     return table
 
 
-OPTIONAL_COLUMNS: dict[str, Callable[[Row], str]] = {
-    "expected": lambda row: _percent(row.get(EXPECTED)),
-    "confirmed": lambda row: _percent(row.get(CONFIRMED)),  # the mean of the retrainings
-    "front": lambda row: "*" if row.get("front") else "",
-    "best epoch": lambda row: _best_epoch(row),  # where it is not the last one
-}
+def _optional_columns(of: Objective) -> dict[str, Callable[[Row], str]]:
+    """Those that are shown where a row has something for them."""
+    expected, mean = (EXPECTED, CONFIRMED) if of.is_error_rate else (EXPECTED_OBJECTIVE, CONFIRMED_OBJECTIVE)
+    own = {} if of.is_error_rate else {of.name: lambda row: _text(of, objective(row))}
+    return own | {
+        "expected": lambda row: _text(of, row.get(expected)),
+        "confirmed": lambda row: _text(of, row.get(mean)),  # of the retrainings
+        "front": lambda row: "*" if row.get("front") else "",
+        "best epoch": lambda row: _best_epoch(row),  # where it is not the last one
+    }
+
+
+def _text(of: Objective, value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else of.text(value)
 
 
 def _best_epoch(row: Row) -> str:
@@ -232,7 +263,7 @@ def counts(rows: list[Row]) -> str:
 
 
 def _percent(error_rate: float | None) -> str:
-    return "" if error_rate is None or math.isnan(error_rate) else percent(error_rate)
+    return _text(ERROR_RATE, error_rate)
 
 
 def _recipe(row: Row, dimensions: list[str]) -> str:

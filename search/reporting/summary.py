@@ -9,7 +9,7 @@ import pandas as pd
 from search.options.strategy import CONFIRM_SEEDS
 from search.reporting.importance import importances
 from search.runs.kinds import name_of
-from search.runs.result_rows import CONFIRMED, EXPECTED, FAILED, better_epoch
+from search.runs.result_rows import FAILED, better_epoch, confirmed, objective
 from search.runs.run_record import RunRecord
 from trainables.ray.trial import RETRAINS
 from trainables.system.text import duration, percent
@@ -23,7 +23,7 @@ def summary(run: RunRecord) -> list[str]:
     recipes = run.command.arguments.recipes
     lines = [f"best: {_winner(run)}"]
     if len(rows := side_by_side(run)) > 1:
-        cells = ((what, percent(row["error_rate"]), interval(run, row), model(run, row)) for what, row in rows)
+        cells = ((what, scores(run, row), interval(run, row), model(run, row)) for what, row in rows)
         lines += _aligned(list(cells))
     if run.fine_tuning:
         lines.append(f"fine-tuning: {run.fine_tuning}")
@@ -32,7 +32,7 @@ def summary(run: RunRecord) -> list[str]:
     if missing := _unconfirmed(run):
         lines.append(missing)
     if "front" in run.trials:
-        lines.append(f"best for their cost: {describe_front(run.pareto_front)}")
+        lines.append(f"best for their cost: {describe_front(run)}")
     if shares := importances(run):
         named = [f"{name} {percent(share, 0)}" for name, share in list(shares.items())[:MAX_SETTINGS]]
         lines.append(f"what mattered (PED-ANOVA of {len(run.whole)} trials): {', '.join(named)}")
@@ -42,13 +42,16 @@ def summary(run: RunRecord) -> list[str]:
 def _winner(run: RunRecord) -> str:
     best = run.best
     assert best is not None  # a summary is made of completed trials
-    tta, confirmed = best["tta_error_rate"], best.get(CONFIRMED, math.nan)
     text = f"{name_of(best['number'])} with {percent(best['error_rate'])} validation error"
-    expected = best.get(EXPECTED, math.nan)
-    more = [] if math.isnan(expected) else [f"{percent(expected)} expected on new images"]
-    more += [] if math.isnan(tta) else [f"{percent(tta)} with test-time augmentation"]
-    if not math.isnan(confirmed):
-        more.append(f"{percent(confirmed)} on average over {CONFIRM_SEEDS} more seeds")
+    if not run.objective.is_error_rate:
+        text += f", {run.objective.name} {run.objective.text(objective(best))}"
+    more = []
+    if not math.isnan(expected := best.get(run.expected_column, math.nan)):
+        more.append(f"{run.objective.text(expected)} expected on new images")
+    if not math.isnan(tta := best["tta_error_rate"]):
+        more.append(f"{percent(tta)} with test-time augmentation")
+    if not math.isnan(mean := confirmed(best)):
+        more.append(f"{run.objective.text(mean)} on average over {CONFIRM_SEEDS} more seeds")
     if better := better_epoch(best):
         more.append(f"{percent(better[1])} at epoch {better[0]}")
     return text + (f" ({', '.join(more)})" if more else "")
@@ -64,6 +67,13 @@ def side_by_side(run: RunRecord) -> list[tuple[str, "pd.Series[Any]"]]:
             before, _ = found.get(row["number"], (name_of(row["number"]), row))
             found[row["number"]] = f"{before}, {what}", row
     return list(found.values())
+
+
+def scores(run: RunRecord, row: "pd.Series[Any]") -> str:
+    """The error rate, and what the search minimises if that is something else."""
+    error = percent(row["error_rate"])
+    other = f", {run.objective.name} {run.objective.text(objective(row))}"
+    return error if run.objective.is_error_rate else error + other
 
 
 def interval(run: RunRecord, row: "pd.Series[Any]") -> str:
@@ -88,8 +98,8 @@ def _aligned(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:
 def _unconfirmed(run: RunRecord) -> str:
     """A line if `--confirm` is incomplete."""
     wanted = min(run.command.arguments.confirm, len(run.whole))
-    best = run.whole.sort_values(["error_rate", "valid_loss", "number"])[:wanted]
-    done = int(best[CONFIRMED].notna().sum()) if wanted else 0
+    best = run.whole.sort_values([run.objective_column, "valid_loss", "number"])[:wanted]
+    done = int(best[run.confirmed_column].notna().sum()) if wanted else 0
     if done == wanted:
         return ""
     missing = "the search ended before the others"
@@ -98,8 +108,8 @@ def _unconfirmed(run: RunRecord) -> str:
     return f"confirmed: {done} of the best {wanted}; {missing}"
 
 
-def describe_front(front: pd.DataFrame) -> str:
+def describe_front(run: RunRecord) -> str:
     """Such as "5.0 % in 30 s (trial 4), 3.0 % in 60 s (trial 7)"."""
-    rows = (row for _, row in front.iterrows())
-    named = ((percent(row["error_rate"]), f"{row['seconds']:.0f} s", name_of(row["number"])) for row in rows)
+    rows = (row for _, row in run.pareto_front.iterrows())
+    named = ((run.objective.text(objective(row)), f"{row['seconds']:.0f} s", name_of(row["number"])) for row in rows)
     return ", ".join(f"{error} in {seconds} ({name})" for error, seconds, name in named)

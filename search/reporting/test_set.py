@@ -5,22 +5,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from search.cli.errors import error_line, report_errors
 from search.cli.messages import say
 from search.options.arguments import resume_command
 from search.runs.command import CommandRecord
 from search.runs.kinds import name_of
-from search.runs.statistics import wilson_interval
+from search.runs.statistics import bootstrap_interval, wilson_interval
 from trainables.data.held_out_images import WithoutTestImages, held_share, set_aside, without_test_images
 from trainables.data.labelled_images import DataError, ImageFolder
 from trainables.data.layouts import find_images, find_unchecked
 from trainables.inference.model_folder import read_json, read_model
 from trainables.system.text import many, percent, some
+from trainables.training.metrics import Floats, Labels, more_metrics
 
 if TYPE_CHECKING:
     from search.runs.paths import RunFolder
+    from trainables.inference.predictor import Prediction
 
 SIGNIFICANCE = 0.05  # a larger p-value may be noise
+TINY = 1e-12  # probabilities below it count as this in a log loss
 
 
 # --- Before the search ------------------------------------------------------------------------------------------------
@@ -88,7 +93,7 @@ def read_once(folder: "RunFolder", digest: str | None) -> None:
     retry = resume_command(folder.path, command.arguments.address)
     try:
         with report_errors("no test", retry):
-            outcome = measure(folder, _test_images(command, digest))
+            outcome = measure(folder, _test_images(command, digest), command.arguments.metric)
             write_atomically(folder.test, json.dumps(outcome, indent=2) + "\n")
     except KeyboardInterrupt:
         say(f"test skipped. To run it: {retry}")
@@ -106,42 +111,64 @@ def _test_images(command: CommandRecord, digest: str | None) -> ImageFolder:
     return held_out(images, options.test_split, seed)
 
 
-def measure(folder: "RunFolder", test: ImageFolder) -> dict[str, Any]:
+def measure(folder: "RunFolder", test: ImageFolder, metric: str = "error_rate") -> dict[str, Any]:
     """The content of test.json, see `results/README.md`. Raises `DataError` if no test image can be read."""
     from trainables.system.new_process import in_new_process
 
     models = {_number(model): model for model in (folder.first, folder.best) if model.is_dir()}
     winner = _number(folder.best)
     say(f"labelling the {len(test.paths)} test images with {' and '.join(map(name_of, sorted(models)))}")
-    found = in_new_process(label, list(models.values()), test)
-    if not (readable := [answers for answers in zip(*found, strict=True) if None not in answers]):
+    found = in_new_process(probabilities, list(models.values()), test)
+    readable = [i for i, answers in enumerate(zip(*found, strict=True)) if None not in answers]
+    if not readable:
         raise DataError(f"none of the {len(test.paths)} test images in {test.root} can be read")
-    right = dict(zip(models, zip(*readable, strict=True), strict=True))
-    both = len(right) == 2
+    truth = np.asarray(test.labels)[readable]
+    answers = {number: np.array([rows[i] for i in readable]) for number, rows in zip(models, found, strict=True)}
+    right = {number: (rows.argmax(1) == truth).tolist() for number, rows in answers.items()}
+    scores = {n: score(n, right[n]) | {"metrics": other_metrics(answers[n], truth, metric)} for n in models}
+    both = len(models) == 2
     return {
         "unreadable": len(test.paths) - len(readable),
-        "winner": score(winner, right[winner]),
-        "trial_0": score(0, right[0]) if both else None,
+        "winner": scores[winner],
+        "trial_0": scores[0] if both else None,
         "pair": compare(right[winner], right[0]) if both else None,
     }
 
 
-def label(models: Sequence[Path], test: ImageFolder) -> list[list[bool | None]]:
-    """For each model, whether it labels each image correctly, as validation in training would; None: it is unreadable.
+def probabilities(models: Sequence[Path], test: ImageFolder) -> list[list[list[float] | None]]:
+    """For each model, the probabilities of each image in the order of the test images' classes, as validation in
+    training would compute them; None: it is unreadable.
 
     Runs in a separate process. Raises only `ValueError`: the caller could not unpickle torch's errors without torch.
     """
     from trainables.inference.predictor import Predictor
 
-    files, truth = [test.root / path for path in test.paths], [test.classes[i] for i in test.labels]
+    files = [test.root / path for path in test.paths]
     try:
-        predictions = (Predictor(read_model(model)).predict_each(files, top=1) for model in models)
-        return [
-            [None if found.problem else found.labels[0] == name for found, name in zip(each, truth, strict=True)]
-            for each in predictions
-        ]
+        predictions = (Predictor(read_model(model)).predict_each(files) for model in models)
+        return [[None if found.problem else _in_order(found, test.classes) for found in each] for each in predictions]
     except Exception as error:
         raise ValueError(error_line(error)) from None
+
+
+def _in_order(found: "Prediction", classes: Sequence[str]) -> list[float]:
+    by_name = dict(zip(found.labels, found.probabilities, strict=True))
+    return [by_name[name] for name in classes]
+
+
+def other_metrics(answers: Floats, truth: Labels, metric: str) -> dict[str, Any]:
+    """The metrics besides the error rate, of probabilities (images, classes) and labels (images,); with a 95 %
+    bootstrap interval for the one that the search minimised."""
+
+    def all_of(rows: Labels) -> dict[str, float]:
+        own = answers[rows, truth[rows]]
+        return more_metrics(answers[rows], truth[rows]) | {"log_loss": float(-np.log(np.maximum(own, TINY)).mean())}
+
+    found: dict[str, Any] = dict(all_of(np.arange(len(truth))))
+    if metric not in found:
+        return found
+    low, high = bootstrap_interval(lambda rows: all_of(rows)[metric], len(truth))
+    return found | {"minimised": metric, "interval": (low, high)}
 
 
 def score(number: int, right: Sequence[bool]) -> dict[str, Any]:
@@ -197,10 +224,15 @@ def lines(folder: "RunFolder") -> list[str]:
 def describe_score(scored: dict[str, Any]) -> str:
     """The error of one trial, with its interval."""
     low, high = (100 * end for end in scored["interval"])
-    return (
+    text = (
         f"{name_of(scored['trial'])} has {scored['wrong']} of {scored['total']} wrong "
         f"({percent(scored['error_rate'])}, 95 % interval {low:.1f} to {high:.1f} %)"
     )
+    metrics = scored.get("metrics", {})
+    if not (name := metrics.get("minimised")):
+        return text
+    low, high = metrics["interval"]
+    return f"{text}, {name.replace('_', ' ')} {metrics[name]:.3f} (95 % bootstrap interval {low:.3f} to {high:.3f})"
 
 
 def _describe_difference(number: int, pair: dict[str, Any]) -> str:

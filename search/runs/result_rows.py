@@ -19,7 +19,8 @@ from search.runs.csv_file import (
 )
 from search.runs.kinds import PROBE, TRIAL
 from search.runs.paths import RunFolder
-from trainables.ray.trial import RETRAINS
+from trainables.ray.trial import OBJECTIVE, RETRAINS
+from trainables.training.metrics import MORE_METRICS
 
 if TYPE_CHECKING:  # takes long to import
     import pandas as pd
@@ -32,21 +33,25 @@ RANKED = (COMPLETED, UNFINISHED)
 PROBED = ("arch", "image_size")
 """The searched settings that a probe of the screen depends on."""
 EXPECTED = "expected_error_rate"  # on new images, where a probe tells it: see `trainables.probe.expected_error`
-SCORES = ("error_rate", EXPECTED, "tta_error_rate", "valid_loss", "accuracy")  # none without a finished epoch
+SCORES = ("error_rate", EXPECTED, "tta_error_rate", "valid_loss", "accuracy", *MORE_METRICS)
+"""None without a finished epoch."""
 METRICS = (*SCORES, "best_epoch", "best_error_rate", "epochs_done", "epochs_total")
 COSTS = ("seconds", "overhead_seconds", "images_per_second")
 CONFIRMED = "confirmed_error_rate"  # mean of a trial's retrainings
+EXPECTED_OBJECTIVE, CONFIRMED_OBJECTIVE = "expected_objective", "confirmed_objective"
+"""The same of `OBJECTIVE`, which tables have where a search minimises another metric than the error rate."""
+OF_OBJECTIVE = (OBJECTIVE, EXPECTED_OBJECTIVE, CONFIRMED_OBJECTIVE)
 EPOCH_COLUMNS = [
     *("number", "trial_id", "epoch", "stage", "progress", "train_loss", "valid_loss", "error_rate", EXPECTED),
-    *("accuracy", "train_seconds", "valid_seconds", "images_per_second", "train_images", "valid_images", "batch_parts"),
-    "finished_at",
+    *("accuracy", *MORE_METRICS, "train_seconds", "valid_seconds", "images_per_second", "train_images"),
+    *("valid_images", "batch_parts", "finished_at"),
 ]
 
 TRIAL_PARSERS: dict[str, Parser] = {
     "number": signed_integer,
     "kind": one_of(TRIAL, PROBE),
     "status": one_of(COMPLETED, STOPPED, FAILED, RUNNING, RETRAINED, UNFINISHED),
-    **dict.fromkeys((*SCORES, *COSTS, CONFIRMED, "best_error_rate"), float_or_nan),
+    **dict.fromkeys((*SCORES, *COSTS, CONFIRMED, *OF_OBJECTIVE, "best_error_rate"), float_or_nan),
     "best_epoch": optional_integer,
     **dict.fromkeys(("epochs_done", "epochs_total"), integer),
     RETRAINS: optional_integer,
@@ -54,7 +59,7 @@ TRIAL_PARSERS: dict[str, Parser] = {
 """Types of the fields of `trials.csv`; settings are texts."""
 TRIAL_NEEDED = ("number", "trial_id", "status", "error_rate", "epochs_done", "epochs_total")
 EPOCH_PARSERS: dict[str, Parser] = {
-    **dict.fromkeys(EPOCH_COLUMNS, float_or_nan),
+    **dict.fromkeys((*EPOCH_COLUMNS, *OF_OBJECTIVE), float_or_nan),
     "number": signed_integer,
     "epoch": integer,
     **dict.fromkeys(("trial_id", "stage"), str),
@@ -77,20 +82,33 @@ def is_whole(row: Row) -> bool:
     return bool(row["epochs_done"] == row["epochs_total"]) and not math.isnan(row["error_rate"])
 
 
-def expected_error(row: "Mapping[str, Any] | pd.Series[Any]", *, confirmed: bool = True) -> float:
-    """The error rate to expect of a trial on new images, as far as it is known: the mean over its retrainings (unless
-    not `confirmed`), or its own one corrected by its probe's, or its own one on the validation images."""
-    for name in (CONFIRMED, EXPECTED) if confirmed else (EXPECTED,):
-        if not math.isnan(value := row.get(name, math.nan)):
-            return float(value)
-    return float(row["error_rate"])
+def objective(row: "Mapping[str, Any] | pd.Series[Any]") -> float:
+    """What the search minimises, of a trial on the validation images: the error rate, or what another metric lacks to
+    its best value."""
+    return float(row["error_rate"] if math.isnan(row.get(OBJECTIVE, math.nan)) else row[OBJECTIVE])
+
+
+def confirmed(row: "Mapping[str, Any] | pd.Series[Any]") -> float:
+    """The mean objective of a trial's retrainings; NaN without them."""
+    return float(row.get(CONFIRMED if math.isnan(row.get(OBJECTIVE, math.nan)) else CONFIRMED_OBJECTIVE, math.nan))
+
+
+def expected_alone(row: "Mapping[str, Any] | pd.Series[Any]") -> float:
+    """The objective to expect of a trial on new images by itself, as far as it is known: its own one corrected by its
+    probe's, or its own one on the validation images."""
+    expected = row.get(EXPECTED if math.isnan(row.get(OBJECTIVE, math.nan)) else EXPECTED_OBJECTIVE, math.nan)
+    return objective(row) if math.isnan(expected) else float(expected)
+
+
+def expected_objective(row: "Mapping[str, Any] | pd.Series[Any]") -> float:
+    """The same, or the mean over its retrainings."""
+    return expected_alone(row) if math.isnan(confirmed(row)) else confirmed(row)
 
 
 def rank(row: Row) -> tuple[float, ...]:
     """Key that sorts completed trials best first: those that were trained again before the others, then by expected
-    error rate, error rate, validation loss, and number."""
-    alone = math.isnan(row.get(CONFIRMED, math.nan))
-    return alone, expected_error(row), row["error_rate"], row["valid_loss"], row["number"]
+    objective, objective, validation loss, and number."""
+    return math.isnan(confirmed(row)), expected_objective(row), objective(row), row["valid_loss"], row["number"]
 
 
 def leaders(rows: Iterable[Row]) -> list[Row]:
@@ -100,10 +118,10 @@ def leaders(rows: Iterable[Row]) -> list[Row]:
 
 
 def pareto_front(rows: Iterable[Row]) -> list[Row]:
-    """The completed trials that no other one beats in both error rate and seconds, cheapest first."""
+    """The completed trials that no other one beats in both objective and seconds, cheapest first."""
     front: list[Row] = []
-    for row in sorted(leaders(rows), key=lambda row: (row["seconds"], row["error_rate"])):
-        if not front or row["error_rate"] < front[-1]["error_rate"]:
+    for row in sorted(leaders(rows), key=lambda row: (row["seconds"], objective(row))):
+        if not front or objective(row) < objective(front[-1]):
             front.append(row)
     return front
 
@@ -116,7 +134,7 @@ def read_trials(path: Path, needed: Iterable[str] = TRIAL_NEEDED) -> list[Row]:
     if not path.is_file():
         return []
     rows = read_table(path, TRIAL_PARSERS, needed, key="number")[1]
-    absent: Row = dict.fromkeys((*SCORES, *COSTS, CONFIRMED, "best_error_rate"), math.nan)
+    absent: Row = dict.fromkeys((*SCORES, *COSTS, CONFIRMED, *OF_OBJECTIVE, "best_error_rate"), math.nan)
     absent |= {RETRAINS: "", "front": "", "reason": "", "kind": TRIAL, "best_epoch": ""}
     for row in rows:
         row |= {name: value for name, value in absent.items() if name not in row}

@@ -14,21 +14,24 @@ from search.runs.atomic_files import append_line, write_atomically
 from search.runs.csv_file import Row, as_csv
 from search.runs.kept_models import KeptModels
 from search.runs.kinds import PROBE, TRIAL
+from search.runs.objective import Objective
 from search.runs.paths import RunFolder
 from search.runs.result_rows import (
     COMPLETED,
     CONFIRMED,
+    CONFIRMED_OBJECTIVE,
     COSTS,
     EPOCH_COLUMNS,
-    EXPECTED,
+    EXPECTED_OBJECTIVE,
     FAILED,
     METRICS,
+    OF_OBJECTIVE,
     RETRAINED,
     RUNNING,
     SCORES,
     STOPPED,
     UNFINISHED,
-    expected_error,
+    expected_alone,
     is_whole,
     leaders,
     pareto_front,
@@ -36,7 +39,7 @@ from search.runs.result_rows import (
     read_epochs,
     read_trials,
 )
-from trainables.ray.trial import RETRAINS, SCREENS, recipe_of, table_id
+from trainables.ray.trial import OBJECTIVE, RETRAINS, SCREENS, recipe_of, table_id
 from trainables.recipe import Recipe
 from trainables.system.text import last_line
 from trainables.training import checkpoint
@@ -65,6 +68,7 @@ class ResultsTable(tune.Callback):
         keep: int = 1,
         keep_first: bool = False,
         keep_epoch: str = "last",
+        metric: str = "error_rate",
     ) -> None:
         self.folder = folder
         self.settings = settings
@@ -76,6 +80,12 @@ class ResultsTable(tune.Callback):
         self.keep = keep  # how many of the best keep their weights
         self.keep_first = keep_first  # also trial 0's weights, in `first/`
         self.keep_epoch = keep_epoch  # whose model a trial leaves: last or best
+        self.metric = metric
+        self.objective = Objective(metric)
+        # Where the error rate is the objective, its own columns say it all.
+        self.of_objective = () if self.objective.is_error_rate else (OBJECTIVE, EXPECTED_OBJECTIVE)
+        self.confirmed = CONFIRMED_OBJECTIVE if self.of_objective else CONFIRMED
+        self.epoch_columns = [*EPOCH_COLUMNS, *self.of_objective]
         self.models = KeptModels(folder, first=keep_first)
         self.rows: dict[str, Row] = {}
         self.lines: dict[str, str] = {}  # of trials.csv, by trial: formatting all rows for each event would be slow
@@ -89,14 +99,15 @@ class ResultsTable(tune.Callback):
         """Tune pickles its callbacks and its stopper separately, the latter once a second. The rows are on disk anyway,
         and what shared this table shares it again after unpickling."""
         names = ("settings", "dimensions", "labels", "pinned", "confirm", "front", "keep", "keep_first", "keep_epoch")
-        given = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in (*names, "metric")}
         return _table_of, (self.folder, given)
 
     @property
     def columns(self) -> list[str]:
-        of_strategy = ["front"] * self.front + [CONFIRMED, RETRAINS, "seed"] * bool(self.confirm)
+        of_strategy = ["front"] * self.front + [self.confirmed, RETRAINS, "seed"] * bool(self.confirm)
         settings = [name for name in (*self.dimensions, *self.pinned) if name not in of_strategy]
-        return ["number", "trial_id", "kind", "status", *METRICS, *COSTS, *of_strategy, *settings, "reason"]
+        scores = (*self.of_objective, *METRICS)
+        return ["number", "trial_id", "kind", "status", *scores, *COSTS, *of_strategy, *settings, "reason"]
 
     def setup(self, *args: Any, **info: Any) -> None:
         self.rows = {row["trial_id"]: row for row in read_trials(self.folder.trials)}
@@ -139,7 +150,8 @@ class ResultsTable(tune.Callback):
             row |= {"status": RUNNING, "reason": ""}
         if result["failure"]:
             return fail(row, result["failure"])
-        row |= {name: result.get(name, math.nan) for name in (*SCORES, *COSTS, "best_error_rate", "epochs_total")}
+        measured = (*self.of_objective, *SCORES, *COSTS, "best_error_rate", "epochs_total")
+        row |= {name: result.get(name, math.nan) for name in measured}
         row |= {"epochs_done": result["epoch"], "best_epoch": result.get("best_epoch", "")}
         self._add_epoch(row, result)
         if is_whole(row) and row[RETRAINS] == "":
@@ -200,7 +212,7 @@ class ResultsTable(tune.Callback):
         if len(again) < CONFIRM_SEEDS:
             return
         for row in [row for row in self.rows.values() if row["number"] == number]:  # none if the user has removed it
-            row[CONFIRMED] = sum(expected_error(r, confirmed=False) for r in again) / len(again)
+            row[self.confirmed] = sum(map(expected_alone, again)) / len(again)
             self._write_trials(row, *self._confirmed_probes())
             self.models.retain(self._kept())
 
@@ -208,14 +220,14 @@ class ResultsTable(tune.Callback):
         """Probes depend on no seed, so their errors need no confirmation. Returns their rows."""
         probes = [row for row in self.rows.values() if row["kind"] == PROBE and row["status"] == COMPLETED]
         for row in probes:
-            row[CONFIRMED] = expected_error(row, confirmed=False)
+            row[self.confirmed] = expected_alone(row)
         return probes
 
     def _kept(self, *more: Row) -> list[int]:
         """The trials, with `more`, that keep their models: first the best, then those that are to be confirmed next,
         and the probe that may win when they are."""
         ranked = leaders([*self.rows.values(), *more])
-        by_error = sorted(ranked, key=lambda row: rank(row | {CONFIRMED: math.nan})) if self.confirm else []
+        by_error = sorted(ranked, key=lambda row: rank(row | {self.confirmed: math.nan})) if self.confirm else []
         probes = [row for row in by_error if row["kind"] == PROBE]
         kept = (*ranked[: self.keep], *by_error[: self.confirm], *probes[:1])
         return list(dict.fromkeys(row["number"] for row in kept))
@@ -229,7 +241,7 @@ class ResultsTable(tune.Callback):
             retrains = self.rows[recipe[RETRAINS]]["number"] if recipe.get(RETRAINS) in self.rows else ""
             self.rows[trial_id] = {
                 **{"number": number, "trial_id": trial_id, "kind": TRIAL if total else PROBE, "status": RUNNING},
-                **dict.fromkeys((*SCORES, *COSTS, CONFIRMED, "best_error_rate"), math.nan),
+                **dict.fromkeys((*SCORES, *COSTS, CONFIRMED, *OF_OBJECTIVE, "best_error_rate"), math.nan),
                 **{"best_epoch": "", "epochs_done": 0, "epochs_total": total, "seconds": 0.0},
                 **{"reason": "", "front": "", RETRAINS: retrains},
                 **{name: recipe[name] for name in (*self.dimensions, *self.pinned, "seed")},
@@ -247,12 +259,10 @@ class ResultsTable(tune.Callback):
         if not found or not (found / WEIGHTS_FILE).is_file():
             return
         if self.keep_epoch == "best" and row["best_epoch"] not in ("", row["epochs_done"]):
-            error = row["best_error_rate"]
             best = self.epoch_rows[row["trial_id"], row["best_epoch"]]
-            row |= {"error_rate": error, "accuracy": 1 - error, "tta_error_rate": math.nan}
-            row |= {name: best.get(name, math.nan) for name in (EXPECTED, "valid_loss")}
+            row |= {name: best.get(name, math.nan) for name in (*self.of_objective, *SCORES)}
         status = COMPLETED if is_whole(row) else UNFINISHED
-        known = {name: row[name] for name in row if name not in ("front", CONFIRMED, RETRAINS)}
+        known = {name: row[name] for name in row if name not in ("front", self.confirmed, RETRAINS)}
         searched = {name: trial.config[name] for name in self.dimensions if name in trial.config}
         metrics = known | searched | {"status": status}  # a row that was read back has its dimensions as texts
         recipe = Recipe.from_dict(recipe_of(self.settings, trial.config)).to_dict()
@@ -273,7 +283,7 @@ class ResultsTable(tune.Callback):
 
     def _add_epoch(self, row: Row, result: dict[str, Any]) -> None:
         finished_at = datetime.now().astimezone().isoformat(timespec="seconds")
-        epoch = {name: result[name] for name in EPOCH_COLUMNS if name in result}
+        epoch = {name: result[name] for name in self.epoch_columns if name in result}
         epoch |= {"number": row["number"], "trial_id": row["trial_id"], "finished_at": finished_at}
         key = row["trial_id"], result["epoch"]
         repeated = key in self.epoch_rows  # its trial was resumed from before it
@@ -281,10 +291,10 @@ class ResultsTable(tune.Callback):
         if repeated:
             self._write_epochs()
         else:
-            append_line(self.folder.epochs, as_csv(EPOCH_COLUMNS, [epoch], header=False))
+            append_line(self.folder.epochs, as_csv(self.epoch_columns, [epoch], header=False))
 
     def _write_epochs(self) -> None:
-        write_atomically(self.folder.epochs, as_csv(EPOCH_COLUMNS, self.epoch_rows.values()))
+        write_atomically(self.folder.epochs, as_csv(self.epoch_columns, self.epoch_rows.values()))
 
     def _write_trials(self, *changed: Row) -> None:
         self.lines |= {row["trial_id"]: as_csv(self.columns, [row], header=False) for row in changed}
@@ -307,7 +317,7 @@ def _table_of(folder: RunFolder, given: dict[str, Any]) -> ResultsTable:
 def fail(row: Row, reason: str) -> None:
     """A failed trial has no scores, however good its last epoch was."""
     writable = reason.encode(errors="backslashreplace").decode()  # it may contain a file name that is not UTF-8
-    row |= dict.fromkeys(SCORES, math.nan) | {"status": FAILED, "reason": writable}
+    row |= dict.fromkeys((*SCORES, *OF_OBJECTIVE), math.nan) | {"status": FAILED, "reason": writable}
 
 
 def consecutive_failures(folder: RunFolder) -> int:

@@ -13,24 +13,30 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from search.runs.command import CommandRecord
-from search.runs.csv_file import Parser, as_csv, read_table
+from search.runs.csv_file import Parser, Row, as_csv, read_table
 from search.runs.kinds import PROBE, TRIAL, how_many, name_of
+from search.runs.objective import Objective
 from search.runs.paths import RunFolder
 from search.runs.result_rows import (
     COMPLETED,
     CONFIRMED,
+    CONFIRMED_OBJECTIVE,
     EPOCH_NEEDED,
     EPOCH_PARSERS,
     EXPECTED,
-    RANKED,
+    EXPECTED_OBJECTIVE,
+    OF_OBJECTIVE,
     SCORES,
     TRIAL_NEEDED,
     TRIAL_PARSERS,
-    expected_error,
+    expected_objective,
+    leaders,
+    pareto_front,
 )
 from search.runs.statistics import describe_lead, wilson_interval
 from search.runs.trained_model import require_run
 from trainables.inference.model_folder import read_json, read_model
+from trainables.ray.trial import OBJECTIVE
 from trainables.recipe import Recipe
 from trainables.system.text import duration, shell_command
 
@@ -89,16 +95,40 @@ class RunRecord:
     @property
     def completed(self) -> pd.DataFrame:
         """The completed trials and, by their last epoch, the unfinished ones, best first, see `result_rows.rank`."""
-        ranked = self.trials[self.trials["status"].isin(RANKED) & self.trials["error_rate"].notna()]
-        confirmed = ranked.get(CONFIRMED, pd.Series(math.nan, ranked.index))
-        keys = {"alone": confirmed.isna(), "expected": confirmed.fillna(self.expected)}
-        order = ranked[["error_rate", "valid_loss"]].assign(**keys)
-        return ranked.loc[order.sort_values([*keys, "error_rate", "valid_loss"], kind="stable").index]
+        return self._rows_of(leaders(self._records))
+
+    @property
+    def objective(self) -> Objective:
+        """What the search minimises."""
+        return Objective(self.command.arguments.metric)
+
+    @property
+    def objective_column(self) -> str:
+        """Its column in both tables."""
+        return "error_rate" if self.objective.is_error_rate else OBJECTIVE
+
+    @property
+    def expected_column(self) -> str:
+        """The column of what is expected of it on new images, which the tables may lack."""
+        return EXPECTED if self.objective.is_error_rate else EXPECTED_OBJECTIVE
+
+    @property
+    def confirmed_column(self) -> str:
+        """The column of its mean over retrainings, which the tables may lack."""
+        return CONFIRMED if self.objective.is_error_rate else CONFIRMED_OBJECTIVE
 
     @property
     def expected(self) -> pd.Series:
-        """The expected error rate of each trial by itself, see `result_rows.expected_error`."""
-        return self.trials.get(EXPECTED, self.trials["error_rate"]).fillna(self.trials["error_rate"])
+        """The expected objective of each trial by itself, see `result_rows.expected_alone`."""
+        seen = self.trials[self.objective_column]
+        return self.trials.get(self.expected_column, seen).fillna(seen)
+
+    @property
+    def _records(self) -> list[Row]:
+        return [dict(row) for row in self.trials.to_dict("records")]
+
+    def _rows_of(self, records: Iterable[Row]) -> pd.DataFrame:
+        return self.trials.loc[[row["number"] for row in records]]
 
     @property
     def best(self) -> pd.Series | None:
@@ -129,9 +159,8 @@ class RunRecord:
 
     @property
     def pareto_front(self) -> pd.DataFrame:
-        """The completed trials that no other one beats in both error rate and seconds, cheapest first."""
-        done = self.completed.sort_values(["seconds", "error_rate"], kind="stable")
-        return done[done["error_rate"] < done["error_rate"].cummin().shift(fill_value=math.inf)]
+        """The completed trials that no other one beats in both objective and seconds, cheapest first."""
+        return self._rows_of(pareto_front(self._records))
 
     @property
     def best_recipe(self) -> Recipe | None:
@@ -162,7 +191,7 @@ class RunRecord:
         return int(self.epochs[column].iloc[-1]) if column in self.epochs and len(self.epochs) else None
 
     def interval(self, row: pd.Series) -> tuple[float, float] | None:
-        """The 95 % Wilson interval of a trial's validation error; None where it has none."""
+        """The 95 % Wilson interval of a trial's validation error rate; None where it has none."""
         error = row["error_rate"]
         return wilson_interval(error, self.num_valid) if self.num_valid and not math.isnan(error) else None
 
@@ -184,7 +213,7 @@ class RunRecord:
         if tuned.empty or probe is None or not self.num_valid:
             return ""
         best = tuned.iloc[0]
-        if expected_error(best) >= expected_error(probe):
+        if expected_objective(best) >= expected_objective(probe):
             return f"no better than the best probe, which trained in {duration(probe['seconds'])}"
         return self._lead_of(best, probe, tuned, than="the best probe")
 
@@ -192,7 +221,9 @@ class RunRecord:
         """What the lead of a row, the best of the candidates, over another is worth, in words."""
         assert self.num_valid  # see the callers
         among, count = how_many(candidates["kind"]), len(candidates)
-        errors = expected_error(row), expected_error(other)
+        errors = expected_objective(row), expected_objective(other)
+        if not self.objective.is_error_rate:
+            return self.objective.lead(*errors, than=than)
         return describe_lead(*errors, self.num_valid, among=among, count=count, than=than)
 
     def setting(self, row: pd.Series, name: str) -> Any:
@@ -215,5 +246,5 @@ def _read_table(path: Path, parsers: dict[str, Parser], needed: Iterable[str], k
     columns, rows = read_table(path, parsers, needed, key)
     table = pd.read_csv(io.StringIO(as_csv(columns, rows)), keep_default_na=False, na_values=[""])
     # pandas cannot infer the type of a column without values.
-    table = table.astype({name: float for name in SCORES if name in table})
+    table = table.astype({name: float for name in (*SCORES, *OF_OBJECTIVE) if name in table})
     return table.assign(reason=table["reason"].astype(object).fillna("")) if "reason" in table else table

@@ -1,7 +1,11 @@
 """Confidence intervals of error rates, and whether one error rate is lower than another by more than noise."""
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
 
 Interval = tuple[float, float]
 
@@ -33,6 +37,19 @@ def difference_interval(error_rate: float, other: float, num_images: int, level:
         difference - math.hypot(other - other_low, high - error_rate),
         difference + math.hypot(other_high - other, error_rate - low),
     )
+
+
+def bootstrap_interval(
+    statistic: Callable[[npt.NDArray[np.int64]], float], count: int, *, level: float = 0.95, resamples: int = 1000
+) -> Interval:
+    """The percentile interval (Efron 1979) of a `statistic` of the indices of some of `count` images, with a fixed
+    seed. Resamples for which it is NaN do not count; NaN where all are."""
+    rng = np.random.default_rng(0)
+    values = np.array([statistic(rng.integers(count, size=count)) for _ in range(resamples)])
+    values = values[~np.isnan(values)]
+    tails = ((1 - level) / 2, (1 + level) / 2)
+    low, high = np.quantile(values, tails) if len(values) else (math.nan, math.nan)
+    return float(low), float(high)
 
 
 def describe_lead(error_rate: float, other: float, num_images: int, *, among: str, count: int, than: str) -> str:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from search.runs.result_rows import expected_error
+from search.runs.result_rows import expected_alone
 from search.spaces.space import Choice, Space
 from search.tuning.study_configs import Config
 from trainables.network.pretrained_weights import find_weights
-from trainables.ray.trial import SCREENS
+from trainables.ray.trial import OBJECTIVE, SCREENS
 
 MIN_ARCHITECTURES = 3
 """That are fine-tuned, by default."""
@@ -31,15 +31,16 @@ COST_RATIO = 1.3
 class Probe:
     """The result of a probe of the screen."""
 
-    error_rate: float
-    expected_error_rate: float
+    objective: float
+    """What the search minimises."""
+    expected_objective: float
     valid_loss: float
     forward_seconds: float
     """Of one image through the backbone."""
 
 
 Promise = Callable[[Config, Probe], float]
-"""The error rate to expect of fine-tuning from the probe of a pair."""
+"""The objective to expect of fine-tuning from the probe of a pair."""
 
 
 @dataclass(kw_only=True)
@@ -94,7 +95,7 @@ class Screen:
     def probes(self) -> list[tuple[Config, Probe]]:
         """The pairs of the successful probes, best first."""
         found = [(place, probe) for place, probe in self.ended.items() if probe]
-        found.sort(key=lambda item: (item[1].expected_error_rate, item[1].error_rate, item[1].valid_loss, item[0]))
+        found.sort(key=lambda item: (item[1].expected_objective, item[1].objective, item[1].valid_loss, item[0]))
         return [(self._pair(place), probe) for place, probe in found]
 
     def _pair(self, place: int) -> Config:
@@ -141,10 +142,10 @@ class Screen:
     def end(self, trial_id: str, result: Mapping[str, Any]) -> Probe | None:
         """Note how a probe has ended; None if it failed."""
         probe = None
-        if not result.get("failure") and math.isfinite(result.get("error_rate", math.nan)):
+        if not result.get("failure") and math.isfinite(result.get(OBJECTIVE, math.nan)):
             probe = Probe(
-                error_rate=result["error_rate"],
-                expected_error_rate=expected_error(result),
+                objective=result[OBJECTIVE],
+                expected_objective=expected_alone(result),
                 valid_loss=result["valid_loss"],
                 forward_seconds=result["feature_seconds"] / (result["train_images"] + result["valid_images"]),
             )

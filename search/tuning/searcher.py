@@ -21,9 +21,8 @@ from search.tuning.screen import Probe, Screen
 from search.tuning.study_configs import Config, config_of, params_of, propose
 from search.tuning.study_end import fail
 from search.tuning.time_left import TimeLeft
-from trainables.ray.trial import RETRAINS, text_id
+from trainables.ray.trial import OBJECTIVE, RETRAINS, text_id
 
-METRIC = "error_rate"
 FORGOTTEN = "forgotten when the search was killed"
 
 _TUNE_ID, _SECONDS, _LOSS = "trial_id", "seconds", "valid_loss"
@@ -61,7 +60,7 @@ class OptunaSearcher(Searcher):
         budget: TimeBudget | None = None,
         num_classes: int = 1,
     ) -> None:
-        super().__init__(metric=METRIC, mode="min")
+        super().__init__(metric=OBJECTIVE, mode="min")
         self.space = space
         self.journal = Path(journal)
         self.strategy = strategy or Strategy()
@@ -215,7 +214,7 @@ class OptunaSearcher(Searcher):
         return int(max(ends(searched)) if searched else self.space.settings.get("seed", self.space.seed))
 
     def _ranked(self) -> list[tuple[str, Config]]:
-        """The table's id and config of the completed trials, best first: lowest error, ties by validation loss."""
+        """The table's id and config of the completed trials, best first: lowest objective, ties by validation loss."""
         done = self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
         done = sorted(done, key=lambda trial: (trial.values[0], trial.user_attrs[_LOSS]))
         return [(text_id(trial.user_attrs[_TUNE_ID]), config_of(self.space, trial.params)) for trial in done]
@@ -237,7 +236,7 @@ class OptunaSearcher(Searcher):
         if running is None or len(self.study.directions) > 1:
             return
         if progress > 0 and progress not in running.intermediate_values:
-            self._trial(running).report(result[METRIC], progress)
+            self._trial(running).report(result[OBJECTIVE], progress)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if self.capacity is not None:
@@ -260,7 +259,7 @@ class OptunaSearcher(Searcher):
         if self.strategy.target_seconds:
             trial.set_constraint(_SECONDS, seconds - self.strategy.target_seconds)
         if result["epoch"] == result["epochs_total"]:
-            self.study.tell(trial, [result[METRIC], seconds][: len(self.study.directions)])
+            self.study.tell(trial, [result[OBJECTIVE], seconds][: len(self.study.directions)])
         else:
             self.study.tell(trial, state=TrialState.PRUNED)
 
@@ -275,7 +274,7 @@ class OptunaSearcher(Searcher):
         found = optuna.trial.create_trial(
             params=pair,
             distributions={name: optuna.distributions.CategoricalDistribution(of) for name, of in choices.items()},
-            values=[probe.error_rate, result[_SECONDS]][: self.strategy.num_objectives],
+            values=[probe.objective, result[_SECONDS]][: self.strategy.num_objectives],
             user_attrs={_TUNE_ID: trial_id, _LOSS: probe.valid_loss, _SECONDS: result[_SECONDS]},
         )
         study = self._open_study(probes_study(self.space.name))

@@ -70,8 +70,8 @@ class TimeLeft:
         return self.budget.limit - left + expected <= most * self.budget.limit
 
     def promised_error(self, pair: Config, probe: Probe, space: Space) -> float:
-        """The error rate to expect of the space's recipe at this pair with as many epochs as fit: a cheap backbone that
+        """The objective to expect of the space's recipe at this pair with as many epochs as fit: a cheap backbone that
         is fine-tuned beats a dear one for which there is no time. Without a limit, the better probe's is lower."""
         settings = space.full_settings | pair
         epochs = min(self.most_epochs(settings), settings["epochs"])
-        return probe.expected_error_rate * (1 - self.gain * (1 - math.exp(-epochs / EPOCHS_FOR_GAIN)))
+        return probe.expected_objective * (1 - self.gain * (1 - math.exp(-epochs / EPOCHS_FOR_GAIN)))

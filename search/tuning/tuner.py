@@ -30,11 +30,11 @@ from search.spaces.space import NamedRecipe, Space
 from search.tuning.early_stopping import new_scheduler
 from search.tuning.halving import new_searcher
 from search.tuning.screen import Screen, new_screen
-from search.tuning.searcher import METRIC, OptunaSearcher
+from search.tuning.searcher import OptunaSearcher
 from trainables.data.held_out_images import WithoutTestImages
 from trainables.data.source import folder_of
 from trainables.ray.retry_limits import ACTOR_RETRIES, MAX_CONSECUTIVE_FAILURES
-from trainables.ray.trial import FineTuneTrial, TrialOptions, table_id
+from trainables.ray.trial import OBJECTIVE, FineTuneTrial, TrialOptions, table_id
 from trainables.ray.worker_group import GroupSize
 
 
@@ -115,7 +115,7 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
         trainable(run, settings),
         tune_config=tune.TuneConfig(
             search_alg=Resumable(searcher, budget),
-            scheduler=new_scheduler(strategy.scheduler, METRIC, run.space, folder.rungs),
+            scheduler=new_scheduler(strategy.scheduler, OBJECTIVE, run.space, folder.rungs),
             num_samples=num_samples,
             reuse_actors=True,
             trial_name_creator=table_id,
@@ -147,6 +147,7 @@ def table_of(run: RunOptions) -> ResultsTable:
         keep=options.keep,
         keep_first=options.test_split is not None,
         keep_epoch=options.keep_epoch,
+        metric=options.metric,
     )
 
 
@@ -212,6 +213,7 @@ def trainable(run: RunOptions, settings: dict[str, Any]) -> Any:
         split_seed=run.space.split_seed,
         stall_timeout=run.options.stall_timeout,
         keep_epoch=run.options.keep_epoch,
+        metric=run.options.metric,
     )
     if run.options.address is None:
         share_environment()

@@ -13,6 +13,7 @@ from search.options.preparation import (
     has_pattern,
     searched_space,
     with_epochs,
+    with_metric,
     with_names,
     with_weights,
     without_untrainable,
@@ -191,3 +192,56 @@ def test_what_was_decided_is_in_the_options_of_a_run_and_what_was_asked_for_too(
         assert f"\n{line}" in f"\n{said}"
     again = replace(prepared.options, resume=True, name="run")
     assert searched_space(again) == prepared.space
+
+
+# --- The metric -------------------------------------------------------------------------------------------------------
+
+
+def images_of(*counts: int) -> ImageFolder:
+    """A folder whose classes have so many images."""
+    labels = tuple(label for label, count in enumerate(counts) for _ in range(count))
+    names = tuple(f"class{label}" for label in range(len(counts)))
+    return ImageFolder(Path("photos"), "class folders", tuple(map(str, range(len(labels)))), labels, names)
+
+
+def decided(counts: tuple[int, ...], *words: str) -> SearchOptions:
+    options = parse_arguments(["--data", "photos", *words])
+    return with_metric(options, searched_space(options), images_of(*counts))[0]
+
+
+def test_images_of_a_long_tail_are_judged_and_weighted_class_by_class(capsys):
+    options = decided((80, 20, 10, 5))
+    assert options.metric == "balanced_error"
+    assert options.set == ("class_weights=inverse",)
+    assert searched_space(options).full_settings["class_weights"] == "inverse"
+    assert "the largest class has 80 images and the median one 10" in capsys.readouterr().out
+
+
+def test_balanced_images_are_judged_by_their_error_rate_without_a_word(capsys):
+    options = decided((80, 60, 50, 40))
+    assert (options.metric, options.set) == ("error_rate", ())
+    assert capsys.readouterr().out == ""
+
+
+def test_what_the_user_says_about_metric_and_class_weights_stays():
+    assert decided((80, 20, 10, 5), "--metric", "error_rate").set == ()
+    assert decided((80, 60), "--metric", "macro_f1").set == ("class_weights=inverse",)
+    for setting in ("class_weights=none", "class_weights=none,effective"):
+        assert decided((80, 20, 10, 5), "--set", setting).set == (setting,)
+
+
+def test_a_search_that_is_resumed_keeps_its_metric_and_weights():
+    options = decided((80, 20, 10, 5))
+    again = with_metric(replace(options, resume=True, name="run"), searched_space(options), images_of(80, 20, 10, 5))
+    assert (again[0].metric, again[0].set) == (options.metric, options.set)
+
+
+def test_the_top_five_of_five_classes_are_no_metric():
+    with pytest.raises(ValueError, match="5 classes, expected more than 5"):
+        decided((10,) * 5, "--metric", "top5_error")
+
+
+def test_runs_of_versions_without_other_metrics_minimised_the_error_rate():
+    record = SearchOptions(data=Path("photos")).to_record()
+    del record["metric"]
+    assert SearchOptions.from_record(record).metric == "error_rate"

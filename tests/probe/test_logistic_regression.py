@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from trainables.network.loss import class_weights
 from trainables.probe.logistic_regression import L2_GRID, L2_WITHOUT_VALIDATION, LinearHead, _folds, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,10 +22,12 @@ def drawn(n: int, d: int, num_classes: int, distance: float = 0.5) -> tuple[torc
     return (mixed.relu() * 0.3).half(), labels
 
 
-def objective(head: LinearHead, features: torch.Tensor, labels: torch.Tensor) -> float:
+def objective(
+    head: LinearHead, features: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
+) -> float:
     """What is minimised, in float64."""
-    x = features.double()
-    loss = cross_entropy(x @ head.weight.double().T + head.bias.double(), labels)
+    x, weights = features.double(), None if weights is None else weights.double()
+    loss = cross_entropy(x @ head.weight.double().T + head.bias.double(), labels, weights)
     return float(loss + head.l2 / 2 * (head.weight.double() * x.std(0, correction=0)).square().sum())
 
 
@@ -35,16 +38,21 @@ def error_rate(head: LinearHead, features: torch.Tensor, labels: torch.Tensor) -
 @pytest.mark.oracle
 @pytest.mark.parametrize("l2", [1e-1, 1e-3, 1e-5])
 @pytest.mark.parametrize(
-    ("n", "d", "num_classes"), [(40, 100, 5), (300, 20, 5), (120, 30, 2), (150, 20, 50), (12, 80, 12)]
+    ("n", "d", "num_classes", "weights"),
+    [
+        *((40, 100, 5, None), (300, 20, 5, None), (120, 30, 2, None), (150, 20, 50, None), (12, 80, 12, None)),
+        *((300, 20, 5, "balanced"), (40, 100, 5, "balanced")),
+    ],
 )
-def test_the_head_is_scikit_learns_optimum(n, d, num_classes, l2):
+def test_the_head_is_scikit_learns_optimum(n, d, num_classes, weights, l2):
     linear_model = pytest.importorskip("sklearn.linear_model")
     features, labels = drawn(n, d, num_classes)
+    labels = labels.minimum(labels.flip(0)) if weights else labels  # imbalanced
     x = features.double().numpy()
     mean, std = x.mean(0), x.std(0)
     # with two classes, scikit-learn has one row of weights, whose penalty is twice that of our two opposite rows
     c = (2 if num_classes == 2 else 1) / (n * l2)
-    solver = linear_model.LogisticRegression(C=c, tol=1e-9, max_iter=20_000)
+    solver = linear_model.LogisticRegression(C=c, class_weight=weights, tol=1e-9, max_iter=20_000)
     with pytest.importorskip("threadpoolctl").threadpool_limits(1):
         theirs = solver.fit((x - mean) / std, labels)
     rows, bias = torch.from_numpy(theirs.coef_ / std), torch.from_numpy(theirs.intercept_)
@@ -52,8 +60,10 @@ def test_the_head_is_scikit_learns_optimum(n, d, num_classes, l2):
         rows, bias = torch.cat([-rows, rows]) / 2, torch.cat([-bias, bias]) / 2
     optimum = LinearHead(rows, bias - rows @ torch.from_numpy(mean), l2)
 
-    head = fit(features, labels, num_classes, l2=l2)
-    assert objective(head, features, labels) == pytest.approx(objective(optimum, features, labels), rel=1e-4)
+    of_classes = class_weights("inverse" if weights else "none", labels, num_classes)
+    head = fit(features, labels, num_classes, l2=l2, class_weights=of_classes)
+    ours, best = (objective(each, features, labels, of_classes) for each in (head, optimum))
+    assert ours == pytest.approx(best, rel=1e-4)
     predicted = head.logits(features).argmax(1)
     agree = predicted == (features.double() @ optimum.weight.T + optimum.bias).argmax(1)
     assert agree.float().mean() >= 0.999

@@ -1,5 +1,6 @@
 """A trial and the hosts of its worker groups, which are played here; real ones are in test_search.py."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -80,8 +81,8 @@ def test_a_trial_that_loses_host_after_host_on_nodes_that_stay_gives_up(run_epoc
 SETTINGS = Recipe(epochs=3, freeze_epochs=0, head_init="probe").to_dict()
 
 
-def stepping(tmp_path, errors: dict[int, float], **options):
-    """A trial whose epochs have these errors, each with weights of its own."""
+def stepping(tmp_path, errors: dict[int, float], more: dict[int, dict[str, float]] | None = None, **options):
+    """A trial whose epochs have these errors, and `more` metrics, each with weights of its own."""
 
     class Trial(FineTuneTrial):
         trial_id = "a"
@@ -96,6 +97,7 @@ def stepping(tmp_path, errors: dict[int, float], **options):
             epoch = self.epochs_done + 1
             times = {"overhead_seconds": 1.0, "train_seconds": 2.0, "valid_seconds": 0.5}
             metrics = {"epoch": epoch, "error_rate": errors[epoch], "valid_loss": errors[epoch], **times}
+            metrics |= (more or {}).get(epoch, {})
             state = {WEIGHTS_FILE: f"epoch {epoch}".encode(), TRAINING_FILE: b"moments"}
             return Outcome(metrics=metrics, state=state)
 
@@ -131,6 +133,30 @@ def test_with_keep_epoch_best_the_weights_of_the_best_epoch_go_with_a_trial_thro
 def test_equal_errors_are_told_apart_by_the_validation_loss(tmp_path):
     trial = stepping(tmp_path, {0: 0.2, 1: 0.2, 2: 0.2, 3: 0.2})
     assert [trial.step()["best_epoch"] for _ in range(4)] == [0, 0, 0, 0]
+
+
+def test_the_metric_of_the_search_decides_which_epoch_is_the_best(tmp_path):
+    more = {0: {"macro_f1": 0.4}, 1: {"macro_f1": 0.7}, 2: {"macro_f1": 0.6}, 3: {"macro_f1": 0.5}}
+    trial = stepping(tmp_path, {0: 0.2, 1: 0.3, 2: 0.1, 3: 0.3}, more, metric="macro_f1")
+    results = [trial.step() for _ in range(4)]
+    assert [result["objective"] for result in results] == pytest.approx([0.6, 0.3, 0.4, 0.5])
+    assert [result["best_epoch"] for result in results] == [0, 1, 1, 1]
+    assert results[-1]["best_error_rate"] == 0.3
+
+
+def test_a_metric_that_is_not_defined_fails_the_trial(tmp_path):
+    result = stepping(tmp_path, {0: 0.2}, {0: {"auroc": math.nan}}, metric="auroc").step()
+    assert result["failure"] == "auroc is not defined: all validation images are of one class"
+
+
+def test_a_result_of_an_earlier_version_counts_by_its_error_rate(tmp_path):
+    trial = stepping(tmp_path, {0: 0.2, 1: 0.5})
+    saved = trial.step()
+    earlier = {name: value for name, value in saved.items() if "objective" not in name}
+    checkpoint.save(tmp_path / "ta", 0, checkpoint.last_whole(tmp_path / "ta")[0], earlier)
+    again = stepping(tmp_path, {0: 0.2, 1: 0.5})
+    assert again.step()["objective"] == 0.2
+    assert again.step()["best_epoch"] == 0
 
 
 def test_a_trial_without_a_probe_begins_with_epoch_1(tmp_path, monkeypatch):

@@ -795,3 +795,48 @@ def test_the_front_holds_what_no_other_trial_beats_in_error_and_seconds(folder):
     assert marked() == [0, 1, 3]
     complete(table, "e", 0.15)  # 7.5 s
     assert marked() == [3, 4]
+
+
+# --- Another metric than the error rate -------------------------------------------------------------------------------
+
+
+def by_f1(folder, **more) -> ResultsTable:
+    """A table whose better trial by macro F1 is the worse one by error rate."""
+    table = made(folder, metric="macro_f1", keep=2, **more)
+    for trial_id, error, value in (("a", 0.1, 0.6), ("b", 0.2, 0.3)):
+        trial = FakeTrial(trial_id)
+        table.on_trial_start(0, [], trial)
+        for epoch in (1, 2, 3):
+            outcome = result(epoch, error) | {"macro_f1": 1 - value, "objective": value}
+            files = {WEIGHTS_FILE: trial_id.encode(), PREPROCESSING_FILE: b"{}", TRAINING_FILE: b"moments"}
+            checkpoint.save(table.folder.checkpoints / table_id(trial), epoch, files, outcome)
+            table.on_trial_result(0, [], trial, outcome)
+        table.on_trial_complete(0, [], trial)
+    return table
+
+
+def test_the_metric_of_the_search_decides_which_trial_is_the_best(folder):
+    by_f1(folder)
+    assert [row["trial_id"] for row in leaders(read_trials(folder.trials))] == ["tb", "ta"]
+    assert best(folder)[0] == b"b"
+    assert [row["objective"] for row in read_trials(folder.trials)] == [0.6, 0.3]
+    assert [float(row["objective"]) for row in read_rows(folder.epochs)] == [0.6] * 3 + [0.3] * 3
+
+
+def test_a_table_of_another_metric_is_read_again_as_it_was(folder):
+    by_f1(folder)
+    before = folder.trials.read_text(), folder.epochs.read_text()
+    made(folder, metric="macro_f1", keep=2)
+    assert (folder.trials.read_text(), folder.epochs.read_text()) == before
+
+
+def test_retrainings_confirm_the_metric_of_the_search(folder):
+    table = by_f1(folder, confirm=1)
+    for seed, value in enumerate((0.2, 0.3, 0.4), 1):
+        trial = FakeTrial(f"again{seed}", retrains="tb", seed=seed)
+        table.on_trial_start(0, [], trial)
+        for epoch in (1, 2, 3):
+            table.on_trial_result(0, [], trial, result(epoch, 0.2) | {"macro_f1": 1 - value, "objective": value})
+        table.on_trial_complete(0, [], trial)
+    assert read_trials(folder.trials)[1]["confirmed_objective"] == pytest.approx(0.3)
+    assert "confirmed_error_rate" not in folder.trials.read_text()

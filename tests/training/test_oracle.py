@@ -482,7 +482,7 @@ def test_mixups_alpha_draws_as_in_fastai():
 
     n = 4000
     recipe = Recipe(mixup_alpha=0.4, affine_p=0, lighting_p=0)
-    (step,) = plan_epoch(recipe, np.arange(n), epoch=0, batch_size=n, rows=slice(n))
+    (step,) = plan_epoch(recipe, np.arange(n), labels=np.zeros(n, int), epoch=0, batch_size=n, rows=slice(n))
     torch.manual_seed(0)
     lam = MixUp(0.4).distrib.sample((n,))
     expected = torch.maximum(lam, 1 - lam)

@@ -26,14 +26,21 @@ class Step:
 
 
 def plan_epoch(
-    recipe: Recipe, train_indices: npt.NDArray[np.int64], *, epoch: int, batch_size: int, rows: slice
+    recipe: Recipe,
+    train_indices: npt.NDArray[np.int64],
+    *,
+    labels: npt.NDArray[np.int64],
+    epoch: int,
+    batch_size: int,
+    rows: slice,
 ) -> Iterator[Step]:
-    """The steps of epoch 0, 1, ... for the worker that trains `rows` of each batch.
+    """The steps of epoch 0, 1, ... for the worker that trains `rows` of each batch; `labels` are those of the images
+    `train_indices`.
 
     Whole batches only: a small one would give a noisy step and noisy statistics.
     """
     rng = np.random.default_rng([recipe.seed, epoch])
-    order = rng.permutation(train_indices)
+    order = rng.permutation(train_indices) if recipe.sampler == "uniform" else balanced(rng, train_indices, labels)
     for start in range(0, len(order) // batch_size * batch_size, batch_size):
         indices = order[start : start + batch_size]
         augmentations = augmentation.draw(rng, batch_size, recipe)
@@ -47,3 +54,19 @@ def plan_epoch(
         needed, places = np.unique(np.concatenate([mine, partners]), return_inverse=True)
         first, second = np.split(places, 2)
         yield Step(indices[needed], augmentations[needed], first, second, lam[rows])
+
+
+def balanced(
+    rng: np.random.Generator, indices: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """As many of the `indices` as there are, in random order and the same number of each class, but for one. A class
+    shows all of its images before it repeats one."""
+    classes = rng.permutation(np.unique(labels))
+    quotas = np.bincount(np.arange(len(indices)) % len(classes), minlength=len(classes))
+    drawn = [_repeated(rng, indices[labels == label], quota) for label, quota in zip(classes, quotas, strict=True)]
+    return rng.permutation(np.concatenate(drawn))
+
+
+def _repeated(rng: np.random.Generator, indices: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    rounds = [rng.permutation(indices) for _ in range(-(-count // len(indices)))]
+    return np.concatenate([indices[:0], *rounds])[:count]

@@ -8,7 +8,7 @@ where scikit-learn has one row of weights instead of two, C = 2 / (images * l2).
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,6 +67,15 @@ class _Axes:
     coordinates: Tensor  # (images, axes)
     variances: Tensor  # (axes,)
     axes: Tensor  # (features, axes), orthonormal
+    class_weights: Tensor | None  # (classes,)
+
+    def only(self, images: Tensor) -> "_Axes":
+        """The same axes with some of the images."""
+        return replace(self, coordinates=self.coordinates[images])
+
+    def double(self) -> "_Axes":
+        weights = None if self.class_weights is None else self.class_weights.double()
+        return _Axes(self.coordinates.double(), self.variances.double(), self.axes.double(), weights)
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,7 @@ def fit(
     num_classes: int,
     *,
     l2: float | None = None,
+    class_weights: Tensor | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     on_progress: Callable[[], None] = lambda: None,
@@ -89,12 +99,14 @@ def fit(
     """The logistic regression of `labels` (images,), 0 to num_classes - 1, on `features` (images, features).
 
     Without `l2` it is the one of `L2_GRID` with the lowest log-loss in stratified cross-validation; `seed` shares the
-    images out to the folds. `on_progress` is called several times a second. A class without an image is never
-    predicted. Raises `ValueError` for features that are not finite, and for labels or an l2 that do not fit.
+    images out to the folds. `class_weights` (classes,) multiply the losses of their images, of which the objective has
+    the weighted mean: scikit-learn's `class_weight`, where their mean over the images is 1. `on_progress` is called
+    several times a second. A class without an image is never predicted. Raises `ValueError` for features that are not
+    finite, and for labels or an l2 that do not fit.
     """
     _check(features, labels, num_classes, l2)
     with _few_threads(min(features.shape) * len(features) * num_classes):
-        return _fit(features, labels, num_classes, l2, seed, device, on_progress)
+        return _fit(features, labels, num_classes, l2, class_weights, seed, device, on_progress)
 
 
 @contextmanager
@@ -114,6 +126,7 @@ def _fit(
     labels: Tensor,
     num_classes: int,
     l2: float | None,
+    class_weights: Tensor | None,
     seed: int,
     device: torch.device | str,
     on_progress: Callable[[], None],
@@ -124,15 +137,16 @@ def _fit(
     std = torch.where(varies, std, 1.0)
     x = torch.where(varies, (x - mean) / std, 0.0)
     present, y = labels.to(device).unique(return_inverse=True)
+    weights = None if class_weights is None else class_weights.to(device, torch.float32)[present]
 
-    data = _principal_axes(x)
+    data = _principal_axes(x, weights)
     error_rate = None
     if l2 is None:
         l2, start, error_rate = _cross_validated(data, y, seed, on_progress)
     else:
         start = _solve_path(data, y, [value for value in L2_GRID if value > l2], on_progress)
     # In float64: where all images are told well apart, float32 rounds their losses off by percents.
-    data = _Axes(data.coordinates.double(), data.variances.double(), data.axes.double())
+    data = data.double()
     solution = _solve(data, y, l2, start, EXACT, on_progress)
 
     weight = torch.zeros(num_classes, x.shape[1], dtype=torch.float64)
@@ -167,7 +181,7 @@ def _check(features: Tensor, labels: Tensor, num_classes: int, l2: float | None)
         raise ValueError(f"l2={l2}, expected a number above 0")
 
 
-def _principal_axes(x: Tensor) -> _Axes:
+def _principal_axes(x: Tensor, class_weights: Tensor | None) -> _Axes:
     n, d = x.shape
     if n < d:
         # In float64, since dividing by small singular values magnifies errors.
@@ -176,9 +190,9 @@ def _principal_axes(x: Tensor) -> _Axes:
         kept = squares > max(float(squares[-1]) * 1e-10, 1e-30)
         squares, left = squares[kept], left[:, kept]
         parts = left * squares.sqrt(), squares / n, wide.T @ (left / squares.sqrt())
-        return _Axes(*(part.float() for part in parts))
+        return _Axes(*(part.float() for part in parts), class_weights)
     variances, axes = torch.linalg.eigh(x.T @ x / n)
-    return _Axes(x @ axes, variances.clamp(min=0), axes)
+    return _Axes(x @ axes, variances.clamp(min=0), axes, class_weights)
 
 
 def _cross_validated(
@@ -193,7 +207,7 @@ def _cross_validated(
     held_out = [fold for fold in folds.unique().tolist() if fold >= 0]
     if not held_out or int(y.max()) == 0:
         return L2_WITHOUT_VALIDATION, None, None
-    training = [(_Axes(data.coordinates[folds != k], data.variances, data.axes), y[folds != k]) for k in held_out]
+    training = [(data.only(folds != k), y[folds != k]) for k in held_out]
     validation = [(data.coordinates[folds == k], y[folds == k]) for k in held_out]
     num_images = sum(len(targets) for _, targets in validation)
     solutions: list[_Solution | None] = [None] * len(held_out)
@@ -204,7 +218,7 @@ def _cross_validated(
         for (x, targets), (unseen, truth), start in zip(training, validation, solutions, strict=True):
             solution = _solve(x, targets, l2, start, ROUGH, on_progress)
             logits = unseen @ solution.weight.T + solution.bias
-            log_loss += float(cross_entropy(logits, truth, reduction="sum")) / num_images
+            log_loss += float(cross_entropy(logits, truth, data.class_weights, reduction="sum")) / num_images
             fitted.append(solution)
         solutions = [*fitted]
         if best[2] and log_loss > best[0] - max(MIN_GAIN, MIN_SHARE * best[0]):
@@ -232,8 +246,7 @@ def _out_of_fold_error_rate(
                 continue
             seen = torch.ones_like(y, dtype=torch.bool)
             seen[half] = False
-            training = _Axes(data.coordinates[seen], data.variances, data.axes)
-            solution = _solve(training, y[seen], l2, start, ROUGH, on_progress)
+            solution = _solve(data.only(seen), y[seen], l2, start, ROUGH, on_progress)
             logits = data.coordinates[half] @ solution.weight.T + solution.bias
             wrong += int((logits.argmax(1) != y[half]).sum())
             count += len(half)
@@ -296,7 +309,8 @@ def _solve(
 
     def objective() -> Tensor:
         scaled = weight * scale
-        return cross_entropy(x @ scaled.T + bias * bias_scale, y) + l2 / 2 * scaled.square().sum()
+        logits = x @ scaled.T + bias * bias_scale
+        return cross_entropy(logits, y, data.class_weights) + l2 / 2 * scaled.square().sum()
 
     with torch.no_grad():
         size = objective().clamp(min=1e-30)  # makes tolerances relative: with a weak l2 the objective may be 1e-4

@@ -24,15 +24,17 @@ def fit_mlp(
     features: Tensor,
     labels: Tensor,
     *,
+    class_weights: Tensor | None = None,
     seed: int,
     device: torch.device | str,
     on_progress: Callable[[], None] = lambda: None,
 ) -> None:
     """Trains `head`, a `trainables.network.model.mlp_head`, in place on features (images, features), labels (images,).
 
-    AdamW in one cycle on batches of at most 64. Order and dropout depend on `seed` alone; torch's own generators stay
-    as they were, and so do the head's device and mode. Raises `ValueError` for fewer than two images, of which
-    batch norm has no variance, and for features that are not finite.
+    AdamW in one cycle on batches of at most 64; `class_weights` (classes,) multiply the losses of their images. Order
+    and dropout depend on `seed` alone; torch's own generators stay as they were, and so do the head's device and mode.
+    Raises `ValueError` for fewer than two images, of which batch norm has no variance, and for features that are not
+    finite.
     """
     if len(features) != len(labels) or len(labels) < 2:
         raise ValueError(
@@ -43,6 +45,7 @@ def fit_mlp(
         raise ValueError("some features are NaN or infinite, expected finite ones")
     device = torch.device(device)
     x, y = features.to(device, torch.float32), labels.to(device)
+    weights = None if class_weights is None else class_weights.to(device)
     num_batches = math.ceil(len(y) / BATCH_SIZE)
     epochs = max(EPOCHS, math.ceil(MIN_STEPS / num_batches))
     home, training = next(head.parameters()).device, head.training
@@ -57,7 +60,7 @@ def fit_mlp(
             for step, batch in enumerate(batches, epoch * num_batches):
                 set_position(optimizer, CYCLE, step / (epochs * num_batches))
                 chosen = batch.to(device)
-                cross_entropy(head(x[chosen]), y[chosen]).backward()
+                cross_entropy(head(x[chosen]), y[chosen], weights).backward()
                 optimizer.step()
                 optimizer.zero_grad()
             on_progress()

@@ -22,6 +22,7 @@ from trainables.ray.retry_limits import MAX_HOSTS
 from trainables.ray.worker_group import GroupEnded, GroupHost, GroupReleased, GroupSize, living_nodes
 from trainables.recipe import Recipe
 from trainables.training import checkpoint
+from trainables.training.metrics import to_minimise
 
 CLOSE_SECONDS = 10.0
 """How long a trial waits for its workers to leave."""
@@ -47,11 +48,14 @@ class TrialOptions:
     split_seed: int = 0
     stall_timeout: float = math.inf  # seconds without progress after which workers are killed
     keep_epoch: str = "last"  # whose model a trial leaves: that of its last epoch, or best
+    metric: str = "error_rate"  # one of `trainables.training.metrics.METRICS`, which the search minimises
 
 
-RANKED = ("error_rate", "valid_loss")
+OBJECTIVE = "objective"
+"""In a result: what the search minimises."""
+RANKED = (OBJECTIVE, "valid_loss")
 """What makes an epoch the best of its trial, the first one first."""
-BEST = ("best_epoch", *(f"best_{name}" for name in RANKED))
+BEST = tuple(f"best_{name}" for name in ("epoch", "error_rate", *RANKED))
 
 
 class HasTrialId(Protocol):
@@ -113,9 +117,13 @@ class FineTuneTrial(tune.Trainable):
         self.files: checkpoint.Files | None
         saved = checkpoint.last_whole(self.folder)
         self.files, self.last_result = saved or (None, {})
+        if "error_rate" in self.last_result:  # of an earlier version, which knew no other metric
+            self.last_result.setdefault(OBJECTIVE, self.last_result["error_rate"])
         self.repeat = saved is not None
         self.epochs_done = self.last_result.get("epoch", before_first_epoch(self.recipe))
         self.best = {name: self.last_result[name] for name in BEST if name in self.last_result}
+        if self.best:
+            self.best.setdefault(f"best_{OBJECTIVE}", self.best["best_error_rate"])
         self.overhead_seconds = self.last_result.get("overhead_seconds", 0.0)
         self.seconds = self.last_result.get("seconds", 0.0)
 
@@ -137,6 +145,9 @@ class FineTuneTrial(tune.Trainable):
         if outcome.failure:
             self.handed_over = False
             return self._failed(outcome.failure)
+        outcome.metrics[OBJECTIVE] = to_minimise(self.options.metric, outcome.metrics)
+        if math.isnan(outcome.metrics[OBJECTIVE]):
+            return self._failed(f"{self.options.metric} is not defined: all validation images are of one class")
         self.epochs_done = outcome.metrics["epoch"]
         finished = self.epochs_done == recipe.total_epochs
         self._note_best(outcome)
@@ -149,9 +160,9 @@ class FineTuneTrial(tune.Trainable):
         return {**outcome.metrics, **of_trial, "failure": "", "done": finished}
 
     def _note_best(self, outcome: Outcome) -> None:
-        """Which epoch was the best so far, by error rate, then by validation loss. With `keep_epoch` best, its model
+        """Which epoch was the best so far, by the objective, then by validation loss. With `keep_epoch` best, its model
         goes with the state."""
-        ours = {"best_epoch": outcome.metrics["epoch"]} | {f"best_{name}": outcome.metrics[name] for name in RANKED}
+        ours = {name: outcome.metrics[name.removeprefix("best_")] for name in BEST}
         is_best = not self.best or [ours[f"best_{name}"] for name in RANKED] < [self.best[f"best_{n}"] for n in RANKED]
         if is_best:
             self.best = ours
@@ -161,7 +172,8 @@ class FineTuneTrial(tune.Trainable):
 
     def _failed(self, reason: str) -> dict[str, Any]:
         self.files = None
-        return {"failure": reason, "error_rate": math.nan, "valid_loss": math.nan, "done": True}
+        nothing = dict.fromkeys((OBJECTIVE, "error_rate", "valid_loss"), math.nan)
+        return {"failure": reason, **nothing, "done": True}
 
     def cleanup(self) -> None:
         if self.host is not None:

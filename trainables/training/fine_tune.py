@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ from trainables.training import lr_finder
 from trainables.training.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE, Files, Preprocessing
 from trainables.training.distributed import World, require_same_images, shard, share_batch_norm
 from trainables.training.inputs import Inputs
+from trainables.training.metrics import more_metrics
 from trainables.training.probing import Probing
 
 STEPS_PER_CHECK = 20
@@ -120,6 +122,8 @@ class FineTune:
         statistics = {"mean": self.network.mean, "std": self.network.std}
         self.inputs = Inputs(images, **statistics, device=self.device, num_threads=num_threads)
         self.images = images
+        weights_of = loss.class_weights(recipe.class_weights, self.inputs.labels[self.train_indices], self.num_classes)
+        self.class_weights = None if weights_of is None else weights_of.to(self.device)
         self.amp_dtype = autocast_dtype(recipe, self.device)
         self._enter_stage()
 
@@ -212,6 +216,7 @@ class FineTune:
             world=self.world,
             batch_parts=self.batch_parts,
             on_progress=self.on_progress,
+            class_weights=self.class_weights,
         )
 
     @torch.inference_mode()
@@ -241,7 +246,9 @@ class FineTune:
 
     def _steps(self, epoch: int) -> Iterator[Step]:
         rows = self.world.shard(self.batch_size)
-        return plan_epoch(self.recipe, self.train_indices, epoch=epoch, batch_size=self.batch_size, rows=rows)
+        labels = self.inputs.labels[self.train_indices].numpy()
+        order = {"epoch": epoch, "batch_size": self.batch_size, "rows": rows}
+        return plan_epoch(self.recipe, self.train_indices, labels=labels, **order)
 
     def _position(self, epoch_share: float) -> float:
         """The position in the stage's cycle when `epoch_share` of the current epoch's steps are done."""
@@ -259,7 +266,8 @@ class FineTune:
             with self.world.gradients_later(self.parallel_model, not last):
                 with self._autocast(), self._whole_batch(rows, last):
                     logits = self.parallel_model(images[rows]).float()
-                value = loss.cross_entropy(logits, targets[rows], self.recipe.smoothing) / self.batch_size
+                value = loss.cross_entropy(logits, targets[rows], self.recipe.smoothing, self.class_weights)
+                value = value / self.batch_size
                 # Workers average their gradients but sum their losses.
                 self.scaler.scale(value * self.world.size).backward()
             losses.append(value.detach())
@@ -315,7 +323,12 @@ class FineTune:
         if not np.isfinite(total):
             raise Diverged(f"validation loss is {total} after epoch {self.epochs_done + 1}")
         expected = {"expected_error_rate": self.reference.expected(errors, both_wrong)} if self.reference else {}
-        return {"valid_loss": total, "error_rate": errors, "accuracy": 1 - errors} | expected
+        more = more_metrics(self._gathered(logits), self.inputs.labels[self.valid_indices].numpy())
+        return {"valid_loss": total, "error_rate": errors, "accuracy": 1 - errors} | expected | more
+
+    def _gathered(self, logits: torch.Tensor) -> npt.NDArray[np.float32]:
+        """The logits (validation images, classes) of all workers, from this worker's."""
+        return torch.cat(self.world.gather(logits.cpu())).numpy()
 
     def tta_error_rate(self) -> float:
         """Error rate over the validation split with the recipe's test-time augmentation."""

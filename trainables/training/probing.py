@@ -60,6 +60,8 @@ class Probing:
     batch_parts: int
     """As in `FineTune`; of a forward pass of `CHUNK` images, too."""
     on_progress: Callable[[], None]
+    class_weights: torch.Tensor | None = None
+    """(classes,); of the losses that the head minimises."""
 
     def features(self, view: View | None = None) -> FeatureSet:
         """The features of a view, by default of all images as validation sees them: from this node's cache, or computed
@@ -206,7 +208,8 @@ class Probing:
 
     def _head_file(self, features: FeatureSet, train: npt.NDArray[np.int64], *decisive: Any) -> Path:
         """Where a head is kept that these settings decide, beside the images and their labels."""
-        settings = repr((HEAD_VERSION, self.inputs.num_classes, *decisive)).encode()
+        weights = [self.recipe.class_weights] if self.class_weights is not None else []
+        settings = repr((HEAD_VERSION, self.inputs.num_classes, *decisive, *weights)).encode()
         name = sha256(settings + train.tobytes() + self._labels(train).numpy().tobytes()).hexdigest()[:16]
         return features.path / f"{decisive[0]}-{name}.head"
 
@@ -225,7 +228,11 @@ class Probing:
 
     @property
     def _how(self) -> dict[str, Any]:
-        return {"device": self.inputs.device, "on_progress": self.on_progress}
+        return {
+            "device": self.inputs.device,
+            "on_progress": self.on_progress,
+            "class_weights": self.class_weights,
+        }
 
     def _fitted(self, views: list[Features], labels: torch.Tensor, l2: float) -> State:
         """The classifier's state for views of the same images, the first of them the centre ones. (To choose `l2` by

@@ -1,0 +1,45 @@
+"""What a search minimises, in words and figures: the error rate, or what another metric lacks to its best value."""
+
+from dataclasses import dataclass
+
+from trainables.system.text import percent
+
+NAMES = {
+    "error_rate": "error",
+    "balanced_error": "balanced error",
+    "macro_f1": "1 - macro F1",
+    "auroc": "1 - AUROC",
+    "log_loss": "log loss",
+    "top5_error": "top-5 error",
+}
+"""Of each metric's objective, which is the lower the better."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The objective of a search with this metric."""
+
+    metric: str
+
+    @property
+    def is_error_rate(self) -> bool:
+        return self.metric == "error_rate"
+
+    @property
+    def name(self) -> str:
+        return NAMES[self.metric]
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is shown in percent."""
+        return self.metric != "log_loss"
+
+    def text(self, value: float) -> str:
+        """Such as "4.3 %", or "0.127" of a log loss."""
+        return percent(value) if self.is_share else f"{value:.3f}"
+
+    def lead(self, value: float, other: float, *, than: str) -> str:
+        """How much better a value is than another one, in words."""
+        side = "better" if value <= other else "worse"
+        size = f"{100 * abs(other - value):.1f} points" if self.is_share else f"{abs(other - value):.3f}"
+        return f"{size} {side} than {than} in {self.name}"

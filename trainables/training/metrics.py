@@ -1,0 +1,89 @@
+"""What a search can minimise: metrics of the validation images. Imports no torch: the driver knows their names."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
+
+METRICS = ("error_rate", "balanced_error", "macro_f1", "auroc", "log_loss", "top5_error")
+HIGHER_IS_BETTER = ("macro_f1", "auroc")
+"""Of these, a search minimises the distance to 1."""
+CLASS_METRICS = ("balanced_error", "macro_f1")
+"""Those to which a class of few images counts as much as one of many."""
+IMBALANCED = 3.0
+"""Largest / median class from which on the error rate mostly measures the large classes."""
+MORE_METRICS = ("balanced_error", "macro_f1", "auroc", "top5_error")
+"""What `more_metrics` computes."""
+
+
+def column(metric: str) -> str:
+    """The name of a metric in results and tables."""
+    return "valid_loss" if metric == "log_loss" else metric
+
+
+def to_minimise(metric: str, values: Mapping[str, float]) -> float:
+    """What a search with this metric minimises, from all metrics of an epoch."""
+    value = values[column(metric)]
+    return 1 - value if metric in HIGHER_IS_BETTER else value
+
+
+def suitable_metric(counts: npt.NDArray[np.int64]) -> str:
+    """The metric for classes with so many images: balanced where they are imbalanced.
+
+    >>> suitable_metric(np.array([50, 60, 70])), suitable_metric(np.array([10, 20, 70]))
+    ('error_rate', 'balanced_error')
+    """
+    return "balanced_error" if counts.max() > IMBALANCED * median_class(counts) else "error_rate"
+
+
+def median_class(counts: npt.NDArray[np.int64]) -> int:
+    """The number of images of the median class; of two classes, that of the smaller one."""
+    return int(np.sort(counts)[(len(counts) - 1) // 2])
+
+
+def more_metrics(logits: npt.NDArray[np.floating], labels: Labels) -> dict[str, float]:
+    """`MORE_METRICS` of logits or probabilities (images, classes) and labels (images,).
+
+    Classes without an image count for nothing.
+
+    >>> logits = np.array([[2.0, 0.0], [1.0, 0.0], [1.5, 0.0], [0.0, 1.0]])
+    >>> found = more_metrics(logits, np.array([0, 0, 1, 1]))
+    >>> {name: round(value, 3) for name, value in found.items()}
+    {'balanced_error': 0.25, 'macro_f1': 0.733, 'auroc': 0.75, 'top5_error': 0.0}
+    """
+    predicted, num_classes = logits.argmax(1), logits.shape[1]
+    right = np.bincount(labels[predicted == labels], minlength=num_classes)
+    actual, guessed = (np.bincount(values, minlength=num_classes) for values in (labels, predicted))
+    present = actual > 0
+    return {
+        "balanced_error": 1 - float((right[present] / actual[present]).mean()),
+        "macro_f1": float((2 * right[present] / (actual + guessed)[present]).mean()),
+        "auroc": auroc(logits, labels),
+        "top5_error": top_error(logits, labels, 5),
+    }
+
+
+def auroc(logits: npt.NDArray[np.floating], labels: Labels) -> float:
+    """The area under the ROC curve of each class's probability against all others', averaged over the classes; NaN
+    where all images are of one class. (Hanley and McNeil 1982; equal probabilities count half.)"""
+    from scipy.special import softmax
+    from scipy.stats import rankdata
+
+    actual = np.bincount(labels, minlength=logits.shape[1]).astype(float)
+    known = np.flatnonzero((actual > 0) & (actual < len(labels)))
+    if not len(known):
+        return float("nan")
+    ranks = rankdata(softmax(logits.astype(np.float64), axis=1)[:, known], axis=0)
+    positives = actual[known]
+    sums = (ranks * (labels[:, None] == known)).sum(0) - positives * (positives + 1) / 2
+    return float((sums / (positives * (len(labels) - positives))).mean())
+
+
+def top_error(logits: npt.NDArray[np.floating], labels: Labels, count: int) -> float:
+    """The share of images whose class is not among the `count` most likely ones; a tie counts as wrong only where too
+    many others are more likely."""
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    return float(((logits > own).sum(1) >= count).mean())
