@@ -289,10 +289,14 @@ def conclude(run: "RunOptions", seconds: float, *, interrupted: bool) -> int:
 
     deliver_running(run.folder)
     rows = read_trials(run.folder.trials)
+    ids = {row["trial_id"] for row in rows}
     with report_errors("states of ended trials could not be removed"):
-        for row in rows:
-            if row["status"] != RUNNING:  # an epoch that was running when the search ended has left its state
-                checkpoint.drop(run.folder.checkpoints / row["trial_id"])
+        running = {row["trial_id"] for row in rows if row["status"] == RUNNING}
+        for states in run.folder.checkpoints.glob("*/"):
+            # An epoch that was running when the search ended has left its state. A resumed search continues running
+            # trials and the refit, which has no row.
+            if not (states.name in running or (interrupted and states.name not in ids)):
+                checkpoint.drop(states)
     print_trials(run, rows)
     say(f"{how_many(row['kind'] for row in rows)} in {duration(seconds)}: {counts(rows)}")
     if not interrupted:

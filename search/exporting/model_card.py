@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 from search.exporting.export_formats import INPUT, ONNX_FILE, OPSET, OUTPUT, PROGRAM_FILE
 from search.reporting.test_set import describe_score, read_test
 from search.runs.command import CommandRecord
+from search.runs.kept_models import REFIT
 from search.runs.kinds import how_many, name_of
 from search.runs.result_rows import EXPECTED
 from search.runs.run_record import RunRecord
@@ -197,12 +198,24 @@ def _errors(metrics: dict[str, Any], run: RunRecord | None) -> str:
     for name, value in ((name, metrics.get(name)) for name in MORE_METRICS):
         if value is not None and value == value:
             rows.append((name.replace("_", " "), f"{value:.4f}"))
+    if refit := metrics.get(REFIT):
+        rows.append(("images that trained it again, those for validation among them", refit["train_images"]))
     trials = "" if run is None else f" {how_many(run.completed['kind'], 'completed trial')} of"
     epoch = ", and its epoch," if run is not None and run.command.arguments.keep_epoch == "best" else ""
     return (
         f"## Error\n\n{_table(('', ''), rows)}\n\nThe same validation images chose this model{epoch} among{trials} a "
         "search, so the figures are optimistic: expect a somewhat larger error on new images of the same kind. The "
-        f"interval reflects the number of images, not the choice.{_test(metrics, run)}"
+        f"interval reflects the number of images, not the choice.{_refit(metrics)}{_test(metrics, run)}"
+    )
+
+
+def _refit(metrics: dict[str, Any]) -> str:
+    """Whose error it is, where the model was trained again on all images."""
+    if REFIT not in metrics:
+        return ""
+    return (
+        "\n\nThese are the figures of the same recipe trained without the validation images. This model was trained "
+        "again with them, so no images are left to measure its error on. It is expected to be a little lower."
     )
 
 

@@ -174,6 +174,10 @@ def _add_results(group: Group) -> None:
         "whose model and error a trial leaves: those of its last epoch, or of its best one, whose error is lower than "
         "on new images, because it was chosen by it; default last"
     ))  # fmt: skip
+    group.add_argument("--refit", choices=("on", "off"), default="on", help=(
+        "at the end, train the winner again on all images, those for validation included: that is the model in best/, "
+        "and the one whose error is known stays in models/; default on"
+    ))  # fmt: skip
     group.add_argument("--report", choices=("full", "tables", "off"), default="full", help=(
         "write report.html during the search and at its end: full labels the validation images with the winner, for "
         "its confusion matrix and top losses, tables skips that; default full"

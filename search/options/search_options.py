@@ -12,7 +12,7 @@ from trainables.data.labelled_images import MAX_UNREADABLE
 
 OF_THIS_START = ("given", "describe", "resume", "trust")
 """Options that say how this command starts; a run does not keep them."""
-EARLIER = {"space": "", "metric": "error_rate"}
+EARLIER = {"space": "", "metric": "error_rate", "refit": "off"}
 """What the record of a version means that did not know these options yet."""
 OLD_SCHEDULERS = {"annealed": "halving"}
 """Names in the records of earlier versions."""
@@ -53,6 +53,7 @@ class SearchOptions:
     storage: str | None = None
     keep: int = 3
     keep_epoch: str = "last"
+    refit: str = "on"  # whether the winner is trained again on all images; off
     report: str = "full"
     resume: bool = False
     trust: bool = False

@@ -22,15 +22,13 @@ from search.cli.errors import error_line
 from search.runs.run_record import RunRecord
 from trainables.data.image_file import WHITE_16_BIT, UnreadableImage, read_image
 from trainables.data.layouts import split_level
-from trainables.inference.model_folder import read_json
+from trainables.inference.model_folder import METRICS_FILE, read_json
 from trainables.system.text import last_line, printable
 from trainables.training.checkpoint import PREPROCESSING_FILE
 
 NUM_LOSSES = 12
 THUMBNAIL = 176  # px
 NO_ANALYSIS = "The winner's errors could not be analysed"
-METRICS_FILE = "metrics.json"
-"""A copy of the winner's file of this name tells which trial was analysed."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,13 @@ class ErrorAnalysis:
 
 
 def read_analysis(run: RunRecord) -> ErrorAnalysis | None:
-    """The analysis of the current winner, or None if there is none, or only that of an earlier winner."""
-    folder, best = run.folder.interpretation, run.folder.best / METRICS_FILE
+    """The analysis of the current winner, or None if there is none, or only that of an earlier winner: a copy of its
+    metrics tells which trial was analysed."""
+    folder, model = run.folder.interpretation, run.folder.validated
     try:
-        if read_json(folder / METRICS_FILE) != read_json(best):
+        if read_json(folder / METRICS_FILE) != read_json(model / METRICS_FILE):
             return None
-        white = read_json(run.folder.best / PREPROCESSING_FILE).get("white_level", WHITE_16_BIT)
+        white = read_json(model / PREPROCESSING_FILE).get("white_level", WHITE_16_BIT)
         (_, *classes), *rows = csv.reader(_text(folder / "confusion_matrix.csv"))
         counts = np.array([row[1:] for row in rows], dtype=np.int64).reshape(len(classes), len(classes))
         worst = islice(csv.DictReader(_text(folder / "top_losses.csv")), NUM_LOSSES)
@@ -93,15 +92,16 @@ def _analyse(run: RunRecord) -> str:
     data = run.command.data
     if not _images_of(run).is_dir():
         return f"The images, {data}, are not on this machine, so the winner's errors could not be analysed."
-    folder, metrics = run.folder.interpretation, read_json(run.folder.best / METRICS_FILE)
+    folder, model = run.folder.interpretation, run.folder.validated
+    metrics = read_json(model / METRICS_FILE)
     shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "-m", "trainables.interpret", "--model", run.folder.best, "--data", data]
+    command = [sys.executable, "-m", "trainables.interpret", "--model", model, "--data", data]
     command += ["--out", folder, "--top", NUM_LOSSES]
     child = subprocess.run([*map(str, command)], capture_output=True, text=True)
     if child.returncode:
         reason = last_line(child.stderr) or f"exit code {child.returncode}"
         return f"{NO_ANALYSIS}: {reason.removeprefix('error: ')}"
-    if read_json(run.folder.best / METRICS_FILE) == metrics:  # else another trial has won in the meantime
+    if read_json(run.folder.validated / METRICS_FILE) == metrics:  # else another trial has won in the meantime
         (folder / METRICS_FILE).write_text(json.dumps(metrics))
     return ""
 

@@ -33,7 +33,7 @@ from search.runs.result_rows import (
 from search.runs.results_table import ResultsTable
 from search.runs.time_budget import seconds_spent
 from search.spaces.space import NamedRecipe
-from trainables.ray.trial import table_id
+from trainables.ray.trial import REFITS, table_id
 from trainables.system.text import duration, percent
 
 MAX_SHOWN = 8  # completed trials
@@ -51,6 +51,7 @@ class Leaderboard(tune.Callback):
         self.started = time.monotonic()
         self.spent_before = 0.0
         self.live: Live | None = None
+        self.refit = ""  # how far the winner's training on all images is
 
     def setup(self, *args: Any, **info: Any) -> None:
         self.started = time.monotonic()
@@ -65,12 +66,16 @@ class Leaderboard(tune.Callback):
         return self.table.rows[table_id(trial)]
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        if REFITS in trial.config:
+            return self._note_refit(trial, "starts")
         row = self._row(trial)
         self._say(row, f"starts: {_recipe(row, self.table.dimensions)}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
+        if REFITS in trial.config:
+            return self._note_refit(trial, result["failure"] or f"epoch {result['epoch']}/{result['epochs_total']}")
         row = self._row(trial)
         if result["failure"]:
             return
@@ -81,7 +86,13 @@ class Leaderboard(tune.Callback):
         speed = f"{result['images_per_second']:.0f} images/s"
         self._say(row, f"{epoch}: {self._score(row)}, {losses}, {speed}{split}")
 
+    def _note_refit(self, trial: Trial, what: str) -> None:
+        self.refit = f"the winner again, on all images: {what}"
+        self._say(self.table.rows[trial.config[REFITS]], self.refit)
+
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        if REFITS in trial.config:
+            return
         row = self._row(trial)
         outcome = row["reason"] or self._score(row)
         if better := better_epoch(row):
@@ -125,7 +136,8 @@ class Leaderboard(tune.Callback):
             incumbent = f"best {self._score(best[0])} ({name_of(best[0]['number'])})"
         total = max(self.num_trials, len(self.table.rows))  # after an extension, more trials may be trained again
         what = "probes and trials" if _has_probes(self.table.rows.values()) else "trials"
-        return f"{self._num_ended()}/{total} {what} ended, {incumbent}, {self._time_left()}"
+        refit = f", {self.refit}" if self.refit else ""
+        return f"{self._num_ended()}/{total} {what} ended, {incumbent}{refit}, {self._time_left()}"
 
     def _time_left(self) -> str:
         """Probes do not tell how long the trials after them will take."""

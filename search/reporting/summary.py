@@ -25,6 +25,11 @@ def summary(run: RunRecord) -> list[str]:
     if len(rows := side_by_side(run)) > 1:
         cells = ((what, scores(run, row), interval(run, row), model(run, row)) for what, row in rows)
         lines += _aligned(list(cells))
+    if refit := run.refit:
+        lines.append(
+            f"refit: best/ is {name_of(refit['number'])}, trained again on all {refit['train_images']} images; its own "
+            "error cannot be known, and is expected to be a little lower"
+        )
     if run.fine_tuning:
         lines.append(f"fine-tuning: {run.fine_tuning}")
     if run.lead and not recipes:

@@ -1,4 +1,8 @@
-"""The models that a run keeps: those of its best trials in `models/<number>/`, the best one also in `best/`."""
+"""The models that a run keeps: those of its best trials in `models/<number>/`, the best one also in `best/`.
+
+At a search's end, `best/` is the best trial trained again on all images, see `refit`; `models/` keeps the one whose
+error is known.
+"""
 
 import json
 import shutil
@@ -8,8 +12,12 @@ from typing import Any
 
 from search.runs.atomic_files import link_or_copy, replace_folder
 from search.runs.paths import RunFolder
+from trainables.inference.model_folder import METRICS_FILE, read_json
 from trainables.system.full_disk import when_there_is_room
 from trainables.training.checkpoint import BEST_FILE, PREPROCESSING_FILE, SPLIT_FILE, WEIGHTS_FILE
+
+REFIT = "refit"
+"""In the metrics of `best/`: the images that trained it, and its error rate on those for validation among them."""
 
 
 class KeptModels:
@@ -49,6 +57,24 @@ class KeptModels:
                     shutil.rmtree(folder)
         if kept and self._best() != kept[0]:
             self._make_best(self.folder.models / str(kept[0]))
+
+    def deliver_refit(self, checkpoint: Path, number: int, refit: dict[str, Any]) -> None:
+        """Make a checkpoint the best model: of the best trial, with this number, trained again on all images; `refit`
+        is what is known of it. Its recipe, labels, metrics and split are the trial's."""
+        trial = self.folder.models / str(number)
+        if self._best() != number or not trial.is_dir():
+            return
+
+        def fill(folder: Path) -> None:
+            for file in trial.iterdir():
+                if file.name not in (WEIGHTS_FILE, PREPROCESSING_FILE, METRICS_FILE):
+                    link_or_copy(file, folder / file.name)
+            for name in (WEIGHTS_FILE, PREPROCESSING_FILE):
+                link_or_copy(checkpoint / name, folder / name)
+            metrics = read_json(trial / METRICS_FILE) | {REFIT: refit}
+            (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n")
+
+        _replace(self.folder.best, fill)
 
     def _best(self) -> int | None:
         metrics = self.folder.best / "metrics.json"

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from search.runs.command import FILE, CommandRecord
+from trainables.inference.model_folder import METRICS_FILE, read_json
 
 
 class RunFolder:
@@ -34,6 +35,16 @@ class RunFolder:
         """What tells this run from others, also those of its name elsewhere. It stays when the folder moves, and a
         pickle keeps it. The path in a folder without a record."""
         return (self.command.is_file() and CommandRecord.load(self.path).run_id) or str(self.path)
+
+    @property
+    def validated(self) -> Path:
+        """The best trial's model that has not seen the validation images; `best` itself where it was not trained again,
+        see `refit`."""
+        try:
+            kept = self.models / str(read_json(self.best / METRICS_FILE)["number"])
+        except (ValueError, KeyError):  # none yet, or an earlier version's
+            return self.best
+        return kept if kept.is_dir() else self.best
 
     def __str__(self) -> str:
         """The path as a user would type it here."""

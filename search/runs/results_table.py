@@ -39,7 +39,7 @@ from search.runs.result_rows import (
     read_epochs,
     read_trials,
 )
-from trainables.ray.trial import OBJECTIVE, RETRAINS, SCREENS, recipe_of, table_id
+from trainables.ray.trial import OBJECTIVE, REFITS, RETRAINS, SCREENS, recipe_of, table_id
 from trainables.recipe import Recipe
 from trainables.system.text import last_line
 from trainables.training import checkpoint
@@ -135,6 +135,8 @@ class ResultsTable(tune.Callback):
             shutil.rmtree(self.folder.checkpoints / trial_id, ignore_errors=True)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        if REFITS in trial.config:  # see `search.runs.refit`
+            return
         row = self._row(trial)
         if row["status"] != RUNNING:  # killed before Tune saved its end: Tune will repeat its last result
             self.repeating.add(row["trial_id"])
@@ -142,6 +144,8 @@ class ResultsTable(tune.Callback):
         self._write_trials(row)
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: Row, **info: Any) -> None:
+        if REFITS in trial.config:
+            return
         row = self._row(trial)
         if row["trial_id"] in self.repeating:
             if result["failure"] or result["epoch"] == row["epochs_done"]:
@@ -159,6 +163,8 @@ class ResultsTable(tune.Callback):
         self._write_trials(row)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        if REFITS in trial.config:
+            return
         row = self._row(trial)
         if row["status"] == RUNNING:  # else it has failed, or had ended before a kill
             if is_whole(row):
@@ -183,6 +189,8 @@ class ResultsTable(tune.Callback):
             self.on_trial_complete(iteration, trials, trial)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        if REFITS in trial.config:
+            return
         row = self._row(trial)
         fail(row, last_line(trial.get_error() or "") or "its actor was lost")
         self._end(row)

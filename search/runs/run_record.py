@@ -14,6 +14,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from search.runs.command import CommandRecord
 from search.runs.csv_file import Parser, Row, as_csv, read_table
+from search.runs.kept_models import REFIT
 from search.runs.kinds import PROBE, TRIAL, how_many, name_of
 from search.runs.objective import Objective
 from search.runs.paths import RunFolder
@@ -35,7 +36,7 @@ from search.runs.result_rows import (
 )
 from search.runs.statistics import describe_lead, wilson_interval
 from search.runs.trained_model import require_run
-from trainables.inference.model_folder import read_json, read_model
+from trainables.inference.model_folder import METRICS_FILE, read_json, read_model
 from trainables.ray.trial import OBJECTIVE
 from trainables.recipe import Recipe
 from trainables.system.text import duration, shell_command
@@ -125,7 +126,7 @@ class RunRecord:
 
     @property
     def _records(self) -> list[Row]:
-        return [dict(row) for row in self.trials.to_dict("records")]
+        return [{str(name): value for name, value in row.items()} for row in self.trials.to_dict("records")]
 
     def _rows_of(self, records: Iterable[Row]) -> pd.DataFrame:
         return self.trials.loc[[row["number"] for row in records]]
@@ -161,6 +162,13 @@ class RunRecord:
     def pareto_front(self) -> pd.DataFrame:
         """The completed trials that no other one beats in both objective and seconds, cheapest first."""
         return self._rows_of(pareto_front(self._records))
+
+    @property
+    def refit(self) -> dict[str, Any] | None:
+        """Of the model in `best/`, if it was trained again on all images: the `number` of its trial, its
+        `train_images`, and its `error_rate` on those for validation among them."""
+        found = read_json(self.folder.best / METRICS_FILE) if self.folder.best.is_dir() else {}
+        return {"number": found["number"]} | found[REFIT] if REFIT in found else None
 
     @property
     def best_recipe(self) -> Recipe | None:

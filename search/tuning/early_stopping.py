@@ -14,7 +14,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from search.runs.atomic_files import write_atomically
 from search.spaces.space import Space
 from search.tuning.forecast import AtRung, forecast
-from trainables.ray.trial import RETRAINS
+from trainables.ray.trial import REFITS, RETRAINS
 
 RUNGS = (60, 80)
 KEEP = 0.8
@@ -129,7 +129,7 @@ class ProgressHalvingScheduler(FIFOScheduler):
         if trial.trial_id in self.reasons:  # the search was killed before Tune saved the stop
             return TrialScheduler.STOP
         value, progress = result[self.watched], result["progress"]
-        if RETRAINS in trial.config or not np.isfinite(value) or progress == 100:
+        if {RETRAINS, REFITS} & set(trial.config) or not np.isfinite(value) or progress == 100:
             return TrialScheduler.CONTINUE
         if result.get("stage") == "probe":
             self.curves[trial.trial_id] = Curve(self.space.coordinates(trial.config), probe=value)

@@ -47,6 +47,11 @@ class Pace:
         train, valid = self.images
         return screen.expected_seconds(place) * (train if place == screen.last else train + valid) + self.fitting
 
+    def refit_seconds(self, seconds: float) -> float:
+        """That something is expected to take on all images which took so many on those for training."""
+        train, valid = self.images
+        return seconds * (train + valid) / max(1, train) / SLACK
+
     def epochs_within(self, seconds: float, recipe: Mapping[str, Any]) -> float:
         """How many unfrozen epochs of a recipe fit into the seconds; infinitely many where nothing is known."""
         pair = recipe["arch"], recipe["image_size"]

@@ -1,7 +1,7 @@
 """Optuna as Tune's searcher. It learns how every trial ended: finished, stopped early, or failed."""
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from ray.tune.search import Searcher
 
 from search.cluster.concurrency import Capacity
 from search.options.strategy import Strategy
+from search.runs.csv_file import Row
+from search.runs.kinds import PROBE
 from search.runs.study_journal import open_journal
 from search.runs.time_budget import TimeBudget
 from search.spaces.space import Choice, Range, Space, ends
@@ -21,7 +23,7 @@ from search.tuning.screen import Probe, Screen
 from search.tuning.study_configs import Config, config_of, params_of, propose
 from search.tuning.study_end import fail
 from search.tuning.time_left import TimeLeft
-from trainables.ray.trial import OBJECTIVE, RETRAINS, text_id
+from trainables.ray.trial import OBJECTIVE, REFITS, RETRAINS, SCREENS, text_id
 
 FORGOTTEN = "forgotten when the search was killed"
 
@@ -44,7 +46,8 @@ class OptunaSearcher(Searcher):
     Where a `budget` limits the time, nothing is proposed that is not expected to end in it.
 
     When all of `num_trials` proposals have ended, the best `strategy.confirm` are trained again, except those that
-    already were before the search was extended.
+    already were before the search was extended. With a `winner`, the row of the best trial or probe, that one comes
+    last, on all images.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class OptunaSearcher(Searcher):
         screen: Screen | None = None,
         budget: TimeBudget | None = None,
         num_classes: int = 1,
+        winner: Callable[[], Row | None] | None = None,
     ) -> None:
         super().__init__(metric=OBJECTIVE, mode="min")
         self.space = space
@@ -73,6 +77,8 @@ class OptunaSearcher(Searcher):
         self.narrowed = False  # whether the space is what the screen has left of it
         self.budget = budget
         self.num_classes = num_classes
+        self.winner = winner
+        self.refitted: dict[str, str] = {}  # Tune's id of a refit -> table's id of its winner
         self.pace = Pace()
         self.capacity = capacity
         self.live: dict[str, int] = {}  # Tune's id of a trial that has not ended -> number of its workers
@@ -109,7 +115,7 @@ class OptunaSearcher(Searcher):
         if self._waiting is None and self.num_trials is not None and len(self.numbers) >= self.num_trials:
             return self._retrain(trial_id)
         if self._waiting is None and not self._has_time():
-            return None if self.live else Searcher.FINISHED
+            return self._refit(trial_id)
         trial, config = self._waiting = self._waiting or self._ask()
         num_workers = self._num_workers(config)
         if not self._has_room(num_workers):
@@ -152,7 +158,18 @@ class OptunaSearcher(Searcher):
 
     @property
     def _time(self) -> TimeLeft:
-        return TimeLeft(self.budget, self.pace, self.num_classes)
+        return TimeLeft(self.budget, self.pace, self.num_classes, self._refit_seconds)
+
+    @property
+    def _refit_seconds(self) -> float | None:
+        """That the winner's refit is expected to take; None without one. A probe's features are kept, but for those of
+        augmented views."""
+        if self.winner is None:
+            return None
+        if self.budget is None or self.budget.limit is None or not (best := self.winner()):
+            return 0.0
+        has_features = best["kind"] == PROBE and not (self.screen and self.screen.is_second(best["number"]))
+        return self.pace.refit_seconds(self.pace.fitting if has_features else best["seconds"])
 
     def _has_time(self) -> bool:
         """Whether an epoch of any trial fits into what is left of the time budget."""
@@ -199,7 +216,7 @@ class OptunaSearcher(Searcher):
         done, best = self.retrained.values(), self._ranked()[: self.strategy.confirm]
         todo = [c for c in retrainings(best, self._max_seed()) if (c[RETRAINS], c["seed"]) not in done]
         if not todo:
-            return Searcher.FINISHED
+            return self._refit(trial_id)
         config = todo[0]
         num_workers = self._num_workers(config)
         if not self._has_room(num_workers):
@@ -207,6 +224,31 @@ class OptunaSearcher(Searcher):
         self.retrained[trial_id] = config[RETRAINS], config["seed"]
         self.live[trial_id] = num_workers
         return config
+
+    def _refit(self, trial_id: str) -> Config | str | None:
+        """The winner again, on all images: the last proposal, unless it was made already or a time budget leaves no
+        time for it."""
+        if self.live:
+            return None
+        winner = self.winner() if self.winner else None
+        if winner is None or winner["trial_id"] in self.refitted.values() or not self._time.for_refit:
+            return Searcher.FINISHED
+        config = self._config_of(winner["trial_id"])
+        num_workers = self._num_workers(config)
+        if not self._has_room(num_workers):
+            return None
+        self.refitted[trial_id] = winner["trial_id"]
+        self.live[trial_id] = num_workers
+        return config | {REFITS: winner["trial_id"]}
+
+    def _config_of(self, winner: str) -> Config:
+        """Of a trial or a probe by the table's id."""
+        for trial_id, place in (self.screen.begun if self.screen else {}).items():
+            if self.screen and text_id(trial_id) == winner:
+                return {name: value for name, value in self.screen.config(place).items() if name != SCREENS}
+        trials = self.study.get_trials(deepcopy=False)
+        params = next(t.params for t in trials if text_id(t.user_attrs.get(_TUNE_ID, "")) == winner)
+        return config_of(self.space, params)
 
     def _max_seed(self) -> int:
         """The highest seed that a trial can have: `--set` can pin or search it."""
@@ -287,27 +329,30 @@ class OptunaSearcher(Searcher):
         if self.screen:
             self.screen.forget_running(begun_again=not self.numbers)
         self.retrained = {i: what for i, what in self.retrained.items() if i not in self.live}
+        self.refitted = {i: what for i, what in self.refitted.items() if i not in self.live}
         self.live = {}
 
     def max_remaining(self) -> int:
         """Upper bound on the trials still to propose: some of the best may already have been retrained."""
         assert self.num_trials is not None  # Tune's searches have a number
         probes = self.screen.num_probes - len(self.screen.begun) if self.screen and not self.narrowed else 0
-        return max(0, self.num_trials - len(self.numbers)) + self.strategy.num_retrainings + probes
+        refits = int(self.winner is not None)
+        return max(0, self.num_trials - len(self.numbers)) + self.strategy.num_retrainings + probes + refits
 
     def save(self, checkpoint_path: str) -> None:
         """Save what the journal does not have: the sampler's random state and Tune's trial ids."""
-        state = (self.sampler, self.numbers, self.retrained, self.live, self.screen, self.pace)
+        state = (self.sampler, self.numbers, self.retrained, self.refitted, self.live, self.screen, self.pace)
         Path(checkpoint_path).write_bytes(pickle.dumps(state))
 
     def restore(self, checkpoint_path: str) -> None:
         state = pickle.loads(Path(checkpoint_path).read_bytes())
-        self.sampler, self.numbers, self.retrained, live, self.screen, self.pace = state
+        self.sampler, self.numbers, self.retrained, self.refitted, live, self.screen, self.pace = state
         self._study = self._waiting = None
         self._fail_forgotten_trials()
         running = {trial.number for trial in self._all_running()}
         probes = self.screen.begun if self.screen else {}
-        kept = {*self.retrained, *probes, *(i for i, number in self.numbers.items() if number in running)}
+        trials = {i for i, number in self.numbers.items() if number in running}
+        kept = {*self.retrained, *self.refitted, *probes, *trials}
         self.live = {i: n for i, n in live.items() if i in kept}
 
     def __getstate__(self) -> dict[str, Any]:

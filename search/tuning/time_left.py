@@ -33,6 +33,9 @@ class TimeLeft:
     budget: TimeBudget | None
     pace: Pace
     num_classes: int = 1
+    refit: float | None = None
+    """Seconds to train the best trial or probe so far again, on all images, which is the end of a search; None: it is
+    not."""
 
     @property
     def gain(self) -> float:
@@ -42,16 +45,27 @@ class TimeLeft:
 
     @property
     def seconds(self) -> float:
+        """For probes and trials: without those of the refit, if it fits."""
+        return self._all_seconds - (self.refit or 0.0) if self.for_refit else self._all_seconds
+
+    @property
+    def _all_seconds(self) -> float:
         return self.budget.seconds_left if self.budget else math.inf
+
+    @property
+    def for_refit(self) -> bool:
+        """Whether the refit fits."""
+        return (self.refit or 0.0) <= self._all_seconds
 
     def epochs(self, settings: Mapping[str, Any], share: float = 1.0) -> float:
         """How many unfrozen epochs of a recipe fit into a share of it."""
         return math.inf if math.isinf(self.seconds) else self.pace.epochs_within(share * self.seconds, settings)
 
     def most_epochs(self, settings: Mapping[str, Any]) -> float:
-        """That a trial may have: what fits into half of it, so that the search is no single trial; into all of it where
-        that would be too few."""
-        most = self.epochs(settings, share=0.5)
+        """That a trial may have: what fits into half of it, so that the search is no single trial, or so that it can be
+        trained again on all images; into all of it where that would be too few."""
+        share = 0.5 if self.refit is None else 1 / (1 + self.pace.refit_seconds(1.0))
+        most = self.epochs(settings, share)
         return most if most >= ENOUGH_EPOCHS else self.epochs(settings)
 
     def for_probe(self, screen: Screen, place: int, space: Space) -> bool:

@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ from search.reporting.live_report import LiveReport
 from search.reporting.live_table import Leaderboard
 from search.runs.disk_space import DiskWatch
 from search.runs.paths import RunFolder
+from search.runs.refit import Refit, winner_to_refit
 from search.runs.remote_copy import Mirroring
 from search.runs.results_table import ResultsTable, TooManyFailures
 from search.runs.time_budget import TimeBudget, for_trials
@@ -76,6 +78,11 @@ class RunOptions:
         return screen.num_probes if screen else 0
 
     @property
+    def refits(self) -> bool:
+        """Whether the winner is trained again on all images."""
+        return self.options.refit == "on" and not self.recipes
+
+    @property
     def weights(self) -> str | None:
         """The source of the pretrained weights."""
         return str(self.options.weights) if self.options.weights else None
@@ -97,12 +104,14 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
         screen=run.screen,
         budget=budget,
         num_classes=len(run.labels),
+        winner=partial(winner_to_refit, table) if run.refits else None,
     )
-    num_samples = run.num_trials + strategy.num_retrainings + run.num_probes
+    num_shown = run.num_trials + strategy.num_retrainings + run.num_probes
     callbacks = [
         table,
+        Refit(table),
         DiskWatch(folder),
-        Leaderboard(table, num_trials=num_samples, time_budget=options.time_budget),
+        Leaderboard(table, num_trials=num_shown, time_budget=options.time_budget),
         CapacityNews(capacity, settings),
         PlacementGroupCleanup(),
         RayDashboard(folder),
@@ -116,7 +125,7 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
         tune_config=tune.TuneConfig(
             search_alg=Resumable(searcher, budget),
             scheduler=new_scheduler(strategy.scheduler, OBJECTIVE, run.space, folder.rungs),
-            num_samples=num_samples,
+            num_samples=num_shown + run.refits,
             reuse_actors=True,
             trial_name_creator=table_id,
             trial_dirname_creator=table_id,

@@ -8,6 +8,9 @@ from typing import Any
 from trainables.recipe import Recipe
 from trainables.training.checkpoint import PREPROCESSING_FILE, WEIGHTS_FILE, Preprocessing
 
+METRICS_FILE = "metrics.json"
+"""The table's row of the model's trial."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFolder:

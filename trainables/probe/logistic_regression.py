@@ -190,7 +190,8 @@ def _principal_axes(x: Tensor, class_weights: Tensor | None) -> _Axes:
         kept = squares > max(float(squares[-1]) * 1e-10, 1e-30)
         squares, left = squares[kept], left[:, kept]
         parts = left * squares.sqrt(), squares / n, wide.T @ (left / squares.sqrt())
-        return _Axes(*(part.float() for part in parts), class_weights)
+        coordinates, variances, axes = (part.float() for part in parts)
+        return _Axes(coordinates, variances, axes, class_weights)
     variances, axes = torch.linalg.eigh(x.T @ x / n)
     return _Axes(x @ axes, variances.clamp(min=0), axes, class_weights)
 

@@ -30,6 +30,9 @@ RETRAINS = "retrains"
 """In a config: the table's id of the trial whose recipe is trained again. Not a setting of the recipe."""
 SCREENS = "screens"
 """In a config: the number of a probe of the screen, below 0. Not a setting of the recipe either."""
+REFITS = "refits"
+"""In a config: the table's id of the winner that is trained again on all images. Not a setting of the recipe either."""
+OF_TRIAL = (RETRAINS, SCREENS, REFITS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +75,7 @@ def table_id(trial: HasTrialId) -> str:
 
 def recipe_of(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of the trial with this config, as `Recipe.from_dict` takes them."""
-    return {**settings, **{name: value for name, value in config.items() if name not in (RETRAINS, SCREENS)}}
+    return {**settings, **{name: value for name, value in config.items() if name not in OF_TRIAL}}
 
 
 def text_id(trial_id: str) -> str:
@@ -111,6 +114,7 @@ class FineTuneTrial(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self.recipe = recipe_of(self.options.settings, config)
+        self.all_images = REFITS in config
         self.size = self.options.group_size.for_arch(self.recipe["arch"], self.options.num_workers)
         self.folder = Path(self.options.checkpoints) / table_id(self)
         self.handed_over = False  # whether the host has this trial
@@ -207,7 +211,7 @@ class FineTuneTrial(tune.Trainable):
     def _spec(self) -> TrialSpec:
         names = ("data", "data_digest", "weights", "cache", "max_unreadable", "split_seed")
         shared = {name: getattr(self.options, name) for name in names}
-        return TrialSpec(trial_id=self.trial_id, recipe=self.recipe, **shared)
+        return TrialSpec(trial_id=self.trial_id, recipe=self.recipe, all_images=self.all_images, **shared)
 
     def _start_host(self) -> Any:
         # It reserves no CPU: the workers reserve what the training uses. Any strategy but the default one keeps it out

@@ -154,6 +154,7 @@ class _Slot:
             device=ray.train.torch.get_device(),
             num_threads=self.num_threads,
             split_seed=trial.split_seed,
+            all_images=trial.all_images,
             load_pretrained=not continues,
             batch_parts=command.batch_parts,
             on_progress=self._give_sign,

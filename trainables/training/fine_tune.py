@@ -60,6 +60,7 @@ class FineTune:
         device: Where to train.
         num_threads: Threads that load and augment images.
         split_seed: Draws the validation images if the data set has no split of its own.
+        all_images: Whether those for validation train, too. Then metrics say nothing about new images.
         load_pretrained: Whether to load pretrained weights; not needed if `load_state` follows.
         batch_parts: Splits each worker's share of a batch to save memory. The gradients of the parts add up to those of
             the batch, while batch norms see one part at a time.
@@ -86,6 +87,7 @@ class FineTune:
         device: torch.device | str = "cpu",
         num_threads: int = 2,
         split_seed: int = 0,
+        all_images: bool = False,
         load_pretrained: bool = True,
         batch_parts: int = 1,
         on_progress: Callable[[], None] = lambda: None,
@@ -104,6 +106,9 @@ class FineTune:
         """Whether the network draws random numbers in training, as far as is known."""
         require_same_images(images, self.world)
         self.train_indices, self.valid_indices = images.split(seed=split_seed)
+        self.all_images = all_images
+        if all_images:
+            self.train_indices = np.union1d(self.train_indices, self.valid_indices)
         self.num_classes = len(images.classes)
         self.white_level = images.white_level
         smallest = min(recipe.batch_size, self.batch_size)
@@ -189,8 +194,8 @@ class FineTune:
 
     def _reference(self, linear: LinearHead, features: Features) -> Reference | None:
         """What the linear probe gets wrong, with the features of the validation images; None without enough images to
-        cross-validate it."""
-        if linear.out_of_fold_error_rate is None:
+        cross-validate it, and where it has seen those for validation."""
+        if linear.out_of_fold_error_rate is None or self.all_images:
             return None
         wrong = linear.logits(torch.from_numpy(features)).argmax(1) != self.inputs.labels[self.valid_indices]
         # All workers have the first one's: the last bits of a product may differ between machines.
@@ -246,9 +251,14 @@ class FineTune:
 
     def _steps(self, epoch: int) -> Iterator[Step]:
         rows = self.world.shard(self.batch_size)
-        labels = self.inputs.labels[self.train_indices].numpy()
-        order = {"epoch": epoch, "batch_size": self.batch_size, "rows": rows}
-        return plan_epoch(self.recipe, self.train_indices, labels=labels, **order)
+        return plan_epoch(
+            self.recipe,
+            self.train_indices,
+            labels=self.inputs.labels[self.train_indices].numpy(),
+            epoch=epoch,
+            batch_size=self.batch_size,
+            rows=rows,
+        )
 
     def _position(self, epoch_share: float) -> float:
         """The position in the stage's cycle when `epoch_share` of the current epoch's steps are done."""
