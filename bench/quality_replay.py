@@ -22,7 +22,8 @@ from search.reporting.importance import MIN_TRIALS, study_importances
 from search.spaces.space import Space
 from search.tuning.early_stopping import Curve, ProgressHalvingScheduler, new_scheduler, rung_at
 from search.tuning.halving import lengths, new_searcher
-from search.tuning.searcher import METRIC, OptunaSearcher
+from search.tuning.searcher import OptunaSearcher
+from trainables.ray.trial import OBJECTIVE
 
 WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0)
 """What a dimension may weigh in the distance of two configurations."""
@@ -46,7 +47,7 @@ class Training:
         """After `epoch`, which counts from 1: the part of a trial's result that searchers and schedulers read."""
         return {
             "progress": self.progress[epoch - 1],
-            METRIC: self.error_rate[epoch - 1],
+            OBJECTIVE: self.error_rate[epoch - 1],
             "valid_loss": self.valid_loss[epoch - 1],
             "epoch": epoch,
             "epochs_total": len(self),
@@ -213,7 +214,7 @@ def replay(
     with _journal() as journal:
         searcher = new_searcher(table.space, journal, seed=seed, strategy=strategy)
         searcher.sampler = sampler or searcher.sampler
-        scheduler = new_scheduler(strategy.scheduler, METRIC, table.space, journal.with_name("rungs.json"))
+        scheduler = new_scheduler(strategy.scheduler, OBJECTIVE, table.space, journal.with_name("rungs.json"))
         if isinstance(scheduler, ProgressHalvingScheduler):
             scheduler.forecasts &= forecasts
         done = _run(searcher, scheduler, table, np.random.default_rng(seed), slots, budget)

@@ -14,6 +14,7 @@ from search.runs.atomic_files import replace_folder, write_atomically
 from search.runs.csv_file import read_rows
 from search.runs.kinds import name_of
 from search.runs.paths import RunFolder
+from search.runs.refit import Refit, winner_to_refit
 from search.runs.result_rows import (
     COMPLETED,
     EPOCH_COLUMNS,
@@ -840,3 +841,68 @@ def test_retrainings_confirm_the_metric_of_the_search(folder):
         table.on_trial_complete(0, [], trial)
     assert read_trials(folder.trials)[1]["confirmed_objective"] == pytest.approx(0.3)
     assert "confirmed_error_rate" not in folder.trials.read_text()
+
+
+# --- The winner again, on all images ----------------------------------------------------------------------------------
+
+
+def refitted(table, winner: str, error_rate: float, *, epochs: int = 3) -> None:
+    """Train the winner again, and tell all who listen."""
+    trial = FakeTrial("again", refits=winner)
+    listeners = (table, Refit(table))
+    for listener in listeners:
+        listener.on_trial_start(0, [], trial)
+    for epoch in range(1, epochs + 1):
+        outcome = result(epoch, error_rate) | {"train_images": 100}
+        files = {WEIGHTS_FILE: b"of all images", PREPROCESSING_FILE: b"{}", TRAINING_FILE: b"moments"}
+        checkpoint.save(table.folder.checkpoints / table_id(trial), epoch, files, outcome)
+        for listener in listeners:
+            listener.on_trial_result(0, [], trial, outcome)
+    for listener in listeners:
+        listener.on_trial_complete(0, [], trial)
+
+
+def test_the_best_model_is_the_winner_trained_again_on_all_images(table, folder):
+    complete(table, "a", 0.3)
+    complete(table, "b", 0.2)
+    before = folder.trials.read_text(), folder.epochs.read_text()
+    refitted(table, "tb", 0.1)
+    weights, recipe, metrics, labels = best(folder)
+    assert weights == b"of all images"
+    assert (metrics["number"], metrics["error_rate"], labels) == (1, 0.2, ["cat", "dog"])
+    assert metrics["refit"] == {"train_images": 100, "error_rate": 0.1}
+    assert recipe["arch"] == "resnet18"
+    assert (folder.trials.read_text(), folder.epochs.read_text()) == before
+    assert (folder.validated / WEIGHTS_FILE).read_bytes() == b"b"
+    assert not list(folder.checkpoints.glob(f"*/*/{WEIGHTS_FILE}"))
+
+
+def test_a_refit_that_knows_the_validation_images_less_well_than_the_winner_is_not_delivered(table, folder):
+    complete(table, "a", 0.2)
+    for error in (0.21, math.nan):
+        refitted(table, "ta", error)
+        assert best(folder)[0] == b"a" and "refit" not in best(folder)[2]
+
+
+def test_a_refit_that_a_time_budget_has_ended_is_not_delivered(table, folder):
+    complete(table, "a", 0.2)
+    refitted(table, "ta", 0.1, epochs=2)
+    assert best(folder)[0] == b"a"
+
+
+def test_a_better_trial_of_an_extended_search_takes_the_place_of_an_earlier_winners_refit(table, folder):
+    complete(table, "a", 0.3)
+    refitted(table, "ta", 0.1)
+    complete(table, "c", 0.4)
+    assert best(folder)[0] == b"of all images"
+    complete(table, "b", 0.2)
+    assert best(folder)[0] == b"b" and "refit" not in best(folder)[2]
+    assert folder.validated == folder.models / "2"
+
+
+def test_an_unfinished_winner_is_not_trained_again(table):
+    assert winner_to_refit(table) is None
+    complete(table, "a", 0.3)
+    assert winner_to_refit(table)["trial_id"] == "ta"
+    table.rows["ta"]["status"] = UNFINISHED
+    assert winner_to_refit(table) is None

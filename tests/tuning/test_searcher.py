@@ -17,6 +17,7 @@ from ray.tune.search import Searcher
 
 from search.options.strategy import SEARCHERS, Strategy
 from search.runs import time_budget
+from search.runs.kinds import PROBE, TRIAL
 from search.runs.paths import RunFolder
 from search.runs.time_budget import TimeBudget
 from search.spaces.space import Choice, Range, Space
@@ -25,6 +26,7 @@ from search.tuning.searcher import OptunaSearcher
 from search.tuning.study_configs import config_of, params_of
 from search.tuning.study_end import end_study
 from search.tuning.tuner import Resumable
+from trainables.ray.trial import text_id
 
 SPACE = Space(
     name="small",
@@ -53,10 +55,11 @@ def searcher(journal):
     return made(journal)
 
 
-def made(journal, *, seed=0, space=SPACE, num_trials=None, screen=None, budget=None, **method) -> OptunaSearcher:
-    return OptunaSearcher(
-        space, journal, strategy=Strategy(**method), seed=seed, num_trials=num_trials, screen=screen, budget=budget
-    )
+def made(
+    journal, *, seed=0, space=SPACE, num_trials=None, screen=None, budget=None, winner=None, **method
+) -> OptunaSearcher:
+    more = {"num_trials": num_trials, "screen": screen, "budget": budget, "winner": winner}
+    return OptunaSearcher(space, journal, strategy=Strategy(**method), seed=seed, **more)
 
 
 def test_a_proposal_is_on_the_disk_when_it_is_made_and_waits_for_it_once(searcher, journal, monkeypatch):
@@ -75,7 +78,8 @@ def result(epoch: int, total: int, error_rate: float, **more) -> dict:
     """As `FineTuneTrial` reports it, its first epoch being the frozen one."""
     progress = 100 * (epoch - 1) // (total - 1)
     cost = {"seconds": 10.0 * epoch, "valid_loss": 2 * error_rate, "failure": ""}
-    return {"epoch": epoch, "epochs_total": total, "progress": progress, "error_rate": error_rate} | cost | more
+    errors = {"error_rate": error_rate, "objective": error_rate}
+    return {"epoch": epoch, "epochs_total": total, "progress": progress} | errors | cost | more
 
 
 def on_record(journal) -> list[optuna.trial.FrozenTrial]:
@@ -609,9 +613,9 @@ def clock(monkeypatch):
     return now
 
 
-def budgeted(journal, limit: float, keep: int | None = None) -> OptunaSearcher:
+def budgeted(journal, limit: float, keep: int | None = None, **more) -> OptunaSearcher:
     budget = TimeBudget(RunFolder(journal.parent), limit, since=1000.0)
-    return made(journal, space=PROBED, screen=new_screen(PROBED, keep, None), budget=budget)
+    return made(journal, space=PROBED, screen=new_screen(PROBED, keep, None), budget=budget, **more)
 
 
 def test_the_screen_leaves_time_for_fine_tuning_where_some_epochs_fit(journal, clock):
@@ -674,3 +678,90 @@ def test_a_search_that_ended_in_its_screen_has_no_study_to_end(journal):
     probe(searcher, "probe0", searcher.suggest("probe0"))
     end_study(journal, "small")
     assert optuna.get_all_study_names(JournalStorage(JournalFileBackend(str(journal)))) == ["small: probes"]
+
+
+# --- The refit --------------------------------------------------------------------------------------------------------
+
+PROBED_IN_30_S = {"stage": "probe", "feature_seconds": 29.0, "train_seconds": 30.0, "valid_seconds": 0.0}
+PROBED_IN_30_S |= {"train_images": 80, "valid_images": 20}
+
+
+def row(trial_id: str, kind: str = TRIAL, number: int = 0, seconds: float = 20.0) -> dict:
+    """The winner's in the table."""
+    return {"trial_id": text_id(trial_id), "kind": kind, "number": number, "seconds": seconds}
+
+
+def test_the_winner_comes_again_when_all_others_have_ended(journal):
+    searcher = made(journal, num_trials=2, winner=lambda: row("b"))
+    configs = {trial_id: searcher.suggest(trial_id) for trial_id in ("a", "b")}
+    searcher.on_trial_complete("a", result(3, 3, 0.3))
+    assert searcher.suggest("c") is None  # the other may be better
+    searcher.on_trial_complete("b", result(3, 3, 0.1))
+    assert searcher.suggest("c") == configs["b"] | {"refits": "tb"}
+    assert searcher.suggest("d") is None
+    searcher.on_trial_complete("c", result(3, 3, 0.0))
+    assert searcher.suggest("d") == Searcher.FINISHED
+
+
+def test_a_probe_that_wins_is_fitted_again(journal):
+    searcher = made(journal, space=PROBED, screen=new_screen(PROBED, 2, None), num_trials=0,
+                    winner=lambda: row("probe1", PROBE, number=-3))  # fmt: skip
+    assert screened(searcher)[1] == "resnet34"
+    config = searcher.suggest("again")
+    assert config["refits"] == "tprobe1" and "screens" not in config
+    assert (config["arch"], config["epochs"], config["freeze_epochs"]) == ("resnet34", 0, 0)
+
+
+def test_a_search_without_a_winner_has_nothing_to_train_again(journal):
+    searcher = made(journal, num_trials=1, winner=lambda: None)
+    searcher.suggest("a")
+    searcher.on_trial_complete("a", {"failure": "diverged", "error_rate": math.nan})
+    assert searcher.suggest("b") == Searcher.FINISHED
+
+
+def test_a_restored_searcher_does_not_train_the_winner_twice(tmp_path, journal):
+    searcher = made(journal, num_trials=1, winner=lambda: row("a"))
+    searcher.suggest("a")
+    searcher.on_trial_complete("a", result(3, 3, 0.1))
+    assert "refits" in searcher.suggest("b")
+    searcher.save(tmp_path / "state")
+    later = made(journal, num_trials=1, winner=lambda: row("a"))
+    later.restore(tmp_path / "state")
+    assert later.suggest("c") is None  # the refit is still running
+    later.on_trial_complete("b", result(3, 3, 0.0))
+    assert later.suggest("c") == Searcher.FINISHED
+
+
+def test_an_extended_search_trains_a_new_winner_again(journal):
+    best = {"id": "a"}
+    searcher = made(journal, num_trials=1, winner=lambda: row(best["id"]))
+    searcher.suggest("a")
+    searcher.on_trial_complete("a", result(3, 3, 0.3))
+    searcher.suggest("again")
+    searcher.on_trial_complete("again", result(3, 3, 0.2))
+    searcher.num_trials, best["id"] = 2, "b"
+    searcher.suggest("b")
+    searcher.on_trial_complete("b", result(3, 3, 0.1))
+    assert searcher.suggest("once more")["refits"] == "tb"
+
+
+def test_a_refit_for_which_the_time_does_not_suffice_is_left_out(journal, clock):
+    """The probe's features take 30 s for 100 images, and it has no others to compute for a refit: that takes a second
+    of fitting. The trial takes 60 s on 80 images."""
+    for seconds_left, refits in ((90.0, "ta"), (80.0, None)):
+        searcher = budgeted(journal.with_name(f"{seconds_left}.journal"), 1000.0, winner=lambda: row("a", seconds=60.0))
+        searcher.screen = None
+        searcher.pace.add(PROBED.full_settings | {"probe_views": 0}, PROBED_IN_30_S)
+        searcher.suggest("a")
+        searcher.on_trial_complete("a", result(3, 3, 0.1))
+        searcher.num_trials = 1
+        clock.seconds += 1000.0 - seconds_left
+        proposal = searcher.suggest("b")
+        assert proposal == Searcher.FINISHED if refits is None else proposal["refits"] == refits
+        clock.seconds = 1000.0
+
+
+def test_a_probe_is_fitted_again_where_there_is_no_time_for_its_features(journal, clock):
+    searcher = budgeted(journal, 100.0, winner=lambda: row("probe0", PROBE, number=-4, seconds=30.0))
+    searcher.pace.add(PROBED.full_settings | {"probe_views": 0}, PROBED_IN_30_S)
+    assert searcher._refit_seconds == pytest.approx(1.0 * 1.25 / 0.9)

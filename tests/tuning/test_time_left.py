@@ -24,16 +24,16 @@ def probed(seconds: float) -> dict:
     return {"stage": "probe", "feature_seconds": seconds, "train_seconds": seconds, "valid_seconds": 0.0, **IMAGES}
 
 
-def time_left(seconds: float, num_classes: int = 1) -> TimeLeft:
+def time_left(seconds: float, num_classes: int = 1, refit: float | None = None) -> TimeLeft:
     """Where a forward pass of 100 images takes 1 s with `quick` and 10 s with `slow`."""
     pace = Pace()
     for known, forward in (("quick", 1.0), ("slow", 10.0)):
         pace.add(SPACE.full_settings | {"arch": known, "probe_views": 0}, probed(forward))
-    return TimeLeft(None if math.isinf(seconds) else SimpleNamespace(seconds_left=seconds), pace, num_classes)
+    return TimeLeft(None if math.isinf(seconds) else SimpleNamespace(seconds_left=seconds), pace, num_classes, refit)
 
 
 def promised(arch: str, error: float, *, seconds_left: float = math.inf) -> float:
-    probe = Probe(error_rate=0.0, expected_error_rate=error, valid_loss=1.0, forward_seconds=0.1)
+    probe = Probe(objective=0.0, expected_objective=error, valid_loss=1.0, forward_seconds=0.1)
     return time_left(seconds_left).promised_error({"arch": arch, "image_size": 96}, probe, SPACE)
 
 
@@ -42,6 +42,17 @@ def test_a_trial_takes_half_of_the_time_or_all_of_it_where_half_is_for_too_few_e
     """An epoch of the quick pair is expected to take 2.6 s."""
     settings = SPACE.full_settings | {"arch": "quick", "probe_views": 0}
     assert int(time_left(seconds).most_epochs(settings)) == most
+
+
+def test_a_trial_that_is_to_be_trained_again_on_all_images_leaves_time_for_it():
+    """For 100 images instead of 80, and with some slack: 1.39 times its seconds."""
+    settings = SPACE.full_settings | {"arch": "quick", "probe_views": 0}
+    assert time_left(100, refit=0.0).most_epochs(settings) == pytest.approx(0.9 * 100 / 2.39 / 2.6, rel=0.01)
+
+
+def test_a_refit_that_fits_is_counted_in_and_one_that_does_not_costs_nothing():
+    assert time_left(100, refit=30.0).seconds == 70 and time_left(100, refit=30.0).for_refit
+    assert time_left(100, refit=101.0).seconds == 100 and not time_left(100, refit=101.0).for_refit
 
 
 def test_without_a_limit_the_better_probe_promises_more():
