@@ -112,10 +112,6 @@ class Screen:
         none = {"epochs": 0, "freeze_epochs": 0}
         return self._pair(place) | none | {"probe_views": views, SCREENS: place - self.num_probes}
 
-    def is_second(self, number: int) -> bool:
-        """Whether the probe with this number is the second one of its pair, with augmented views."""
-        return bool(self.views) and number == self.last - self.num_probes
-
     def expected_seconds(self, place: int) -> float:
         """Of a probe per image, from the dearest one that has ended; 0 before the first has. The second probe of a pair
         may be that of the best one."""

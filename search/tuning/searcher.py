@@ -162,14 +162,13 @@ class OptunaSearcher(Searcher):
 
     @property
     def _refit_seconds(self) -> float | None:
-        """That the winner's refit is expected to take; None without one. A probe's features are kept, but for those of
-        augmented views."""
+        """That the winner's refit is expected to take; None without one. Most of its features are kept."""
         if self.winner is None:
             return None
         if self.budget is None or self.budget.limit is None or not (best := self.winner()):
             return 0.0
-        has_features = best["kind"] == PROBE and not (self.screen and self.screen.is_second(best["number"]))
-        return self.pace.refit_seconds(self.pace.fitting if has_features else best["seconds"])
+        training = 0.0 if best["kind"] == PROBE else best["seconds"]
+        return self.pace.refit_seconds(2 * self.pace.fitting + training)  # its probe is fitted with and without views
 
     def _has_time(self) -> bool:
         """Whether an epoch of any trial fits into what is left of the time budget."""
@@ -228,7 +227,7 @@ class OptunaSearcher(Searcher):
     def _refit(self, trial_id: str) -> Config | str | None:
         """The winner again, on all images: the last proposal, unless it was made already or a time budget leaves no
         time for it."""
-        if self.live:
+        if self.winner and self.live:  # one of them may win
             return None
         winner = self.winner() if self.winner else None
         if winner is None or winner["trial_id"] in self.refitted.values() or not self._time.for_refit:

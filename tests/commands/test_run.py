@@ -335,7 +335,7 @@ def commands_in(text: str) -> dict[str, list[str]]:
 def test_commands_that_a_search_prints_can_be_pasted_where_results_has_a_space(tmp_path, capsys):
     path = write_run(tmp_path / "my results" / "it's mine")
     space = replace(space_of("quickstart", ["pretrained=false"]), dimensions={})
-    options = SearchOptions(space="quickstart", trials=10, max_concurrent=1, report="tables")
+    options = SearchOptions(space="quickstart", trials=10, max_concurrent=1, report="tables", metric="error_rate")
     run = RunOptions(
         options=options, space=space, folder=RunFolder(path), data="", labels=[], group_size=GroupSize(), data_digest=""
     )

@@ -18,6 +18,7 @@ from rich.console import Console
 from tiny_run import draw_images
 
 from search.reporting.live_table import Leaderboard, leaderboard, rows_table
+from search.runs.objective import Objective
 from search.runs.paths import RunFolder
 from search.runs.result_rows import COMPLETED, FAILED, RUNNING, STOPPED
 from search.runs.time_budget import TimeBudget
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Table:
     """The results table as the leaderboard sees it."""
 
+    objective = Objective("error_rate")
     dimensions = (
         "arch",
         "lr_max",
@@ -228,3 +230,23 @@ def _all_of(descriptor: int) -> str:
             break
         chunks.append(chunk)
     return b"".join(chunks).decode(errors="replace")
+
+
+def test_with_another_metric_the_leaderboard_has_its_column():
+    rows = [row(number, COMPLETED) | {"objective": 0.01 * number} for number in (1, 2)]
+    out = StringIO()
+    Console(file=out, width=120).print(leaderboard(rows, ["arch"], Objective("macro_f1")))
+    heading, first, _ = out.getvalue().splitlines()
+    assert "1 - macro F1" in heading and "1.0 %" in first
+
+
+def test_the_winners_training_on_all_images_is_told():
+    out = StringIO()
+    board = board_of(COMPLETED, num_trials=1)
+    board.console = Console(file=out, width=120)
+    trial = SimpleNamespace(trial_id="again", config={"refits": "t0"})
+    board.on_trial_start(0, [], trial)
+    board.on_trial_result(0, [], trial, {"failure": "", "epoch": 2, "epochs_total": 5})
+    board.on_trial_complete(0, [], trial)
+    assert "trial 0   the winner again, on all images: epoch 2/5" in out.getvalue()
+    assert "on all images: epoch 2/5" in board._summary()

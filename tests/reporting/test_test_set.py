@@ -318,7 +318,7 @@ def test_a_search_whose_test_goes_wrong_still_has_its_summary_its_report_and_its
     of_run = {"data": str(birds), "arguments": {"recipes": None, "test_split": 0.25, "address": None}}
     write_json(folder.command, json.loads(folder.command.read_text()) | of_run)
     space = replace(load_space("pets"), dimensions={"lr_max": Range(1e-4, 1e-2)})
-    options = SearchOptions(space="pets", report="tables", time_budget=60.0, test_split=0.25)
+    options = SearchOptions(space="pets", report="tables", time_budget=60.0, test_split=0.25, metric="error_rate")
     digest = images_digest(without_test_images(find_images(birds), 0.25, 0))
     found = {"data": str(birds), "data_digest": digest, "labels": [], "group_size": GroupSize()}
     assert conclude(RunOptions(options=options, space=space, folder=folder, **found), 60.0, interrupted=False) == 0

@@ -127,7 +127,8 @@ def best(folder) -> tuple[bytes, dict, dict, list]:
 def test_the_tables_are_there_and_whole_from_the_first_moment(table, folder):
     assert read_trials(folder.trials) == read_rows(folder.epochs) == []
     assert folder.trials.read_text().startswith(
-        "number,trial_id,kind,status,error_rate,expected_error_rate,tta_error_rate,valid_loss,accuracy,best_epoch,"
+        "number,trial_id,kind,status,error_rate,expected_error_rate,tta_error_rate,valid_loss,accuracy,balanced_error,"
+        "macro_f1,auroc,top5_error,best_epoch,"
     )
     assert folder.epochs.read_text().splitlines() == [",".join(EPOCH_COLUMNS)]
 
@@ -353,7 +354,7 @@ def test_a_torn_last_line_is_gone_when_the_search_goes_on(table, folder):
 
 DAMAGES = {
     "text for a number": ("trials", "0.3,", "0.3?,", r"line 2 has '0\.3\?' for error_rate"),
-    "a lost field": ("trials", "completed,", "", "line 2 has 18 fields, expected 19"),
+    "a lost field": ("trials", "completed,", "", "line 2 has 22 fields, expected 23"),
     "another status": ("trials", "completed", "complete", "line 2 has 'complete' for status"),
     "a setting renamed": ("trials", ",lr_max,", ",lr_mix,", "line 1 has no column lr_max"),
     "a metric renamed": ("trials", ",epochs_done,", ",epochs-done,", "line 1 has no column epochs_done"),

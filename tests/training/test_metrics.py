@@ -11,7 +11,8 @@ def drawn(num_images: int, num_classes: int, seed: int = 0) -> tuple[np.ndarray,
     """Logits that are right more often than not, and labels of imbalanced classes."""
     rng = np.random.default_rng(seed)
     shares = 0.6 ** np.arange(num_classes)
-    labels = rng.choice(num_classes, num_images, p=shares / shares.sum())
+    drawn_labels = rng.choice(num_classes, num_images - num_classes, p=shares / shares.sum())
+    labels = np.concatenate([np.arange(num_classes), drawn_labels])
     return rng.normal(size=(num_images, num_classes)) + 1.5 * np.eye(num_classes)[labels], labels
 
 

@@ -38,7 +38,7 @@ def probed(screen: Screen, errors: dict[tuple[str, int], float | None]) -> None:
 
 
 def error_of_the_probe(pair, probe) -> float:
-    return probe.expected_error_rate
+    return probe.expected_objective
 
 
 def outcome(error: float, seconds: float = 10.0) -> dict:
@@ -94,7 +94,7 @@ def test_the_best_third_and_at_least_three_architectures_are_fine_tuned_around_t
 def test_trial_0_is_at_the_pair_that_promises_most_whose_architecture_is_among_the_best_then(weights):
     screen = new_screen(SPACE, 1, weights)
     probed(screen, {("b", 128): 0.1, ("d", 96): 0.2})
-    narrowed = screen.narrowed(SPACE, lambda pair, probe: (pair["arch"] != "d", probe.error_rate))
+    narrowed = screen.narrowed(SPACE, lambda pair, probe: (pair["arch"] != "d", probe.objective))
     assert narrowed.first_configs()[0] == {"arch": "d", "image_size": 96, "lr_max": 1e-3}
     assert narrowed.dimensions["arch"].values == ("b", "d")
 
@@ -140,7 +140,7 @@ def test_a_probe_that_the_searchs_end_has_cut_off_is_repeated_under_its_number(w
     assert screen.next_place == 0
     screen.begin("t2", 0)
     assert screen.next_place == 2
-    assert math.isclose(screen.probes[0][1].error_rate, 0.5)
+    assert math.isclose(screen.probes[0][1].objective, 0.5)
 
 
 def test_the_best_pair_is_probed_once_more_with_augmented_views_when_all_others_have_ended(weights):

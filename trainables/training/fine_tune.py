@@ -107,8 +107,9 @@ class FineTune:
         require_same_images(images, self.world)
         self.train_indices, self.valid_indices = images.split(seed=split_seed)
         self.all_images = all_images
-        if all_images:
-            self.train_indices = np.union1d(self.train_indices, self.valid_indices)
+        self.parts = [self.train_indices, self.valid_indices] if all_images else [self.train_indices]
+        """Of the images that train: of each, augmented views are cached."""
+        self.train_indices = np.sort(np.concatenate(self.parts))
         self.num_classes = len(images.classes)
         self.white_level = images.white_level
         smallest = min(recipe.batch_size, self.batch_size)
@@ -169,7 +170,7 @@ class FineTune:
         probing = self.probing()
         found = probing.features()
         linear = probing.linear_probe(found, self.train_indices)
-        self.network.classifier.load_state_dict(probing.head(found, self.train_indices, linear))
+        self.network.classifier.load_state_dict(probing.head(found, self.parts, linear))
         self.reference = self._reference(linear, found.rows[self.valid_indices])
         labels = self.inputs.labels[torch.as_tensor(self.train_indices)].to(self.device)
         logits = self._head_logits(found.rows[self.train_indices])

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -90,18 +90,21 @@ class Probing:
         shared: LinearHead = self.world.gather(found)[0]
         return shared
 
-    def head(self, features: FeatureSet, train: npt.NDArray[np.int64], linear: LinearHead) -> State:
-        """The state of the classifier that is best on the features of the images `train` and of their `probe_views`;
-        the first worker's. `linear` is their linear probe."""
+    def head(self, features: FeatureSet, parts: Sequence[npt.NDArray[np.int64]], linear: LinearHead) -> State:
+        """The state of the classifier that is best on the features of some images and of their `probe_views`; the first
+        worker's. `linear` is their linear probe. The images come in `parts` whose views are cached separately."""
         recipe = self.recipe
         if recipe.head == "linear" and not recipe.probe_views:
             return {"weight": linear.weight, "bias": linear.bias}
         mlp = (recipe.hidden, recipe.dropout, recipe.seed) if recipe.head == "mlp" else ()
+        train = np.concatenate(parts)
         file = self._head_file(features, train, recipe.head, recipe.probe_views, recipe.flip, *mlp)
         state: State | None = self.world.gather(_read_head(file) if self.world.rank == 0 else None)[0]
         if state is None:
-            numbers = range(1, recipe.probe_views + 1)
-            views = [self.features(augmented_view(number, train, recipe)).rows for number in numbers]
+            views = [
+                np.concatenate([self.features(augmented_view(number, part, recipe)).rows for part in parts])
+                for number in range(1, recipe.probe_views + 1)
+            ]
             if self.world.rank == 0:
                 state = self._fitted([features.rows[train], *views], self._labels(train), linear.l2)
                 _write_head(file, state)
