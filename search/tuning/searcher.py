@@ -168,7 +168,7 @@ class OptunaSearcher(Searcher):
         if self.budget is None or self.budget.limit is None or not (best := self.winner()):
             return 0.0
         training = 0.0 if best["kind"] == PROBE else best["seconds"]
-        return self.pace.refit_seconds(2 * self.pace.fitting + training)  # its probe is fitted with and without views
+        return self.pace.refit_seconds(self.pace.fitting + training)
 
     def _has_time(self) -> bool:
         """Whether an epoch of any trial fits into what is left of the time budget."""

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"arch": "test_resnet", "pretrained": False, "presize": 48, "image_size": 32, "batch_size": 8, "hidden": 16}
 SMALL |= {"freeze_epochs": 1, "epochs": 1, "lr_ratio": 10}
 HARD = {"head": "mlp", "dropout": 0.5, "mixup_alpha": 0.4, "smoothing": 0.1}
-LOSSES = ("train_loss", "valid_loss", "error_rate")
+LOSSES = ("train_loss", "valid_loss", "error_rate", "auroc")
 
 
 def fine_tune(images, *, batch_parts: int = 1, **settings) -> FineTune:
@@ -247,6 +247,15 @@ class ColourOracle(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 100 * x.mean(dim=(2, 3))
+
+
+def test_all_images_train_where_that_is_asked_for(colour_images):
+    training = FineTune(Recipe(**SMALL), colour_images, all_images=True)
+    assert training.train_indices.tolist() == list(range(36))
+    drawn = [int(i) for step in training._steps(0) for i in step.indices]
+    assert set(drawn) & set(training.valid_indices)
+    metrics = training.run_epoch()
+    assert (metrics["train_images"], metrics["valid_images"]) == (36, len(colour_images.split()[1]))
 
 
 def test_images_keep_their_labels_in_evaluation(colour_images):
@@ -513,6 +522,7 @@ SHARED = {
     "frozen norms that train": {"train_bn": "always", "layer_groups": "fastai", "lr_ratio_frozen": 5},
     "progressive resizing": {"start_size": 16, "start_share": 0.5},
     "layer norms": {"arch": "test_vit", "batch_size": 5},
+    "weights": {"class_weights": "inverse", "sampler": "balanced", "batch_size": 9, "freeze_epochs": 0} | HARD,
 }
 
 
@@ -525,7 +535,7 @@ def run_recipe(images, settings: dict, batch_parts: int = 1) -> dict:
             before = weakref.ref(training.parallel_model)
             found["losses"].append(losses(training))
             found["wrappers_left"] += before() not in (None, training.parallel_model)
-    found["losses"].append((training.tta_error_rate(),) * 3)
+    found["losses"].append((training.tta_error_rate(),) * len(LOSSES))
     training.close()
     return found | {"gradients": steps.gradients}
 

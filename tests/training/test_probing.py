@@ -60,8 +60,11 @@ def weights(tmp_path_factory) -> Path:
 def probe(colour_images, weights):
     """A new training with these settings."""
 
-    def new(images: PresizedImages = colour_images, on_progress=lambda: None, **settings) -> FineTune:
-        return FineTune(Recipe(**SMALL | settings), images, weights=weights, on_progress=on_progress)
+    def new(
+        images: PresizedImages = colour_images, on_progress=lambda: None, all_images: bool = False, **settings
+    ) -> FineTune:
+        options = {"weights": weights, "on_progress": on_progress, "all_images": all_images}
+        return FineTune(Recipe(**SMALL | settings), images, **options)
 
     return new
 
@@ -150,6 +153,37 @@ def test_augmented_views_of_the_images_for_training_are_shared_too(probe, cache)
     assert measured(second.run_epoch()) == measured(expected)
     assert passes[1].images == 0
     assert not torch.equal(probe_weight(first), probe_weight(trained(probe())))
+
+
+def test_on_all_images_only_the_views_of_those_for_validation_are_new(probe, colour_images, cache):
+    probe(probe_views=2).run_epoch()
+    training = probe(probe_views=2, all_images=True)
+    passes = ForwardPasses(training)
+    metrics = training.run_epoch()
+    valid = len(colour_images.split()[1])
+    assert passes.images == 2 * valid
+    assert (metrics["train_images"], metrics["valid_images"]) == (36, valid)
+    assert "expected_error_rate" not in metrics  # the probe has seen all images
+
+
+def test_class_weights_make_the_probe_favour_a_small_class(probe, tmp_path, cache):
+    """Of two classes that cannot be told apart, one with a fifth of the other's images."""
+    for name, count in (("large", 40), ("small", 8)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            pixels = np.random.default_rng([count, number]).normal(120, 30, (64, 64, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / name / f"{number}.png")
+    images = presize(find_images(tmp_path), 48)
+
+    def probability_of_small(**settings) -> float:
+        training = probe(images, **settings)
+        training.run_epoch()
+        logits = training._head_logits(training.probing().features().rows[training.valid_indices])
+        return float(logits.softmax(1)[:, 1].mean())
+
+    plain, weighted = probability_of_small(), probability_of_small(class_weights="inverse")
+    assert plain == pytest.approx(8 / 48, abs=0.1)
+    assert weighted == pytest.approx(1 / 2, abs=0.15)
 
 
 def test_views_are_not_computed_again_for_a_head_that_is_kept(probe, cache):

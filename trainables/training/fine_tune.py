@@ -108,7 +108,7 @@ class FineTune:
         self.train_indices, self.valid_indices = images.split(seed=split_seed)
         self.all_images = all_images
         self.parts = [self.train_indices, self.valid_indices] if all_images else [self.train_indices]
-        """Of the images that train: of each, augmented views are cached."""
+        """Of the images that train. The first one decides the probe's penalty, and each has cached views of its own."""
         self.train_indices = np.sort(np.concatenate(self.parts))
         self.num_classes = len(images.classes)
         self.white_level = images.white_level
@@ -169,7 +169,7 @@ class FineTune:
         started = time.perf_counter()
         probing = self.probing()
         found = probing.features()
-        linear = probing.linear_probe(found, self.train_indices)
+        linear = probing.linear_probe(found, self.parts[0])
         self.network.classifier.load_state_dict(probing.head(found, self.parts, linear))
         self.reference = self._reference(linear, found.rows[self.valid_indices])
         labels = self.inputs.labels[torch.as_tensor(self.train_indices)].to(self.device)

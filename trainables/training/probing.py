@@ -92,9 +92,10 @@ class Probing:
 
     def head(self, features: FeatureSet, parts: Sequence[npt.NDArray[np.int64]], linear: LinearHead) -> State:
         """The state of the classifier that is best on the features of some images and of their `probe_views`; the first
-        worker's. `linear` is their linear probe. The images come in `parts` whose views are cached separately."""
+        worker's. The images come in `parts` whose views are cached separately; `linear` is the first one's linear
+        probe."""
         recipe = self.recipe
-        if recipe.head == "linear" and not recipe.probe_views:
+        if recipe.head == "linear" and not recipe.probe_views and len(parts) == 1:
             return {"weight": linear.weight, "bias": linear.bias}
         mlp = (recipe.hidden, recipe.dropout, recipe.seed) if recipe.head == "mlp" else ()
         train = np.concatenate(parts)
