@@ -31,8 +31,16 @@ def last_line(text: object) -> str:
 
 def some(names: Sequence[str], one: str, many: str) -> str:
     """ "3 classes ('a', 'b', 'c')", with at most five names."""
-    shown = ", ".join(repr(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
-    return f"{len(names)} {one if len(names) == 1 else many} ({shown})"
+    return f"{len(names)} {one if len(names) == 1 else many} ({_first(names)})"
+
+
+def some_of(names: Sequence[str], count: int, one: str, many: str) -> str:
+    """ "2 of 37 classes ('a', 'b')", with at most five names."""
+    return f"{len(names)} of {count} {one if count == 1 else many} ({_first(names)})"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def percent(share: float, digits: int = 1) -> str:
