@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -153,14 +153,14 @@ class Predictor:
     def _chunks(self, images: Images) -> Iterator[range]:
         return (range(i, min(i + self.batch_size, len(images))) for i in range(0, len(images), self.batch_size))
 
-    def forward(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    def forward(self, model: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
         """Float logits of a uint8 batch, in the precision of the training's validation."""
         import torch
 
         from trainables.batches.loader import normalized
 
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            logits: torch.Tensor = model(normalized(batch, self.mean, self.std))
+            logits = model(normalized(batch, self.mean, self.std))
         return logits.float()
 
 
