@@ -254,6 +254,20 @@ ROOMS = (
         "inference/test_interpretation.py::test_the_matrix_counts_actual_classes_in_rows_and_predicted_ones_in_columns",
     ),
     Fault(
+        "a heat map begins with the class token",
+        "trainables/inference/heat_maps.py",
+        'terms[:, getattr(model, "num_prefix_tokens", 0) :]',
+        "terms[:, : -model.num_prefix_tokens]",
+        "inference/test_heat_maps.py::test_the_hottest_place_is_where_the_object_is_whatever_the_network",
+    ),
+    Fault(
+        "the interval of a class is the exact one",
+        "trainables/inference/class_errors.py",
+        'proportion_ci(method="wilson")',
+        "proportion_ci()",
+        "inference/test_class_errors.py::test_the_interval_is_wilsons",
+    ),
+    Fault(
         "one retry more",
         "trainables/ray/worker_group.py",
         "self._tries >= MAX_TRIES",

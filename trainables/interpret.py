@@ -6,6 +6,7 @@ Imports torch only in order to predict.
 import argparse
 import logging
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,20 @@ import numpy as np
 
 from trainables.data.layouts import find_images
 from trainables.data.presize import presize
+from trainables.data.presized_images import PresizedImages
+from trainables.inference.class_errors import (
+    CLASSES_FILE,
+    ClassErrors,
+    class_errors,
+    never_predicted,
+    save_class_errors,
+)
+from trainables.inference.heat_maps import HEAT_MAPS_FILE, HeatMap, save_heat_maps
 from trainables.inference.interpretation import (
     MAX_SHOWN,
+    Indices,
     Interpretation,
+    explain_losses,
     interpret,
     match_classes,
     save_confusion_csv,
@@ -24,11 +36,11 @@ from trainables.inference.interpretation import (
     save_losses_csv,
     save_losses_picture,
 )
-from trainables.inference.model_folder import read_model
-from trainables.inference.split_record import SPLITS, indices_of, part_of, read_split, warning_of
+from trainables.inference.model_folder import ModelFolder, read_model
+from trainables.inference.split_record import SPLITS, SplitRecord, indices_of, part_of, read_split, warning_of
 from trainables.system.command_line import run_cli
 from trainables.system.full_disk import require_writable
-from trainables.system.text import percent, printable
+from trainables.system.text import percent, printable, some_of
 
 LINES = 10  # of a table in the terminal
 
@@ -48,8 +60,12 @@ images, or a model that an earlier version exported, use --split all.
 
 written to --out (files of these names are replaced):
   confusion_matrix.png, .csv   how often each class (rows) was predicted as each class (columns)
-  top_losses.png               the images with the largest losses as the network saw them: green if right, red if wrong
+  classes.csv                  a row per class, largest error first: training images, images, error with its 95 %
+                               interval, and the class that it is most often taken for
+  top_losses.png               the images with the largest losses as the network saw them: green if right, red if wrong;
+                               beside each, heat maps of what speaks for the predicted class, and for the actual one
   top_losses.csv               all predicted images, largest loss first
+  heat_maps.json               the heat maps as numbers, or why there are none
 
 Exit code 0, or 2 if the model, the data or an option is invalid.
 """
@@ -90,39 +106,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     images = presize(part, *sizes, white_level=white, max_unreadable=1)
     indices = indices_of(images, args.split, record, model.path)
     found = interpret(model, images, indices, tta=args.tta)
+    heat, problem = _heat_maps(found, images, model, args.top)
+    trained = _train_images(found, images, args.split, record)
+    by_class = class_errors(found.classes, found.confusion_matrix(), trained)
     with _writing_to(args.out):
         save_confusion_csv(args.out / "confusion_matrix.csv", found)
         save_confusion_picture(args.out / "confusion_matrix.png", found)
+        save_class_errors(args.out / CLASSES_FILE, by_class)
         save_losses_csv(args.out / "top_losses.csv", found)
-        save_losses_picture(args.out / "top_losses.png", found, images, model, args.top)
+        save_losses_picture(args.out / "top_losses.png", found, images, model, args.top, heat)
+        save_heat_maps(args.out / HEAT_MAPS_FILE, [found.paths[i] for i in found.top_losses(args.top)], heat, problem)
     drawn = f", split seed {record.seed}" if record and args.split != "all" and folder.valid is None else ""
     print(f"{len(indices)} images of {printable(folder.root)} ({args.split}{drawn}), {len(found.classes)} classes")
     if warning := warning_of(folder, args.split, record):
         print(warning)
-    _report(found)
-    print(f"\nwritten to {printable(args.out)}/: confusion_matrix.png, .csv, top_losses.png, .csv")
+    _report(found, by_class)
+    if problem:
+        print(f"\nno heat maps: {printable(problem)}")
+    written = f"confusion_matrix.png, .csv, {CLASSES_FILE}, top_losses.png, .csv, {HEAT_MAPS_FILE}"
+    print(f"\nwritten to {printable(args.out)}/: {written}")
     return 0
 
 
-def _report(found: Interpretation) -> None:
+def _heat_maps(found: Interpretation, images: PresizedImages, model: ModelFolder, k: int) -> tuple[HeatMap | None, str]:
+    """The heat maps of the top losses, or why there are none: everything else is worth having without them."""
+    try:
+        return explain_losses(found, images, model, k), ""
+    except Exception as error:  # one of timm's thousand networks, or a GPU without memory
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        return None, f"{kind}{' '.join(str(error).split())[:300]}"
+
+
+def _train_images(
+    found: Interpretation, images: PresizedImages, split: str, record: SplitRecord | None
+) -> Indices | None:
+    """(classes,) how many images trained the model; None if they are not among `images`."""
+    if record is None or split not in ("train", "valid"):
+        return None
+    train, _ = images.split(seed=record.seed)
+    counts = Counter(images.classes[label] for label in images.labels[train])
+    return np.array([counts[name] for name in found.classes])
+
+
+def _report(found: Interpretation, by_class: Sequence[ClassErrors]) -> None:
     print(f"error rate {percent(found.error_rate)} ({found.wrong.sum()} wrong), mean loss {found.losses.mean():.3f}")
-    counts = found.confusion_matrix()
-    totals = counts.sum(axis=1)
-    errors = totals - counts.diagonal()
-    rates = errors / np.maximum(totals, 1)
-    worst = [i for i in np.argsort(-rates, kind="stable") if errors[i]]
-    rows = [(found.classes[i], f"{errors[i]} of {totals[i]} wrong", percent(rates[i])) for i in worst]
-    _print_table("worst classes", rows)
-    _print_table("most confused (actual, predicted, images)", found.most_confused())
+    if missing := never_predicted(found.classes, found.confusion_matrix()):
+        print(f"never predicts {some_of(missing, len(by_class), 'class', 'classes')}")
+    errors = "wrong, error rate, 95 % interval"
+    rows = [_row(each) for each in by_class if each.wrong]
+    _print_table(f"worst classes (training images, {errors}, most often taken for)", "<>>>><", rows)
+    confused = [(actual, predicted, str(count)) for actual, predicted, count in found.most_confused()]
+    _print_table("most confused (actual, predicted, images)", "<<>", confused)
 
 
-def _print_table(title: str, rows: Sequence[tuple[str, str, object]]) -> None:
-    """The first LINES rows."""
+def _row(errors: ClassErrors) -> tuple[str, ...]:
+    trained = "?" if errors.train_images is None else str(errors.train_images)
+    share, (low, high) = percent(errors.error_rate), errors.interval
+    interval = f"{100 * low:.1f} to {percent(high)}"
+    return errors.name, trained, f"{errors.wrong} of {errors.images} wrong", share, interval, errors.confused_with
+
+
+def _print_table(title: str, aligned: str, rows: Sequence[tuple[str, ...]]) -> None:
+    """The first LINES rows; `aligned` has < or > for each column."""
     texts = [tuple(map(printable, row)) for row in rows[:LINES]]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    for i, (left, middle, right) in enumerate(texts):
+    for i, row in enumerate(texts):
         start = "" if i else f"\n{title}:\n"
-        print(f"{start}  {left:{widths[0]}}  {middle:{widths[1]}}  {right:>{widths[2]}}")
+        cells = (f"{text:{side}{width}}" for text, side, width in zip(row, aligned, widths, strict=True))
+        print(f"{start}  {'  '.join(cells).rstrip()}")
     if len(rows) > LINES:
         print(f"  and {len(rows) - LINES} more")
 

@@ -10,20 +10,25 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from search.cli.errors import error_line
 from search.runs.run_record import RunRecord
-from trainables.data.image_file import WHITE_16_BIT, UnreadableImage, read_image
+from trainables.batches import augmentation, warp_cpu
+from trainables.data.image_file import WHITE_16_BIT, Pixels, UnreadableImage, read_image, resize
 from trainables.data.layouts import split_level
+from trainables.inference.class_errors import CLASSES_FILE, ClassErrors, class_errors, never_predicted
+from trainables.inference.heat_maps import HEAT_MAPS_FILE, HeatMap, overlay, read_heat_maps
 from trainables.inference.model_folder import METRICS_FILE, read_json
-from trainables.system.text import last_line, printable
+from trainables.system.text import last_line, printable, some_of
 from trainables.training.checkpoint import PREPROCESSING_FILE
 
 NUM_LOSSES = 12
@@ -42,6 +47,9 @@ class Loss:
     probability: float
     image: str
     """A data URL, empty if the image is not on this machine."""
+    heat: tuple[str, ...]
+    """Data URLs of the image with what speaks for the predicted class, and for the actual one if that is another; empty
+    without heat maps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +59,23 @@ class ErrorAnalysis:
     classes: tuple[str, ...]
     counts: npt.NDArray[np.int64]
     """Images (classes, classes): rows are the actual classes, columns the predicted ones."""
+    by_class: tuple[ClassErrors, ...]
+    """Those with validation images, largest error rate first."""
     losses: tuple[Loss, ...]
+    no_heat_maps: str
+    """Why the losses have none, if that is known."""
 
     def most_confused(self, max_pairs: int = 10) -> list[tuple[str, str, int]]:
         """(actual, predicted, images), most images first."""
         wrong = self.counts - np.diag(self.counts.diagonal())
         pairs = [(self.classes[i], self.classes[j], int(wrong[i, j])) for i, j in np.argwhere(wrong)]
         return sorted(pairs, key=lambda pair: -pair[2])[:max_pairs]
+
+    @property
+    def never_predicted(self) -> str:
+        """Such as "2 of 37 classes ('a', 'b')"; empty where the winner predicts all that have validation images."""
+        missing = never_predicted(self.classes, self.counts)
+        return some_of(missing, len(self.by_class), "class", "classes") if missing else ""
 
 
 def read_analysis(run: RunRecord) -> ErrorAnalysis | None:
@@ -67,14 +85,18 @@ def read_analysis(run: RunRecord) -> ErrorAnalysis | None:
     try:
         if read_json(folder / METRICS_FILE) != read_json(model / METRICS_FILE):
             return None
-        white = read_json(model / PREPROCESSING_FILE).get("white_level", WHITE_16_BIT)
-        (_, *classes), *rows = csv.reader(_text(folder / "confusion_matrix.csv"))
+        preprocessing = read_json(model / PREPROCESSING_FILE)
+        (_, *names), *rows = csv.reader(_text(folder / "confusion_matrix.csv"))
+        classes = tuple(map(printable, names))
         counts = np.array([row[1:] for row in rows], dtype=np.int64).reshape(len(classes), len(classes))
+        by_class = class_errors(classes, counts, _train_images(folder / CLASSES_FILE, names))
         worst = islice(csv.DictReader(_text(folder / "top_losses.csv")), NUM_LOSSES)
-        losses = tuple(_loss(row, _images_of(run), white) for row in worst)
+        # Earlier versions wrote no heat maps.
+        maps, problem = read_heat_maps(file) if (file := folder / HEAT_MAPS_FILE).is_file() else ({}, "")
+        losses = tuple(_loss(row, _images_of(run), preprocessing, maps.get(row["path"], ())) for row in worst)
     except (OSError, ValueError, KeyError, TypeError, csv.Error):  # missing, or cut short by a kill
         return None
-    return ErrorAnalysis(tuple(map(printable, classes)), counts, losses)
+    return ErrorAnalysis(classes, counts, tuple(by_class), losses, printable(problem))
 
 
 def analyse(run: RunRecord) -> str:
@@ -110,28 +132,43 @@ def _text(path: Path) -> io.StringIO:
     return io.StringIO(path.read_text(encoding="utf-8", errors="surrogateescape"), newline="")
 
 
+def _train_images(file: Path, names: Sequence[str]) -> npt.NDArray[np.int64] | None:
+    """(classes,) the images that trained the winner; None in a run of an earlier version."""
+    if not file.is_file():
+        return None
+    known = {row["class"]: int(row["train_images"]) for row in csv.DictReader(_text(file))}
+    return np.array([known.get(name, 0) for name in names])
+
+
 def _images_of(run: RunRecord) -> Path:
     return Path(split_level(run.command.data)[0])
 
 
-def _loss(row: dict[str, str], data: Path, white: int) -> Loss:
+def _loss(row: dict[str, str], data: Path, preprocessing: Mapping[str, Any], maps: Sequence[HeatMap]) -> Loss:
+    view = _view(data / row["path"], preprocessing)
+    shown = maps[:1] if row["predicted"] == row["actual"] else maps
     return Loss(
         path=printable(row["path"]),
         actual=printable(row["actual"]),
         predicted=printable(row["predicted"]),
         loss=float(row["loss"]),
         probability=float(row["probability"]),
-        image=_thumbnail(data / row["path"], white),
+        image="" if view is None else _data_url(view),
+        heat=() if view is None else tuple(_data_url(overlay(view, each)) for each in shown),
     )
 
 
-def _thumbnail(path: Path, white: int) -> str:
-    """The centre square of an image as a data URL; empty if it is unreadable."""
+def _view(path: Path, preprocessing: Mapping[str, Any]) -> Pixels | None:
+    """The part of an image that the network sees, as a thumbnail; None if it is unreadable."""
+    method = preprocessing.get("resize_method", "crop")
     try:
-        pixels = read_image(path, THUMBNAIL, white)
+        pixels = read_image(path, THUMBNAIL, preprocessing.get("white_level", WHITE_16_BIT))
     except UnreadableImage:
-        return ""
-    size = THUMBNAIL, THUMBNAIL
+        return None
+    return warp_cpu.apply(resize(pixels, THUMBNAIL, method), augmentation.centre(1, method)[0], THUMBNAIL)
+
+
+def _data_url(picture: Pixels) -> str:
     file = io.BytesIO()
-    ImageOps.fit(Image.fromarray(pixels), size, Image.Resampling.BILINEAR).save(file, "JPEG", quality=80)
+    Image.fromarray(picture).save(file, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

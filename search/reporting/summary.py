@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from search.options.strategy import CONFIRM_SEEDS
+from search.reporting.error_analysis import read_analysis
 from search.reporting.importance import importances
 from search.runs.kinds import name_of
 from search.runs.result_rows import FAILED, better_epoch, confirmed, objective
@@ -19,7 +20,7 @@ MAX_SETTINGS = 4  # named
 
 def summary(run: RunRecord) -> list[str]:
     """The winner beside the best probe and trial 0, whether fine-tuning was worth it and the winner's lead is more than
-    noise, the Pareto front, and which settings mattered."""
+    noise, the classes that the winner never predicts, the Pareto front, and which settings mattered."""
     recipes = run.command.arguments.recipes
     lines = [f"best: {_winner(run)}"]
     if len(rows := side_by_side(run)) > 1:
@@ -34,6 +35,8 @@ def summary(run: RunRecord) -> list[str]:
         lines.append(f"fine-tuning: {run.fine_tuning}")
     if run.lead and not recipes:
         lines.append(f"noise: {run.lead}")
+    if (found := read_analysis(run)) and found.never_predicted:
+        lines.append(f"the winner never predicts {found.never_predicted}")
     if missing := _unconfirmed(run):
         lines.append(missing)
     if "front" in run.trials:

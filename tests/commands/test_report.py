@@ -1,26 +1,33 @@
 """The report as a file: it is there, small, of one piece, and says what the tables say, whatever state a run is in."""
 
+import base64
+import io
 import json
 import re
 import time
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from in_process import run_here
+from PIL import Image
 from run_tables import write_run
 from tiny_run import make_run
 
 from search import report
 from search.reporting import error_analysis
+from search.reporting.summary import summary
 from search.runs.result_rows import COMPLETED
 from search.runs.run_record import load
+from trainables.inference.heat_maps import save_heat_maps
 
 
 class Page(HTMLParser):
-    """The texts of a page's elements that have an id, and every address that is loaded."""
+    """The texts of one of a page's tables, and every address that is loaded."""
 
-    def __init__(self, html: str) -> None:
+    def __init__(self, html: str, table: str = "trials-table") -> None:
         super().__init__()
+        self.table = table
         self.addresses: list[str] = []
         self.rows: list[list[str]] = []
         self.in_table = False
@@ -30,7 +37,7 @@ class Page(HTMLParser):
         given = dict(attributes)
         self.addresses += [given[name] for name in ("src", "href") if name in given]
         if tag == "table":
-            self.in_table = given.get("id") == "trials-table"
+            self.in_table = given.get("id") == self.table
         elif tag == "tr" and self.in_table:
             self.rows.append([])
         elif tag in ("td", "th") and self.in_table:
@@ -43,6 +50,11 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         if tag == "table":
             self.in_table = False
+
+
+def pixels_of(url: str) -> np.ndarray:
+    """The picture of a data URL."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")).astype(int)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +163,55 @@ def test_top_losses_show_the_image_where_it_is_here(run):
     assert (here.actual, here.predicted, here.loss) == ("cat", "dog", 2.5)
     html = report.render(run)
     assert html.count('<img src="data:image/jpeg') == 1 and "gone.jpg" in html
+
+
+def test_each_class_has_its_error_with_an_interval_the_worst_one_first(run):
+    rows = Page(report.render(run), "classes").rows[1:]
+    assert rows[0] == ["cat", "", "7", "2", "28.6 %", "8.2 to 64.1 %", "dog (2)"]
+    assert [row[0] for row in rows] == ["cat", "dog", "emu"] and rows[1][3:5] == ["0", "0.0 %"]
+
+
+def test_it_says_on_how_many_images_of_a_class_the_winner_was_trained(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "interpretation" / "classes.csv").write_text("class,train_images\ndog,40\nemu,2\n")
+    assert [row[1] for row in Page(report.render(load(folder)), "classes").rows[1:]] == ["0", "40", "2"]
+
+
+def test_classes_that_the_winner_never_predicts_are_named(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert "never predicts" not in report.render(load(folder)) + "".join(summary(load(folder)))
+    (folder / "interpretation" / "confusion_matrix.csv").write_text(
+        "actual,cat,dog,emu\ncat,9,0,0\ndog,2,0,0\nemu,1,0,0"
+    )
+    assert "The winner never predicts 2 of 3 classes (&#39;dog&#39;, &#39;emu&#39;)." in report.render(load(folder))
+    assert "the winner never predicts 2 of 3 classes ('dog', 'emu')" in summary(load(folder))
+
+
+def test_a_top_loss_has_its_heat_maps_beside_it(tmp_path):
+    folder = write_run(tmp_path / "run")
+    heat = np.zeros((2, 2, 3, 3), np.float32)
+    heat[:, 0, 0, 0] = heat[:, 1, 2, 2] = 1  # upper left for the predicted class, lower right for the actual one
+    save_heat_maps(folder / "interpretation" / "heat_maps.json", ["0.jpg", "gone.jpg"], heat)
+    here, gone = error_analysis.read_analysis(load(folder)).losses
+    plain, predicted, actual = (pixels_of(url) for url in (here.image, *here.heat))
+    assert gone.heat == ()
+    assert predicted[:40, :40, 1].mean() > plain[:40, :40, 1].mean() + 50
+    assert np.abs(predicted[60:, 60:] - plain[60:, 60:]).max() < 20
+    assert actual[-40:, -40:, 1].mean() > plain[-40:, -40:, 1].mean() + 50
+    html = report.render(load(folder))
+    assert html.count('<img src="data:image/jpeg') == 3 and "Beside each image is what speaks for" in html
+    table = folder / "interpretation" / "top_losses.csv"
+    table.write_text(table.read_text().replace("0.jpg,dog,cat", "0.jpg,cat,cat"))
+    assert len(error_analysis.read_analysis(load(folder)).losses[0].heat) == 1  # right, and both maps are the same
+
+
+def test_without_heat_maps_the_report_has_the_images_and_says_why(tmp_path):
+    folder = write_run(tmp_path / "run")  # as an earlier version left it
+    assert "heat maps" not in report.render(load(folder)) and "Beside each" not in report.render(load(folder))
+    save_heat_maps(folder / "interpretation" / "heat_maps.json", [], None, "the features of vit are <no> map")
+    html = report.render(load(folder))
+    assert "no heat maps of what the model looks at: the features of vit are &lt;no&gt; map." in html
+    assert html.count('<img src="data:image/jpeg') == 1
 
 
 def test_names_of_others_are_shown_not_run(tmp_path):

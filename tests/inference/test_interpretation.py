@@ -28,7 +28,8 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ("cat", "dog", "emu")
-FILES = ("confusion_matrix.csv", "confusion_matrix.png", "top_losses.csv", "top_losses.png")
+FILES = ("classes.csv", "confusion_matrix.csv", "confusion_matrix.png", "heat_maps.json", "top_losses.csv")
+FILES += ("top_losses.png",)
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +239,14 @@ def test_the_command_writes_all_files_and_prints_what_they_say(tmp_path, run, da
         head, *rows = csv.reader(file)
     assert head == ["actual", *images.classes] and [row[0] for row in rows] == list(images.classes)
     assert [[int(count) for count in row[1:]] for row in rows] == expected.confusion_matrix().tolist()
+
+    with (out / "classes.csv").open(newline="") as file:
+        by_class = list(csv.DictReader(file))
+    assert sorted(row["class"] for row in by_class) == list(images.classes)
+    assert [int(row["train_images"]) for row in by_class] == [16, 16, 16] and sum(int(row["wrong"]) for row in by_class)
+    assert {int(row["images"]) for row in by_class} == {4}
+    assert float(by_class[0]["error_rate"]) == max(float(row["error_rate"]) for row in by_class)
+    assert f"{by_class[0]['wrong']} of 4 wrong" in child.stdout
 
     with (out / "top_losses.csv").open(newline="") as file:
         losses = list(csv.DictReader(file))

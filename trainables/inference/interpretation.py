@@ -17,6 +17,7 @@ import numpy.typing as npt
 from trainables.batches import augmentation, warp_cpu
 from trainables.data.image_file import Pixels
 from trainables.data.presized_images import PresizedImages
+from trainables.inference.heat_maps import HeatMap, heat_maps, overlay
 from trainables.inference.model_folder import ModelFolder
 from trainables.inference.predictor import Predictor
 from trainables.system.text import percent, printable, some
@@ -143,6 +144,14 @@ def centre_views(images: PresizedImages, indices: Indices, preprocessing: Prepro
     return [warp_cpu.apply(images[int(index)], centre, preprocessing.image_size) for index in indices]
 
 
+def explain_losses(found: Interpretation, images: PresizedImages, model: ModelFolder, k: int) -> HeatMap:
+    """Heat maps (k, 2, side, side) of the k images with the largest losses: what speaks for the predicted class, and
+    what for the actual one. Raises `ValueError` if the network has no map of features."""
+    order = found.top_losses(k)
+    classes = np.stack([found.predicted[order], found.labels[order]], axis=1)
+    return heat_maps(model, [images[int(i)] for i in found.indices[order]], classes)
+
+
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
@@ -159,18 +168,33 @@ def save_losses_csv(path: Path, found: Interpretation) -> None:
     _write_csv(path, [("path", "predicted", "actual", "loss", "probability"), *rows])
 
 
-def save_losses_picture(path: Path, found: Interpretation, images: PresizedImages, model: ModelFolder, k: int) -> None:
-    """The k images with the largest losses as the PNG `path`: predicted and actual class, loss and probability."""
+def save_losses_picture(
+    path: Path, found: Interpretation, images: PresizedImages, model: ModelFolder, k: int, heat: HeatMap | None = None
+) -> None:
+    """The k images with the largest losses as the PNG `path`: predicted and actual class, loss and probability.
+
+    With the maps `heat` of `explain_losses`, each is followed by what speaks for either class, or for the one if it is
+    right.
+    """
     from trainables.inference.pictures import enlarged, save_grid  # matplotlib is slow to import
 
-    order, titles = found.top_losses(k), []
-    for i in order:
+    order = found.top_losses(k)
+    views = [enlarged(view, MIN_SIDE) for view in centre_views(images, found.indices[order], model.preprocessing)]
+    cells: list[Pixels] = []
+    titles: list[str] = []
+    colours: list[str] = []
+    for row, (i, view) in enumerate(zip(order, views, strict=True)):
         predicted, actual = map(printable, _names(found, i))
         numbers = f"loss {found.losses[i]:.2f}, probability {found.probabilities[i].max():.2f}"
+        cells.append(view)
         titles.append(f"predicted {predicted}\nactual {actual}\n{numbers}")
-    views = centre_views(images, found.indices[order], model.preprocessing)
-    views = [enlarged(view, MIN_SIDE) for view in views]
-    save_grid(path, views, titles, columns=6, colours=[WRONG if found.wrong[i] else RIGHT for i in order])
+        if heat is not None:
+            cells += [overlay(view, each) for each in heat[row]]
+            titles += [f"for {predicted}", f"for {actual}"]
+            if not found.wrong[i]:
+                cells[-1], titles[-1] = np.full_like(view, 255), ""
+        colours += [WRONG if found.wrong[i] else RIGHT] * (len(cells) - len(colours))
+    save_grid(path, cells, titles, columns=6, colours=colours)
 
 
 def save_confusion_picture(path: Path, found: Interpretation) -> None:
