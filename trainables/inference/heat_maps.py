@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 HeatMap = npt.NDArray[np.float32]
 """(side, side) from 0 to 1, or an array of them; the image is as wide as `side` features of the network."""
 HEAT_MAPS_FILE = "heat_maps.json"
-STRENGTH = 0.75
+STRENGTH = 0.6
 """The share of the colour where the heat is greatest."""
 
 
@@ -79,11 +79,11 @@ def _evidence(predictor: Predictor, batch: torch.Tensor, classes: npt.NDArray[np
     found = []
     for score in scores.sum(dim=0):
         gradients = torch.autograd.grad(score, features, retain_graph=True)
-        *attended, last = (
-            x.detach().float() * gradient.float() for x, gradient in zip(features, gradients, strict=True)
-        )
+        *attended, last = (x.detach().float() * g.float() for x, g in zip(features, gradients, strict=True))
         terms = _on_grid(model, last)
-        found.append(terms if terms.any() or not attended else _on_grid(model, *attended))  # any: the head reads them
+        if attended and not terms.any():  # the head reads only the class token
+            terms = _on_grid(model, *attended)
+        found.append(terms)
     return torch.stack(found, dim=1)
 
 
@@ -104,13 +104,14 @@ def _watching_attention(model: Any, watched: Callable[[torch.Tensor], torch.Tens
 
 def _on_grid(model: Any, terms: torch.Tensor) -> torch.Tensor:
     """(n, side, side): the sums over channels of features as (n, channels, side, side), (n, side, side, channels), or
-    (n, tokens, channels), which begin with those that are no patches."""
+    (n, tokens, channels), which begin with those that are no patches, unless these are added later."""
     if terms.ndim == 4:
         sums = terms.sum(dim=1 if terms.shape[2] == terms.shape[3] else 3)
     else:
-        sums = terms[:, getattr(model, "num_prefix_tokens", 0) :].sum(dim=2)
-        side = math.isqrt(sums.shape[1])
-        sums = sums.unflatten(1, (side, side)) if side**2 == sums.shape[1] else sums[:, None]
+        count = terms.shape[1]
+        sides = ((n, math.isqrt(count - n)) for n in (getattr(model, "num_prefix_tokens", 0), 0))
+        first, side = next(((n, side) for n, side in sides if side**2 == count - n), (count - 1, 1))
+        sums = terms[:, first:].sum(dim=2).unflatten(1, (side, side))
     if sums.shape[1] != sums.shape[2] or sums.shape[1] < 2:
         shape = " x ".join(map(str, terms.shape[1:]))
         raise ValueError(f"the features of {_arch(model)} are {shape}, and no square map of 2 x 2 or more")
