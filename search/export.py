@@ -2,8 +2,8 @@
 
 `model.safetensors` and `config.json` are timm's local format: a linear head loads with
 `timm.create_model("local-dir:DIR", pretrained=True)`. timm has no head=mlp, so its config.json refers to
-`search.predict.Predictor`, which loads every export. `preprocessing.json` holds what `config.json` cannot. README.md is
-the model card.
+`search.predict.Predictor`, which loads every export. `preprocessing.json` holds what `config.json` cannot. The weights
+include the temperature, so that every format gives calibrated probabilities. README.md is the model card.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ examples:
       another of the best trials; if its weights were not kept, prints the command that trains it again
 
 A new process then opens every format and labels all validation images of the run. The number of errors must match the
-run's table within one image. onnx and pt2 compute in fp32: where training validated in bf16 or fp16, their errors must
-match the checkpoint's in fp32, which are shown next to the table's. Exit code 0 if they match (or if the images are not
-on this machine, with a warning), 1 if not, 2 if the run or an option is invalid. DIR is written only on success.
+run's table within one image, and the probabilities those of the checkpoint. They are compared in fp32: where training
+validated in bf16 or fp16, the checkpoint's errors must match the table, and the formats' those of the checkpoint in
+fp32. Exit code 0 if they match (or if the images are not on this machine, with a warning), 1 if not, 2 if the run or an
+option is invalid. DIR is written only on success. All formats give calibrated probabilities.
 """
 
 
@@ -238,7 +239,10 @@ def write(model_folder: ModelFolder, folder: Path, formats: tuple[str, ...] = ("
     """Write all files of an export except its card to an empty folder."""
     import timm
 
+    from trainables.network.model import divide_logits
+
     model, preprocessing = load_model(model_folder), model_folder.preprocessing
+    divide_logits(model, model_folder.temperature)
     side = preprocessing.image_size
     config: dict[str, Any] = {
         "pretrained_cfg": {

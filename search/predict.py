@@ -25,7 +25,10 @@ from search.runs.trained_model import Predictor, open_model
 from trainables.data.image_file import SUFFIXES
 from trainables.inference.predictor import Prediction
 from trainables.system.command_line import run_cli
-from trainables.system.text import printable
+from trainables.system.text import percent, printable
+
+UNSURE = "unsure"
+"""What is answered instead of a label by `--abstain`."""
 
 EXAMPLES = """
 examples:
@@ -37,6 +40,9 @@ examples:
       with test-time augmentation: the mean of four augmented views and the centre view
   python -m search.predict exported holiday/ --csv > labels.csv
       for a spreadsheet or a program; --json prints one JSON object per line
+  python -m search.predict exported holiday/ --abstain 0.9
+      images whose most probable label has a probability below 0.9 are "unsure", and it says how many are. The report
+      has a table of thresholds, with the share that is answered and the error of the answers
 
 Exit code 0 if at least one image was labelled, 1 if none was readable, 2 if the model or an option is invalid.
 """
@@ -63,6 +69,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tta", type=_positive, default=0, metavar="N", help=(
         "average over N augmented views and the centre view of each image: slower, often a little better"
     ))  # fmt: skip
+    parser.add_argument("--abstain", type=_probability, default=0.0, metavar="P", help=(
+        "label images unsure whose highest probability is below P, such as 0.9: probabilities are calibrated, so about "
+        "90 %% of those near 0.9 are right. What they would have been stands in brackets, in the column guess (--csv) "
+        "or in labels (--json)"
+    ))  # fmt: skip
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images at a time (default 64)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     return parser.parse_args(argv)
@@ -70,7 +81,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    open_model(args.model)  # before searching for images and importing torch, which take time
+    model = open_model(args.model)  # before searching for images and importing torch, which take time
     paths = []
     for given in args.images:
         found = find_files(given)
@@ -82,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     predictor = Predictor(args.model, device=args.device, batch_size=args.batch_size, tta=args.tta)
     write = _writer(args, paths, predictor.labels)
-    num_read = 0
+    num_read = num_unsure = 0
     with _progress(len(paths)) as advance:
         for prediction in predictor.predict_each(paths, top=args.top):
             advance()
@@ -91,8 +102,14 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 write(prediction)
                 num_read += 1
+                num_unsure += _is_unsure(prediction, args.abstain)
     if num_read < len(paths):
         print(f"{len(paths) - num_read} of {len(paths)} images could not be read", file=sys.stderr)
+    if args.abstain and num_read:
+        share = f"{num_unsure} of {num_read} images ({percent(num_unsure / num_read)})"
+        print(f"unsure: {share}, whose highest probability is below {args.abstain:g}", file=sys.stderr)
+    if args.abstain and not model.is_calibrated:
+        print("warning: an earlier version trained this model: its probabilities are not calibrated", file=sys.stderr)
     return 0 if num_read else 1
 
 
@@ -129,25 +146,31 @@ def _writer(args: argparse.Namespace, paths: list[Path], labels: Sequence[str]) 
     if args.json:
 
         def write_object(found: Prediction) -> None:
-            print(json.dumps({"path": str(found.path), "labels": found.labels, "probabilities": found.probabilities}))
+            answer = {"label": _answer(found, args.abstain)} if args.abstain else {}
+            known = {"labels": found.labels, "probabilities": found.probabilities}
+            print(json.dumps({"path": str(found.path), **answer, **known}))
 
         return write_object
     if args.csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(("path", "rank", "label", "probability"))
+        writer.writerow(("path", "rank", "label", "probability", *(["guess"] if args.abstain else [])))
 
         def write_rows(found: Prediction) -> None:
             for rank, (label, share) in enumerate(zip(found.labels, found.probabilities, strict=True), 1):
-                writer.writerow((found.path, rank, label, f"{share:.6f}"))
+                shown = label if rank > 1 else _answer(found, args.abstain)
+                writer.writerow((found.path, rank, shown, f"{share:.6f}", *([label] if args.abstain else [])))
 
         return write_rows
-    widths = [max(len(printable(text)) for text in texts) for texts in ((*paths, "image"), (*labels, "label"))]
+    shown = [f"{UNSURE} ({label})" for label in labels] if args.abstain else labels
+    widths = [max(len(printable(text)) for text in texts) for texts in ((*paths, "image"), (*shown, "label"))]
 
     def write_line(path: str, label: str, share: str) -> None:
         print(f"{path:{widths[0]}}  {label:{widths[1]}}  {share:>11}")
 
     def write_lines(found: Prediction) -> None:
         for rank, (label, share) in enumerate(zip(found.labels, found.probabilities, strict=True)):
+            if rank == 0 and _is_unsure(found, args.abstain):
+                label = f"{UNSURE} ({label})"
             write_line("" if rank else printable(found.path), printable(label), f"{100 * share:.1f} %")
 
     write_line("image", "label", "probability")
@@ -166,6 +189,25 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("predicting", total=total)
         yield lambda: progress.advance(task)
+
+
+def _is_unsure(found: Prediction, abstain: float) -> bool:
+    return found.probabilities[0] < abstain
+
+
+def _answer(found: Prediction, abstain: float) -> str:
+    """The most probable label, unless it is not probable enough."""
+    return UNSURE if _is_unsure(found, abstain) else found.labels[0]
+
+
+def _probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a probability above 0 and up to 1, such as 0.9")
+    return value
 
 
 def _positive(text: str) -> int:

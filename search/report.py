@@ -13,7 +13,7 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from search.cli.messages import command_name, say
-from search.reporting import charts, html_page, test_set, winner_charts
+from search.reporting import calibration_charts, charts, html_page, test_set, winner_charts
 from search.reporting.error_analysis import ErrorAnalysis, analyse, read_analysis
 from search.reporting.summary import model
 from search.runs.atomic_files import write_atomically
@@ -101,9 +101,10 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
     found = read_analysis(run)
     failed = run.trials[run.trials["status"] == FAILED]
     found_charts, about_winner = charts.search_charts(run), winner_figures(run, found)
+    judged = found.calibration if found else None
     return html_page.render(
         "report.html",
-        [*found_charts, *about_winner],
+        [*found_charts, *about_winner, *([calibration_charts.reliability(judged)] if judged else [])],
         name=run.path.name,
         doc=run.space["doc"],
         headline=headline(run),
@@ -118,6 +119,7 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
         winner=_winner(run),
         no_analysis=no_analysis,
         errors=found,
+        calibration=calibration_charts.section(judged, run.best),
         columns=columns(run),
         rows=table(run),
         statuses=sorted(run.trials["status"].unique()),

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 from search.runs.kinds import PROBE, TRIAL
 from search.runs.result_rows import COMPLETED, EPOCH_COLUMNS, FAILED, METRICS, STOPPED, UNFINISHED
 from search.runs.results_table import as_csv
+from trainables.network.calibration import calibration_of
 from trainables.recipe import Recipe
 
 DIMENSIONS = {
@@ -161,6 +163,9 @@ def _write_winner(folder: Path, row: dict, labels: Sequence[str]) -> None:
     Image.new("RGB", (64, 48), (200, 30, 30)).save(images / "0.jpg")
     losses = [("0.jpg", labels[1], labels[0], "2.5", "0.9"), ("gone.jpg", labels[1], labels[0], "1.5", "0.8")]
     _write_csv(interpretation / "top_losses.csv", [("path", "predicted", "actual", "loss", "probability"), *losses])
+    sure = np.linspace(0.55, 0.98, NUM_VALID)
+    judged = calibration_of(np.stack([sure, 1 - sure], axis=1), (np.arange(NUM_VALID) % 5 == 4).astype(int))
+    (interpretation / "calibration.json").write_text(json.dumps(asdict(judged)))
 
 
 def _write_csv(path: Path, rows: list) -> None:

@@ -31,6 +31,7 @@ from trainables.inference.interpretation import (
     explain_losses,
     interpret,
     match_classes,
+    save_calibration,
     save_confusion_csv,
     save_confusion_picture,
     save_losses_csv,
@@ -38,6 +39,7 @@ from trainables.inference.interpretation import (
 )
 from trainables.inference.model_folder import ModelFolder, read_model
 from trainables.inference.split_record import SPLITS, SplitRecord, indices_of, part_of, read_split, warning_of
+from trainables.network.calibration import Answered, Calibration
 from trainables.system.command_line import run_cli
 from trainables.system.full_disk import require_writable
 from trainables.system.text import percent, printable, some_of
@@ -66,6 +68,8 @@ written to --out (files of these names are replaced):
                                beside each, heat maps of what speaks for the predicted class, and for the actual one
   top_losses.csv               all predicted images, largest loss first
   heat_maps.json               the heat maps as numbers, or why there are none
+  calibration.json             how far to trust the probabilities: the bins of a reliability diagram, and what is
+                               answered and wrong at several thresholds of search.predict --abstain
 
 Exit code 0, or 2 if the model, the data or an option is invalid.
 """
@@ -116,14 +120,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         save_losses_csv(args.out / "top_losses.csv", found)
         save_losses_picture(args.out / "top_losses.png", found, images, model, args.top, heat)
         save_heat_maps(args.out / HEAT_MAPS_FILE, [found.paths[i] for i in found.top_losses(args.top)], heat, problem)
+        fitted_here = args.split == "valid" and not args.tta
+        judged = save_calibration(args.out / "calibration.json", found, fitted_here=fitted_here)
     drawn = f", split seed {record.seed}" if record and args.split != "all" and folder.valid is None else ""
     print(f"{len(indices)} images of {printable(folder.root)} ({args.split}{drawn}), {len(found.classes)} classes")
     if warning := warning_of(folder, args.split, record):
         print(warning)
-    _report(found, by_class)
+    _report(found, by_class, judged)
     if problem:
         print(f"\nno heat maps: {printable(problem)}")
-    written = f"confusion_matrix.png, .csv, {CLASSES_FILE}, top_losses.png, .csv, {HEAT_MAPS_FILE}"
+    written = f"confusion_matrix.png, .csv, {CLASSES_FILE}, top_losses.png, .csv, {HEAT_MAPS_FILE}, calibration.json"
     print(f"\nwritten to {printable(args.out)}/: {written}")
     return 0
 
@@ -148,8 +154,9 @@ def _train_images(
     return np.array([counts[name] for name in found.classes])
 
 
-def _report(found: Interpretation, by_class: Sequence[ClassErrors]) -> None:
+def _report(found: Interpretation, by_class: Sequence[ClassErrors], judged: Calibration) -> None:
     print(f"error rate {percent(found.error_rate)} ({found.wrong.sum()} wrong), mean loss {found.losses.mean():.3f}")
+    print(f"expected calibration error {percent(judged.error)}, by chance alone {percent(judged.error_by_chance)}")
     if missing := never_predicted(found.classes, found.confusion_matrix()):
         print(f"never predicts {some_of(missing, len(by_class), 'class', 'classes')}")
     errors = "wrong, error rate, 95 % interval"
@@ -157,6 +164,12 @@ def _report(found: Interpretation, by_class: Sequence[ClassErrors]) -> None:
     _print_table(f"worst classes (training images, {errors}, most often taken for)", "<>>>><", rows)
     confused = [(actual, predicted, str(count)) for actual, predicted, count in found.most_confused()]
     _print_table("most confused (actual, predicted, images)", "<<>", confused)
+    shares = [(f"{row.threshold:g}", percent(row.images / judged.images), _error(row)) for row in judged.answered]
+    _print_table("with --abstain (threshold, answered, error of the answers)", ">>>", shares)
+
+
+def _error(row: Answered) -> str:
+    return percent(row.wrong / row.images) if row.images else "no answer"
 
 
 def _row(errors: ClassErrors) -> tuple[str, ...]:

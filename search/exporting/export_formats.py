@@ -1,8 +1,9 @@
 """Exports a trained model as files that run without this project: ONNX, and torch.export's program.
 
 Both take RGB pixels in 0..1, float32 (batch, 3, side, side) of any batch size, normalise them inside, and give the
-logits, float32 (batch, classes): a caller cannot forget the normalisation, or use a wrong one. Both contain the labels
-and the preprocessing, and compute in fp32, whatever precision training validated in.
+logits, float32 (batch, classes), over the temperature: a caller can forget neither the normalisation nor the
+calibration. Both contain the labels and the preprocessing, and compute in fp32, whatever precision training validated
+in.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """The README.md of an export: what the model is, how to use it, what it was trained on, and its limits."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -13,7 +14,7 @@ from search.reporting.test_set import describe_score, read_test
 from search.runs.command import CommandRecord
 from search.runs.kept_models import REFIT
 from search.runs.kinds import how_many, name_of
-from search.runs.result_rows import EXPECTED
+from search.runs.result_rows import CALIBRATION, EXPECTED
 from search.runs.run_record import RunRecord
 from search.runs.statistics import wilson_interval
 from trainables.data.layouts import split_level
@@ -96,7 +97,7 @@ def model_card(
         _usage(model, formats),
         _data(model, command, run),
         _errors(metrics, run),
-        LIMITS,
+        _limits(metrics),
         _preprocessing(model),
         _recipe(model),
         _versions(command),
@@ -157,8 +158,9 @@ def _usage(model: ModelFolder, formats: Sequence[str]) -> str:
         )
         parts += [
             f"The other formats take RGB pixels in 0..1 that are **not** normalised, `{INPUT}`, float32 (batch, 3, "
-            f"{side}, {side}), for any number of images, and give `{OUTPUT}`, float32 (batch, {len(model.labels)}). "
-            "With Pillow, which rounds slightly differently from training, an image is read like this:",
+            f"{side}, {side}), for any number of images, and give `{OUTPUT}`, float32 (batch, {len(model.labels)}), "
+            "whose softmax are the probabilities. With Pillow, which rounds slightly differently from training, an "
+            "image is read like this:",
             _code(read),
         ]
     if "onnx" in formats:
@@ -200,6 +202,7 @@ def _errors(metrics: dict[str, Any], run: RunRecord | None) -> str:
             rows.append((name.replace("_", " "), f"{value:.4f}"))
     if refit := metrics.get(REFIT):
         rows.append(("images that trained it again, those for validation among them", refit["train_images"]))
+    rows += _calibration(metrics, run)
     trials = "" if run is None else f" {how_many(run.completed['kind'], 'completed trial')} of"
     epoch = ", and its epoch," if run is not None and run.command.arguments.keep_epoch == "best" else ""
     return (
@@ -217,6 +220,19 @@ def _refit(metrics: dict[str, Any]) -> str:
         "\n\nThese are the figures of the same recipe trained without the validation images. This model was trained "
         "again with them, so no images are left to measure its error on. It is expected to be a little lower."
     )
+
+
+def _calibration(metrics: dict[str, Any], run: RunRecord | None) -> list[tuple[str, str]]:
+    """Rows about the temperature; none if an earlier version trained the model."""
+    temperature, before, after = (metrics.get(name, math.nan) for name in CALIBRATION)
+    if math.isnan(temperature):
+        return []
+    images = f"{run.num_valid} validation images" if run is not None and run.num_valid else "the validation images"
+    return [
+        (f"temperature, fitted on {images} and included in the weights", f"{temperature:.4g}"),
+        ("expected calibration error before it (15 bins)", percent(before, 2)),
+        ("after it, with temperatures fitted on the other half of the images", percent(after, 2)),
+    ]
 
 
 def _test(metrics: dict[str, Any], run: RunRecord | None) -> str:
@@ -241,9 +257,14 @@ def _preprocessing(model: ModelFolder) -> str:
 
 LIMITS = """## Limits
 
-The model answers with one of its classes whatever the image shows, and its probabilities are not calibrated. Nothing is
-known about its errors on images unlike its training images, such as from another camera, place, crop or time. It shares
-the biases of its training images and pretrained weights."""
+The model answers with one of its classes whatever the image shows. Its probabilities are {calibrated}. Nothing is known
+about its errors on images unlike its training images, such as from another camera, place, crop or time. It shares the
+biases of its training images and pretrained weights."""
+
+
+def _limits(metrics: dict[str, Any]) -> str:
+    calibrated = "calibrated on images like those of its validation, and wrong for others"
+    return LIMITS.format(calibrated=calibrated if _calibration(metrics, None) else "not calibrated")
 
 
 def _recipe(model: ModelFolder) -> str:

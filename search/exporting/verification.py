@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from search.exporting import export_formats
 from search.exporting.export_formats import Floats
@@ -16,6 +17,7 @@ from search.runs.kept_models import REFIT
 from search.runs.trained_model import Predictor
 from trainables.data.labelled_images import DataError
 from trainables.data.layouts import split_level
+from trainables.network.calibration import softmax
 from trainables.system.new_process import in_new_process
 from trainables.system.text import percent
 
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 Logits = Callable[["torch.Tensor"], Floats]
 """A uint8 batch -> its logits (n, classes)."""
 MAX_DIFFERENCE = 0.01
-"""Of a logit from the checkpoint's, as a share of the largest logit; with more, it is not the same model."""
+"""Of a logit from the checkpoint's, as a share of the largest logit, and of a probability. With more, it is not the
+same model."""
+CHECKPOINT = "checkpoint"
 
 
 class Differs(Exception):
@@ -38,11 +42,24 @@ class LoaderResult:
     """How the export did on the validation images when loaded in one way, such as by timm or as ONNX."""
 
     name: str
-    num_wrong: int
-    difference: float
+    num_wrong: int = 0
+    difference: float = 0.0
     """Largest difference of a logit from the checkpoint's."""
-    largest: float
+    largest: float = 0.0
     """The checkpoint's largest logit."""
+    probability_difference: float = 0.0
+    """Largest difference of a probability from the checkpoint's."""
+
+    def plus(self, found: Floats, expected: Floats, truth: npt.NDArray[np.int64]) -> "LoaderResult":
+        """With a further batch, of the logits `found`, the checkpoint's and the labels."""
+        difference, probability_difference = abs(found - expected), abs(softmax(found) - softmax(expected))
+        return LoaderResult(  # numpy's maximum keeps a nan, which Python's max would lose
+            self.name,
+            self.num_wrong + int((found.argmax(axis=1) != truth).sum()),
+            float(np.maximum(self.difference, difference.max())),
+            max(self.largest, float(abs(expected).max())),
+            float(np.maximum(self.probability_difference, probability_difference.max())),
+        )
 
 
 @dataclass(frozen=True)
@@ -53,7 +70,8 @@ class Check:
     results: tuple[LoaderResult, ...]
     on_gpu: bool
     fp32_wrong: int | None = None
-    """The checkpoint's errors in fp32, which onnx and pt2 compute in; None if training validated in fp32, too."""
+    """The checkpoint's errors in fp32, in which formats are compared; None if training validated in it. Else the first
+    of the results is that of the checkpoint as training validated."""
 
 
 def check_against_table(
@@ -86,27 +104,32 @@ def check_against_table(
 def require_same(result: LoaderResult, found: Check, error_rate: float, trained_on_gpu: bool, data: Path) -> None:
     """Raises `Differs` if the number of wrong images is not as expected, or if the logits differ.
 
-    The run's table gives the expected number. A graph computes in fp32: where training validated in a lower precision,
-    its expected number is that of the checkpoint in fp32.
+    The run's table gives the expected number. Formats are compared in fp32: where training validated in a lower
+    precision, their expected number is that of the checkpoint in fp32, and the checkpoint's that of the table.
     """
     in_table = error_rate * found.num_images
+    which = "the run's model" if result.name == CHECKPOINT else f"the exported model ({result.name})"
     shown = f"{result.num_wrong} of {found.num_images} images wrong"
-    if result.name in export_formats.OPENERS and found.fp32_wrong is not None:
+    if result.name != CHECKPOINT and found.fp32_wrong is not None:
         if abs(result.num_wrong - found.fp32_wrong) > 1:
             raise Differs(
-                f"the exported model ({result.name}) differs from the checkpoint in fp32: {shown}, and "
-                f"{found.fp32_wrong} of the checkpoint's. Nothing was exported."
+                f"{which} differs from the checkpoint in fp32: {shown}, and {found.fp32_wrong} of the checkpoint's. "
+                "Nothing was exported."
             )
     elif not abs(result.num_wrong - in_table) <= tolerance(found, trained_on_gpu) + 1e-6:  # so that nan fails
         raise Differs(
-            f"the exported model ({result.name}) differs from the run's table: {shown}, in the table {in_table:.0f}. "
-            f"Nothing was exported. Have the images in {data} changed since? Then --no-check exports without this "
-            "comparison."
+            f"{which} differs from the run's table: {shown}, in the table {in_table:.0f}. Nothing was exported. Have "
+            f"the images in {data} changed since? Then --no-check exports without this comparison."
         )
     if not result.difference <= MAX_DIFFERENCE * max(1, result.largest):
         raise Differs(
-            f"the exported model ({result.name}) is not the trained one: its logits differ by up to "
-            f"{result.difference:.3g}, and the largest is {result.largest:.3g}. Nothing was exported."
+            f"{which} is not the trained one: its logits differ by up to {result.difference:.3g}, and the largest is "
+            f"{result.largest:.3g}. Nothing was exported."
+        )
+    if not result.probability_difference <= MAX_DIFFERENCE:
+        raise Differs(
+            f"{which} has other probabilities than the trained one: they differ by up to "
+            f"{result.probability_difference:.3g}. Nothing was exported."
         )
 
 
@@ -122,8 +145,9 @@ def outcome_table(found: Check, error_rate: float) -> str:
         return f"{wrong:.0f} of {found.num_images} wrong ({percent(wrong / found.num_images, 2)})"
 
     in_table = share(error_rate * found.num_images)
-    rows = [("", "on the validation images", "in the run's table", "largest difference of a logit")]
-    rows += [(result.name, share(result.num_wrong), in_table, f"{result.difference:.2g}") for result in found.results]
+    rows = [("", "on the validation images", "in the run's table", "largest difference of a probability")]
+    for result in found.results:
+        rows.append((result.name, share(result.num_wrong), in_table, f"{result.probability_difference:.2g}"))
     if found.fp32_wrong is not None:
         rows.append(("checkpoint in fp32", share(found.fp32_wrong), in_table, "-"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -142,8 +166,9 @@ def check_export(
 ) -> Check:
     """Label the validation split of `data`, of which the run held out `test_share`, with every format in `folder`.
 
-    Images are read as in training, and the logits compared with those of the model in the folder `checkpoint`. Raises
-    `DataError` if these are not the images of the run, `Differs` if a format cannot be run.
+    Images are read as in training, and logits and probabilities compared in fp32 with those of the model in the folder
+    `checkpoint`: in a lower precision, weights that include the temperature round differently. Raises `DataError` if
+    these are not the images of the run, `Differs` if a format cannot be run.
     """
     from trainables.data.held_out_images import without_test_images
     from trainables.data.layouts import find_images
@@ -158,25 +183,22 @@ def check_export(
     if images.classes != predictor.labels:
         raise DataError(f"{data} has {len(images.classes)} classes now, other than the run's {len(predictor.labels)}.")
     valid = images.split(seed=split_seed)[1]
+    predictor.amp_dtype = None
     models, labels = load_all(folder, predictor, formats), images.labels[valid]
-    wrong = dict.fromkeys(models, 0)
-    difference, largest = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0)
+    reduced = trained.amp_dtype is not None
+    results = {name: LoaderResult(name) for name in ([CHECKPOINT] if reduced else []) + list(models)}
     start, fp32_wrong = 0, 0
     for batch in predictor.batches([images[i] for i in valid]):
         as_trained, fp32 = reference_logits(trained, batch)
         truth = labels[start : start + len(batch)]
         fp32_wrong += int((fp32.argmax(axis=1) != truth).sum())
+        if reduced:
+            results[CHECKPOINT] = results[CHECKPOINT].plus(as_trained, as_trained, truth)
         for name, model in models.items():
-            found = model(batch)
-            expected = fp32 if name in export_formats.OPENERS else as_trained
-            wrong[name] += int((found.argmax(axis=1) != truth).sum())
-            # numpy's maximum keeps a nan, which Python's max would lose
-            difference[name] = float(np.maximum(difference[name], abs(found - expected).max()))
-            largest[name] = max(largest[name], float(abs(expected).max()))
+            results[name] = results[name].plus(model(batch), fp32, truth)
         start += len(batch)
-    results = tuple(LoaderResult(name, wrong[name], difference[name], largest[name]) for name in models)
-    reduced = trained.amp_dtype is not None
-    return Check(len(valid), results, predictor.device.type == "cuda", fp32_wrong if reduced else None)
+    on_gpu = predictor.device.type == "cuda"
+    return Check(len(valid), tuple(results.values()), on_gpu, fp32_wrong if reduced else None)
 
 
 def load_all(folder: Path, predictor: Predictor, formats: tuple[str, ...]) -> dict[str, Logits]:

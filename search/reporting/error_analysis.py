@@ -28,6 +28,7 @@ from trainables.data.layouts import split_level
 from trainables.inference.class_errors import CLASSES_FILE, ClassErrors, class_errors, never_predicted
 from trainables.inference.heat_maps import HEAT_MAPS_FILE, HeatMap, overlay, read_heat_maps
 from trainables.inference.model_folder import METRICS_FILE, read_json
+from trainables.network.calibration import Calibration
 from trainables.system.text import last_line, printable, some_of
 from trainables.training.checkpoint import PREPROCESSING_FILE
 
@@ -64,6 +65,8 @@ class ErrorAnalysis:
     losses: tuple[Loss, ...]
     no_heat_maps: str
     """Why the losses have none, if that is known."""
+    calibration: Calibration | None = None
+    """Unknown in analyses of earlier versions."""
 
     def most_confused(self, max_pairs: int = 10) -> list[tuple[str, str, int]]:
         """(actual, predicted, images), most images first."""
@@ -94,9 +97,11 @@ def read_analysis(run: RunRecord) -> ErrorAnalysis | None:
         # Earlier versions wrote no heat maps.
         maps, problem = read_heat_maps(file) if (file := folder / HEAT_MAPS_FILE).is_file() else ({}, "")
         losses = tuple(_loss(row, _images_of(run), preprocessing, maps.get(row["path"], ())) for row in worst)
+        judged = folder / "calibration.json"
+        calibration = Calibration.from_dict(read_json(judged)) if judged.is_file() else None
     except (OSError, ValueError, KeyError, TypeError, csv.Error):  # missing, or cut short by a kill
         return None
-    return ErrorAnalysis(classes, counts, tuple(by_class), losses, printable(problem))
+    return ErrorAnalysis(classes, counts, tuple(by_class), losses, printable(problem), calibration)
 
 
 def analyse(run: RunRecord) -> str:

@@ -33,7 +33,8 @@ RANKED = (COMPLETED, UNFINISHED)
 PROBED = ("arch", "image_size")
 """The searched settings that a probe of the screen depends on."""
 EXPECTED = "expected_error_rate"  # on new images, where a probe tells it: see `trainables.probe.expected_error`
-SCORES = ("error_rate", EXPECTED, "tta_error_rate", "valid_loss", "accuracy", *MORE_METRICS)
+CALIBRATION = ("temperature", "calibration_error_before", "calibration_error")  # see `trainables.network.calibration`
+SCORES = ("error_rate", EXPECTED, "tta_error_rate", "valid_loss", "accuracy", *MORE_METRICS, *CALIBRATION)
 """None without a finished epoch."""
 METRICS = (*SCORES, "best_epoch", "best_error_rate", "epochs_done", "epochs_total")
 COSTS = ("seconds", "overhead_seconds", "images_per_second")
@@ -43,8 +44,8 @@ EXPECTED_OBJECTIVE, CONFIRMED_OBJECTIVE = "expected_objective", "confirmed_objec
 OF_OBJECTIVE = (OBJECTIVE, EXPECTED_OBJECTIVE, CONFIRMED_OBJECTIVE)
 EPOCH_COLUMNS = [
     *("number", "trial_id", "epoch", "stage", "progress", "train_loss", "valid_loss", "error_rate", EXPECTED),
-    *("accuracy", *MORE_METRICS, "train_seconds", "valid_seconds", "images_per_second", "train_images"),
-    *("valid_images", "batch_parts", "finished_at"),
+    *("accuracy", *MORE_METRICS, *CALIBRATION, "train_seconds", "valid_seconds", "images_per_second"),
+    *("train_images", "valid_images", "batch_parts", "finished_at"),
 ]
 
 TRIAL_PARSERS: dict[str, Parser] = {

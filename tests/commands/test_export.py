@@ -48,7 +48,8 @@ def test_timm_loads_the_model_that_was_trained_and_the_error_is_the_tables(tmp_p
     wrong = round(12 * metrics["error_rate"])
     assert "\ncheck passed\n" in said
     for way in ("safetensors", "timm"):
-        assert re.search(rf"^  {way} +{wrong} of 12 wrong .* {wrong} of 12 wrong .* 0$", said, re.MULTILINE)
+        [off] = re.findall(rf"^  {way} +{wrong} of 12 wrong .* {wrong} of 12 wrong \S+ %\) +(\S+)$", said, re.MULTILINE)
+        assert float(off) < 1e-5
     assert f"next: python -m search.predict '{out}' IMAGE..." in said
     assert {file.name for file in out.iterdir()} == FILES
     assert [file.name for file in out.parent.iterdir()] == [out.name]  # nothing temporary beside it
@@ -57,7 +58,7 @@ def test_timm_loads_the_model_that_was_trained_and_the_error_is_the_tables(tmp_p
 
     inputs = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected = load_model(open_run(trained)).eval()(inputs)
+        expected = load_model(open_run(trained)).eval()(inputs) / open_run(trained).temperature
     np.save(tmp_path / "inputs.npy", inputs.numpy())
     code = (
         "import sys, timm, torch, numpy as np\n"
@@ -79,7 +80,9 @@ def test_an_mlp_head_is_exported_for_our_own_predictor_and_timm_refuses_it(tmp_p
     assert export.main([str(run), "--out", str(out)]) == 0
     assert "check passed" in capsys.readouterr().out
     images = find_files(str(data))[::7]
-    assert Predictor(out).predict(images) == Predictor(run).predict(images)
+    for found, expected in zip(Predictor(out).predict(images), Predictor(run).predict(images), strict=True):
+        assert found.labels == expected.labels
+        assert found.probabilities == pytest.approx(expected.probabilities, rel=1e-4)
     assert "search.predict.Predictor" in json.loads((out / "config.json").read_text())["note"]
     with pytest.raises(RuntimeError, match="state_dict"):  # rather than a network with a random head
         timm.create_model(f"local-dir:{out}", pretrained=True)
@@ -165,8 +168,11 @@ def test_images_of_other_classes_are_no_check(tmp_path, run):
         check_export(out, run / "best", other, split_seed=3)
 
 
-def check(num_wrong: int, difference: float = 0.0, *, loader: str = "safetensors", on_gpu=False, fp32=None) -> Check:
-    return Check(200, (LoaderResult(loader, num_wrong, difference, largest=10.0),), on_gpu=on_gpu, fp32_wrong=fp32)
+def check(
+    num_wrong: int, difference=0.0, *, loader: str = "safetensors", on_gpu=False, fp32=None, probability=0.0
+) -> Check:
+    result = LoaderResult(loader, num_wrong, difference, largest=10.0, probability_difference=probability)
+    return Check(200, (result,), on_gpu=on_gpu, fp32_wrong=fp32)
 
 
 @pytest.mark.parametrize(
@@ -180,10 +186,13 @@ def check(num_wrong: int, difference: float = 0.0, *, loader: str = "safetensors
         (0.05, check(12, loader="onnx"), False),
         (0.05, check(14, loader="onnx", fp32=13), True),  # fp32, where training validated in bf16
         (0.05, check(10, loader="onnx", fp32=13), False),
-        (0.05, check(12, loader="timm", fp32=12), False),
+        (0.05, check(12, loader="timm", fp32=12), True),
+        (0.05, check(10, loader="timm", fp32=12), False),
+        (0.05, check(12, loader="checkpoint", fp32=12), False),  # it validated in bf16 as this does
         (0.05, check(10, 0.09), True),
         (0.05, check(10, 0.5), False),  # the same errors by chance, but another model
         (0.05, check(10, float("nan")), False),
+        (0.05, check(10, probability=0.2), False),  # as without the temperature
         (float("nan"), check(10), False),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from in_process import run_here
 from PIL import Image
@@ -272,6 +273,66 @@ def test_json_and_csv_hold_the_same_for_programs(run, data, capsys):
     assert [row["label"] for row in rows] == [label for one in objects for label in one["labels"]]
     assert [row["rank"] for row in rows] == ["1", "2", "1", "2"]
     assert float(rows[0]["probability"]) == pytest.approx(objects[0]["probabilities"][0], abs=1e-6)
+
+
+@pytest.fixture
+def doubtful(run, data, predictor) -> tuple[list[str], list[Prediction], float]:
+    """Some images, what is predicted for them, and a threshold between their probabilities."""
+    paths = [str(path) for path in sorted(data.rglob("*.jpg"))[::6]]
+    found = predictor.predict(paths)
+    sure = sorted(one.probabilities[0] for one in found)
+    return paths, found, (sure[3] + sure[4]) / 2
+
+
+def test_below_the_threshold_of_abstain_images_are_unsure_and_their_share_is_told(run, doubtful, capsys):
+    paths, found, threshold = doubtful
+    assert predict.main([str(run), *paths, "--abstain", str(threshold)]) == 0
+    out, err = capsys.readouterr()
+    for line, one in zip(out.splitlines()[1:], found, strict=True):
+        label = one.labels[0] if one.probabilities[0] >= threshold else f"unsure ({one.labels[0]})"
+        assert " ".join(line.split()).startswith(f"{one.path} {label} {100 * one.probabilities[0]:.1f} %")
+    assert out.count("unsure (") == 4
+    assert f"unsure: 4 of 10 images (40.0 %), whose highest probability is below {threshold:g}" in err
+    assert "not calibrated" not in err
+
+
+def test_programs_get_unsure_as_the_label_and_the_guess_beside_it(run, doubtful, capsys):
+    paths, found, threshold = doubtful
+    words = [str(run), *paths, "--abstain", str(threshold), "--top", "2"]
+    answers = [one.labels[0] if one.probabilities[0] >= threshold else "unsure" for one in found]
+    assert predict.main([*words, "--csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["label"] for row in rows] == [
+        name for a, one in zip(answers, found, strict=True) for name in (a, one.labels[1])
+    ]
+    assert [row["guess"] for row in rows] == [name for one in found for name in one.labels[:2]]
+    assert predict.main([*words, "--json"]) == 0
+    objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["label"] for one in objects] == answers
+    assert [one["labels"] for one in objects] == [list(one.labels[:2]) for one in found]
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "1.5", "90", "nan", "often"])
+def test_a_threshold_is_a_probability(run, wrong, capsys):
+    with pytest.raises(SystemExit):
+        predict.main([str(run), "cat.jpg", f"--abstain={wrong}"])
+    assert f"{wrong!r} is not a probability above 0 and up to 1, such as 0.9" in capsys.readouterr().err
+
+
+def test_a_model_of_an_earlier_version_opens_and_is_said_not_to_be_calibrated(run, data, tmp_path, predictor, capsys):
+    old = copy_of_run(run, tmp_path / "old")
+    weights = safetensors.torch.load_file(run / "best/model.safetensors")
+    safetensors.torch.save_file(weights, old / "best/model.safetensors")  # without the temperature
+    metrics = json.loads((run / "best/metrics.json").read_text())
+    assert predictor.temperature == metrics.pop("temperature") != 1
+    write_json(old / "best/metrics.json", metrics)
+    photo = data / "robin/1.jpg"
+    [plain], [calibrated] = Predictor(old, device="cpu").predict(photo), predictor.predict(photo)
+    assert plain.labels == calibrated.labels
+    raised = np.power(plain.probabilities, 1 / predictor.temperature)
+    assert calibrated.probabilities == pytest.approx(raised / raised.sum(), rel=1e-4)
+    assert predict.main([str(old), str(photo), "--abstain", "0.5"]) == 0
+    assert "its probabilities are not calibrated" in capsys.readouterr().err
 
 
 def test_control_characters_in_names_do_not_reach_the_terminal():

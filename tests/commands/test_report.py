@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import time
 from html.parser import HTMLParser
 
@@ -214,6 +215,17 @@ def test_without_heat_maps_the_report_has_the_images_and_says_why(tmp_path):
     assert html.count('<img src="data:image/jpeg') == 1
 
 
+def test_the_winners_probabilities_are_judged_with_what_abstaining_costs(run, tmp_path):
+    html = report.render(run)
+    assert "The expected calibration error is" in html and "on 20 validation images" in html
+    assert '<figure id="reliability">' in html
+    answers = re.findall(r"<td>([\d.]+)</td><td>([\d.]+ %)</td><td>([\d.]+ %)?</td><td>(\d+)</td>", html)
+    assert answers[0] == ("0.5", "100.0 %", "20.0 %", "20") and answers[-1] == ("0.99", "0.0 %", "", "0")
+    shutil.copytree(run.path, tmp_path / "run")
+    (tmp_path / "run/interpretation/calibration.json").unlink()  # as an earlier version left it
+    assert "calibration" not in report.render(load(tmp_path / "run")).replace("calibration_error", "")
+
+
 def test_names_of_others_are_shown_not_run(tmp_path):
     labels = ["<script>alert(1)</script>", 'a"b', "</td>"]
     html = report.render(
@@ -290,6 +302,8 @@ def test_the_winners_errors_are_looked_at_once_with_the_images_of_its_validation
     assert found.counts.sum() == 12
     assert found.counts.sum() - found.counts.trace() == round(12 * metrics["error_rate"])
     assert all(loss.image for loss in found.losses)
+    assert found.calibration.images == 12
+    assert found.calibration.error == pytest.approx(metrics["calibration_error"], abs=1e-4)
     before = (folder / "interpretation" / "top_losses.csv").stat().st_mtime_ns
     assert report.main([str(folder)]) == 0
     assert "labelling" not in capfd.readouterr().out

@@ -21,9 +21,10 @@ from search.exporting import export_formats, verification
 from search.options.arguments import parse_arguments
 from search.options.preparation import searched_space
 from search.runs.run_record import load
-from search.runs.trained_model import open_run
+from search.runs.trained_model import Predictor, open_run
 from trainables.inference.model_folder import ModelFolder
-from trainables.inference.predictor import load_model
+from trainables.inference.predictor import PresizedFiles, load_model
+from trainables.network.calibration import softmax
 from trainables.network.model import build
 from trainables.recipe import Recipe
 from trainables.training.checkpoint import Preprocessing
@@ -109,6 +110,25 @@ def test_a_trained_model_is_the_same_by_every_way_to_load_it(tmp_path, data, arc
     ways = ["safetensors", "timm", "onnx", "pt2"] if head == "linear" else ["safetensors", "onnx", "pt2"]
     assert {result.name: result.num_wrong for result in found.results} == dict.fromkeys(ways, wrong)
     assert all(result.difference <= 1e-4 * max(1, result.largest) for result in found.results)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_every_format_gives_the_calibrated_probabilities_of_the_run(tmp_path, data, head):
+    """Without this project: the softmax of the logits, and no temperature."""
+    run, out = make_run(tmp_path / "run", data, head=head, hidden=16, epochs=1), tmp_path / "out"
+    out.mkdir()
+    formats = ("safetensors", "onnx", "pt2")
+    export.write(open_run(run), out, formats)
+    predictor, labels = Predictor(run, device="cpu"), json.loads((out / "labels.json").read_text())
+    assert abs(predictor.temperature - 1) > 0.05 and Predictor(out, device="cpu").temperature == 1
+    photos = sorted(data.rglob("*.jpg"))[::9]
+    expected = [dict(zip(found.labels, found.probabilities, strict=True)) for found in predictor.predict(photos)]
+    rows = [[shares[label] for label in labels] for shares in expected]
+    found = verification.load_all(out, Predictor(out, device="cpu"), formats)
+    assert len(found) == (4 if head == "linear" else 3)
+    [batch] = predictor.batches(PresizedFiles(photos, predictor.preprocessing))
+    for name, logits in found.items():
+        np.testing.assert_allclose(softmax(logits(batch)), rows, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
@@ -221,8 +241,10 @@ def test_a_training_that_validated_in_bf16_is_compared_in_fp32(tmp_path, data):
         tmp_path / "out", run / "best", data, 3, formats=export_formats.parse_formats(ALL)
     )
     differences = {result.name: result.difference for result in found.results}
-    assert differences["safetensors"] == 0  # beside the checkpoint in bf16, too
-    assert differences["onnx"] < 1e-4 and differences["pt2"] < 1e-4
+    assert list(differences) == ["checkpoint", "safetensors", "timm", "onnx", "pt2"]
+    assert max(differences.values()) < 1e-4
+    metrics = json.loads((run / "best/metrics.json").read_text())
+    assert found.results[0].num_wrong == round(12 * metrics["error_rate"])  # the checkpoint in bf16 gives the table
     assert found.fp32_wrong == next(result.num_wrong for result in found.results if result.name == "onnx")
     assert re.search(
         rf"^  checkpoint in fp32 +{found.fp32_wrong} of 12 wrong", verification.outcome_table(found, 0.5), re.MULTILINE
@@ -302,12 +324,16 @@ def kept(searched, tmp_path, data) -> Path:
 
 
 @pytest.mark.usefixtures("no_new_process")
-def test_a_kept_trial_that_is_not_the_winner_is_exported_and_passes_its_check(kept, searched, tmp_path, capsys):
+def test_a_kept_trial_that_is_not_the_winner_is_exported_and_passes_its_check(kept, searched, data, tmp_path, capsys):
     winner, out = load(searched).best.name, tmp_path / "out"
     assert export.main([str(searched), "--trial", kept.name, "--out", str(out)]) == 0
     assert "check passed" in capsys.readouterr().out
-    assert (out / "model.safetensors").read_bytes() == (kept / "model.safetensors").read_bytes()
-    assert (kept / "model.safetensors").read_bytes() != (searched / "best/model.safetensors").read_bytes()
+    images = sorted(data.rglob("*.jpg"))[::9]
+    exported, its_own, winners = (
+        [found.probabilities for found in Predictor(path).predict(images)] for path in (out, kept, searched / "best")
+    )
+    np.testing.assert_allclose(exported, its_own, rtol=1e-4)
+    assert not np.allclose(exported, winners, rtol=1e-2)
     number = len(load(searched).completed)
     card = (out / "README.md").read_text()
     assert f"trial {kept.name} of {number} completed trials" in card and "the best of" not in card

@@ -90,6 +90,19 @@ def test_it_says_on_what_it_was_trained_and_how_well_it_does(tables):
     assert "| ray | 2.60.0 |" in found and "| processor | AMD EPYC |" in found
 
 
+def test_it_says_how_well_calibrated_its_probabilities_are_and_if_they_are_not(tables):
+    found = card(
+        run=tables,
+        metrics=METRICS | {"temperature": 1.234567, "calibration_error_before": 0.0612, "calibration_error": 0.0178},
+    )
+    assert "| temperature, fitted on 20 validation images and included in the weights | 1.235 |" in found
+    assert "before it (15 bins) | 6.12 % |" in found and "half of the images | 1.78 % |" in found
+    assert "Its probabilities are calibrated on images like those of its validation" in found
+    for metrics in (METRICS, METRICS | {"temperature": float("nan")}):
+        assert "Its probabilities are not calibrated" in card(metrics=metrics)
+        assert "temperature" not in card(metrics=metrics)
+
+
 def test_a_probe_is_not_said_to_be_fine_tuned(tmp_path):
     probed = load(write_run(tmp_path / "run", probes=(0.1, 0.15, 0.3)))
     found = card(folder(head_init="probe", epochs=0, freeze_epochs=0), metrics=METRICS | {"number": -2}, run=probed)

@@ -23,12 +23,20 @@ from trainables.inference import interpretation
 from trainables.inference.interpretation import Interpretation, centre_views, interpret
 from trainables.inference.model_folder import read_model
 from trainables.inference.predictor import Predictor
+from trainables.network.calibration import Calibration, expected_calibration_error, softmax
 
 pytestmark = pytest.mark.usefixtures("cache")
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ("cat", "dog", "emu")
-FILES = ("classes.csv", "confusion_matrix.csv", "confusion_matrix.png", "heat_maps.json", "top_losses.csv")
+FILES = (
+    "calibration.json",
+    "classes.csv",
+    "confusion_matrix.csv",
+    "confusion_matrix.png",
+    "heat_maps.json",
+    "top_losses.csv",
+)
 FILES += ("top_losses.png",)
 
 
@@ -109,7 +117,11 @@ def test_error_rate_and_mean_loss_on_the_validation_split_are_those_of_the_run(r
     found = interpret(read_model(run / "best"), images, valid, device="cpu")
     metrics = json.loads((run / "best/metrics.json").read_text())
     assert found.error_rate == pytest.approx(metrics["error_rate"])
-    assert found.losses.mean() == pytest.approx(metrics["valid_loss"], rel=1e-5)
+    logits = found.temperature * np.log(found.probabilities)  # but for a constant
+    actual = softmax(logits)[np.arange(len(valid)), found.labels]
+    assert -np.log(actual).mean() == pytest.approx(metrics["valid_loss"], rel=1e-5)
+    assert found.temperature == metrics["temperature"] != 1
+    assert found.losses.mean() < metrics["valid_loss"]
     assert found.paths == tuple(images.paths[i] for i in valid)
     assert found.indices.tolist() == valid.tolist()
 
@@ -232,8 +244,16 @@ def test_the_command_writes_all_files_and_prints_what_they_say(tmp_path, run, da
     expected = interpret(read_model(run / "best"), images, valid)
     assert f"{len(valid)} images of {data.resolve()} (valid, split seed 3), 3 classes" in child.stdout
     assert f"error rate {100 * expected.error_rate:.1f} % ({expected.wrong.sum()} wrong)" in child.stdout
+    metrics = json.loads((run / "best/metrics.json").read_text())
     actual, predicted, count = expected.most_confused()[0]
     assert f"{actual} {predicted} {count}" in [" ".join(line.split()) for line in child.stdout.splitlines()]
+
+    judged = Calibration.from_dict(json.loads((out / "calibration.json").read_text()))
+    assert judged.images == len(valid) and judged.answered[0].wrong <= expected.wrong.sum()
+    assert judged.error == pytest.approx(metrics["calibration_error"], abs=1e-4)  # cross-fitted, as in training
+    assert f"expected calibration error {100 * judged.error:.1f} %" in child.stdout
+    answered = f"{judged.answered[0].images / len(valid):.1%}".replace("%", " %")
+    assert f"0.5 {answered}" in " ".join(child.stdout.split())
 
     with (out / "confusion_matrix.csv").open(newline="") as file:
         head, *rows = csv.reader(file)
@@ -263,7 +283,7 @@ def test_the_command_writes_all_files_and_prints_what_they_say(tmp_path, run, da
     assert has_colour(picture, interpretation.RIGHT) == bool((~expected.wrong[order[:12]]).any())
 
 
-def test_options_choose_the_images(tmp_path, run, data, capsys):
+def test_options_choose_the_images(tmp_path, run, data, images, capsys):
     arguments = ["--data", str(data), "--out", str(tmp_path / "out"), "--top", "2"]
 
     def said_first(*options: str) -> str:
@@ -275,6 +295,10 @@ def test_options_choose_the_images(tmp_path, run, data, capsys):
     text = said_first("--model", str(run / "best"), "--split", "train")
     assert "48 images" in text and "(train, split seed 3)" in text
     assert "the model was trained on these images: expect more errors on others" in text
+    found = interpret(read_model(run / "best"), images, images.split(seed=3)[0])
+    judged = Calibration.from_dict(json.loads((tmp_path / "out/calibration.json").read_text()))
+    error = expected_calibration_error(found.probabilities, found.labels)
+    assert judged.error == pytest.approx(error)  # its temperature has not seen them
     text = said_first("--model", str(run / "best"), "--split", "all", "--tta", "1")
     assert "60 images" in text and "(all)" in text
     assert "the model was trained on some of these images: expect more errors on others" in text

@@ -128,7 +128,7 @@ def test_the_tables_are_there_and_whole_from_the_first_moment(table, folder):
     assert read_trials(folder.trials) == read_rows(folder.epochs) == []
     assert folder.trials.read_text().startswith(
         "number,trial_id,kind,status,error_rate,expected_error_rate,tta_error_rate,valid_loss,accuracy,balanced_error,"
-        "macro_f1,auroc,top5_error,best_epoch,"
+        "macro_f1,auroc,top5_error,temperature,calibration_error_before,calibration_error,best_epoch,"
     )
     assert folder.epochs.read_text().splitlines() == [",".join(EPOCH_COLUMNS)]
 
@@ -232,6 +232,7 @@ def test_with_keep_epoch_best_a_trial_leaves_the_model_and_the_error_of_its_best
     table.on_trial_start(0, [], trial)
     for epoch, error in enumerate((0.4, 0.1, 0.3), 1):
         outcome = result(epoch, error, valid_loss=error, expected=error + 0.05) | {"tta_error_rate": 0.2}
+        outcome |= {"temperature": 1 + epoch / 10, "calibration_error": epoch / 100}
         outcome |= {"best_epoch": min(epoch, 2), "best_error_rate": min(error, 0.1 if epoch > 1 else 1.0)}
         files = {WEIGHTS_FILE: b"last", BEST_FILE: b"best", PREPROCESSING_FILE: b"{}"}
         checkpoint.save(folder.checkpoints / table_id(trial), epoch, files, outcome)
@@ -240,6 +241,7 @@ def test_with_keep_epoch_best_a_trial_leaves_the_model_and_the_error_of_its_best
     [row] = read_trials(folder.trials)
     assert (row["error_rate"], row["valid_loss"], row["accuracy"], row["best_epoch"]) == (0.1, 0.1, 0.9, 2)
     assert row["expected_error_rate"] == pytest.approx(0.15)
+    assert (row["temperature"], row["calibration_error"]) == (1.2, 0.02)
     assert math.isnan(row["tta_error_rate"])  # it is the last epoch's
     assert best(folder)[0] == b"best"
 

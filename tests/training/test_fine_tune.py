@@ -1,5 +1,6 @@
 """The training loop: it learns, continues exactly from any epoch, and does not depend on the number of workers."""
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -21,12 +22,15 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from trainables import finetune
+from trainables.batches import augmentation
 from trainables.data.layouts import find_images
 from trainables.data.presize import PresizedImages, presize
+from trainables.network.calibration import cross_fitted, expected_calibration_error, fit_temperature, softmax
 from trainables.network.precision import autocast_dtype
 from trainables.network.schedule import stage_cycle
 from trainables.recipe import Recipe
 from trainables.training import fine_tune as fine_tune_module
+from trainables.training.checkpoint import WEIGHTS_FILE
 from trainables.training.distributed import share_batch_norm
 from trainables.training.fine_tune import Diverged, FineTune
 
@@ -35,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"arch": "test_resnet", "pretrained": False, "presize": 48, "image_size": 32, "batch_size": 8, "hidden": 16}
 SMALL |= {"freeze_epochs": 1, "epochs": 1, "lr_ratio": 10}
 HARD = {"head": "mlp", "dropout": 0.5, "mixup_alpha": 0.4, "smoothing": 0.1}
-LOSSES = ("train_loss", "valid_loss", "error_rate", "auroc")
+LOSSES = ("train_loss", "valid_loss", "error_rate", "auroc", "temperature")
 
 
 def fine_tune(images, *, batch_parts: int = 1, **settings) -> FineTune:
@@ -84,6 +88,25 @@ def test_metrics_say_where_the_training_stands(colour_images):
     for row in rows:
         assert row["accuracy"] == 1 - row["error_rate"]
         assert row["images_per_second"] > 0
+
+
+def test_the_temperature_is_that_of_the_validation_images_and_goes_with_the_weights(colour_images):
+    training = fine_tune(colour_images, epochs=1, batch_size=4, lr_max=1e-2, lr_ratio=1, bn_momentum=0.5)
+    training.run_epoch()
+    metrics = training.run_epoch()
+    centre = augmentation.centre(len(training.valid_indices), training.recipe.resize_method)
+    logits = training._valid_logits(centre).numpy()
+    labels = training.inputs.labels[training.valid_indices].numpy()
+    assert metrics["temperature"] == training.temperature == fit_temperature(logits, labels) != 1
+    assert metrics["calibration_error"] == expected_calibration_error(cross_fitted(logits, labels), labels)
+    assert metrics["calibration_error_before"] == expected_calibration_error(softmax(logits), labels)
+    state = training.state()
+    copy = fine_tune(colour_images, epochs=1, seed=5)
+    copy.load_state(state)
+    assert copy.state()[WEIGHTS_FILE] == state[WEIGHTS_FILE]
+    header = int.from_bytes(state[WEIGHTS_FILE][:8], "little")
+    metadata = json.loads(state[WEIGHTS_FILE][8 : 8 + header])["__metadata__"]
+    assert metadata == {"temperature": str(training.temperature)}
 
 
 @pytest.mark.parametrize(("freeze_epochs", "epochs", "stages"), [(2, 0, ["frozen"] * 2), (0, 2, ["unfrozen"] * 2)])

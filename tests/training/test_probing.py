@@ -40,7 +40,7 @@ SMALL = {"arch": "test_resnet", "head_init": "probe", "presize": 48, "image_size
 SMALL |= {"freeze_epochs": 0, "epochs": 0, "precision": "fp32"}
 FEW = (0.1, 0.01)
 """Penalties that are tried, to be quick."""
-METRICS = ("train_loss", "valid_loss", "error_rate", "expected_error_rate", "accuracy")
+METRICS = ("train_loss", "valid_loss", "error_rate", "expected_error_rate", "accuracy", "temperature")
 
 
 @pytest.fixture(autouse=True)

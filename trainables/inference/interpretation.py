@@ -4,9 +4,10 @@ As a command: `python -m trainables.interpret --help`. Imports torch only in ord
 """
 
 import csv
+import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from trainables.data.presized_images import PresizedImages
 from trainables.inference.heat_maps import HeatMap, heat_maps, overlay
 from trainables.inference.model_folder import ModelFolder
 from trainables.inference.predictor import Predictor
+from trainables.network.calibration import Calibration, calibration_of, cross_fitted
 from trainables.system.text import percent, printable, some
 from trainables.training.checkpoint import Preprocessing
 
@@ -45,6 +47,14 @@ class Interpretation:
     """(n,) the images' places in the data set."""
     paths: tuple[str, ...]
     """Relative to the data set's folder."""
+    temperature: float = 1.0
+    """What the logits were divided by."""
+
+    def cross_fitted(self) -> npt.NDArray[np.float64]:
+        """(n, classes) probabilities with temperatures that have not seen their images, where these are the images that
+        the model's own temperature was fitted on."""
+        logits = self.temperature * np.log(np.clip(self.probabilities, MIN_PROBABILITY, 1.0).astype(np.float64))
+        return cross_fitted(logits, self.labels)
 
     @cached_property
     def losses(self) -> npt.NDArray[np.float64]:
@@ -119,7 +129,8 @@ def interpret(
             f"{folder.path} predicts probabilities that are not finite for {bad} images. Use another model."
         )
     paths = tuple(images.paths[index] for index in indices)
-    return Interpretation(folder.labels, probabilities, to_model[images.labels[indices]], indices, paths)
+    labels = to_model[images.labels[indices]]
+    return Interpretation(folder.labels, probabilities, labels, indices, paths, folder.temperature)
 
 
 def match_classes(classes: Sequence[str], folder: ModelFolder) -> Indices:
@@ -159,6 +170,13 @@ def save_confusion_csv(path: Path, found: Interpretation) -> None:
     """One row per actual class, one column per predicted class."""
     rows = zip(found.classes, found.confusion_matrix().tolist(), strict=True)
     _write_csv(path, [("actual", *found.classes), *((name, *counts) for name, counts in rows)])
+
+
+def save_calibration(path: Path, found: Interpretation, *, fitted_here: bool) -> Calibration:
+    """How far probabilities are to be trusted, as JSON; `fitted_here` if the temperature was fitted on these images."""
+    judged = calibration_of(found.cross_fitted() if fitted_here else found.probabilities, found.labels)
+    path.write_text(json.dumps(asdict(judged), indent=2) + "\n", encoding="utf-8")
+    return judged
 
 
 def save_losses_csv(path: Path, found: Interpretation) -> None:

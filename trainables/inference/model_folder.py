@@ -1,12 +1,15 @@
 """The folder of a trained model, `best/` of a run or an export, and how it is read. Imports no torch."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from trainables.recipe import Recipe
-from trainables.training.checkpoint import PREPROCESSING_FILE, WEIGHTS_FILE, Preprocessing
+from trainables.training.checkpoint import PREPROCESSING_FILE, TEMPERATURE, WEIGHTS_FILE, Preprocessing
 
 METRICS_FILE = "metrics.json"
 """The table's row of the model's trial."""
@@ -24,6 +27,21 @@ class ModelFolder:
     @property
     def weights(self) -> Path:
         return self.path / WEIGHTS_FILE
+
+    @property
+    def temperature(self) -> float:
+        """What the logits are divided by. Raises `ValueError` if the weights are damaged."""
+        try:
+            with safe_open(self.weights, framework="numpy") as file:
+                return float((file.metadata() or {}).get(TEMPERATURE, 1.0))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{self.weights} cannot be read: {error}") from error
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a temperature was fitted for it, which its weights may include; not by earlier versions."""
+        metrics = self.path / "metrics.json"
+        return metrics.is_file() and not math.isnan(read_json(metrics).get(TEMPERATURE, math.nan))
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -74,6 +74,7 @@ class Predictor:
         self.num_threads = num_threads or num_cpus()
         self.preprocessing = folder.preprocessing
         self.model = load_model(folder).eval().to(self.device).to(memory_format=torch.channels_last)
+        self.temperature = folder.temperature
         self.mean, self.std = (
             255 * torch.tensor(values, device=self.device).view(1, 3, 1, 1)
             for values in (self.preprocessing.mean, self.preprocessing.std)
@@ -124,7 +125,7 @@ class Predictor:
         return next(self.logits(images, augmentations))
 
     def logits(self, images: Images, augmentations: Augmentations | None = None) -> Iterator[torch.Tensor]:
-        """Logits (n, classes) of presized images (h, w, 3) uint8, batch by batch."""
+        """Calibrated logits (n, classes) of presized images (h, w, 3) uint8, batch by batch."""
         import torch
 
         for batch in self.batches(images, augmentations):
@@ -154,14 +155,14 @@ class Predictor:
         return (range(i, min(i + self.batch_size, len(images))) for i in range(0, len(images), self.batch_size))
 
     def forward(self, model: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
-        """Float logits of a uint8 batch, in the precision of the training's validation."""
+        """Float logits of a uint8 batch, in the precision of the training's validation, over the temperature."""
         import torch
 
         from trainables.batches.loader import normalized
 
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             logits = model(normalized(batch, self.mean, self.std))
-        return logits.float()
+        return logits.float() / self.temperature
 
 
 def load_model(folder: ModelFolder) -> nn.Module:

@@ -190,6 +190,17 @@ def classifier_names(model: nn.Module) -> list[str]:
     return names
 
 
+def divide_logits(model: nn.Module, temperature: float) -> None:
+    """Divides the logits by `temperature` in the weights of the last layer. Raises `ValueError` if it is not linear."""
+    for name in classifier_names(model):
+        layers = [module for module in model.get_submodule(name).modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        if not layers:
+            raise ValueError(f"{_config(model).get('architecture')} has a classifier without a linear layer: {name}")
+        with torch.no_grad():
+            for parameter in layers[-1].parameters():
+                parameter.div_(temperature)
+
+
 def _by_depth(model: nn.Module, names: list[str]) -> list[list[str]]:
     body = set(names)
     timm_model: Any = model

@@ -14,6 +14,9 @@ from typing import Any
 from trainables.system.full_disk import when_there_is_room
 
 WEIGHTS_FILE = "model.safetensors"
+"""Its metadata have the `TEMPERATURE`, so that it goes wherever the weights go."""
+TEMPERATURE = "temperature"
+"""What the logits are divided by, see `calibration`. Without it, 1: weights of an earlier version, or of an export."""
 PREPROCESSING_FILE = "preprocessing.json"
 TRAINING_FILE = "training.pt"
 BEST_FILE = "best.safetensors"

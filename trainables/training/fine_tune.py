@@ -25,6 +25,7 @@ from trainables.batches import augmentation, tta
 from trainables.batches.epoch_plan import Step, plan_epoch
 from trainables.data.presized_images import PresizedImages
 from trainables.network import loss, model, normalization, optimizer, schedule
+from trainables.network.calibration import calibration_metrics
 from trainables.network.dropout import WholeBatch
 from trainables.network.precision import autocast_dtype
 from trainables.probe.expected_error import Reference, reference
@@ -33,7 +34,14 @@ from trainables.probe.logistic_regression import LinearHead
 from trainables.probe.soft_start import soften, softening
 from trainables.recipe import Recipe
 from trainables.training import lr_finder
-from trainables.training.checkpoint import PREPROCESSING_FILE, TRAINING_FILE, WEIGHTS_FILE, Files, Preprocessing
+from trainables.training.checkpoint import (
+    PREPROCESSING_FILE,
+    TEMPERATURE,
+    TRAINING_FILE,
+    WEIGHTS_FILE,
+    Files,
+    Preprocessing,
+)
 from trainables.training.distributed import World, require_same_images, shard, share_batch_norm
 from trainables.training.inputs import Inputs
 from trainables.training.metrics import more_metrics
@@ -102,6 +110,8 @@ class FineTune:
         self.epochs_done = recipe.before_first_epoch
         self.reference: Reference | None = None
         """What the linear probe gets wrong, once it is known."""
+        self.temperature = 1.0
+        """Of the probabilities, from the last evaluation."""
         self.draws = True
         """Whether the network draws random numbers in training, as far as is known."""
         require_same_images(images, self.world)
@@ -181,7 +191,8 @@ class FineTune:
         trained = time.perf_counter()
         train_loss = F.cross_entropy(logits, labels).item()
         rows, targets = self._my_validation_rows()
-        metrics = self._metrics(self._head_logits(found.rows[self.valid_indices[rows]]), targets)
+        logits = self._head_logits(found.rows[self.valid_indices[rows]])
+        metrics = self._metrics(logits, targets) | self._calibration(logits)
         return self._end_epoch(
             epoch=0,
             stage="probe",
@@ -319,10 +330,12 @@ class FineTune:
         return values
 
     def evaluate(self) -> dict[str, float]:
-        """Plain cross-entropy and error rate over the whole validation split, the same on all workers."""
+        """Plain cross-entropy and error rate over the whole validation split, and how far its probabilities are to be
+        trusted, the same on all workers."""
         rows, targets = self._my_validation_rows()
         augmentations = augmentation.centre(len(self.valid_indices), self.recipe.resize_method)
-        return self._metrics(self._valid_logits(augmentations[rows]), targets)
+        logits = self._valid_logits(augmentations[rows])
+        return self._metrics(logits, targets) | self._calibration(logits)
 
     def _metrics(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
         """Validation metrics over all workers, from this worker's logits and labels."""
@@ -341,11 +354,22 @@ class FineTune:
         """The logits (validation images, classes) of all workers, from this worker's."""
         return torch.cat(self.world.gather(logits.cpu())).numpy()
 
+    def _calibration(self, logits: torch.Tensor) -> dict[str, float]:
+        """The metrics of `calibration`, from this worker's validation logits. Keeps the temperature."""
+        labels = self.inputs.labels[self.valid_indices].numpy()
+        found = calibration_metrics(self._gathered(logits).numpy(), labels)
+        self.temperature = found["temperature"]
+        return found
+
+    def _gathered(self, logits: torch.Tensor) -> torch.Tensor:
+        """The validation logits of all workers, (validation images, classes), on the CPU."""
+        return torch.cat(self.world.gather(logits.cpu()))
+
     def tta_error_rate(self) -> float:
         """Error rate over the validation split with the recipe's test-time augmentation."""
         rows, targets = self._my_validation_rows()
         views = self.recipe.tta_views
-        averaged = tta.predict(self._valid_logits, self.recipe, len(self.valid_indices), views=views, rows=rows)
+        averaged = tta.predict(self._calibrated_logits, self.recipe, len(self.valid_indices), views=views, rows=rows)
         wrong = (averaged.argmax(dim=1) != targets).sum().double()
         return self.world.sum(wrong).item() / len(self.valid_indices)
 
@@ -368,6 +392,9 @@ class FineTune:
                 logits.append(self.network.model(images).float())
             self.on_progress()
         return torch.cat(logits)
+
+    def _calibrated_logits(self, augmentations: augmentation.Augmentations) -> torch.Tensor:
+        return self._valid_logits(augmentations) / self.temperature
 
     # --- The learning-rate range test ---------------------------------------------------------------------------------
 
@@ -465,10 +492,11 @@ class FineTune:
         training = io.BytesIO()
         parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         known = {"reference": asdict(self.reference)} if self.reference else {}
-        torch.save({"epochs_done": self.epochs_done, **parts, **known}, training)
+        progress = {"epochs_done": self.epochs_done, TEMPERATURE: self.temperature}
+        torch.save({**progress, **parts, **known}, training)
         weights = {name: value.contiguous() for name, value in self.network.model.state_dict().items()}
         return {
-            WEIGHTS_FILE: safetensors.torch.save(weights),
+            WEIGHTS_FILE: safetensors.torch.save(weights, {TEMPERATURE: repr(self.temperature)}),
             PREPROCESSING_FILE: json.dumps(asdict(self.preprocessing), indent=2).encode(),
             TRAINING_FILE: training.getvalue(),
         }
@@ -479,6 +507,7 @@ class FineTune:
         # To the CPU first: the optimizer moves what it needs to the parameters' device.
         training = torch.load(io.BytesIO(state[TRAINING_FILE]), map_location="cpu", weights_only=True)
         self.epochs_done = training["epochs_done"]
+        self.temperature = training.get(TEMPERATURE, 1.0)
         self.reference = Reference(**training["reference"]) if "reference" in training else None
         self._enter_stage()
         self.optimizer.load_state_dict(training["optimizer"])
