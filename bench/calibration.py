@@ -30,6 +30,7 @@ from trainables.inference.model_folder import ModelFolder, read_model
 from trainables.inference.predictor import Predictor
 from trainables.network.calibration import Floats, Labels, calibration_of, softmax
 from trainables.recipe import Recipe
+from trainables.system.text import many
 from trainables.training import checkpoint
 from trainables.training.fine_tune import FineTune
 
@@ -117,7 +118,7 @@ def markdown(result: dict[str, Any]) -> str:
     used, line = result["settings"], "\n"
 
     def row(kind: Run) -> str:
-        trained = f"{kind['epochs']} epochs" if kind["epochs"] else "probe"
+        trained = many(kind["epochs"], "epoch") if kind["epochs"] else "probe"
         shares = " | ".join(
             f"{100 * kind[name]:.1f}" for name in ("error_rate", "before", "after", "after_max", "chance", "told")
         )

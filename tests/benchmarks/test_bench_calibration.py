@@ -51,5 +51,5 @@ def test_the_benchmark_writes_its_results(colour_folder, tmp_path):
     assert all(row["temperature"] != 1 for row in result["runs"])
     assert {"hardware", "versions", "command", "settings", "runs"} < set(result)
     table = (tmp_path / "calibration.md").read_text()
-    assert f"| {colour_folder.name} | probe | 9 | " in table and f"| {colour_folder.name} | 1 epochs | 9 | " in table
+    assert f"| {colour_folder.name} | probe | 9 | " in table and f"| {colour_folder.name} | 1 epoch | 9 | " in table
     assert str(tmp_path) not in table + json.dumps(result)
