@@ -21,7 +21,7 @@ from trainables.data.presized_images import PresizedImages
 from trainables.inference.heat_maps import HeatMap, heat_maps, overlay
 from trainables.inference.model_folder import ModelFolder
 from trainables.inference.predictor import Predictor
-from trainables.network.calibration import Calibration, calibration_of, cross_fitted
+from trainables.network.calibration import Calibration, Floats, calibration_of, cross_fitted
 from trainables.system.text import percent, printable, some
 from trainables.training.checkpoint import Preprocessing
 
@@ -50,7 +50,7 @@ class Interpretation:
     temperature: float = 1.0
     """What the logits were divided by."""
 
-    def cross_fitted(self) -> npt.NDArray[np.float64]:
+    def cross_fitted(self) -> Floats:
         """(n, classes) probabilities with temperatures that have not seen their images, where these are the images that
         the model's own temperature was fitted on."""
         logits = self.temperature * np.log(np.clip(self.probabilities, MIN_PROBABILITY, 1.0).astype(np.float64))
