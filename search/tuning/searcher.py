@@ -1,5 +1,6 @@
 """Optuna as Tune's searcher. It learns how every trial ended: finished, stopped early, or failed."""
 
+import math
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from search.tuning.screen import Probe, Screen
 from search.tuning.study_configs import Config, config_of, params_of, propose
 from search.tuning.study_end import fail
 from search.tuning.time_left import TimeLeft
-from trainables.ray.trial import OBJECTIVE, REFITS, RETRAINS, SCREENS, text_id
+from trainables.ray.trial import OBJECTIVE, REFIT_TEMPERATURE, REFITS, RETRAINS, SCREENS, text_id
 
 FORGOTTEN = "forgotten when the search was killed"
 
@@ -238,7 +239,9 @@ class OptunaSearcher(Searcher):
             return None
         self.refitted[trial_id] = winner["trial_id"]
         self.live[trial_id] = num_workers
-        return config | {REFITS: winner["trial_id"]}
+        temperature = winner.get("temperature", math.nan)
+        known = {} if math.isnan(temperature) else {REFIT_TEMPERATURE: temperature}
+        return config | {REFITS: winner["trial_id"]} | known
 
     def _config_of(self, winner: str) -> Config:
         """Of a trial or a probe by the table's id."""

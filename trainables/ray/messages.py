@@ -21,6 +21,7 @@ class TrialSpec:
     max_unreadable: float = MAX_UNREADABLE  # largest share of unreadable images
     split_seed: int = 0
     all_images: bool = False  # whether those for validation train, too
+    temperature: float = 1.0  # then
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,9 @@ SCREENS = "screens"
 """In a config: the number of a probe of the screen, below 0. Not a setting of the recipe either."""
 REFITS = "refits"
 """In a config: the table's id of the winner that is trained again on all images. Not a setting of the recipe either."""
-OF_TRIAL = (RETRAINS, SCREENS, REFITS)
+REFIT_TEMPERATURE = "refit_temperature"
+"""In such a config: the winner's, which was fitted on images that it had not seen."""
+OF_TRIAL = (RETRAINS, SCREENS, REFITS, REFIT_TEMPERATURE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,7 @@ class FineTuneTrial(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self.recipe = recipe_of(self.options.settings, config)
-        self.all_images = REFITS in config
+        self.refit = {"all_images": REFITS in config, "temperature": config.get(REFIT_TEMPERATURE, 1.0)}
         self.size = self.options.group_size.for_arch(self.recipe["arch"], self.options.num_workers)
         self.folder = Path(self.options.checkpoints) / table_id(self)
         self.handed_over = False  # whether the host has this trial
@@ -211,7 +213,7 @@ class FineTuneTrial(tune.Trainable):
     def _spec(self) -> TrialSpec:
         names = ("data", "data_digest", "weights", "cache", "max_unreadable", "split_seed")
         shared = {name: getattr(self.options, name) for name in names}
-        return TrialSpec(trial_id=self.trial_id, recipe=self.recipe, all_images=self.all_images, **shared)
+        return TrialSpec(trial_id=self.trial_id, recipe=self.recipe, **self.refit, **shared)
 
     def _start_host(self) -> Any:
         # It reserves no CPU: the workers reserve what the training uses. Any strategy but the default one keeps it out

@@ -155,6 +155,7 @@ class _Slot:
             num_threads=self.num_threads,
             split_seed=trial.split_seed,
             all_images=trial.all_images,
+            temperature=trial.temperature,
             load_pretrained=not continues,
             batch_parts=command.batch_parts,
             on_progress=self._give_sign,

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -69,6 +68,7 @@ class FineTune:
         num_threads: Threads that load and augment images.
         split_seed: Draws the validation images if the data set has no split of its own.
         all_images: Whether those for validation train, too. Then metrics say nothing about new images.
+        temperature: What divides the logits, until the first epoch has fitted it; with `all_images` none does.
         load_pretrained: Whether to load pretrained weights; not needed if `load_state` follows.
         batch_parts: Splits each worker's share of a batch to save memory. The gradients of the parts add up to those of
             the batch, while batch norms see one part at a time.
@@ -96,6 +96,7 @@ class FineTune:
         num_threads: int = 2,
         split_seed: int = 0,
         all_images: bool = False,
+        temperature: float = 1.0,
         load_pretrained: bool = True,
         batch_parts: int = 1,
         on_progress: Callable[[], None] = lambda: None,
@@ -110,7 +111,7 @@ class FineTune:
         self.epochs_done = recipe.before_first_epoch
         self.reference: Reference | None = None
         """What the linear probe gets wrong, once it is known."""
-        self.temperature = 1.0
+        self.temperature = temperature
         """Of the probabilities, from the last evaluation."""
         self.draws = True
         """Whether the network draws random numbers in training, as far as is known."""
@@ -192,7 +193,7 @@ class FineTune:
         train_loss = F.cross_entropy(logits, labels).item()
         rows, targets = self._my_validation_rows()
         logits = self._head_logits(found.rows[self.valid_indices[rows]])
-        metrics = self._metrics(logits, targets) | self._calibration(logits)
+        metrics = self._metrics(logits, targets)
         return self._end_epoch(
             epoch=0,
             stage="probe",
@@ -334,11 +335,11 @@ class FineTune:
         trusted, the same on all workers."""
         rows, targets = self._my_validation_rows()
         augmentations = augmentation.centre(len(self.valid_indices), self.recipe.resize_method)
-        logits = self._valid_logits(augmentations[rows])
-        return self._metrics(logits, targets) | self._calibration(logits)
+        return self._metrics(self._valid_logits(augmentations[rows]), targets)
 
     def _metrics(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
-        """Validation metrics over all workers, from this worker's logits and labels."""
+        """Validation metrics over all workers, from this worker's logits and labels. Keeps the temperature, which only
+        images can tell that did not train."""
         wrong = logits.argmax(1) != targets
         rows = self.world.shard(len(self.valid_indices))
         both = wrong & self.reference.wrong[rows].to(self.device) if self.reference else torch.zeros_like(wrong)
@@ -347,23 +348,13 @@ class FineTune:
         if not np.isfinite(total):
             raise Diverged(f"validation loss is {total} after epoch {self.epochs_done + 1}")
         expected = {"expected_error_rate": self.reference.expected(errors, both_wrong)} if self.reference else {}
-        more = more_metrics(self._gathered(logits), self.inputs.labels[self.valid_indices].numpy())
-        return {"valid_loss": total, "error_rate": errors, "accuracy": 1 - errors} | expected | more
-
-    def _gathered(self, logits: torch.Tensor) -> npt.NDArray[np.float32]:
-        """The logits (validation images, classes) of all workers, from this worker's."""
-        return torch.cat(self.world.gather(logits.cpu())).numpy()
-
-    def _calibration(self, logits: torch.Tensor) -> dict[str, float]:
-        """The metrics of `calibration`, from this worker's validation logits. Keeps the temperature."""
+        everywhere = torch.cat(self.world.gather(logits.cpu())).numpy()
         labels = self.inputs.labels[self.valid_indices].numpy()
-        found = calibration_metrics(self._gathered(logits).numpy(), labels)
-        self.temperature = found["temperature"]
-        return found
-
-    def _gathered(self, logits: torch.Tensor) -> torch.Tensor:
-        """The validation logits of all workers, (validation images, classes), on the CPU."""
-        return torch.cat(self.world.gather(logits.cpu()))
+        calibration = calibration_metrics(everywhere, labels)
+        if not self.all_images:
+            self.temperature = calibration["temperature"]
+        errors_of = {"valid_loss": total, "error_rate": errors, "accuracy": 1 - errors}
+        return errors_of | expected | more_metrics(everywhere, labels) | calibration
 
     def tta_error_rate(self) -> float:
         """Error rate over the validation split with the recipe's test-time augmentation."""
