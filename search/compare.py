@@ -15,7 +15,8 @@ from rich.text import Text
 
 from search.cli.messages import command_name, say
 from search.reporting import html_page
-from search.reporting.charts import FAMILIES, Chart, end_times, plain
+from search.reporting.chart_parts import FAMILIES, Chart, plain
+from search.reporting.charts import end_times
 from search.reporting.importance import importances
 from search.reporting.summary import model, scores
 from search.runs.atomic_files import write_atomically

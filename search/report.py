@@ -14,6 +14,7 @@ from pandas.api.types import is_numeric_dtype
 
 from search.cli.messages import command_name, say
 from search.reporting import calibration_charts, charts, html_page, test_set, winner_charts
+from search.reporting.chart_parts import Chart
 from search.reporting.error_analysis import ErrorAnalysis, analyse, read_analysis
 from search.reporting.summary import model
 from search.runs.atomic_files import write_atomically
@@ -130,7 +131,7 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
     )
 
 
-def winner_figures(run: RunRecord, found: ErrorAnalysis | None) -> list[charts.Chart]:
+def winner_figures(run: RunRecord, found: ErrorAnalysis | None) -> list[Chart]:
     recipe = run.best_recipe
     shown = [winner_charts.confusion(found.counts, found.classes)] if found else []
     return [*shown, winner_charts.schedule(recipe)] if recipe and recipe.total_epochs else shown

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 from plotly.subplots import make_subplots
 
-from search.reporting.charts import BLUE, GREY, SKY, Chart
+from search.reporting.chart_parts import BLUE, GREY, SKY, Chart
 from search.runs.result_rows import CALIBRATION
 from trainables.network.calibration import Calibration
 from trainables.system.text import many, percent

@@ -5,47 +5,39 @@ show a setting that can be off as two, and draw each trial as a trace of its own
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from html import escape
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from search.reporting.chart_parts import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    SKY,
+    STATUS_MARKERS,
+    Axis,
+    Chart,
+    add_curves,
+    add_families,
+    add_points,
+    joined,
+    objective_axis,
+    objective_ticks,
+    objective_title,
+    plain,
+)
 from search.reporting.importance import importances
 from search.reporting.summary import describe_front
 from search.runs.kinds import PROBE, TRIAL, how_many, name_of
-from search.runs.result_rows import COMPLETED, FAILED, RANKED, RETRAINED, RUNNING, STOPPED, UNFINISHED
+from search.runs.result_rows import RANKED, RUNNING, STOPPED
 from search.runs.run_record import RunRecord
 from trainables.system.text import many, percent
 
-# Okabe and Ito (2008): distinct for colour-blind people, on white and on black. Symbols differ in shape, too.
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
-GREY = "#8a8f98"
-STATUS_MARKERS = {
-    COMPLETED: {"color": BLUE, "symbol": "circle"},
-    PROBE: {"color": SKY, "symbol": "triangle-up"},  # whatever its status
-    UNFINISHED: {"color": PURPLE, "symbol": "hexagon-open"},
-    RETRAINED: {"color": SKY, "symbol": "diamond-open"},
-    STOPPED: {"color": ORANGE, "symbol": "x"},
-    FAILED: {"color": RED, "symbol": "cross"},
-    RUNNING: {"color": GREY, "symbol": "circle-open"},
-}
-FAMILIES = [(BLUE, "circle"), (ORANGE, "square"), (GREEN, "diamond"), (PURPLE, "cross"), (SKY, "triangle-up")]
 QUARTERS = [("worst", 3, GREY), ("third", 2, SKY), ("second", 1, BLUE), ("best", 0, ORANGE)]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A figure, its title, and a caption that says what it shows: for those who cannot see it, and for print."""
-
-    name: str
-    title: str
-    caption: str
-    figure: go.Figure
 
 
 def search_charts(run: RunRecord) -> list[Chart]:
@@ -88,7 +80,7 @@ def incumbent(run: RunRecord) -> Chart | None:
     groups = scored["status"].where(scored["kind"] == TRIAL, PROBE)
     for name, marker in STATUS_MARKERS.items():
         if len(rows := scored[groups == name]):
-            _add_points(figure, rows, run, "minutes", "after %{x:.1f} min", name=name, marker=marker | {"size": 9})
+            add_points(figure, rows, run, "minutes", "after %{x:.1f} min", name=name, marker=marker | {"size": 9})
     best = list(accumulate(done[run.objective_column], min))
     figure.add_scatter(
         x=[*done["minutes"], float(scored["minutes"].max())],
@@ -99,7 +91,7 @@ def incumbent(run: RunRecord) -> Chart | None:
         hoverinfo="skip",
     )
     figure.update_xaxes(title_text="minutes since the first epoch began", rangemode="tozero")
-    _objective_axis(figure, run)
+    objective_axis(figure, run)
     first, last = (
         f"{name_of(number)} with {run.objective.text(done.loc[number, run.objective_column])} "
         f"after {done.loc[number, 'minutes']:.1f} min"
@@ -123,7 +115,7 @@ def learning_curves(run: RunRecord) -> Chart | None:
     best = None if run.best is None else run.best["number"]
     for status, marker in STATUS_MARKERS.items():
         numbers = [n for n in trials.index[trials["status"] == status] if n != best]
-        _add_curves(figure, run, epochs, numbers, status, marker["color"])
+        add_curves(figure, run, epochs, numbers, status, marker["color"])
     stopped = run.trials[(run.trials["status"] == STOPPED) & (run.trials["epochs_done"] > 0)]
     if len(stopped):
         figure.add_scatter(
@@ -136,10 +128,10 @@ def learning_curves(run: RunRecord) -> Chart | None:
             hovertemplate="%{text}<extra></extra>",
         )
     if best is not None:
-        _add_curves(figure, run, run.epochs, [best], f"best: {name_of(best)}", GREEN, width=4)
+        add_curves(figure, run, run.epochs, [best], f"best: {name_of(best)}", GREEN, width=4)
     step = max(1, math.ceil(epochs["epoch"].max() / 10))
     figure.update_xaxes(title_text="epoch", rangemode="tozero", tick0=0, dtick=step)
-    _objective_axis(figure, run)
+    objective_axis(figure, run)
     caption = f"Validation error after each epoch of {many(epochs['number'].nunique(), 'trial')}."
     if (epochs["epoch"] == 0).any():
         caption += " Epoch 0 is the probe that a trial starts from."
@@ -157,17 +149,18 @@ def probes_and_fine_tuned(run: RunRecord) -> Chart | None:
     if tuned.empty:
         return None
     figure, column = go.Figure(), run.objective_column
-    _add_families(figure, tuned, run, "probe", "from a probe's %{x:.1%}")
+    add_families(figure, tuned, run, "probe", "from a probe's %{x:.1%}")
     alone = _only_probed(run)
     if len(alone):
         marker = {"color": GREY, "symbol": "circle-open", "size": 8}
         name, alone = "not fine-tuned", alone.assign(probe=alone[column])
-        _add_points(figure, alone, run, "probe", "as a probe alone", name=name, marker=marker)
+        add_points(figure, alone, run, "probe", "as a probe alone", name=name, marker=marker)
     line = {"color": GREY, "dash": "dot"}
     ends = [0.0, float(pd.concat([tuned["probe"], tuned[column], alone[column]]).max())]
     figure.add_scatter(x=ends, y=ends, mode="lines", name="as good as its probe", line=line, hoverinfo="skip")
-    figure.update_xaxes(title_text=f"{_title(run)} of the probe", tickformat=_ticks(run), rangemode="tozero")
-    _objective_axis(figure, run)
+    title = f"{objective_title(run)} of the probe"
+    figure.update_xaxes(title_text=title, tickformat=objective_ticks(run), rangemode="tozero")
+    objective_axis(figure, run)
     better, same = (tuned[column] < tuned["probe"]).sum(), (tuned[column] == tuned["probe"]).sum()
     caption = (
         f"Of {many(len(tuned), 'fine-tuned trial')}, {better} ended below the diagonal, better than the probe of the "
@@ -213,15 +206,15 @@ def parallel_coordinates(run: RunRecord) -> Chart | None:
     scored = trials[trials["error_rate"].notna() & (trials["status"] != RUNNING)]
     if len(scored) < 2 or not run.dimensions:
         return None
-    axes = [_Axis(name, scored[name], run.is_log(name)) for name in run.dimensions]
-    axes.append(_Axis(run.objective_column, scored[run.objective_column], log=False))
+    axes = [Axis(name, scored[name], run.is_log(name)) for name in run.dimensions]
+    axes.append(Axis(run.objective_column, scored[run.objective_column], log=False))
     positions = np.column_stack([axis.positions for axis in axes])
     quarters = (4 * (scored[run.objective_column].rank(method="first") - 1) // len(scored)).to_numpy()
     figure = go.Figure()
     for name, quarter, colour in QUARTERS:
         lines = ((range(len(axes)), positions[i], [name_of(scored.index[i])] * len(axes))
                  for i in np.flatnonzero(quarters == quarter).tolist())  # fmt: skip
-        x, y, text = _joined(lines)
+        x, y, text = joined(lines)
         figure.add_scatter(
             x=x,
             y=y,
@@ -276,10 +269,10 @@ def cost(run: RunRecord) -> Chart | None:
     if done.empty:
         return None
     figure = go.Figure()
-    _add_families(figure, run.tuned, run, "seconds", "in %{x:.0f} s")
+    add_families(figure, run.tuned, run, "seconds", "in %{x:.0f} s")
     if len(probes := _probes(run)):
         marker = STATUS_MARKERS[PROBE] | {"size": 8}
-        _add_points(figure, probes, run, "seconds", "in %{x:.0f} s", name="probes", marker=marker)
+        add_points(figure, probes, run, "seconds", "in %{x:.0f} s", name="probes", marker=marker)
     front = run.pareto_front
     figure.add_scatter(
         x=front["seconds"],
@@ -290,122 +283,6 @@ def cost(run: RunRecord) -> Chart | None:
         hoverinfo="skip",
     )
     figure.update_xaxes(title_text="seconds of training and validation", rangemode="tozero")
-    _objective_axis(figure, run)
+    objective_axis(figure, run)
     caption = f"Of {how_many(done['kind'])}, none is better and cheaper than these: {describe_front(run)}."
     return Chart("cost", "Error against cost", caption, figure)
-
-
-# --- Parts ------------------------------------------------------------------------------------------------------------
-
-
-class _Axis:
-    """One axis of parallel coordinates: positions of its values in 0..1, and a few labelled ticks."""
-
-    def __init__(self, name: str, values: "pd.Series[Any]", log: bool) -> None:
-        self.name = name
-        numbers = pd.to_numeric(values, errors="coerce")
-        if numbers.isna().any():
-            names = sorted(values.astype(str).unique())
-            places = np.linspace(0, 1, len(names)).tolist() if len(names) > 1 else [0.5]
-            self.positions = values.astype(str).map(dict(zip(names, places, strict=True))).to_numpy(dtype=float)
-            self.ticks = list(zip(places, shortened(names), strict=True))
-            return
-        low, high = float(numbers.min()), float(numbers.max())
-        if low == high:
-            self.positions = np.full(len(numbers), 0.5)
-            self.ticks = [(0.5, f"{low:.3g}")]
-            return
-        scaled = np.log(numbers) if log and low > 0 else numbers
-        self.positions = ((scaled - scaled.min()) / (scaled.max() - scaled.min())).to_numpy(dtype=float)
-        self.ticks = [(0.0, f"{low:.3g}"), (1.0, f"{high:.3g}")]
-
-
-def _add_families(figure: go.Figure, rows: pd.DataFrame, run: RunRecord, x: str, where: str) -> None:
-    """Points in a colour and a shape per architecture, if these are searched."""
-    families = rows["arch"].astype(str) if "arch" in run.dimensions else pd.Series("trials", index=rows.index)
-    for i, family in enumerate(families.value_counts().index):
-        colour, symbol = FAMILIES[i % len(FAMILIES)]
-        marker = {"color": colour, "symbol": symbol, "size": 10}
-        _add_points(figure, rows[families == family], run, x, where, name=plain(family), marker=marker)
-
-
-def _add_points(
-    figure: go.Figure, rows: pd.DataFrame, run: RunRecord, x: str, where: str, *, name: str, marker: dict[str, Any]
-) -> None:
-    """A marker per trial at the column `x` and its objective; `where` says the former when hovering."""
-    figure.add_scatter(
-        x=rows[x],
-        y=rows[run.objective_column],
-        mode="markers",
-        name=name,
-        marker=marker,
-        text=[name_of(number) for number in rows.index],
-        hovertemplate=f"%{{text}}: %{{y:{_digits(run)}}} {where}<extra></extra>",
-    )
-
-
-def _add_curves(
-    figure: go.Figure,
-    run: RunRecord,
-    epochs: pd.DataFrame,
-    numbers: Sequence[Any],
-    name: str,
-    colour: str,
-    width: float = 1.5,
-) -> None:
-    """The curves of some trials as one trace, with gaps between: a thousand traces would be slow."""
-    groups = epochs[epochs["number"].isin(numbers)].sort_values("epoch").groupby("number")
-    if not len(groups):
-        return
-    column = run.objective_column
-    lines = ((rows["epoch"], rows[column], [name_of(rows["number"].iloc[0])] * len(rows)) for _, rows in groups)
-    x, y, text = _joined(lines)
-    figure.add_scatter(
-        x=x,
-        y=y,
-        text=text,
-        name=name,
-        mode="lines+markers",
-        line={"color": colour, "width": width},
-        marker={"size": 4 + width},
-        hovertemplate=f"%{{text}}, epoch %{{x}}: %{{y:{_digits(run)}}}<extra></extra>",
-    )
-
-
-def _joined(lines: Iterable[tuple[Iterable[Any], ...]]) -> tuple[list[Any], list[Any], list[Any]]:
-    """Many (x, y, text) as one line with gaps."""
-    joined: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
-    for line in lines:
-        for values, more in zip(joined, line, strict=True):
-            values.extend([*more, None])
-    return joined
-
-
-def _objective_axis(figure: go.Figure, run: RunRecord) -> None:
-    figure.update_yaxes(title_text=_title(run), tickformat=_ticks(run), rangemode="tozero")
-
-
-def _title(run: RunRecord) -> str:
-    return "validation error" if run.objective.is_error_rate else f"{run.objective.name} on validation"
-
-
-def _ticks(run: RunRecord) -> str:
-    return ".0%" if run.objective.is_share else ".2f"
-
-
-def _digits(run: RunRecord) -> str:
-    return ".1%" if run.objective.is_share else ".3f"
-
-
-def shortened(names: Sequence[str], max_length: int = 13) -> list[str]:
-    """Names of at most `max_length` characters: without their common start, then without their end."""
-    letters = zip(*names, strict=False)
-    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, letters))
-    if len(names) > 1 and common > 1 and max(map(len, names)) > max_length:
-        names = [f"…{name[common:]}" for name in names]
-    return [name if len(name) <= max_length else f"{name[: max_length - 1]}…" for name in names]
-
-
-def plain(text: Any) -> str:
-    """`text` escaped for plotly, which interprets some HTML tags."""
-    return escape(str(text), quote=False)

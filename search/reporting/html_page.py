@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from search.reporting.charts import Chart
+from search.reporting.chart_parts import Chart
 from trainables.system.text import percent
 
 FOLDER = Path(__file__).parent / "pages"

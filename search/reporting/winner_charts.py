@@ -7,7 +7,7 @@ import numpy.typing as npt
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from search.reporting.charts import BLUE, GREEN, ORANGE, SKY, Chart, plain
+from search.reporting.chart_parts import BLUE, GREEN, ORANGE, SKY, Chart, plain
 from trainables.network.schedule import stage_cycle
 from trainables.recipe import Recipe
 from trainables.system.text import many

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from run_tables import DISTRIBUTIONS, write_run
 
-from search.reporting import charts, winner_charts
+from search.reporting import chart_parts, charts, winner_charts
 from search.reporting.importance import importances, study_importances
 from search.runs.command import Resume
 from search.runs.run_record import load
@@ -259,6 +259,6 @@ def test_of_few_trials_is_drawn_what_there_is(tmp_path, num_trials):
 
 
 def test_long_names_are_shortened_where_they_differ():
-    assert charts.shortened(["tf_efficientnet_lite0", "tf_efficientnet_lite2"]) == ["…0", "…2"]
-    assert charts.shortened(["resnet18", "resnet34"]) == ["resnet18", "resnet34"]
-    assert charts.shortened(["a_very_long_architecture"]) == ["a_very_long_…"]
+    assert chart_parts.shortened(["tf_efficientnet_lite0", "tf_efficientnet_lite2"]) == ["…0", "…2"]
+    assert chart_parts.shortened(["resnet18", "resnet34"]) == ["resnet18", "resnet34"]
+    assert chart_parts.shortened(["a_very_long_architecture"]) == ["a_very_long_…"]
