@@ -32,10 +32,10 @@ from search.reporting.data_tables import (
 from search.spaces.architectures import refused
 from search.spaces.space import Space, space_name
 from trainables.batches import augmentation, warp_cpu
+from trainables.data.address import DataAddress, add_table_options, with_table_options
 from trainables.data.fetch import is_uri
 from trainables.data.inspection import Finding, Inspection, find_folder, findings, inspect
 from trainables.data.labelled_images import DataError, ImageFolder
-from trainables.data.layouts import split_level
 from trainables.data.presize import presize
 from trainables.data.presized_images import PresizedImages, write_unreadable
 from trainables.data.source import folder_of
@@ -74,6 +74,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--data", type=folder_or_uri, metavar="DIR|URI", help="labelled images instead of the space's own"
     )
+    add_table_options(parser)
     add_max_unreadable(parser)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=(
         "a setting, as in search.run; the pictures show presize, image_size and the augmentation; repeatable"
@@ -88,6 +89,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.cache:
         try:
+            args.data = with_table_options(args.data, args.columns, args.images)
             args.space = space_name(args.space, args.data)
         except ValueError as error:
             parser.error(str(error))
@@ -155,8 +157,8 @@ def data_root(space: Space, given: Path | str | None) -> Path:
         if not locate(dataset).exists():
             say(f"preparing {DATASETS[dataset].title} in {locate(dataset)}")
         return prepare_in_subprocess(dataset)
-    if not is_uri(str(given)) and not Path(given).exists() and not Path(split_level(str(given))[0]).is_dir():
-        raise ValueError(f"--data {given}: there is no such folder. Give a folder of labelled images.")
+    if not is_uri(str(given)) and not DataAddress.of(str(given)).path.exists():
+        raise ValueError(f"--data {given}: there is no such folder or file. Give labelled images.")
     return folder_of(str(given))
 
 
@@ -240,12 +242,7 @@ def pick(labels: Sequence[int], indices: Indices, n: int, seed: int) -> Indices:
 
 def presized(folder: ImageFolder, indices: Indices, recipe: Recipe, cache: Path) -> PresizedImages:
     """The images `indices` of `folder` as trials read them; presizing only these takes a moment."""
-    few = replace(
-        folder,
-        paths=tuple(folder.paths[i] for i in indices),
-        labels=tuple(folder.labels[i] for i in indices),
-        valid=None,
-    )
+    few = replace(folder.only(indices), valid=None)
     return presize(few, recipe.presize, recipe.resize_method, cache=cache)
 
 

@@ -12,6 +12,7 @@ from search.cli.messages import command_name, say
 from search.options.arguments import add_cache, add_max_unreadable, add_space, positive, search_command
 from search.options.search_options import folder_or_uri
 from search.spaces.space import Range, Space, space_name
+from trainables.data.address import add_table_options, with_table_options
 from trainables.system.command_line import run_cli
 from trainables.system.text import last_line
 
@@ -52,6 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_space(parser)
     parser.add_argument("--data", type=folder_or_uri, metavar="DIR|URI", help="labelled images (default: the space's)")
+    add_table_options(parser)
     parser.add_argument("--weights", type=folder_or_uri, metavar="DIR|URI", help=(
         "a folder or URI with <arch>.safetensors files; without it, installed packages and timm's hub are searched"
     ))  # fmt: skip
@@ -65,6 +67,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: results/lr_find-<arch>-<stage>.png")
     args = parser.parse_args(argv)
     try:
+        args.data = with_table_options(args.data, args.columns, args.images)
         args.space = space_name(args.space, args.data)
     except ValueError as error:
         parser.error(str(error))

@@ -1,7 +1,8 @@
 """Feeds damaged images and tables to their readers: `python tests/fuzz.py --seconds 60` for each of them.
 
-Whatever the bytes, an image is read or is an `UnreadableImage`, and a table is read or is a `ValueError` that says
-which line is damaged; neither takes long or much memory. What breaks that is kept as a file, and the exit code is 1.
+Whatever the bytes, an image is read or is an `UnreadableImage`, a table is read or is a `ValueError` that says which
+line is damaged, an archive is read or is a `DataError`; none takes long or much memory. What breaks that is kept as a
+file, and the exit code is 1.
 `tests/whole/test_fuzz.py` does a little of it in every run of the tests.
 """
 
@@ -13,6 +14,7 @@ import resource
 import signal
 import struct
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -53,6 +55,9 @@ from search.runs.result_rows import (
 from search.runs.run_record import _read_table
 from trainables.data import image_file
 from trainables.data.image_file import UnreadableImage, read_image
+from trainables.data.labelled_images import DataError
+from trainables.data.shards import _samples
+from trainables.data.table_files import columns_of, rows_of
 
 MAX_SECONDS = 10
 """For one input."""
@@ -331,6 +336,60 @@ def try_table(file: Path, read: Callable[[Path], list], as_frame: tuple) -> str:
     return "read"
 
 
+# --- Labels: tables and archives of images ----------------------------------------------------------------------------
+
+
+def labels() -> list[bytes]:
+    names = enumerate(("a", 'b "c"', "d, e", "f\ng"))
+    rows = [{"path": f"{number}.jpg", "label": label} for number, label in names]
+    others = [b"file;label\n1.jpg;a,b\n", "\ufeffpath\tlabel\n1.jpg\t01\n".encode()]
+    return [*tables(["path", "label"], rows)[:2], *others]
+
+
+def json_labels() -> list[bytes]:
+    return [b'{"path": "1.jpg", "label": "a"}\n\n{"path": "2.jpg", "label": 1.50, "box": null}\n']
+
+
+def archives() -> list[bytes]:
+    files = {"a/1.jpg": b"image", "a/1.cls": b"3", "b" * 90 + "/2.png": b"", "2.json": b"{}"}
+    found = []
+    for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w", format=form) as archive:
+            for name, content in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        found.append(out.getvalue())
+    return found
+
+
+def try_labels(file: Path) -> str:
+    try:
+        rows = list(rows_of(file, columns_of(file)))
+    except DataError as error:
+        assert str(file) in str(error)
+        return "damaged"
+    assert all(row.place.startswith("line ") for row in rows)
+    return "damaged" if any(row.problem for row in rows) else "read"
+
+
+def try_json_labels(file: Path) -> str:
+    named = file.with_suffix(".jsonl")
+    named.write_bytes(file.read_bytes())
+    return try_labels(named)
+
+
+def try_archive(file: Path) -> str:
+    with tempfile.TemporaryDirectory() as target:
+        try:
+            _samples(file, Path(target), "images")
+        except DataError as error:
+            assert str(file) in str(error)
+            return "damaged"
+    return "read"
+
+
 # --- Trying many ------------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +407,12 @@ def targets() -> Iterator[tuple[str, Target]]:
     of_images = of_images | of_images.map(with_checksums)
     yield "images", Target(originals, of_images, try_image)
     for name, originals, read in (("trials", trials(), try_trials), ("epochs", epochs(), try_epochs)):
+        yield name, Target(originals, damaged(originals, FIELDS), read)
+    for name, originals, read in (
+        ("labels", labels(), try_labels),
+        ("json-labels", json_labels(), try_json_labels),
+        ("archives", archives(), try_archive),
+    ):
         yield name, Target(originals, damaged(originals, FIELDS), read)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from trainables.data.address import add_table_options, with_table_options
 from trainables.data.labelled_images import MAX_UNREADABLE
 from trainables.data.layouts import find_images
 from trainables.data.presize import STORAGES, presize
@@ -27,7 +28,8 @@ from trainables.training.fine_tune import FineTune
 def main() -> None:
     """Fine-tune one network on a folder of images and print one line per epoch."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder of labelled images")
+    parser.add_argument("--data", type=Path, required=True, help="labelled images: a folder, a table or an archive")
+    add_table_options(parser)
     parser.add_argument("--weights", type=Path, help="folder with <arch>.safetensors; the only place that is searched")
     share = f"of the images that may be unreadable; default {MAX_UNREADABLE:g}"
     parser.add_argument("--max-unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE", help=share)
@@ -39,7 +41,7 @@ def main() -> None:
         try_out(recipe)
         if recipe.pretrained and args.weights:
             require_weights([recipe.arch], args.weights)
-        found = find_images(args.data)
+        found = find_images(str(with_table_options(args.data, args.columns, args.images)))
         if int(os.environ.get("RANK", 0)) == 0:
             print(printable(f"data: {found.describe()}"), file=sys.stderr)
         sizes = recipe.presize, recipe.resize_method

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trainables.data.address import add_table_options, with_table_options
 from trainables.data.layouts import find_images
 from trainables.data.presize import presize
 from trainables.data.presized_images import PresizedImages
@@ -83,7 +84,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="an exported model, or best/ of a run")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of labelled images")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="labelled images")
+    add_table_options(parser)
     splits = "images to predict (valid): those that trained the model, validated it, or were held out to test it"
     parser.add_argument("--split", choices=SPLITS, default="valid", help=splits)
     tta = "average over N augmented views and the centre view of each image (0)"
@@ -98,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, low, high in (("top", 1, MAX_SHOWN), ("tta", 0, 1000)):
         if not low <= (value := getattr(args, name)) <= high:
             raise ValueError(f"--{name} is {value}; expected {low} to {high}.")
-    model, folder = read_model(_model_path(args.model)), find_images(args.data)
+    data = with_table_options(args.data, args.columns, args.images)
+    model, folder = read_model(_model_path(args.model)), find_images(str(data))
     print(printable(f"data: {folder.describe()}"), file=sys.stderr)
     match_classes(folder.classes, model)  # before the images are presized, which may take long
     record = read_split(model.path)

@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
-from pathlib import PurePath
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -17,7 +16,7 @@ from search.runs.kinds import how_many, name_of
 from search.runs.result_rows import CALIBRATION, EXPECTED
 from search.runs.run_record import RunRecord
 from search.runs.statistics import wilson_interval
-from trainables.data.layouts import split_level
+from trainables.data.address import DataAddress
 from trainables.inference.model_folder import ModelFolder
 from trainables.recipe import spec_of
 from trainables.system.text import percent, printable
@@ -174,7 +173,7 @@ def _usage(model: ModelFolder, formats: Sequence[str]) -> str:
 
 
 def _data(model: ModelFolder, command: CommandRecord, run: RunRecord | None) -> str:
-    rows: list[tuple[str, Any]] = [("data set", PurePath(split_level(command.data)[0]).name)]
+    rows: list[tuple[str, Any]] = [("data set", DataAddress.of(command.data).path.name)]
     rows.append(("classes", len(model.labels)))
     if run is not None and run.num_train and run.num_valid:
         rows += [("training images", run.num_train), ("validation images", run.num_valid)]

@@ -15,8 +15,8 @@ from search.exporting.export_formats import Floats
 from search.runs.command import CommandRecord
 from search.runs.kept_models import REFIT
 from search.runs.trained_model import Predictor
+from trainables.data.address import DataAddress
 from trainables.data.labelled_images import DataError
-from trainables.data.layouts import split_level
 from trainables.network.calibration import softmax
 from trainables.system.new_process import in_new_process
 from trainables.system.text import percent
@@ -82,7 +82,7 @@ def check_against_table(
     command = CommandRecord.load(run)
     data = Path(command.data)
     not_checked = "warning: not checked against the table"
-    if not Path(split_level(str(data))[0]).is_dir():
+    if not DataAddress.of(command.data).path.exists():
         print(f"{not_checked}: the run's images, {data}, are not here", file=sys.stderr)
         return
     print(f"checking on the validation images of {data}", flush=True)

@@ -10,6 +10,7 @@ from search.cli.messages import command_name
 from search.options.search_options import SearchOptions, absolute, folder_or_uri
 from search.options.strategy import CONFIRM_SEEDS, OBJECTIVES, SCHEDULERS, SEARCHERS
 from search.spaces.space import OWN_IMAGES, space_names
+from trainables.data.address import add_table_options, with_table_options
 from trainables.data.labelled_images import MAX_UNREADABLE
 from trainables.system.file_systems import shown
 from trainables.system.text import shell_command
@@ -21,6 +22,8 @@ examples:
       a few minutes on a laptop, with everything it needs made or installed
   python -m search.run --data ~/my_images --trials 30
       your own images: one folder per class, train/ and valid/ with such folders, or Oxford Pets' images/<breed>_<n>.jpg
+  python -m search.run --data labels.csv --columns path=file,label=breed --images ~/my_images
+      your own images with their labels in a table; the columns need no names where they are called path and label
   python -m search.run --space pets --set arch=resnet18.tv_in1k,resnet34.tv_in1k --set epochs=3..6 --set image_size=160
       choose the architectures, narrow the epochs, pin the image size
   python -m search.run --data ~/my_images --set arch='resnet*d,convnext_*' --time-budget 8h
@@ -53,8 +56,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> SearchOptions:
     _add_where(parser.add_argument_group("on what"))
     _add_results(parser.add_argument_group("results"))
     values = vars(parser.parse_args(argv))
+    columns, images = values.pop("columns"), values.pop("images")
     lists = {name: tuple(values[name]) for name in ("set", "workers_per_trial")}
     try:
+        lists["data"] = with_table_options(values["data"], columns, images)
         return SearchOptions(**values | lists, given=_given(parser, argv))
     except ValueError as error:
         parser.error(str(error))
@@ -75,10 +80,12 @@ def _add_what(group: Group) -> None:
         "repeatable"
     ))  # fmt: skip
     group.add_argument("--data", type=folder_or_uri, metavar="DIR|URI", help=(
-        "labelled images instead of the space's own: a folder that every node has, or the s3://, gs:// or https:// "
-        "address of a folder or an archive, which every node fetches once; with '/*' at its end the folders in it "
-        "are the classes, with '/*/*' those one level deeper"
+        "labelled images instead of the space's own: a folder, a table of paths and labels (labels.csv) or "
+        "WebDataset's .tar that every node has, or the s3://, gs:// or https:// address of a folder or an archive, "
+        "which every node fetches once; with '/*' at its end the folders in it are the classes, with '/*/*' those one "
+        "level deeper"
     ))  # fmt: skip
+    add_table_options(group)
     group.add_argument("--weights", type=folder_or_uri, metavar="DIR|URI", help=(
         "a folder or URI with an <arch>.safetensors file for every architecture, those without one are left out; "
         "without it, installed packages and timm's hub are searched"

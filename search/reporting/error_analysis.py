@@ -23,8 +23,9 @@ from PIL import Image
 from search.cli.errors import error_line
 from search.runs.run_record import RunRecord
 from trainables.batches import augmentation, warp_cpu
+from trainables.data.address import DataAddress
 from trainables.data.image_file import WHITE_16_BIT, Pixels, UnreadableImage, read_image, resize
-from trainables.data.layouts import split_level
+from trainables.data.layouts import root_of
 from trainables.inference.class_errors import CLASSES_FILE, ClassErrors, class_errors, never_predicted
 from trainables.inference.heat_maps import HEAT_MAPS_FILE, HeatMap, overlay, read_heat_maps
 from trainables.inference.model_folder import METRICS_FILE, read_json
@@ -96,7 +97,8 @@ def read_analysis(run: RunRecord) -> ErrorAnalysis | None:
         worst = islice(csv.DictReader(_text(folder / "top_losses.csv")), NUM_LOSSES)
         # Earlier versions wrote no heat maps.
         maps, problem = read_heat_maps(file) if (file := folder / HEAT_MAPS_FILE).is_file() else ({}, "")
-        losses = tuple(_loss(row, _images_of(run), preprocessing, maps.get(row["path"], ())) for row in worst)
+        images = root_of(run.command.data)
+        losses = tuple(_loss(row, images, preprocessing, maps.get(row["path"], ())) for row in worst)
         judged = folder / "calibration.json"
         calibration = Calibration.from_dict(read_json(judged)) if judged.is_file() else None
     except (OSError, ValueError, KeyError, TypeError, csv.Error):  # missing, or cut short by a kill
@@ -117,7 +119,7 @@ def analyse(run: RunRecord) -> str:
 
 def _analyse(run: RunRecord) -> str:
     data = run.command.data
-    if not _images_of(run).is_dir():
+    if not DataAddress.of(data).path.exists():
         return f"The images, {data}, are not on this machine, so the winner's errors could not be analysed."
     folder, model = run.folder.interpretation, run.folder.validated
     metrics = read_json(model / METRICS_FILE)
@@ -143,10 +145,6 @@ def _train_images(file: Path, names: Sequence[str]) -> npt.NDArray[np.int64] | N
         return None
     known = {row["class"]: int(row["train_images"]) for row in csv.DictReader(_text(file))}
     return np.array([known.get(name, 0) for name in names])
-
-
-def _images_of(run: RunRecord) -> Path:
-    return Path(split_level(run.command.data)[0])
 
 
 def _loss(row: dict[str, str], data: Path, preprocessing: Mapping[str, Any], maps: Sequence[HeatMap]) -> Loss:

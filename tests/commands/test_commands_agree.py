@@ -30,6 +30,20 @@ FOLDERS |= {
 @pytest.mark.parametrize("case", FOLDERS)
 def test_all_commands_read_a_folder_alike(tmp_path, search_cache, monkeypatch, capsys, case):
     root = fill(tmp_path / "data", *FOLDERS[case])
+    assert_alike(root, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("row", ["a.jpg,True,train", "a.jpg,cat,train", "c.jpg,,train"])
+def test_all_commands_read_a_table_alike(tmp_path, search_cache, monkeypatch, capsys, row):
+    names = [f"{name}.jpg" for name in "abcd"]
+    (fill(tmp_path, *names) / "labels.csv").write_text(
+        "\n".join(["file,kind,part", *(f"{name},{name < 'c.jpg'},train" for name in names), row])
+    )
+    given = Path(f"{tmp_path}/labels.csv?path=file&label=kind&split=part")
+    assert_alike(given, tmp_path, monkeypatch, capsys)
+
+
+def assert_alike(root: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     try:
         expected = f"data: {find_images(root).describe()}"

@@ -106,7 +106,7 @@ class Folder:
         with os.scandir(self.path) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 of_system = entry.name.startswith(".") or entry.name.lower() in SYSTEM_NAMES
-                if _is_folder(entry):
+                if is_folder(entry):
                     (content.system_folders if of_system else content.folders).append(entry.name)
                 elif _is_image(entry):
                     (content.system_images if of_system else content.images).append(entry.name)
@@ -121,7 +121,8 @@ def identity(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Of a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself

@@ -42,11 +42,11 @@ class Unused:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The labelled images of one folder; entry i of `paths`, `labels` and `valid` describes the same image."""
+    """The labelled images of one folder; entry i of `paths`, `labels`, `valid` and `groups` is of the same image."""
 
     root: Path
     layout: str
-    """"Oxford Pets", "class folders" or "split folders"."""
+    """"Oxford Pets", "class folders", "split folders", "label table", "imagefolder" or "WebDataset"."""
     paths: tuple[str, ...]
     """POSIX paths relative to `root`, sorted."""
     labels: tuple[int, ...]
@@ -61,6 +61,10 @@ class ImageFolder:
     split_folders: tuple[str, str] | None = None
     """The training and the validation folder, as `base`; None if the folder has no split of its own."""
     unused: tuple[Unused, ...] = ()
+    groups: tuple[str, ...] | None = None
+    """The group of each image, such as the patient, where a table names it; entry i is that of image i."""
+    address: str = ""
+    """What finds the same images again where `root` and `stars` do not: a table or archives, see `address`."""
 
     @property
     def num_classes(self) -> int:
@@ -75,8 +79,8 @@ class ImageFolder:
 
     @property
     def given(self) -> str:
-        """The path that finds the same images again."""
-        return f"{self.root}{self.stars}"
+        """The path that finds the same images again, see `address`."""
+        return self.address or f"{self.root}{self.stars}"
 
     def only(self, indices: Iterable[int]) -> "ImageFolder":
         """The same folder with only the images `indices`; its classes stay."""
@@ -86,6 +90,7 @@ class ImageFolder:
             paths=tuple(self.paths[i] for i in indices),
             labels=tuple(self.labels[i] for i in indices),
             valid=None if self.valid is None else tuple(self.valid[i] for i in indices),
+            groups=None if self.groups is None else tuple(self.groups[i] for i in indices),
         )
 
     def describe_depth(self) -> str:
@@ -107,7 +112,7 @@ class ImageFolder:
         unused = f"; not used: {', '.join(map(str, self.unused))}" if self.unused else ""
         return (
             f"{self.layout} layout, {len(self.paths)} images{split}, {self.num_classes} classes in "
-            f"{self.root / self.base}{unused}"
+            f"{self.address or self.root / self.base}{unused}"
         )
 
 
@@ -117,16 +122,18 @@ class ImageFolder:
 def check_classes(folder: ImageFolder, skipped: int = 0) -> None:
     """Raises `DataError` unless there are at least two classes, each with at least two images and one for training."""
     after = f" ({many(skipped, 'unreadable image')} skipped)" if skipped else ""
+    place = folder.address or folder.root
     if folder.num_classes < 2:
+        advice = "Name the column of the labels with --columns label=NAME, if it is another one"
         raise DataError(
-            f"{folder.root} ({folder.layout} layout) has only one class, {folder.classes[0]!r}, and a classifier needs "
-            "two or more. Give the folder that holds the class folders."
+            f"{place} ({folder.layout} layout) has only one class, {folder.classes[0]!r}, and a classifier needs two "
+            f"or more. {advice if folder.address else 'Give the folder that holds the class folders'}."
         )
     labels = np.asarray(folder.labels)
     counts = np.bincount(labels, minlength=folder.num_classes)
     if small := [name for name, count in zip(folder.classes, counts, strict=True) if count < 2]:
         raise DataError(
-            f"{folder.root} has fewer than two images{after} in {some(small, 'class', 'classes')}, and each class "
+            f"{place} has fewer than two images{after} in {some(small, 'class', 'classes')}, and each class "
             "needs one to train on and one to validate on. Add images to these classes or remove them."
         )
     if folder.valid is None:
@@ -135,12 +142,11 @@ def check_classes(folder: ImageFolder, skipped: int = 0) -> None:
     trained = np.bincount(labels[~valid], minlength=folder.num_classes)
     if missing := [name for name, count in zip(folder.classes, trained, strict=True) if count == 0]:
         raise DataError(
-            f"{folder.root} has validation images but no training images{after} of "
-            f"{some(missing, 'class', 'classes')}. Each class needs a folder of the same name, with images, in the "
-            "training folder; class names are compared letter by letter."
+            f"{place} has validation images but no training images{after} of {some(missing, 'class', 'classes')}. Each "
+            "class needs training images under the same name; class names are compared letter by letter."
         )
     if not valid.any():
-        raise DataError(f"{folder.root} has no validation images{after}. Add images to its validation folder.")
+        raise DataError(f"{place} has no validation images{after}. Add images to its validation part.")
 
 
 # --- Splitting and naming the content ---------------------------------------------------------------------------------

@@ -2,28 +2,31 @@
 
 All commands call `find_images`, so they agree. A folder that can be read in two ways is refused with both readings;
 `/*` at the end of its path decides: `DIR/*` takes the folders in DIR as classes, `DIR/*/*` those one level deeper.
+Tables of labels and archives have modules of their own, `label_tables` and `shards`.
 Imports no torch.
 """
 
 import logging
-import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from trainables.data import readings
+from trainables.data import label_tables, readings, shards
+from trainables.data.address import DataAddress
 from trainables.data.folder_tree import Folder, identity
 from trainables.data.labelled_images import DataError, ImageFolder, Unused, check_classes
 from trainables.data.readings import MAX_STRAY, Reading
+from trainables.data.table_files import is_table
 from trainables.system.text import many
 
 logger = logging.getLogger(__name__)
 
 LAYOUTS = (
-    "Supported layouts: class folders (<class>/*.jpg), split folders (train/<class>/*.jpg with val/<class>/*.jpg) and "
-    "Oxford Pets (images/<breed>_<number>.jpg), in any format that Pillow reads."
+    "Supported layouts: class folders (<class>/*.jpg), split folders (train/<class>/*.jpg with val/<class>/*.jpg), "
+    "Oxford Pets (images/<breed>_<number>.jpg), tables of paths and labels (labels.csv, or metadata.csv in the folder) "
+    "and WebDataset (*.tar), with images in any format that Pillow reads."
 )
 NEEDS = {
     ".heic": "install pillow-heif to read them",
@@ -42,7 +45,10 @@ MAX_NAMED = 3
 
 
 def find_images(root: Path | str) -> ImageFolder:
-    """The labelled images of `root`, whose path may end in `/*`; raises `DataError` if they cannot be used."""
+    """The labelled images of `root`, a folder, a table of labels or an archive, see `address`.
+
+    Raises `DataError` if they cannot be used.
+    """
     found = find_unchecked(root)
     check_classes(found)
     _warn_of_case(found.classes)
@@ -53,17 +59,32 @@ def find_images(root: Path | str) -> ImageFolder:
 def find_unchecked(root: Path | str) -> ImageFolder:
     """The same for any number of images in a class."""
     try:
-        bare, stars = (str(root), "") if Path(root).expanduser().exists() else split_level(str(root))
-        top = Folder(_existing_folder(bare))
-        reading = readings.class_folders(_parents(top, stars)) if stars else read(top)
+        address = DataAddress.of(str(root))
+        if address.path.is_file() and is_table(address.path.name):
+            return label_tables.in_table(address)
+        if address.path.is_file() and shards.is_shard(address.path.name):
+            return shards.in_archive(address)
+        top = Folder(_existing_folder(address.path))
+        for find in () if address.stars else (shards.in_folder, shards.in_samples, label_tables.in_metadata):
+            if found := find(top, address):
+                return found
+        reading = readings.class_folders(_parents(top, address.stars)) if address.stars else read(top)
         if reading is None:
             raise _nothing_found(top)
-        return _image_folder(top, reading, stars)
+        return _image_folder(top, reading, address.stars)
     except OSError as error:
         raise DataError(
-            f"The folder {error.filename or root} cannot be read ({error.strerror or error}). Every folder of a data "
-            "set must be readable: change its permissions, or move it out of the data set."
+            f"{error.filename or root} cannot be read ({error.strerror or error}). Every folder of a data set must be "
+            "readable: change its permissions, or move it out of the data set."
         ) from error
+
+
+def root_of(given: str) -> Path:
+    """The folder that the paths of the images in `given` are relative to, whether or not it is there."""
+    address = DataAddress.of(given)
+    is_file = is_table(address.path.name) and not address.path.is_dir()
+    folder = address.path.parent if is_file else address.path
+    return shards.unpacked_folder(address) or address.images_in(folder)
 
 
 def count_images(root: Path) -> int:
@@ -72,12 +93,6 @@ def count_images(root: Path) -> int:
         return len(find_unchecked(root).paths)
     except DataError:
         return 0
-
-
-def split_level(text: str) -> tuple[str, str]:
-    """A path or URI, and the `/*` at its end, if any."""
-    bare = re.sub(r"(/\*)+$", "", text)
-    return bare, text.removeprefix(bare)
 
 
 def read(folder: Folder) -> Reading | None:
@@ -104,11 +119,11 @@ def read(folder: Folder) -> Reading | None:
     return readings.class_folders([folder])
 
 
-def _existing_folder(path: str) -> Path:
-    root = Path(path).expanduser()
+def _existing_folder(root: Path) -> Path:
     if root.is_dir():
         return root.resolve()
-    problem = f"There is no folder {root.absolute()}. Expected a folder of labelled images."
+    kind = "file" if is_table(root.name) or shards.is_shard(root.name) else "folder"
+    problem = f"There is no {kind} {root.absolute()}. Expected a folder of labelled images."
     if root.exists():
         problem = f"{root.absolute()} is a file. Expected a folder of labelled images: unpack it if it is an archive."
     raise DataError(f"{problem} {LAYOUTS}")
@@ -216,18 +231,20 @@ def _refuse_unreadable_classes(parents: Iterable[Folder]) -> None:
 
 def _nothing_found(top: Folder) -> DataError:
     """Why there are no labelled images in `top`."""
+    tables = [name for name in top.others if is_table(name)]
+    table = f" If {tables[0]} has their labels, give {top.path / tables[0]}." if tables else ""
     for folder in (*(each for each in top.folders if each.name == "images"), top):
         if folder.images:
             return DataError(
                 f"The names of the {len(folder.images)} images in {folder.path} do not tell two classes apart (the "
                 f"first is {folder.images[0]!r}). Sort them into one folder per class, or name them "
-                f"<class>_<number>.jpg. {LAYOUTS}"
+                f"<class>_<number>.jpg.{table} {LAYOUTS}"
             )
     suffixes = _suffixes(top)
     others = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in suffixes.most_common(5))
     advice = "".join(f" {suffix}: {NEEDS[suffix]}." for suffix in suffixes if suffix in NEEDS)
     there = f" (other files: {others})" if others else ""
-    return DataError(f"There are no images that can be read in {top.path}{there}.{advice} {LAYOUTS}")
+    return DataError(f"There are no images that can be read in {top.path}{there}.{advice}{table} {LAYOUTS}")
 
 
 def _suffixes(folder: Folder) -> Counter[str]:

@@ -227,7 +227,7 @@ def _class_names(folder: Folder) -> set[str]:
 
 def _roles(folder: Folder) -> dict[str, Folder]:
     """The split folders in `folder` by their role. Raises `DataError` if it is not clear which those are."""
-    named = [(each, *_role(each.name)) for each in folder.folders]
+    named = [(each, *role_of(each.name)) for each in folder.folders]
     rests: dict[str, set[str]] = {}
     for _, role, _, rest in named:
         if role:
@@ -253,7 +253,7 @@ def _roles(folder: Folder) -> dict[str, Folder]:
     return {role: min(parts, key=lambda part: (not part[1].holds_images, part[0]))[1] for role, parts in found.items()}
 
 
-def _role(name: str) -> tuple[str, int, str]:
+def role_of(name: str) -> tuple[str, int, str]:
     """The role that a folder's name tells ("" for none), the place of its word in `ROLES`, and the other words."""
     words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
     words = [re.sub(r"(?<=[a-z])(set|data|dataset|images)$", "", word) for word in words]

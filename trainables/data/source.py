@@ -1,18 +1,20 @@
 """Sources of images and pretrained weights: text that means the same on every node of a cluster.
 
-A source is a folder that every node has at the same path, the URI of an archive or a folder that every node fetches
-once (see `fetch`), or, for images, the name of a known data set (see `datasets`). Imports no torch.
+A source is a folder, or for images also a table or archive (see `address`), that every node has at the same path; the
+URI of an archive or a folder that every node fetches once (see `fetch`); or, for images, the name of a known data set
+(see `datasets`). Imports no torch.
 """
 
 import socket
 from hashlib import sha256
 from pathlib import Path
 
+from trainables.data.address import split_level
 from trainables.data.datasets import DATASETS, prepare
 from trainables.data.fetch import fetch, is_uri, pinned
 from trainables.data.held_out_images import WithoutTestImages, without_test_images
 from trainables.data.labelled_images import DataError, ImageFolder
-from trainables.data.layouts import find_images, split_level
+from trainables.data.layouts import find_images
 
 
 def images_of(source: str | WithoutTestImages, digest: str | None = None) -> ImageFolder:
@@ -34,7 +36,7 @@ def images_of(source: str | WithoutTestImages, digest: str | None = None) -> Ima
 
 
 def folder_of(source: str) -> Path:
-    """The folder of a path or a URI on this node; keeps `/*` at its end, see `layouts`."""
+    """The folder of a path or a URI on this node; keeps what follows it, see `address`."""
     address, stars = split_level(source)
     return Path(f"{fetch(address)}{stars}") if is_uri(source) else Path(source)
 
