@@ -187,7 +187,8 @@ def own_probes(run: RunRecord) -> "pd.Series[float]":
 def _only_probed(run: RunRecord) -> pd.DataFrame:
     """The probes of what no completed trial was fine-tuned from."""
     tuned, probes = {_backbone(run, row) for _, row in run.tuned.iterrows()}, _probes(run)
-    return probes[[_backbone(run, row) not in tuned for _, row in probes.iterrows()]]
+    alone = [_backbone(run, row) not in tuned for _, row in probes.iterrows()]
+    return probes[np.array(alone, dtype=bool)]  # an empty list would select no columns instead of no rows
 
 
 def _probes(run: RunRecord) -> pd.DataFrame:

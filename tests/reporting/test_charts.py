@@ -12,6 +12,7 @@ from run_tables import DISTRIBUTIONS, write_run
 from search.reporting import chart_parts, charts, winner_charts
 from search.reporting.importance import importances, study_importances
 from search.runs.command import Resume
+from search.runs.kinds import PROBE
 from search.runs.run_record import load
 from search.spaces.space import dimension_text
 from trainables.recipe import Recipe
@@ -105,6 +106,15 @@ def test_probes_stand_against_what_fine_tuning_made_of_them(probed):
     above = sum(y > x for x, y in found.values())
     assert f"Of 7 fine-tuned trials, {below} ended below the diagonal" in chart.caption
     assert f"{above} ended above it" in chart.caption and "1 probe that no trial was fine-tuned from" in chart.caption
+
+
+def test_trials_with_a_probe_of_their_own_need_no_screen(tmp_path):
+    run = load(write_run(tmp_path / "run", probes=(0.35, 0.45)))
+    run.trials = run.trials[run.trials["kind"] != PROBE]
+    chart = charts.probes_and_fine_tuned(run)
+    points = {text for t in chart.figure.data if t.mode == "markers" for text in t.text}
+    own = run.tuned.index.intersection(charts.own_probes(run).index)
+    assert len(own) and points == {f"trial {number}" for number in own}
 
 
 def test_a_trials_own_epoch_0_comes_before_the_screens_probe(probed, tmp_path):
