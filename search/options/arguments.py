@@ -59,7 +59,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> SearchOptions:
     columns, images = values.pop("columns"), values.pop("images")
     lists = {name: tuple(values[name]) for name in ("set", "workers_per_trial")}
     try:
-        lists["data"] = with_table_options(values["data"], columns, images)
+        values["data"] = with_table_options(values["data"], columns, images)
         return SearchOptions(**values | lists, given=_given(parser, argv))
     except ValueError as error:
         parser.error(str(error))

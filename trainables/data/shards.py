@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import IO
 
 from trainables.data.address import DataAddress
 from trainables.data.fetch import CHUNK, DAMAGED
@@ -307,8 +306,8 @@ def _samples(file: Path, target: Path, folder: str) -> dict[str, _Sample]:
 
 def _require_end(archive: tarfile.TarFile) -> None:
     """Raises `TarError` unless the archive ends as it should: tarfile takes any damaged header for the end."""
-    stream: IO[bytes] | None = archive.fileobj
-    assert stream is not None
+    stream = archive.fileobj
+    assert stream is not None  # for it is open
     stream.seek(archive.offset)
     if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("it has no end, or something unreadable before it")

@@ -18,6 +18,7 @@ TABLES = (*CSV, *TSV, *JSON_LINES, *PARQUET)
 """The suffixes of tables."""
 DELIMITERS = (",", ";", "\t")
 """Of a CSV file; the first one that its first line has."""
+NO_TEXTS: dict[type, str] = {dict: "several fields", list: "a list", bytes: "bytes"}
 
 
 class TableRow(NamedTuple):
@@ -163,13 +164,10 @@ def _damaged(file: Path, error: Exception) -> DataError:
 
 def _row_of(place: str, names: Sequence[str], values: Sequence[Any]) -> TableRow:
     for name, value in zip(names, values, strict=True):
-        if isinstance(value, dict | list | bytes):
-            return TableRow(place, problem=f"has no text in {name!r}, but {_kind(value)}")
+        for kind, what in NO_TEXTS.items():
+            if isinstance(value, kind):
+                return TableRow(place, problem=f"has no text in {name!r}, but {what}")
     return TableRow(place, tuple(map(_cell, values)))
-
-
-def _kind(value: object) -> str:
-    return {dict: "several fields", list: "a list", bytes: "bytes"}[type(value)]
 
 
 def _cell(value: object) -> str:
