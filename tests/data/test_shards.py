@@ -87,6 +87,9 @@ def test_one_archive_with_names_of_classes(tmp_path):
     assert found.given == str(file) and find_images(found.given) == found
     (tmp_path / "classnames.txt").write_text("wren\nrobin\n")
     assert find_images(file).classes == ("robin", "wren")
+    (tmp_path / "classnames.txt").write_text("crane\ncrane\n")
+    with pytest.raises(DataError, match=r"classnames.txt gives 1 name \('crane'\) to several classes"):
+        find_images(file)
 
 
 def test_text_labels_and_compressed_archives(tmp_path):
@@ -99,6 +102,9 @@ def test_labels_in_json(tmp_path):
     for n in range(4):
         said = {"label": f"0{n % 2}", "kind": n % 2, "box": [1]}
         files |= {f"{n}.png": b"", f"{n}.json": json.dumps(said)}
+    both = tar(tmp_path / "both.tar", files | {f"{n}.cls": str(n // 2) for n in range(4)})
+    assert labelled(find_images(both)) == {f"both/{n}.png": str(n // 2) for n in range(4)}
+    assert labelled(find_images(f"{both}?label=label")) == {f"both/{n}.png": f"0{n % 2}" for n in range(4)}
     file = tar(tmp_path / "birds.tar", files)
     assert find_images(file).classes == ("00", "01")
     assert find_images(f"{file}?label=kind").classes == ("0", "1")
@@ -172,6 +178,13 @@ def test_an_archive_that_was_fetched_from_an_address_is_read_too(tmp_path):
     (found.root / "a/1.cls").unlink()
     with pytest.raises(DataError, match=r"1 sample of 4 .*: 'a/1' has no label"):
         find_images(found.given)
+
+
+def test_what_a_data_set_came_in_is_not_unpacked_by_looking_at_its_folder(tmp_path, cache):
+    tar(tmp_path / "pets/images.tar.gz", samples("1", "2", "3", "4"), "w:gz")
+    with pytest.raises(DataError, match="no images that can be read"):
+        find_images(tmp_path)
+    assert not cache.exists()
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------

@@ -206,17 +206,14 @@ def with_parts(
     """
     if "split" not in columns:
         return by_folders(entries) if "split" not in address.columns else entries, columns
-    parts = [_part(entry.part, columns["split"]) for entry in entries]
-    if not any(parts) and "split" not in address.columns:
+    parts = {text: _part(text, columns["split"]) for text in {entry.part for entry in entries}}
+    if not any(parts.values()) and "split" not in address.columns:
         columns = {role: name for role, name in columns.items() if role != "split"}
         return by_folders([replace(entry, part="") for entry in entries]), columns
-    known = []
-    for entry, part in zip(entries, parts, strict=True):
-        if part:
-            known.append(replace(entry, part=part))
-        else:
+    for entry in entries:
+        if not parts[entry.part]:
             problems.append(f"{entry.place} has the split {entry.part!r}, expected train, valid or test")
-    return known, columns
+    return [replace(entry, part=part) for entry in entries if (part := parts[entry.part])], columns
 
 
 def _part(text: str, column: str) -> str:

@@ -62,7 +62,7 @@ def find_unchecked(root: Path | str) -> ImageFolder:
         address = DataAddress.of(str(root))
         if address.path.is_file() and is_table(address.path.name):
             return label_tables.in_table(address)
-        if address.path.is_file() and shards.is_shard(address.path.name):
+        if address.path.is_file() and shards.is_archive(address.path.name):
             return shards.in_archive(address)
         top = Folder(_existing_folder(address.path))
         for find in () if address.stars else (shards.in_folder, shards.in_samples, label_tables.in_metadata):
@@ -122,7 +122,7 @@ def read(folder: Folder) -> Reading | None:
 def _existing_folder(root: Path) -> Path:
     if root.is_dir():
         return root.resolve()
-    kind = "file" if is_table(root.name) or shards.is_shard(root.name) else "folder"
+    kind = "file" if is_table(root.name) or shards.is_archive(root.name) else "folder"
     problem = f"There is no {kind} {root.absolute()}. Expected a folder of labelled images."
     if root.exists():
         problem = f"{root.absolute()} is a file. Expected a folder of labelled images: unpack it if it is an archive."

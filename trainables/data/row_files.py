@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
 
@@ -62,7 +62,7 @@ class RowFiles:
         return path.removeprefix(f"{self.root}/")
 
     def _checked(self, path: str, name: str) -> RowFile:
-        suffix = PurePosixPath(path).suffix.lower()
+        suffix = posixpath.splitext(path)[1].lower()
         if suffix and suffix not in SUFFIXES and not suffix[1:].isdigit():
             return RowFile(problem=f"names {name!r}, which is not an image that can be read ({suffix})")
         return RowFile(path)

@@ -8,11 +8,13 @@ import json
 import logging
 import posixpath
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from unicodedata import normalize
 
 from trainables.data.address import DataAddress
 from trainables.data.fetch import CHUNK, DAMAGED
@@ -23,11 +25,13 @@ from trainables.data.labelled_images import DataError, ImageFolder
 from trainables.data.readings import role_of
 from trainables.data.table_files import rows_of
 from trainables.system.cache import cache_dir, locked, new_folder
-from trainables.system.text import many
+from trainables.system.text import many, some
 
 logger = logging.getLogger(__name__)
 
-SHARDS = (".tar", ".tar.gz", ".tgz")
+SHARD = ".tar"
+ARCHIVES = (SHARD, ".tar.gz", ".tgz")
+"""What can be given itself. In a folder a compressed archive is not a shard: it may be what a data set came in."""
 CLASS_NAMES = ("classnames.txt", "classes.txt")
 """Files beside the archives whose line i, counted from 0, is the name of class i."""
 OPTIONS = ("label", "rows")
@@ -63,8 +67,8 @@ class Shards:
         return cache_dir() / "shards" / sha256(content.encode()).hexdigest()[:20]
 
 
-def is_shard(name: str) -> bool:
-    return name.lower().endswith(SHARDS)
+def is_archive(name: str) -> bool:
+    return name.lower().endswith(ARCHIVES)
 
 
 def in_archive(address: DataAddress) -> ImageFolder:
@@ -102,7 +106,7 @@ def in_samples(top: Folder, address: DataAddress) -> ImageFolder | None:
 
 def unpacked_folder(address: DataAddress) -> Path | None:
     """Where the archives of an address are unpacked, or will be; None if there are none."""
-    if address.path.is_file() and is_shard(address.path.name):
+    if address.path.is_file() and is_archive(address.path.name):
         return _of_archive(address).unpacked
     if not address.path.is_dir() or address.stars:
         return None
@@ -117,7 +121,8 @@ def _of_archive(address: DataAddress) -> Shards:
 
 
 def _of_folder(top: Folder, address: DataAddress) -> Shards | None:
-    names = tuple(f"{each.prefix}{name}" for each in (top, *top.folders) for name in each.others if is_shard(name))
+    found = ((each, name) for each in (top, *top.folders) for name in each.others)
+    names = tuple(f"{each.prefix}{name}" for each, name in found if name.lower().endswith(SHARD))
     if not names or top.holds_images:
         return None
     return Shards(address=DataAddress(path=top.path, options=address.options), folder=top.path, names=names)
@@ -164,7 +169,7 @@ def _part(name: str) -> tuple[str, str]:
 
 
 def _stem(name: str) -> str:
-    return next((name[: -len(suffix)] for suffix in SHARDS if name.lower().endswith(suffix)), name)
+    return next((name[: -len(suffix)] for suffix in ARCHIVES if name.lower().endswith(suffix)), name)
 
 
 # --- Unpacking --------------------------------------------------------------------------------------------------------
@@ -221,9 +226,12 @@ def _class_names(folder: Path) -> list[str]:
     """The names of the classes by their numbers; empty without a file of them."""
     file = next((folder / name for name in CLASS_NAMES if (folder / name).is_file()), None)
     try:
-        return [] if file is None else [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+        names = [] if file is None else [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text. Save it again, in UTF-8.") from error
+    if twice := [name for name, count in Counter(filter(None, names)).items() if count > 1]:
+        raise DataError(f"{file} gives {some(twice, 'name', 'names')} to several classes. Give each one of its own.")
+    return names
 
 
 def _split_key(path: str) -> tuple[str, str]:
@@ -248,7 +256,8 @@ class _Sample:
         return self.images[0]
 
     def label(self, address: DataAddress, known: Sequence[str]) -> str:
-        text = _text(self.texts["cls"]) if "cls" in self.texts else self._json_label(address)
+        plain = "cls" in self.texts and "label" not in address.options
+        text = _text(self.texts["cls"]) if plain else self._json_label(address)
         if not text:
             raise ValueError("has an empty label")
         if not known or not (text.isascii() and text.isdecimal()):
@@ -278,7 +287,7 @@ class _Sample:
 
 def _text(content: bytes) -> str:
     try:
-        return content.decode("utf-8-sig").strip()
+        return normalize("NFC", content.decode("utf-8-sig").strip())
     except UnicodeDecodeError:
         raise ValueError("has a label that is not UTF-8 text") from None
 
