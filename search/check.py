@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from search.cli.messages import command_name, say
-from search.options.arguments import add_max_unreadable, add_space, search_command
-from search.options.preparation import has_pattern, own_dataset, say_depth, setting_values, space_of
+from search.options.arguments import add_group, add_max_unreadable, add_space, search_command
+from search.options.preparation import has_pattern, own_dataset, say_depth, setting_values, space_of, with_groups
 from search.options.search_options import folder_or_uri
 from search.reporting.data_tables import (
     class_table,
@@ -29,6 +29,7 @@ from search.reporting.data_tables import (
     size_table,
     unreadable_lines,
 )
+from search.reporting.leakage import across
 from search.spaces.architectures import refused
 from search.spaces.space import Space, space_name
 from trainables.batches import augmentation, warp_cpu
@@ -36,6 +37,7 @@ from trainables.data.address import DataAddress, add_table_options, with_table_o
 from trainables.data.fetch import is_uri
 from trainables.data.inspection import Finding, Inspection, find_folder, findings, inspect
 from trainables.data.labelled_images import DataError, ImageFolder
+from trainables.data.near_duplicates import MAX_IMAGES
 from trainables.data.presize import presize
 from trainables.data.presized_images import PresizedImages, write_unreadable
 from trainables.data.source import folder_of
@@ -46,6 +48,7 @@ from trainables.system.text import many, printable
 Indices = npt.NDArray[np.int64]
 
 TRAIN_PICTURE, VALID_PICTURE = "train_batch.png", "valid_batch.png"
+PAIRS, PAIRS_PICTURE = "near_duplicates.csv", "near_duplicates.png"
 UNREADABLE = "unreadable.txt"
 NUM_PICTURED, COLUMNS = 24, 6  # images in a picture, and in each of its rows
 
@@ -75,6 +78,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--data", type=folder_or_uri, metavar="DIR|URI", help="labelled images instead of the space's own"
     )
     add_table_options(parser)
+    add_group(parser)
     add_max_unreadable(parser)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=(
         "a setting, as in search.run; the pictures show presize, image_size and the augmentation; repeatable"
@@ -100,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.cache:
         return show_caches(clear_them=args.cache == "clear")
-    given = {"data": args.data, "settings": args.set, "max_unreadable": args.max_unreadable}
+    given = {"data": args.data, "settings": args.set, "max_unreadable": args.max_unreadable, "group": args.group}
     next_command = search_command(args.space, **given)
     space = space_of(args.space, args.set, seed=args.seed)
     if problems := refused(space):
@@ -110,17 +114,16 @@ def main(argv: list[str] | None = None) -> int:
     recipe = Recipe.from_dict(space.settings)
     root = data_root(space, args.data)
     try:
-        folder = find_folder(root)
+        folder = find_here(root, args.group)
     except DataError as error:
-        say(f"data: {root}")
         return conclude([Finding(str(error), "", True)], next_command)
     out = output_folder(args.out or Path("results") / f"check-{args.space}")
-    say(f"data: {folder.describe()}")
     say_depth(folder)
     inspection = inspect_here(folder, recipe, space.split_seed)
     report(inspection, recipe, out / UNREADABLE)
     write_pictures(inspection, recipe, out)
-    return conclude(findings(inspection, args.max_unreadable), next_command)
+    found = findings(inspection, args.max_unreadable)
+    return conclude([*found, *look_for_near_duplicates(inspection, recipe, out)], next_command)
 
 
 def show_caches(*, clear_them: bool) -> int:
@@ -162,11 +165,22 @@ def data_root(space: Space, given: Path | str | None) -> Path:
     return folder_of(str(given))
 
 
+def find_here(root: Path, group: str | None) -> ImageFolder:
+    """The images in a folder, with their groups; says what they are. Raises `DataError`."""
+    try:
+        folder = find_folder(root)
+    except DataError:
+        say(f"data: {root}")
+        raise
+    say(f"data: {folder.describe()}")
+    return with_groups(folder, group)
+
+
 def output_folder(path: Path) -> Path:
     """Make `path`, and remove the pictures of an earlier check from it. Raises `ValueError`."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for name in (TRAIN_PICTURE, VALID_PICTURE, UNREADABLE):
+        for name in (TRAIN_PICTURE, VALID_PICTURE, PAIRS, PAIRS_PICTURE, UNREADABLE):
             (path / name).unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(
@@ -229,6 +243,30 @@ def write_pictures(inspection: Inspection, recipe: Recipe, out: Path) -> None:
         say(f"picture: {out / name}  {len(images)} {what}, {recipe.image_size} px, as the network sees them{mixup}")
 
 
+def look_for_near_duplicates(inspection: Inspection, recipe: Recipe, out: Path) -> list[Finding]:
+    """A warning of those that the split separates; names them in a file, and pictures the most alike."""
+    from trainables.inference.pictures import save_grid
+
+    folder = inspection.folder
+    if len(folder.paths) > MAX_IMAGES:
+        say(f"near-duplicates: not looked for among more than {MAX_IMAGES} images, except by --group duplicates")
+        return []
+    of_images = folder.paths, folder.labels, folder.classes, inspection.valid
+    found = across(inspection.near_duplicates, *of_images, own_split=folder.valid is not None)
+    say(f"near-duplicates: {many(len(inspection.near_duplicates), 'pair')}, {len(found.rows)} across the split")
+    if not found.rows:
+        return []
+    found.save(out / PAIRS)
+    shown = np.array(found.indices[: NUM_PICTURED // 2], dtype=np.int64).ravel()
+    names = [printable(folder.classes[folder.labels[index]]) for index in shown]
+    titles = [f"{'valid' if place % 2 else 'train'}: {name}" for place, name in enumerate(names)]
+    with tempfile.TemporaryDirectory(prefix="finetune-search-") as cache:
+        images = presized(folder, shown, recipe, Path(cache))
+        save_grid(out / PAIRS_PICTURE, centred(images, recipe), titles, columns=COLUMNS)
+    say(f"picture: {out / PAIRS_PICTURE}  the {many(len(shown) // 2, 'pair')} most alike, side by side")
+    return [Finding(found.text(out / PAIRS), found.remedy, False)]
+
+
 def pick(labels: Sequence[int], indices: Indices, n: int, seed: int) -> Indices:
     """At most `n` random `indices` from as many classes as possible, grouped by class."""
     shuffled = np.random.default_rng(seed).permutation(indices)
@@ -242,7 +280,7 @@ def pick(labels: Sequence[int], indices: Indices, n: int, seed: int) -> Indices:
 
 def presized(folder: ImageFolder, indices: Indices, recipe: Recipe, cache: Path) -> PresizedImages:
     """The images `indices` of `folder` as trials read them; presizing only these takes a moment."""
-    few = replace(folder.only(indices), valid=None)
+    few = replace(folder.only(indices), valid=None, groups=None)
     return presize(few, recipe.presize, recipe.resize_method, cache=cache)
 
 

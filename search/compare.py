@@ -135,11 +135,12 @@ def _with_interval(run: RunRecord, row: "pd.Series[Any]") -> str:
 
 def warnings(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
     """Why the errors of these runs may not be comparable."""
-    splits = {(run.command.data, run.command.split_seed, run.num_valid) for run in runs}
+    splits = {(run.command.data, run.command.split_seed, run.command.groups or "", run.num_valid) for run in runs}
     if len(splits) == 1:
         return []
     listed = "; ".join(
         f"{name}: {run.command.data}, seed {run.command.split_seed}, {run.num_valid or 'unknown'} images"
+        + (f", grouped by {run.command.arguments.group}" if run.command.arguments.group else "")
         for name, run in zip(names, runs, strict=True)
     )
     return [f"the runs did not validate on the same images, so their errors are not comparable ({listed})"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.cli.messages import command_name, say
-from search.options.arguments import add_cache, add_max_unreadable, add_space, positive, search_command
+from search.options.arguments import add_cache, add_group, add_max_unreadable, add_space, positive, search_command
 from search.options.search_options import folder_or_uri
 from search.spaces.space import Range, Space, space_name
 from trainables.data.address import add_table_options, with_table_options
@@ -19,7 +19,7 @@ from trainables.system.text import last_line
 if TYPE_CHECKING:
     import ray
 
-    from trainables.data.held_out_images import WithoutTestImages
+    from trainables.data.held_out_images import ImageSource
     from trainables.data.presized_images import PresizedImages
     from trainables.ray.worker_group import GroupSize
     from trainables.recipe import Recipe
@@ -62,6 +62,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipe")
     parser.add_argument("--num-it", type=positive, default=100, metavar="N", help="steps (default 100)")
     parser.add_argument("--seed", type=int, metavar="N", help="default: the space's")
+    add_group(parser)
     add_max_unreadable(parser)
     add_cache(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: results/lr_find-<arch>-<stage>.png")
@@ -75,7 +76,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from search.options.preparation import check_weights, find_data, presize_here, say_depth, space_of
+    from search.options.preparation import check_weights, find_data, presize_here, say_depth, space_of, with_groups
     from search.spaces.architectures import check_architectures
     from trainables.data.source import folder_of
     from trainables.recipe import Recipe
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or Path("results") / f"lr_find-{recipe.arch}-{stage}.png"
     require_writable_file(out)
     check_architectures(space)
-    images = find_data(space, args.data)
+    images = with_groups(find_data(space, args.data), args.group)
     say_depth(images)
     check_weights(space, args.weights)
     presized = presize_here(space, images, cache=args.cache, max_unreadable=args.max_unreadable)
@@ -106,7 +107,8 @@ def main(argv: list[str] | None = None) -> int:
     trusted = trusted_rates(found)
     say(f"curve: {out}")
     settings.append(f"{setting}={_range(min(trusted), max(trusted))}")
-    command = search_command(args.space, data=args.data, settings=settings, max_unreadable=args.max_unreadable)
+    given = {"data": args.data, "group": args.group, "max_unreadable": args.max_unreadable}
+    command = search_command(args.space, settings=settings, **given)
     say(f"next: {command}")
     return 0
 
@@ -177,7 +179,7 @@ def trusted_rates(found: dict[str, float]) -> list[float]:
 
 def narrowed_rates(
     space: Space,
-    data: str | WithoutTestImages,
+    data: ImageSource,
     digest: str,
     weights: str | None,
     size: GroupSize,
@@ -218,7 +220,7 @@ def narrowed_rates(
 
 def _find_on_worker(
     settings: dict[str, Any],
-    data: str | WithoutTestImages,
+    data: ImageSource,
     digest: str,
     presizing: Mapping[str, Any],
     weights: str | None,

@@ -227,7 +227,8 @@ def _split(run: RunRecord) -> str:
     if not run.num_train or not run.num_valid:
         return ""
     classes = f" of {len(run.labels)} classes" if run.labels else ""
-    return f"{run.num_train} to train on, {run.num_valid} to validate{classes}; seed {run.command.split_seed}"
+    groups = f", groups by {run.command.arguments.group}" if run.command.arguments.group else ""
+    return f"{run.num_train} to train on, {run.num_valid} to validate{classes}; seed {run.command.split_seed}{groups}"
 
 
 def _trial_size(command: CommandRecord) -> str:

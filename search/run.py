@@ -22,6 +22,7 @@ from search.options.preparation import (
     say_depth,
     searched_space,
     with_epochs,
+    with_groups,
     with_metric,
     with_names,
     with_weights,
@@ -89,6 +90,7 @@ class Prepared:
     asked: SearchOptions  # before names, epochs and rates were decided, and addresses pinned
     space: Space
     images: "ImageFolder"  # those that the search may know
+    groups: str  # of all images, as text
     known: "ImagesRecord"
     files: "FilesRecord"
     mirror: AbstractContextManager[object]
@@ -100,9 +102,11 @@ def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
     show_progress()
     asked, options = options, replace(options, set=with_names(options.set))
     space = searched_space(options)
+    from search.reporting.leakage import say_near_duplicates
     from search.reporting.test_set import hold_out
-    from search.runs.resume import files_record, images_record, require_same, require_whole
+    from search.runs.resume import begun_without_groups, files_record, images_record, require_same, require_whole
     from search.tuning.halving import check_lengths
+    from trainables.data.groups import to_text
 
     if options.resume:
         require_whole(folder, space.dimensions)
@@ -113,6 +117,9 @@ def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
     options, space = without_untrainable(options, space, by_pattern=has_pattern(asked.set))
     mirror = mirror_of(options, folder)
     images = find_data(space, options.data)
+    if not (options.resume and begun_without_groups(folder)):
+        images = with_groups(images, options.group)
+    groups = to_text(images.groups)
     images = hold_out(images, options.test_split, space.split_seed, read=folder.test.is_file())
     say_depth(images)
     options, space = with_epochs(options, space, images)
@@ -121,12 +128,15 @@ def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
         options, space = with_weights(options, space)
     known, files = images_record(images), files_record(options, space)
     if options.resume:
-        require_same(folder, space.to_record(), known, files)
+        require_same(folder, space.to_record(), known, files, groups)
     options = pinned(options)
     if options.address is None:
-        presize_here(space, images, cache=options.cache, max_unreadable=options.max_unreadable)
+        presized = presize_here(space, images, cache=options.cache, max_unreadable=options.max_unreadable)
+        if not options.resume:
+            say_near_duplicates(presized, space.split_seed, folder.near_duplicates)
     return Prepared(
-        options=options, asked=asked, space=space, images=images, known=known, files=files, mirror=mirror
+        options=options, asked=asked, space=space, images=images, groups=groups, known=known, files=files,
+        mirror=mirror,
     )  # fmt: skip
 
 
@@ -153,7 +163,7 @@ def connect(prepared: Prepared, folder: "RunFolder", argv: Sequence[str], began:
     from search.tuning.tuner import RunOptions
 
     size, num_workers = sizes(options, nodes, setting_values(space, "arch"))
-    source = source_of(str(options.data or space.dataset), options.test_split, space.split_seed)
+    source = source_of(str(options.data or space.dataset), prepared.groups, options.test_split, space.split_seed)
     if options.lr_range == "auto":
         from search.lr_find import narrowed_rates
 
@@ -209,6 +219,7 @@ def write_record(prepared: Prepared, run: "RunOptions", argv: Sequence[str], nod
         images=before.images if before and before.images else prepared.known,
         files=prepared.files,
         data=str(prepared.images.given),
+        groups=before.groups if before else prepared.groups,
         hardware=hardware(nodes),
     ).save(folder.path)
     write_atomically(folder.space, json.dumps(run.space.to_record(), indent=2) + "\n")

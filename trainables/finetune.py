@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from trainables.data import groups
 from trainables.data.address import add_table_options, with_table_options
 from trainables.data.labelled_images import MAX_UNREADABLE
 from trainables.data.layouts import find_images
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="folder with <arch>.safetensors; the only place that is searched")
     share = f"of the images that may be unreadable; default {MAX_UNREADABLE:g}"
     parser.add_argument("--max-unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE", help=share)
+    parser.add_argument("--group", metavar="|".join((*groups.WAYS, "REGEX")), help=groups.HELP)
     parser.add_argument("--cache", choices=STORAGES, default="auto", help="how presized images are kept; default auto")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipe")
     args = parser.parse_args()
@@ -41,11 +43,13 @@ def main() -> None:
         try_out(recipe)
         if recipe.pretrained and args.weights:
             require_weights([recipe.arch], args.weights)
-        found = find_images(str(with_table_options(args.data, args.columns, args.images)))
+        args.group = args.group and groups.checked_group(args.group)
+        found = groups.grouped(find_images(str(with_table_options(args.data, args.columns, args.images))), args.group)
         if int(os.environ.get("RANK", 0)) == 0:
-            print(printable(f"data: {found.describe()}"), file=sys.stderr)
+            for line in (f"data: {found.images.describe()}", *found.lines):
+                print(printable(line), file=sys.stderr)
         sizes = recipe.presize, recipe.resize_method
-        images = presize(found, *sizes, storage=args.cache, max_unreadable=args.max_unreadable)
+        images = presize(found.images, *sizes, storage=args.cache, max_unreadable=args.max_unreadable)
     except ValueError as error:
         parser.error(str(error))
     device = init_from_environment()

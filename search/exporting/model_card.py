@@ -178,6 +178,8 @@ def _data(model: ModelFolder, command: CommandRecord, run: RunRecord | None) -> 
     if run is not None and run.num_train and run.num_valid:
         rows += [("training images", run.num_train), ("validation images", run.num_valid)]
     rows.append(("seed of the split, unless the data has its own", command.split_seed))
+    if command.arguments.group:
+        rows.append(("groups that the split keeps together", command.arguments.group))
     shown = _table(("output", "class"), enumerate(model.labels[:MAX_LABELS]))
     more = len(model.labels) - MAX_LABELS
     rest = f"\n\nand {more} more, in labels.json" if more > 0 else ""

@@ -10,6 +10,7 @@ from search.cli.messages import command_name
 from search.options.search_options import SearchOptions, absolute, folder_or_uri
 from search.options.strategy import CONFIRM_SEEDS, OBJECTIVES, SCHEDULERS, SEARCHERS
 from search.spaces.space import OWN_IMAGES, space_names
+from trainables.data import groups
 from trainables.data.address import add_table_options, with_table_options
 from trainables.data.labelled_images import MAX_UNREADABLE
 from trainables.system.file_systems import shown
@@ -94,6 +95,7 @@ def _add_what(group: Group) -> None:
         "hold out this share of every class (0.2), or take a folder of other images of the same classes; they are "
         "opened once, at the end, to test the winner and trial 0"
     ))  # fmt: skip
+    add_group(group)
     group.add_argument("--recipes", metavar="NAME", help=(
         "run only the space's recipes of that name, such as book, each once and to its end; ignores --searcher and "
         "--scheduler"
@@ -222,6 +224,12 @@ def add_max_unreadable(group: Group) -> None:
     ))  # fmt: skip
 
 
+def add_group(group: Group) -> None:
+    """`--group`, for all commands that split images."""
+    ways = "|".join(groups.WAYS)
+    group.add_argument("--group", type=_group, metavar=f"{ways}|REGEX", help=groups.HELP)
+
+
 def resume_command(run: Path, address: str | None) -> str:
     """The command that resumes the interrupted run in a folder."""
     words = ["--resume", "--name", run.name]
@@ -230,9 +238,16 @@ def resume_command(run: Path, address: str | None) -> str:
     return shell_command("search.run", *words, *(["--address", address] if address else []))
 
 
-def search_command(space: str, *, data: Path | str | None, settings: Sequence[str], max_unreadable: float) -> str:
+def search_command(
+    space: str,
+    *,
+    data: Path | str | None,
+    settings: Sequence[str],
+    max_unreadable: float,
+    group: str | None = None,
+) -> str:
     """The `search.run` that follows another command with its space, data and settings."""
-    words = ["--space", space, *(["--data", str(data)] if data else [])]
+    words = ["--space", space, *(["--data", str(data)] if data else []), *(["--group", group] if group else [])]
     if max_unreadable != MAX_UNREADABLE:
         words += ["--max-unreadable", str(max_unreadable)]
     return shell_command("search.run", *words, *(word for setting in settings for word in ("--set", setting)))
@@ -249,6 +264,13 @@ def _test_split(text: str) -> float | Path:
     if not 0 < share < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a share between 0 and 1, such as 0.2, nor a folder")
     return share
+
+
+def _group(text: str) -> str:
+    try:
+        return groups.checked_group(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _share(text: str) -> float:

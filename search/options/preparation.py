@@ -43,6 +43,20 @@ def find_data(space: Space, data: Path | str | None) -> "ImageFolder":
     return images
 
 
+def with_groups(images: "ImageFolder", group: str | None) -> "ImageFolder":
+    """The images with their groups by `--group`, and exact copies together; says what they are."""
+    from rich.progress import Progress
+
+    from trainables.data.groups import DUPLICATES, grouped
+
+    with Progress(transient=True, disable=group != DUPLICATES) as progress:
+        task = progress.add_task("comparing images", total=None)
+        found = grouped(images, group, lambda done, total: progress.update(task, completed=done, total=total))
+    for line in found.lines:
+        say(line)
+    return found.images
+
+
 def own_dataset(space: Space) -> str:
     """The name of the space's own data set; raises `ValueError` where the user must give images."""
     if not space.dataset:
@@ -172,12 +186,11 @@ def _leave_out(options: SearchOptions, space: Space, archs: Iterable[str], why: 
 def with_epochs(options: SearchOptions, space: Space, images: "ImageFolder") -> tuple[SearchOptions, Space]:
     """Options and space with epochs for the number of training images, where they depend on it."""
     from search.spaces.epochs import epochs_for, middle
-    from trainables.data.labelled_images import split
+    from trainables.data.splits import train_and_valid
 
     if not space.epochs_of:
         return options, space
-    valid = sum(images.valid) if images.valid is not None else len(split(images.labels, seed=space.split_seed)[1])
-    count = len(images.labels) - valid
+    count = len(train_and_valid(images.labels, images.valid, images.groups, seed=space.split_seed)[0])
     epochs = epochs_for(count)
     say(f"epochs: {epochs}, for {count} training images")
     return _with_sets(options, f"epochs={middle(epochs)}", f"epochs={epochs}")

@@ -27,6 +27,7 @@ class SearchOptions:
     data: Path | str | None = None  # a folder or a URI; None: the space's own
     weights: Path | str | None = None
     test_split: float | Path | None = None
+    group: str | None = None  # parent, column, duplicates or a regular expression, see `groups.grouped`
     recipes: str | None = None
     describe: bool = False
     max_unreadable: float = MAX_UNREADABLE

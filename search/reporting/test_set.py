@@ -13,7 +13,8 @@ from search.options.arguments import resume_command
 from search.runs.command import CommandRecord
 from search.runs.kinds import name_of
 from search.runs.statistics import bootstrap_interval, wilson_interval
-from trainables.data.held_out_images import WithoutTestImages, held_share, set_aside, without_test_images
+from trainables.data.groups import Grouped, with_text
+from trainables.data.held_out_images import ImageSource, WithoutTestImages, held_share, set_aside, without_test_images
 from trainables.data.labelled_images import DataError, ImageFolder
 from trainables.data.layouts import find_images, find_unchecked
 from trainables.inference.model_folder import read_json, read_model
@@ -46,10 +47,10 @@ def hold_out(
     return without_test_images(images, held_share(test_split), seed)
 
 
-def source_of(source: str, test_split: float | Path | None, seed: int) -> str | WithoutTestImages:
-    """Where every node gets the images that the search may use."""
-    share = held_share(test_split)
-    return source if share is None else WithoutTestImages(source, share, seed)
+def source_of(source: str, groups: str, test_split: float | Path | None, seed: int) -> ImageSource:
+    """Where every node gets the images that the search may use, with their `groups` as text."""
+    share, known = held_share(test_split), Grouped(source, groups) if groups else source
+    return known if share is None else WithoutTestImages(known, share, seed)
 
 
 def held_out(images: ImageFolder, test_split: float | Path | str, seed: int) -> ImageFolder:
@@ -102,7 +103,8 @@ def read_once(folder: "RunFolder", digest: str | None) -> None:
 def _test_images(command: CommandRecord, digest: str | None) -> ImageFolder:
     from trainables.data.source import images_digest
 
-    images, options, seed = find_images(command.data), command.arguments, command.split_seed
+    images = with_text(find_images(command.data), command.groups or "")
+    options, seed = command.arguments, command.split_seed
     assert options.test_split is not None  # see read_once
     if images_digest(without_test_images(images, options.held_out_share, seed)) != digest:
         raise DataError(

@@ -66,6 +66,7 @@ class CommandRecord:
     images: ImagesRecord | None = None
     files: FilesRecord = FilesRecord()
     data: str = ""  # the images' folder on the machine of the search
+    groups: str | None = None  # of these images, see `groups.to_text`; None: an earlier version, which had none
     ray_dashboard: str = ""
     hardware: Mapping[str, Any] = field(default_factory=dict)
 

@@ -26,6 +26,7 @@ class RunFolder:
         self.journal = self.path / "study.journal"
         self.rungs = self.path / "rungs.json"
         self.lr_find = self.path / "lr_find"
+        self.near_duplicates = self.path / "near_duplicates.csv"
         self.interpretation = self.path / "interpretation"
         self.report = self.path / "report.html"
         self.tune = self.path / "tune"

@@ -38,8 +38,8 @@ MAX_NAMES = 3
 
 
 def is_begun(folder: RunFolder) -> bool:
-    """Whether it holds more than the finder's curves, which a search leaves that ended before its first trial."""
-    return folder.path.is_dir() and list(folder.path.iterdir()) not in ([], [folder.lr_find])
+    """Whether it holds more than what a search leaves that ended before its first trial."""
+    return folder.path.is_dir() and not {folder.lr_find, folder.near_duplicates}.issuperset(folder.path.iterdir())
 
 
 def is_same_command(folder: RunFolder, options: SearchOptions) -> bool:
@@ -206,15 +206,27 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def require_same(folder: RunFolder, space: Mapping[str, Any], images: ImagesRecord, files: FilesRecord) -> None:
-    """Raises `ValueError`, with the difference, where the images, the space, the test images or the weights of a run
-    have changed since it began."""
+def begun_without_groups(folder: RunFolder) -> bool:
+    """Whether an earlier version began the run, which split copies of an image like any others."""
+    return CommandRecord.load(folder.path).groups is None
+
+
+def require_same(
+    folder: RunFolder, space: Mapping[str, Any], images: ImagesRecord, files: FilesRecord, groups: str = ""
+) -> None:
+    """Raises `ValueError`, with the difference, where the images, their groups, the space, the test images or the
+    weights of a run have changed since it began."""
     command = CommandRecord.load(folder.path)
     before = command.images or images
     if before.digest != images.digest:
         raise ValueError(
             f"{folder}/ cannot be resumed, its images have changed: {_image_changes(before, images)}. Restore them, or "
             "begin a new run."
+        )
+    if (command.groups or "") != groups:
+        raise ValueError(
+            f"{folder}/ cannot be resumed, the groups of its images have changed, and with them the split. Restore the "
+            "images and their table as they were, or begin a new run."
         )
     if folder.space.is_file() and (found := _changes(_with_texts(read_json(folder.space)), _with_texts(space))):
         raise ValueError(

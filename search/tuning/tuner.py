@@ -33,7 +33,7 @@ from search.tuning.early_stopping import new_scheduler
 from search.tuning.halving import new_searcher
 from search.tuning.screen import Screen, new_screen
 from search.tuning.searcher import OptunaSearcher
-from trainables.data.held_out_images import WithoutTestImages
+from trainables.data.held_out_images import ImageSource
 from trainables.data.source import folder_of
 from trainables.ray.retry_limits import ACTOR_RETRIES, MAX_CONSECUTIVE_FAILURES
 from trainables.ray.trial import OBJECTIVE, FineTuneTrial, TrialOptions, table_id
@@ -47,7 +47,7 @@ class RunOptions:
     options: SearchOptions
     space: Space
     folder: RunFolder
-    data: str | WithoutTestImages  # source of the images, see `trainables.data.source`
+    data: ImageSource  # source of the images, see `trainables.data.source`
     data_digest: str | None = None  # every node must have images with this digest
     labels: list[str]
     group_size: GroupSize

@@ -1,5 +1,6 @@
 """`python -m search.check`: what it prints, its exit codes, and the pictures that it leaves."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from search.check import TRAIN_PICTURE, VALID_PICTURE, main, pick
 from trainables.data.image_file import read_image
 from trainables.data.layouts import find_images
 from trainables.inference.pictures import GAP, LINE, save_grid
+from trainables.system.text import many
 
 ROOT = Path(__file__).parents[2]
 SIDE = 192  # px; how large an image of 48 or 96 px is shown
@@ -137,6 +139,42 @@ def test_copies_across_the_splits_spoil_it(tmp_path, capsys):
     assert code == 1
     assert "  'train/blue_dog/3.jpg' (train) = 'valid/blue_dog/again.jpg' (valid)\n" in text
     assert "  1. 1 image is both in training and in validation, as exact copies. Remove all copies but one" in text
+
+
+def scene(file: Path, seed: int, *, shade: float = 1.0) -> None:
+    """A photo-like image that few pixels of noise decide, 120 x 96 px."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    coarse = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 10, 3), dtype=np.uint8))
+    coarse.resize((120, 96), Image.Resampling.BICUBIC).point(lambda value: value * shade).save(file)
+
+
+def test_near_duplicates_across_the_split_are_told_named_and_pictured_and_can_be_grouped(tmp_path, capsys):
+    for label, name in enumerate(COLOURS):
+        for i in range(15):
+            scene(tmp_path / "data" / name / f"{i:02}.jpg", 100 * label + i)
+            if i < 5:
+                scene(tmp_path / "data" / name / f"{i:02}_dark.jpg", 100 * label + i, shade=0.8)
+    code, text = check(tmp_path / "data", capsys=capsys)
+    across = int(re.search(r"near-duplicates: 15 pairs, (\d+) across the split", text)[1])
+    assert (code, across > 0) == (0, True)
+    assert f"warning: {many(across, 'near-duplicate pair')} across the split (named in " in text
+    assert "points too low. --group duplicates keeps such images in one split." in text
+    assert len((out_of(tmp_path / "data") / "near_duplicates.csv").read_text().splitlines()) == across + 1
+    pictured = np.asarray(Image.open(out_of(tmp_path / "data") / "near_duplicates.png"))
+    rows = -(-min(across, 12) // 3)
+    assert pictured.shape[:2] == (GAP + rows * (SIDE + GAP + LINE), GAP + min(2 * across, 6) * (SIDE + GAP))
+    code, text = check(tmp_path / "data", "--group", "duplicates", capsys=capsys)
+    assert code == 0
+    assert "groups: 15 pairs of near-duplicates among 30 images, by duplicates; they stay in one split" in text
+    assert "near-duplicates: 15 pairs, 0 across the split" in text
+    assert "--group duplicates" in text.splitlines()[-1]
+    assert not (out_of(tmp_path / "data") / "near_duplicates.csv").exists()
+
+
+def test_groups_that_the_folder_does_not_have_spoil_it(data, capsys):
+    code, text = check(data, "--group", "parent", capsys=capsys)
+    assert code == 1
+    assert "1 problem:\n  1. --group parent: all images of 3 classes" in text
 
 
 def test_one_image_under_two_classes_spoils_it(tmp_path, capsys):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trainables.data.groups import grouped
 from trainables.data.inspection import ImageFile, Inspection, find_folder, findings, inspect, split_readable
 from trainables.data.labelled_images import DataError, ImageFolder
 from trainables.data.layouts import find_images
@@ -127,11 +128,15 @@ def test_copies_across_the_splits_are_a_problem(tmp_path):
     assert problems(root) == ["1 image is both in training and in validation, as exact copies"]
 
 
-def test_the_split_that_trials_draw_decides_whether_copies_are_across(tmp_path):
+def test_the_split_that_trials_draw_keeps_copies_together(tmp_path):
     root = class_folders(tmp_path, cat=20, dog=20)
     shutil.copy(root / "cat/000.jpg", root / "cat/100.jpg")
-    across = {look(root, split_seed=seed).copies[0].across_splits for seed in range(12)}
-    assert across == {True, False}
+    together = grouped(find_folder(root), None).images
+    for seed in range(12):
+        seen = inspect(together, size=16, split_seed=seed)
+        assert [copies.across_splits for copies in seen.copies] == [False]
+        train, valid = presize(together, 16, cache=tmp_path / "cache").split(seed=seed)
+        assert (seen.train.tolist(), seen.valid.tolist()) == (train.tolist(), valid.tolist())
 
 
 def test_one_content_under_two_classes_is_a_problem(tmp_path):

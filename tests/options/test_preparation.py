@@ -1,5 +1,6 @@
 """What is decided before a search begins: names for patterns, what is left out, epochs for the images."""
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,12 @@ from search.options.preparation import (
     without_untrainable,
 )
 from search.options.search_options import SearchOptions
+from search.reporting.test_set import source_of
 from search.run import prepare
+from search.runs.command import CommandRecord
 from search.runs.paths import RunFolder
+from trainables.data.groups import Grouped
+from trainables.data.held_out_images import WithoutTestImages
 from trainables.data.labelled_images import ImageFolder
 from trainables.network import architecture_names, pretrained_weights
 from trainables.network.pretrained_weights import WeightsError
@@ -178,8 +183,13 @@ def test_epochs_that_were_asked_for_stay(asked):
 # --- All together -----------------------------------------------------------------------------------------------------
 
 
-def test_what_was_decided_is_in_the_options_of_a_run_and_what_was_asked_for_too(lites, tmp_path, monkeypatch, capsys):
+def without_presizing(monkeypatch) -> None:
     monkeypatch.setattr("search.run.presize_here", lambda *args, **kwargs: None)
+    monkeypatch.setattr("search.reporting.leakage.say_near_duplicates", lambda *args: None)
+
+
+def test_what_was_decided_is_in_the_options_of_a_run_and_what_was_asked_for_too(lites, tmp_path, monkeypatch, capsys):
+    without_presizing(monkeypatch)
     data = draw_images(tmp_path / "images", each=3)
     folder = weights(tmp_path / "weights", *LITES[:2])
     asked = SearchOptions(data=data, weights=folder, set=("arch=tf_*", "presize=64", "image_size=48"))
@@ -245,3 +255,28 @@ def test_runs_of_versions_without_other_metrics_minimised_the_error_rate():
     record = SearchOptions(data=Path("photos")).to_record()
     del record["metric"]
     assert SearchOptions.from_record(record).metric == "error_rate"
+
+
+def test_groups_go_with_a_run_and_an_earlier_run_goes_on_without_them(lites, tmp_path, monkeypatch, capsys):
+    without_presizing(monkeypatch)
+    data, folder = draw_images(tmp_path / "images", each=6), RunFolder(tmp_path / "run")
+    shutil.copy(data / "wren/0.jpg", data / "wren/9.jpg")
+    asked = SearchOptions(data=data, weights=weights(tmp_path / "weights", LITES[0]), set=(f"arch={LITES[0]}",))
+    prepared = prepare(replace(asked, group=r"/(\d)\."), folder)
+    assert prepared.groups == "0 6 12;1 7 13;2 8 14;3 9 15;4 10 16;5 11 17" and len(set(prepared.images.groups)) == 7
+    assert "groups: 7 of 19 images" in capsys.readouterr().out
+    copied = prepare(asked, folder)
+    assert copied.groups == "12 18"
+    source = source_of("images", copied.groups, 0.2, 5)
+    assert (
+        source == WithoutTestImages(Grouped("images", "12 18"), 0.2, 5) and source_of("images", "", None, 5) == "images"
+    )
+    record = CommandRecord(arguments=copied.options, asked=asked, images=copied.known)
+    for kept, expected in ((None, ""), ("12 18", "12 18")):
+        folder.path.mkdir(exist_ok=True)
+        replace(record, groups=kept, files=copied.files).save(folder.path)
+        again = replace(copied.options, resume=True, name="run")
+        assert prepare(again, folder).groups == expected
+    replace(record, groups="", files=copied.files).save(folder.path)
+    with pytest.raises(ValueError, match="the groups of its images have changed"):
+        prepare(again, folder)

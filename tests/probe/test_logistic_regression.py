@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from trainables.network.loss import class_weights
-from trainables.probe.logistic_regression import L2_GRID, L2_WITHOUT_VALIDATION, LinearHead, _folds, fit
+from trainables.probe.folds import folds_of
+from trainables.probe.logistic_regression import L2_GRID, L2_WITHOUT_VALIDATION, LinearHead, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,9 +90,9 @@ def test_the_same_seed_gives_the_same_head():
     assert (first.l2, first.out_of_fold_error_rate) == (again.l2, again.out_of_fold_error_rate)
 
 
-def test_another_seed_makes_other_folds():
+def test_another_seed_makes_otherfolds_of():
     labels = torch.arange(60) % 3
-    assert not _folds(labels, 0).equal(_folds(labels, 1))
+    assert not folds_of(labels, 0).equal(folds_of(labels, 1))
 
 
 def test_noise_is_penalised_strongly_and_separable_classes_weakly():
@@ -113,7 +114,7 @@ def test_the_out_of_fold_error_rate_is_that_of_unseen_images():
 
 def test_it_is_that_of_fits_without_half_a_fold():
     features, labels = drawn(120, 40, 4)
-    head, folds = fit(features, labels, 4), _folds(labels, 0)
+    head, folds = fit(features, labels, 4), folds_of(labels, 0)
     wrong = 0
     for fold in range(5):
         unseen = (folds == fold).nonzero().flatten()
@@ -136,14 +137,14 @@ def test_cross_validation_chooses_what_is_near_the_best_for_unseen_images():
 
 def test_folds_have_equally_many_images_of_every_class():
     labels = torch.tensor([0] * 10 + [1] * 7 + [2] * 3 + [3])
-    folds = _folds(labels, 0)
+    folds = folds_of(labels, 0)
     assert sorted(folds[:10].tolist()) == sorted([0, 1, 2, 3, 4] * 2)
     assert len(set(folds[17:20].tolist())) == 3
     assert folds[:20].bincount().tolist() == [4] * 5
 
 
 def test_the_only_image_of_a_class_is_never_held_out():
-    assert _folds(torch.tensor([0, 0, 1, 2, 2]), 0)[2] == -1
+    assert folds_of(torch.tensor([0, 0, 1, 2, 2]), 0)[2] == -1
     features, labels = drawn(40, 30, 4, distance=3)
     features[0], labels[0] = features[0] + 5, 4
     head = fit(features, labels, 5)
@@ -158,7 +159,7 @@ def test_one_image_of_each_class_is_enough():
     assert (head.l2, head.out_of_fold_error_rate) == (L2_WITHOUT_VALIDATION, None)
 
 
-def test_fewer_images_than_folds():
+def test_fewer_images_thanfolds_of():
     features, labels = drawn(4, 50, 2, distance=3)
     head = fit(features, labels, 2)
     assert error_rate(head, features, labels) == 0

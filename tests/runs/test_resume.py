@@ -100,6 +100,7 @@ def test_a_run_goes_on_with_the_options_that_it_was_begun_with(folder):
         (["--test-split", "/else"], "--test-split is not given there and /else here"),
         (["--data", "/else", "--seed", "4"], "--seed is not given there and 4 here"),
         (["--confirm", "3"], "--confirm is 0 there and 3 here"),
+        (["--group", "parent"], "--group is not given there and parent here"),
     ],
 )
 def test_an_option_that_differs_is_refused_with_the_difference(folder, words, difference):
@@ -249,6 +250,15 @@ def test_other_images_are_refused_with_the_difference(folder, images, difference
     with pytest.raises(ValueError, match="its images have changed") as refused:
         require_same(folder, SPACE, replace(IMAGES, **images), FILES)
     assert difference in str(refused.value)
+
+
+def test_other_groups_are_refused(folder):
+    change(folder, groups="0-3;5 8")
+    require_same(folder, SPACE, IMAGES, FILES, "0-3;5 8")
+    with pytest.raises(ValueError, match="the groups of its images have changed"):
+        require_same(folder, SPACE, IMAGES, FILES, "0-3")
+    change(folder, groups=None)
+    require_same(folder, SPACE, IMAGES, FILES)
 
 
 def test_another_space_is_refused_with_the_difference(folder):

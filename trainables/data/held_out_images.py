@@ -1,12 +1,15 @@
 """Test images: a share of each class that a search sets aside and opens only at its end. Imports no torch."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
 import numpy as np
 
+from trainables.data.groups import Grouped
 from trainables.data.labelled_images import DataError, ImageFolder
+from trainables.data.splits import group_numbers, in_order, take_groups
 from trainables.system.text import some
 
 
@@ -14,12 +17,23 @@ from trainables.system.text import some
 class WithoutTestImages:
     """A source without its test images, which every node gets instead of the source, see `source.images_of`."""
 
-    source: str
+    source: str | Grouped
     share: float
     seed: int
 
     def __str__(self) -> str:
-        return self.source
+        return str(self.source)
+
+
+ImageSource = str | Grouped | WithoutTestImages
+"""Where every node gets the images of a search from, see `source.images_of`."""
+
+
+def share_and_groups(source: ImageSource) -> tuple[float | None, str]:
+    """The share of test images that a source leaves out, and its groups as text."""
+    if isinstance(source, WithoutTestImages):
+        return source.share, share_and_groups(source.source)[1]
+    return None, source.groups if isinstance(source, Grouped) else ""
 
 
 def without_test_images(images: ImageFolder, share: float | None, seed: int) -> ImageFolder:
@@ -31,29 +45,41 @@ def set_aside(images: ImageFolder, share: float, seed: int) -> tuple[ImageFolder
     """The images to train and validate on, and the test images: round(share * n) of the n images of a class.
 
     A class of three images or more gives at least one; if the data has its own split, both parts give in proportion.
-    The choice depends only on the seed and the images' paths, so it is the same on all machines and in any order.
-    Raises `DataError` if a class would keep less than one image to train and one to validate on.
+    Groups stay whole, so with them the numbers are as near to that as they allow, see `splits.take_groups`. The choice
+    depends only on the seed and the images' paths, so it is the same on all machines and in any order. Raises
+    `DataError` if a class would keep less than one image, or group, to train and one to validate on.
     """
-    keys, parts = _keys(images, seed), _parts(images)
-    chosen: list[int] = []
-    too_small = []
-    for label, name in enumerate(images.classes):
+    keys, parts, groups = _keys(images, seed), _parts(images), images.groups or images.paths
+    members: list[list[int]] = []
+    kept: set[str] = set()
+    for label in range(images.num_classes):
         mine = {part: sorted(parts[label, part], key=keys.__getitem__) for part in (False, True)}
-        kept = [*mine[False][-1:], *mine[True][-1:]] if images.valid is not None else mine[False][-2:]
-        members = sorted((*mine[False], *mine[True]), key=keys.__getitem__)
-        free = [i for i in members if i not in kept]
-        wanted = round(share * len(members)) or min(len(members) // 3, 1)
-        if wanted > len(free):
-            too_small.append(name)
-        chosen += free[:wanted]
-    if too_small:
+        if images.valid is not None:
+            kept |= {groups[i] for part in mine.values() for i in part[-1:]}
+        else:  # the last two groups
+            kept |= set(list(dict.fromkeys(groups[i] for i in reversed(mine[False])))[:2])
+        members.append(sorted((*mine[False], *mine[True]), key=keys.__getitem__))
+    wanted = [round(share * len(own)) or min(len(own) // 3, 1) for own in members]
+    free = [[i for i in own if groups[i] not in kept] for own in members]
+    if too_small := [images.classes[i] for i, own in enumerate(free) if wanted[i] > len(own)]:
+        without_groups = "" if images.groups is None else ", in another group,"
         raise DataError(
             f"--test-split {share:g} leaves too few images in {some(too_small, 'class', 'classes')} of {images.root}: "
-            "each class needs one to train on and one to validate on. Hold out a smaller share, or add images."
+            f"each class needs one to train on and one{without_groups} to validate on. Hold out a smaller share, or "
+            "add images."
         )
     is_test = np.zeros(len(images.paths), dtype=bool)
-    is_test[chosen] = True
+    is_test[_taken(images, sorted((i for own in free for i in own), key=keys.__getitem__), groups, wanted)] = True
     return images.only(np.flatnonzero(~is_test)), images.only(np.flatnonzero(is_test))
+
+
+def _taken(images: ImageFolder, free: list[int], groups: Sequence[str], wanted: list[int]) -> list[int]:
+    """About as many of the images `free` as are `wanted` of each class, the first ones if they are alone."""
+    numbers = group_numbers([groups[i] for i in free])
+    labels = np.array([images.labels[i] for i in free], dtype=np.int64)
+    most = np.bincount(labels, minlength=images.num_classes)
+    taken = take_groups(labels, numbers, in_order(numbers), np.array(wanted, dtype=np.int64), most)
+    return [i for i, is_taken in zip(free, taken, strict=True) if is_taken]
 
 
 def held_share(test_split: object) -> float | None:

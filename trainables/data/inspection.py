@@ -7,7 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import file_digest
 from pathlib import Path
@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from trainables.data import labelled_images
 from trainables.data.image_file import UnreadableImage, decode
 from trainables.data.labelled_images import MAX_UNREADABLE, DataError, ImageFolder
 from trainables.data.layouts import find_images, find_unchecked
+from trainables.data.near_duplicates import MAX_IMAGES, SIDE, Pair, pairs_among, picture
+from trainables.data.splits import train_and_valid
 from trainables.system.text import some
 
 MIN_TRAINING_IMAGES = 10  # of a class without a warning
@@ -41,6 +42,8 @@ class ImageFile:
     """Pixels, upright."""
     problem: str = ""
     """Why it is unreadable, or empty."""
+    picture: bytes = field(default=b"", repr=False)
+    """The small grey one that `near_duplicates` compares; empty if it is unreadable, or one of very many."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,14 @@ class Inspection:
     def sides(self) -> npt.NDArray[np.int64]:
         """(readable images, 2) width and height in pixels."""
         return np.array([(self.files[i].width, self.files[i].height) for i in self.readable]).reshape(-1, 2)
+
+    @cached_property
+    def near_duplicates(self) -> list[Pair]:
+        """Images that look the same, without exact copies. Looks for them when it is first asked."""
+        seen = [i for i in self.readable if self.files[i].picture]
+        pictures = np.frombuffer(b"".join(self.files[i].picture for i in seen), np.uint8).reshape(-1, SIDE, SIDE)
+        pairs = [Pair(seen[pair.first], seen[pair.second], pair.likeness) for pair in pairs_among(pictures)]
+        return [pair for pair in pairs if self.files[pair.first].digest != self.files[pair.second].digest]
 
     @cached_property
     def copies(self) -> list[Copies]:
@@ -167,7 +178,8 @@ def inspect_file(folder: ImageFolder, path: str, size: int) -> ImageFile:
         image = decode(file, size, folder.white_level)
         with file.open("rb") as content:
             digest = file_digest(content, "sha256").digest()
-        return ImageFile(path, digest, image.format, image.width, image.height)
+        small = picture(image.pixels).tobytes() if len(folder.paths) <= MAX_IMAGES else b""
+        return ImageFile(path, digest, image.format, image.width, image.height, picture=small)
     except (UnreadableImage, OSError) as error:
         return ImageFile(path, problem=_reason(error, file))
 
@@ -182,10 +194,8 @@ def split_readable(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Sorted indices of the readable training and validation images; the split is that of `PresizedImages.split`."""
     readable = np.array([i for i, file in enumerate(files) if not file.problem], dtype=np.int64)
-    if folder.valid is not None:
-        valid = np.asarray(folder.valid, dtype=bool)[readable]
-        return readable[~valid], readable[valid]
-    train, valid = labelled_images.split(np.asarray(folder.labels, dtype=np.int64)[readable], seed=seed)
+    images = folder.only(readable)
+    train, valid = train_and_valid(images.labels, images.valid, images.groups, seed=seed)
     return readable[train], readable[valid]
 
 

@@ -1,17 +1,17 @@
-"""Labelled images as all modules pass them on, their split into training and validation, and their fingerprint.
+"""Labelled images as all modules pass them on, and their fingerprint.
 
 Imports no torch: the search driver uses this module. `layouts` finds the images.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from trainables.data.splits import split as split
 from trainables.system.text import many, some
 
 MAX_UNREADABLE = 0.01
@@ -62,7 +62,7 @@ class ImageFolder:
     """The training and the validation folder, as `base`; None if the folder has no split of its own."""
     unused: tuple[Unused, ...] = ()
     groups: tuple[str, ...] | None = None
-    """The group of each image, such as the patient, where a table names it; entry i is that of image i."""
+    """The group of each image, such as a patient, which no split separates; None if each image stands alone."""
     address: str = ""
     """What finds the same images again where `root` and `stars` do not: a table or archives, see `address`."""
 
@@ -147,40 +147,6 @@ def check_classes(folder: ImageFolder, skipped: int = 0) -> None:
         )
     if not valid.any():
         raise DataError(f"{place} has no validation images{after}. Add images to its validation part.")
-
-
-# --- Splitting and naming the content ---------------------------------------------------------------------------------
-
-
-def split(
-    labels: Sequence[int] | npt.NDArray[np.int64], *, valid_fraction: float = 0.2, seed: int = 0
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Sorted indices of the training and the validation images, drawn at random within each class.
-
-    Validation gets round(valid_fraction * n) images, distributed over the classes by largest remainder; it gets fewer
-    if most classes are tiny, since each keeps an image to train on. The split is the same on all machines: it uses only
-    PCG64's doubles and stable sorts.
-    """
-    if not 0 < valid_fraction < 1:
-        raise ValueError(f"valid_fraction is {valid_fraction}; expected a number between 0 and 1, such as 0.2.")
-    labels = np.asarray(labels, dtype=np.int64)
-    rng = np.random.default_rng(seed)
-    order = np.argsort(rng.random(len(labels)), kind="stable")
-    counts = np.bincount(labels)
-    most = np.maximum(counts - 1, 0)
-    share = valid_fraction * counts
-    quota = np.minimum(np.floor(share).astype(np.int64), most)
-    # The seed breaks ties between remainders, so that no class is favoured for its name.
-    by_remainder = np.lexsort((rng.random(len(counts)), quota - share))
-    missing = min(round(valid_fraction * len(labels)), int(most.sum())) - int(quota.sum())
-    while missing > 0:
-        open_classes = [label for label in by_remainder if quota[label] < most[label]][:missing]
-        quota[open_classes] += 1
-        missing -= len(open_classes)
-    in_class = labels[order]
-    drawn = [order[in_class == label][: quota[label]] for label in range(len(counts))]
-    valid = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *drawn]))
-    return np.setdiff1d(np.arange(len(labels)), valid), valid
 
 
 def fingerprint(folder: ImageFolder) -> str:

@@ -104,6 +104,9 @@ def presize(
     job = _Job(folder, size, method, white_level, storage, caches, key, num_threads or num_cpus(), max_unreadable)
     images = _open(job) or _build_once(job, progress)
     _require_few(job, dict.fromkeys(images.unreadable, ""))  # an earlier search may have tolerated more
+    if folder.groups is not None:
+        group_of = dict(zip(folder.paths, folder.groups, strict=True))
+        images.groups = tuple(group_of[path] for path in images.paths)
     return images
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from trainables.data import labelled_images
 from trainables.data.image_file import Pixels, UnreadableImage, read_image, resize
+from trainables.data.splits import train_and_valid
 from trainables.system.cache import DamagedCache, read_index
 
 KEY_LENGTH = 32  # of the name of a cache, before its storage
@@ -37,12 +38,14 @@ def write_unreadable(file: Path, unreadable: Mapping[str, str]) -> None:
 class PresizedImages:
     """All readable images of a data set, presized, read-only and shared by all processes that open the same folder.
 
-    `images[i]` is uint8 (height, width, 3); from a memory map it is a view, not a copy. Pickles as its path. Raises
-    `DamagedCache`.
+    `images[i]` is uint8 (height, width, 3); from a memory map it is a view, not a copy. Pickles as its path
+    and its groups. Raises `DamagedCache`.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, groups: tuple[str, ...] | None = None) -> None:
         self.path = Path(path)
+        self.groups = groups
+        """As in `ImageFolder`. They are no part of the cache: the same images may be grouped in several ways."""
         index = read_index(self.path)
         try:
             shapes = zip(index["heights"], index["widths"], strict=True)
@@ -84,8 +87,8 @@ class PresizedImages:
         stored = self.bytes[self.offsets[index] : self.offsets[index + 1]]
         return self._decompressed(index, stored) if self.storage == JPEG else stored.reshape(shape)
 
-    def __reduce__(self) -> tuple[type["PresizedImages"], tuple[Path]]:
-        return PresizedImages, (self.path,)
+    def __reduce__(self) -> tuple[type["PresizedImages"], tuple[Path, tuple[str, ...] | None]]:
+        return PresizedImages, (self.path, self.groups)
 
     @cached_property
     def digest(self) -> str:
@@ -94,15 +97,18 @@ class PresizedImages:
         return sha256(described.encode()).hexdigest()
 
     @property
+    def has_own_split(self) -> bool:
+        """Whether the data set itself says which images validate."""
+        return self._valid is not None
+
+    @property
     def unreadable_list(self) -> Path:
         """The file that lists the skipped images, each with its reason."""
         return unreadable_list(self.path.parent, self.path.name[:KEY_LENGTH])
 
     def split(self, seed: int = 0, valid_fraction: float = 0.2) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Indices for training and validation: the data set's own split, or a random one within each class."""
-        if self._valid is not None:
-            return np.flatnonzero(~self._valid), np.flatnonzero(self._valid)
-        return labelled_images.split(self.labels, valid_fraction=valid_fraction, seed=seed)
+        """Indices for training and validation, see `splits.train_and_valid`."""
+        return train_and_valid(self.labels, self._valid, self.groups, seed=seed, valid_fraction=valid_fraction)
 
     def _check_sizes(self) -> None:
         stored = len(self.bytes)

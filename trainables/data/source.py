@@ -12,18 +12,21 @@ from pathlib import Path
 from trainables.data.address import split_level
 from trainables.data.datasets import DATASETS, prepare
 from trainables.data.fetch import fetch, is_uri, pinned
-from trainables.data.held_out_images import WithoutTestImages, without_test_images
+from trainables.data.groups import Grouped, with_text
+from trainables.data.held_out_images import ImageSource, WithoutTestImages, without_test_images
 from trainables.data.labelled_images import DataError, ImageFolder
 from trainables.data.layouts import find_images
 
 
-def images_of(source: str | WithoutTestImages, digest: str | None = None) -> ImageFolder:
+def images_of(source: ImageSource, digest: str | None = None) -> ImageFolder:
     """The labelled images of a source; fetches, draws or downloads them if this node does not have them.
 
     Raises `DataError` if their `images_digest` is not `digest`, which another node has computed.
     """
     if isinstance(source, WithoutTestImages):
         images = without_test_images(images_of(source.source), source.share, source.seed)
+    elif isinstance(source, Grouped):
+        images = with_text(images_of(source.source), source.groups)
     else:
         images = find_images(prepare(source) if source in DATASETS else folder_of(source))
     if digest is not None and images_digest(images) != digest:

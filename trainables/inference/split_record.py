@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from trainables.data.groups import with_text
 from trainables.data.held_out_images import set_aside
 from trainables.data.labelled_images import DataError, ImageFolder
 from trainables.data.presized_images import PresizedImages
@@ -35,11 +36,14 @@ class SplitRecord:
     """The share of each class that was held out as test images; None if there was none, or another folder."""
     parts: str
     """`parts_digest` of the readable images."""
+    groups: str = ""
+    """Those of all images, test images included, by their numbers, see `groups.to_text`."""
 
 
-def split_file(images: PresizedImages, digest: str, *, seed: int, test_share: float | None) -> bytes:
+def split_file(images: PresizedImages, digest: str, *, seed: int, test_share: float | None, groups: str = "") -> bytes:
     """The content of `split.json` for a training on `images`, whose `source.images_digest` is `digest`."""
-    record = SplitRecord(images=digest, seed=seed, test_share=test_share, parts=parts_digest(images, seed))
+    parts = parts_digest(images, seed)
+    record = SplitRecord(images=digest, seed=seed, test_share=test_share, parts=parts, groups=groups)
     return json.dumps(asdict(record), indent=2).encode()
 
 
@@ -61,6 +65,7 @@ def read_split(model: Path) -> SplitRecord | None:
             seed=int(found["seed"]),
             test_share=None if share is None else float(share),
             parts=str(found["parts"]),
+            groups=str(found.get("groups", "")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{model / SPLIT_FILE} is damaged ({error!r}). Export the run again.") from error
@@ -74,8 +79,9 @@ def known_and_test(images: ImageFolder, record: SplitRecord) -> tuple[ImageFolde
     from trainables.data.source import images_digest
 
     try:
+        images = with_text(images, record.groups)
         known, test = (images, None) if record.test_share is None else set_aside(images, record.test_share, record.seed)
-    except DataError:  # too few of a class
+    except DataError:  # too few of a class, or of all
         return None
     return (known, test) if images_digest(known) == record.images else None
 

@@ -6,13 +6,15 @@ where scikit-learn has one row of weights instead of two, C = 2 / (images * l2).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+
+from trainables.probe.folds import folds_of, halves
 
 L2_GRID = tuple(10.0**-exponent for exponent in range(-1, 6))
 """What cross-validation tries, strongest first: 10 to 1e-5."""
@@ -21,12 +23,6 @@ L2_WITHOUT_VALIDATION = 1e-2
 MIN_GAIN, MIN_SHARE = 1e-3, 0.08
 """Cross-validation ends at the first value whose log-loss is not lower by so much (nats, and a share of it): a weaker
 penalty lowers it a little longer, without an error less, and takes much longer to fit."""
-FEW_IMAGES = 1000
-"""Up to so many images there are five folds, else three.
-
-Five folds train on 4/5 of the images, which is nearer to all of them, and cost twice as much as three, which train on
-2/3. With many images that difference does not move the choice.
-"""
 ROUGH, EXACT = 5e-3, 1e-5
 """Largest gradient at the end of a fit, as a share of the objective at its start and in scaled coordinates: of one that
 only compares or is only started from, and of the one that is returned."""
@@ -92,6 +88,7 @@ def fit(
     *,
     l2: float | None = None,
     class_weights: Tensor | None = None,
+    groups: Tensor | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     on_progress: Callable[[], None] = lambda: None,
@@ -99,14 +96,15 @@ def fit(
     """The logistic regression of `labels` (images,), 0 to num_classes - 1, on `features` (images, features).
 
     Without `l2` it is the one of `L2_GRID` with the lowest log-loss in stratified cross-validation; `seed` shares the
-    images out to the folds. `class_weights` (classes,) multiply the losses of their images, of which the objective has
-    the weighted mean: scikit-learn's `class_weight`, where their mean over the images is 1. `on_progress` is called
-    several times a second. A class without an image is never predicted. Raises `ValueError` for features that are not
-    finite, and for labels or an l2 that do not fit.
+    images out to the folds, where images of one of the `groups` (images,), numbers from 0, stay together.
+    `class_weights` (classes,) multiply the losses of their images, of which the objective has the weighted mean:
+    scikit-learn's `class_weight`, where their mean over the images is 1. `on_progress` is called several times a
+    second. A class without an image is never predicted. Raises `ValueError` for features that are not finite, and for
+    labels or an l2 that do not fit.
     """
     _check(features, labels, num_classes, l2)
     with _few_threads(min(features.shape) * len(features) * num_classes):
-        return _fit(features, labels, num_classes, l2, class_weights, seed, device, on_progress)
+        return _fit(features, labels, num_classes, l2, class_weights, groups, seed, device, on_progress)
 
 
 @contextmanager
@@ -127,6 +125,7 @@ def _fit(
     num_classes: int,
     l2: float | None,
     class_weights: Tensor | None,
+    groups: Tensor | None,
     seed: int,
     device: torch.device | str,
     on_progress: Callable[[], None],
@@ -142,7 +141,7 @@ def _fit(
     data = _principal_axes(x, weights)
     error_rate = None
     if l2 is None:
-        l2, start, error_rate = _cross_validated(data, y, seed, on_progress)
+        l2, start, error_rate = _cross_validated(data, y, groups, seed, on_progress)
     else:
         start = _solve_path(data, y, [value for value in L2_GRID if value > l2], on_progress)
     # In float64: where all images are told well apart, float32 rounds their losses off by percents.
@@ -197,14 +196,14 @@ def _principal_axes(x: Tensor, class_weights: Tensor | None) -> _Axes:
 
 
 def _cross_validated(
-    data: _Axes, y: Tensor, seed: int, on_progress: Callable[[], None]
+    data: _Axes, y: Tensor, groups: Tensor | None, seed: int, on_progress: Callable[[], None]
 ) -> tuple[float, _Solution | None, float | None]:
     """The l2 with the lowest out-of-fold log-loss, the mean of its folds' solutions, its error rate on unseen images.
 
     By log-loss rather than by the number of errors, which is the same for many values and decides by chance between
     them. From strong to weak, each fold's fit starts from its last one.
     """
-    folds = _folds(y.cpu(), seed).to(y.device)
+    folds = folds_of(y.cpu(), seed, groups).to(y.device)
     held_out = [fold for fold in folds.unique().tolist() if fold >= 0]
     if not held_out or int(y.max()) == 0:
         return L2_WITHOUT_VALIDATION, None, None
@@ -226,12 +225,17 @@ def _cross_validated(
             break
         best = (log_loss, l2, fitted)
     _, l2, fitted = best
-    starts = dict(zip(held_out, fitted, strict=True))
-    return l2, _mean(fitted), _out_of_fold_error_rate(data, y, folds, starts, l2, on_progress)
+    tried_on = [halves(y, (folds == fold).nonzero().flatten(), groups) for fold in held_out]
+    return l2, _mean(fitted), _out_of_fold_error_rate(data, y, tried_on, fitted, l2, on_progress)
 
 
 def _out_of_fold_error_rate(
-    data: _Axes, y: Tensor, folds: Tensor, starts: dict[int, _Solution], l2: float, on_progress: Callable[[], None]
+    data: _Axes,
+    y: Tensor,
+    tried_on: Sequence[tuple[Tensor, Tensor]],
+    starts: Sequence[_Solution],
+    l2: float,
+    on_progress: Callable[[], None],
 ) -> float:
     """The share of images that fits get wrong which have seen all but half a fold.
 
@@ -239,10 +243,8 @@ def _out_of_fold_error_rate(
     a class has 15 images. Each of these starts from its fold's, which has not seen the images that it is tried on.
     """
     wrong = count = 0
-    for fold, start in starts.items():
-        unseen = (folds == fold).nonzero().flatten()
-        unseen = unseen[y[unseen].argsort(stable=True)]
-        for half in (unseen[::2], unseen[1::2]):
+    for parts, start in zip(tried_on, starts, strict=True):
+        for half in parts:
             if not len(half):
                 continue
             seen = torch.ones_like(y, dtype=torch.bool)
@@ -252,21 +254,6 @@ def _out_of_fold_error_rate(
             wrong += int((logits.argmax(1) != y[half]).sum())
             count += len(half)
     return wrong / count
-
-
-def _folds(labels: Tensor, seed: int) -> Tensor:
-    """The fold of each image; -1 for the only image of its class, which all folds' fits need.
-
-    A class's images go round the folds, beginning where the last class ended, so that all folds are equally large.
-    """
-    count = 5 if len(labels) <= FEW_IMAGES else 3
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator)
-    order = order[labels[order].argsort(stable=True)]
-    order = order[labels.bincount()[labels[order]] > 1]
-    folds = torch.full_like(labels, -1)
-    folds[order] = torch.arange(len(order)) % count
-    return folds
 
 
 def _mean(solutions: list[_Solution]) -> _Solution:

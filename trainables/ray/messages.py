@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainables.data.held_out_images import WithoutTestImages
+from trainables.data.held_out_images import ImageSource
 from trainables.data.labelled_images import MAX_UNREADABLE
 from trainables.training.checkpoint import Files
 
@@ -14,7 +14,7 @@ class TrialSpec:
 
     trial_id: str
     recipe: dict[str, Any]
-    data: str | WithoutTestImages  # source of the images, see `source`
+    data: ImageSource  # source of the images, see `source`
     data_digest: str | None = None  # of the images that the worker must have
     weights: str | None = None  # source of pretrained weights
     cache: str = "auto"  # how presized images are stored, see `presize`

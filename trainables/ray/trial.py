@@ -15,7 +15,7 @@ import ray
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from trainables.data.held_out_images import WithoutTestImages
+from trainables.data.held_out_images import ImageSource
 from trainables.data.labelled_images import MAX_UNREADABLE
 from trainables.ray.messages import Outcome, TrialSpec
 from trainables.ray.retry_limits import MAX_HOSTS
@@ -42,7 +42,7 @@ class TrialOptions:
     """What all trials of a search share."""
 
     settings: dict[str, Any]  # the fixed settings of the recipe
-    data: str | WithoutTestImages  # source of the images, see `source`
+    data: ImageSource  # source of the images, see `source`
     data_digest: str | None = None  # of the images that every node must have
     weights: str | None  # source of pretrained weights
     checkpoints: str  # folder of all trials' checkpoints

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from trainables.data.held_out_images import WithoutTestImages
-from trainables.ray.messages import Command, Outcome
+from trainables.data.held_out_images import ImageSource, share_and_groups
+from trainables.ray.messages import Command, Outcome, TrialSpec
 from trainables.recipe import Recipe
 from trainables.system.text import many
 from trainables.training.checkpoint import SPLIT_FILE, Files
@@ -160,8 +160,7 @@ class _Slot:
             batch_parts=command.batch_parts,
             on_progress=self._give_sign,
         )
-        share = trial.data.share if isinstance(trial.data, WithoutTestImages) else None
-        self.split = _split_of(images, trial.data_digest, trial.split_seed, share)
+        self.split = _split_of(images, trial)
         if continues:
             training.load_state(ray.get(self.host.state.remote()))
         self.trial_id = trial.trial_id
@@ -192,16 +191,20 @@ def is_out_of_memory(error: Exception) -> bool:
     return any(text in str(error) for text in ("DefaultCPUAllocator", "_STATUS_ALLOC_FAILED", "out of memory"))
 
 
-def _split_of(images: "PresizedImages", digest: str | None, seed: int, test_share: float | None) -> Files:
+def _split_of(images: "PresizedImages", trial: TrialSpec) -> Files:
     """The file that says which images validated the model; none if the images have no digest."""
     from trainables.inference.split_record import split_file
 
-    return {SPLIT_FILE: split_file(images, digest, seed=seed, test_share=test_share)} if digest else {}
+    if trial.data_digest is None:
+        return {}
+    share, groups = share_and_groups(trial.data)
+    content = split_file(images, trial.data_digest, seed=trial.split_seed, test_share=share, groups=groups)
+    return {SPLIT_FILE: content}
 
 
 @lru_cache(maxsize=4)
 def _presized(
-    data: str | WithoutTestImages, digest: str | None, size: int, method: str, storage: str, max_unreadable: float
+    data: ImageSource, digest: str | None, size: int, method: str, storage: str, max_unreadable: float
 ) -> "PresizedImages":
     """The images of a trial; the cache keeps those of the trial before open."""
     from trainables.data.presize import presize

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from trainables.batches.loader import Plan
 from trainables.data.presized_images import PresizedImages
+from trainables.data.splits import group_numbers
 from trainables.network.model import Network, mlp_head
 from trainables.probe.feature_files import Features, FeatureSet, lock_file, open_features, write_features
 from trainables.probe.features import as_float16, backbone_digest, description, feature_path, pooled_features
@@ -210,11 +211,17 @@ class Probing:
     def _labels(self, train: npt.NDArray[np.int64]) -> torch.Tensor:
         return self.inputs.labels[torch.as_tensor(train)]
 
+    def _groups(self, train: npt.NDArray[np.int64]) -> torch.Tensor | None:
+        """The groups of the images `train` as numbers, None if each is alone."""
+        groups = self.images.groups
+        return None if groups is None else torch.from_numpy(group_numbers([groups[i] for i in train]))
+
     def _head_file(self, features: FeatureSet, train: npt.NDArray[np.int64], *decisive: Any) -> Path:
         """Where a head is kept that these settings decide, beside the images and their labels."""
-        weights = [self.recipe.class_weights] if self.class_weights is not None else []
+        groups, weights = self._groups(train), [self.recipe.class_weights] if self.class_weights is not None else []
         settings = repr((HEAD_VERSION, self.inputs.num_classes, *decisive, *weights)).encode()
-        name = sha256(settings + train.tobytes() + self._labels(train).numpy().tobytes()).hexdigest()[:16]
+        content = settings + train.tobytes() + self._labels(train).numpy().tobytes()
+        name = sha256(content + (b"" if groups is None else groups.numpy().tobytes())).hexdigest()[:16]
         return features.path / f"{decisive[0]}-{name}.head"
 
     def _linear_probe(self, features: FeatureSet, train: npt.NDArray[np.int64]) -> LinearHead:
@@ -223,7 +230,8 @@ class Probing:
             error_rate = kept["out_of_fold_error_rate"].item()
             known = None if math.isnan(error_rate) else error_rate
             return LinearHead(kept["weight"], kept["bias"], kept["l2"].item(), known)
-        found = fit(torch.from_numpy(features.rows[train]), self._labels(train), self.inputs.num_classes, **self._how)
+        rows, labels, groups = torch.from_numpy(features.rows[train]), self._labels(train), self._groups(train)
+        found = fit(rows, labels, self.inputs.num_classes, groups=groups, **self._how)
         error_rate = math.nan if found.out_of_fold_error_rate is None else found.out_of_fold_error_rate
         numbers = {"l2": found.l2, "out_of_fold_error_rate": error_rate}
         scalars = {name: torch.tensor(number, dtype=torch.float64) for name, number in numbers.items()}
