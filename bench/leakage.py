@@ -89,7 +89,7 @@ def with_features(args: argparse.Namespace, folder: ImageFolder, cache: Path) ->
     )  # fmt: skip
     images = presize(folder, recipe.presize, cache=cache)
     training = FineTune(recipe, images, weights=args.weights, num_threads=CPUS)
-    rows = torch.from_numpy(training.probing().features().rows)
+    rows = torch.tensor(training.probing().features().rows)
     training.close()
     return Half(folder=folder, images=images, rows=rows, labels=torch.from_numpy(images.labels))
 

@@ -88,8 +88,8 @@ def check_against_table(
     print(f"checking on the validation images of {data}", flush=True)
     try:
         split = command.split_seed, command.arguments.held_out_share
-        how = command.arguments.cache, formats, command.groups or ""
-        found = in_new_process(check_export, folder, checkpoint, data, *split, *how)
+        cache, groups = command.arguments.cache, command.groups or ""
+        found = in_new_process(check_export, folder, checkpoint, data, *split, cache, formats, groups)
     except DataError as error:
         print(f"{not_checked}: the run's images are no longer there. {error}", file=sys.stderr)
         return

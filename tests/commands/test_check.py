@@ -165,7 +165,7 @@ def test_near_duplicates_across_the_split_are_told_named_and_pictured_and_can_be
     assert pictured.shape[:2] == (GAP + rows * (SIDE + GAP + LINE), GAP + min(2 * across, 6) * (SIDE + GAP))
     code, text = check(tmp_path / "data", "--group", "duplicates", capsys=capsys)
     assert code == 0
-    assert "groups: 15 pairs of near-duplicates among 30 images, by duplicates; they stay in one split" in text
+    assert "groups: 15 pairs of near-duplicates among 30 images; they stay in one split" in text
     assert "near-duplicates: 15 pairs, 0 across the split" in text
     assert "--group duplicates" in text.splitlines()[-1]
     assert not (out_of(tmp_path / "data") / "near_duplicates.csv").exists()

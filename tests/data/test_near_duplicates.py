@@ -98,7 +98,7 @@ def test_all_files_of_a_folder_are_opened_and_unreadable_ones_are_like_none(fold
 
 def test_grouped_as_duplicates_they_are_in_one_split(folder):
     found = grouped(find_images(folder), "duplicates")
-    assert found.lines == ("groups: 4 pairs of near-duplicates among 8 images, by duplicates; they stay in one split",)
+    assert found.lines == ("groups: 4 pairs of near-duplicates among 8 images; they stay in one split",)
     names = found.images.paths
     same = {name: {group for path, group in zip(names, found.images.groups, strict=True) if path.startswith(name)}
             for name in ("robin/0", "wren/1")}  # fmt: skip

@@ -263,7 +263,7 @@ def test_groups_go_with_a_run_and_an_earlier_run_goes_on_without_them(lites, tmp
     shutil.copy(data / "wren/0.jpg", data / "wren/9.jpg")
     asked = SearchOptions(data=data, weights=weights(tmp_path / "weights", LITES[0]), set=(f"arch={LITES[0]}",))
     prepared = prepare(replace(asked, group=r"/(\d)\."), folder)
-    assert prepared.groups == "0 6 12;1 7 13;2 8 14;3 9 15;4 10 16;5 11 17" and len(set(prepared.images.groups)) == 7
+    assert prepared.groups == "0 6 12 18;1 7 13;2 8 14;3 9 15;4 10 16;5 11 17" and len(set(prepared.images.groups)) == 6
     assert "groups: 7 of 19 images" in capsys.readouterr().out
     copied = prepare(asked, folder)
     assert copied.groups == "12 18"

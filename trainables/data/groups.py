@@ -70,35 +70,39 @@ def checked_group(text: str) -> str:
 def grouped(images: ImageFolder, how: str | None, progress: Progress = lambda done, total: None) -> Grouping:
     """The images with their groups by `how`, a `--group`, and with exact copies of a class together.
 
-    Without `how`, images that have groups keep them. `progress` counts the images that `duplicates` opens. Raises
-    `DataError` where images have no such groups.
+    Without `how` or with `duplicates`, images that have groups keep them. `progress` counts the images that
+    `duplicates` opens. Raises `DataError` where images have no such groups.
     """
-    lines = []
     names = named(images, how)
+    links, lines = _of_copies(images)
     if names is not None:
         alone = len(set(names)) == len(names)
         what = "each image is a group of its own, so it changes nothing" if alone else "each is in one split alone"
-        lines.append(f"groups: {len(set(names))} of {len(names)} images, by {how or COLUMN}; {what}")
-    same = list(copies(images))
-    links = [part for copied in same for part in _by_label(images, copied)]
-    if links:
-        lines.append(f"copies: {many(sum(map(len, links)) - len(links), 'image')} with the bytes of another, "
-                     "each is kept in the split of that one")  # fmt: skip
-    if contradictions := [copied for copied in same if len({images.labels[i] for i in copied}) > 1]:
-        paths = " = ".join(repr(images.paths[i]) for i in contradictions[0][:3])
-        number = many(len(contradictions), "image")
-        lines.append(f"warning: {number} under more than one class, as exact copies (first: {paths}); search.check "
-                     "lists them")  # fmt: skip
+        by = COLUMN if how in (None, DUPLICATES) else how
+        lines = [f"groups: {len(set(names))} of {len(names)} images, by {by}; {what}", *lines]
     if how == DUPLICATES:
         from trainables.data.near_duplicates import find_duplicates
 
-        pairs = find_duplicates(images, progress=progress)
-        links += [(pair.first, pair.second) for pair in pairs]
-        number = len({i for pair in pairs for i in (pair.first, pair.second)})
-        lines.append(f"groups: {many(len(pairs), 'pair')} of near-duplicates among {many(number, 'image')}, by "
-                     f"{DUPLICATES}; they stay in one split")  # fmt: skip
+        pairs = [[pair.first, pair.second] for pair in find_duplicates(images, progress)]
+        among = many(len({index for pair in pairs for index in pair}), "image")
+        lines = [*lines, f"groups: {many(len(pairs), 'pair')} of near-duplicates among {among}; they stay in one split"]
+        links = [*links, *pairs]
     found = replace(images, groups=joined(images.paths, names, links))
     return Grouping(found, (*lines, *_warnings(found, names)))
+
+
+def _of_copies(images: ImageFolder) -> tuple[list[list[int]], list[str]]:
+    """The exact copies of each class, and what there is to say about them and about those in several classes."""
+    same = list(copies(images))
+    links, lines = [part for copied in same for part in _by_label(images, copied)], []
+    if links:
+        extra = many(sum(map(len, links)) - len(links), "image")
+        lines.append(f"copies: {extra} with the bytes of another, each is kept in the split of that one")
+    if contradictions := [copied for copied in same if len({images.labels[i] for i in copied}) > 1]:
+        first = " = ".join(repr(images.paths[i]) for i in contradictions[0][:3])
+        number = many(len(contradictions), "image")
+        lines.append(f"warning: {number} under more than one class, as exact copies (first: {first})")
+    return links, lines
 
 
 # --- Where groups come from -------------------------------------------------------------------------------------------
@@ -108,11 +112,12 @@ def named(images: ImageFolder, how: str | None) -> tuple[str, ...] | None:
     """The groups that names or a table give; None where there are none."""
     if how == PARENT:
         return _parents(images)
+    if how not in (None, COLUMN, DUPLICATES):
+        return _matches(images, how)
     if how == COLUMN and images.groups is None:
         raise DataError(f"--group {COLUMN}: {images.root} has no table of labels with a group column.")
-    if how in (None, COLUMN):  # an image with an empty cell is alone
-        return images.groups and tuple(group or path for group, path in zip(images.groups, images.paths, strict=True))
-    return None if how == DUPLICATES else _matches(images, how)
+    # An image with an empty cell is alone.
+    return images.groups and tuple(group or path for group, path in zip(images.groups, images.paths, strict=True))
 
 
 def _parents(images: ImageFolder) -> tuple[str, ...]:
