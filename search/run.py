@@ -124,6 +124,8 @@ def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
     say_depth(images)
     options, space = with_epochs(options, space, images)
     options, space = with_metric(options, space, images)
+    if options.folds and images.valid is not None:
+        raise ValueError(f"--folds {options.folds}: {images.root} says itself which images validate")
     if not options.weights:  # after the images, because fetching them may take long
         options, space = with_weights(options, space)
     known, files = images_record(images), files_record(options, space)

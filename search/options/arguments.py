@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from search.cli.messages import command_name
-from search.options.search_options import SearchOptions, absolute, folder_or_uri
+from search.options.search_options import CONFIRMED_IN_FOLDS, SearchOptions, absolute, folder_or_uri
 from search.options.strategy import CONFIRM_SEEDS, OBJECTIVES, SCHEDULERS, SEARCHERS
 from search.spaces.space import OWN_IMAGES, space_names
 from trainables.data import groups
@@ -41,6 +41,9 @@ examples:
       the space's dimensions and every setting that --set knows
 """
 
+
+MIN_FOLDS, MAX_FOLDS = 3, 20
+"""One fold is that of the search, a fifth of the images. Of two, the other would train on that fifth alone."""
 
 Group = argparse._ArgumentGroup | argparse.ArgumentParser
 
@@ -136,6 +139,10 @@ def _add_how(group: Group) -> None:
     ))  # fmt: skip
     group.add_argument("--confirm", type=positive, default=0, metavar="K", help=(
         f"at the end, train the best K configs again, each with {CONFIRM_SEEDS} new seeds; the mean decides the winner"
+    ))  # fmt: skip
+    group.add_argument("--folds", type=_folds, default=0, metavar="K", help=(
+        f"for small sets: train the best again (--confirm of them, default {CONFIRMED_IN_FOLDS}) so that each image "
+        "validates once, in one of K folds; the mean over the folds decides the winner"
     ))  # fmt: skip
     group.add_argument("--screen", type=_screen, default="auto", metavar="N", help=(
         "begin with a linear probe of every architecture and image size of the space, then fine-tune only the N "
@@ -317,6 +324,12 @@ def _auto_or_positive(text: str) -> int | None:
 def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _folds(text: str) -> int:
+    if not text.isdigit() or not MIN_FOLDS <= int(text) <= MAX_FOLDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {MIN_FOLDS} to {MAX_FOLDS}")
     return int(text)
 
 

@@ -12,6 +12,8 @@ from trainables.data.labelled_images import MAX_UNREADABLE
 
 OF_THIS_START = ("given", "describe", "resume", "trust")
 """Options that say how this command starts; a run does not keep them."""
+CONFIRMED_IN_FOLDS = 3
+"""With `--folds` and without `--confirm`."""
 EARLIER = {"space": "", "metric": "error_rate", "refit": "off"}
 """What the record of a version means that did not know these options yet."""
 OLD_SCHEDULERS = {"annealed": "halving"}
@@ -39,6 +41,7 @@ class SearchOptions:
     metric: str = "auto"  # one of `METRICS`; auto: by the balance of the classes
     target_seconds: float | None = None
     confirm: int = 0
+    folds: int = 0  # 0: `confirm` trains with other seeds
     screen: str = "auto"  # how many architectures are fine-tuned after it, a number; auto: the best third; off
     lr_range: str = "space"
     seed: int | None = None
@@ -79,14 +82,20 @@ class SearchOptions:
     def strategy(self) -> Strategy:
         """How the search proposes, stops and compares trials."""
         if self.recipes:  # all are proposed already, and none ends early
-            return Strategy(searcher="random", scheduler="none", confirm=self.confirm)
+            return Strategy(searcher="random", scheduler="none", confirm=self.num_confirmed, folds=self.folds)
         return Strategy(
             searcher=self.searcher,
             scheduler=self.scheduler or ("rungs" if self.objective == "error" else "none"),
             objective=self.objective,
             target_seconds=self.target_seconds,
-            confirm=self.confirm,
+            confirm=self.num_confirmed,
+            folds=self.folds,
         )
+
+    @property
+    def num_confirmed(self) -> int:
+        """How many of the best are trained again."""
+        return self.confirm or (CONFIRMED_IN_FOLDS if self.folds else 0)
 
     @property
     def num_workers(self) -> tuple[int, dict[str, int]]:

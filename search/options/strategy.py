@@ -19,7 +19,9 @@ class Strategy:
     target_seconds: float | None = None
     """Trials that train longer, validation included, are proposed only where nothing shorter is promising."""
     confirm: int = 0
-    """How many of the best are trained again with other seeds."""
+    """How many of the best are trained again, with other seeds or in other folds."""
+    folds: int = 0
+    """How many folds the images have, in each of which the best are validated once; 0: they get other seeds."""
 
     def __post_init__(self) -> None:
         if self.num_objectives > 1 and self.searcher == "cmaes":
@@ -44,5 +46,10 @@ class Strategy:
         return len(self.objective.split(","))
 
     @property
+    def num_again(self) -> int:
+        """How often each of the best is trained again."""
+        return self.folds - 1 if self.folds else CONFIRM_SEEDS
+
+    @property
     def num_retrainings(self) -> int:
-        return CONFIRM_SEEDS * self.confirm
+        return self.num_again * self.confirm

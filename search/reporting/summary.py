@@ -59,7 +59,9 @@ def _winner(run: RunRecord) -> str:
     if not math.isnan(tta := best["tta_error_rate"]):
         more.append(f"{percent(tta)} with test-time augmentation")
     if not math.isnan(mean := confirmed(best)):
-        more.append(f"{run.objective.text(mean)} on average over {CONFIRM_SEEDS} more seeds")
+        folds = run.command.arguments.folds
+        over = f"{folds} folds, in which each image validates once" if folds else f"{CONFIRM_SEEDS} more seeds"
+        more.append(f"{run.objective.text(mean)} on average over {over}")
     if better := better_epoch(best):
         more.append(f"{percent(better[1])} at epoch {better[0]}")
     return text + (f" ({', '.join(more)})" if more else "")
@@ -104,8 +106,8 @@ def _aligned(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:
 
 
 def _unconfirmed(run: RunRecord) -> str:
-    """A line if `--confirm` is incomplete."""
-    wanted = min(run.command.arguments.confirm, len(run.whole))
+    """A line if `--confirm` or `--folds` is incomplete."""
+    wanted = min(run.command.arguments.num_confirmed, len(run.whole))
     best = run.whole.sort_values([run.objective_column, "valid_loss", "number"])[:wanted]
     done = int(best[run.confirmed_column].notna().sum()) if wanted else 0
     if done == wanted:

@@ -19,7 +19,7 @@ from search.runs.csv_file import (
 )
 from search.runs.kinds import PROBE, TRIAL
 from search.runs.paths import RunFolder
-from trainables.ray.trial import OBJECTIVE, RETRAINS
+from trainables.ray.trial import FOLD, OBJECTIVE, RETRAINS
 from trainables.training.metrics import MORE_METRICS
 
 if TYPE_CHECKING:  # takes long to import
@@ -55,7 +55,7 @@ TRIAL_PARSERS: dict[str, Parser] = {
     **dict.fromkeys((*SCORES, *COSTS, CONFIRMED, *OF_OBJECTIVE, "best_error_rate"), float_or_nan),
     "best_epoch": optional_integer,
     **dict.fromkeys(("epochs_done", "epochs_total"), integer),
-    RETRAINS: optional_integer,
+    **dict.fromkeys((RETRAINS, FOLD), optional_integer),
 }
 """Types of the fields of `trials.csv`; settings are texts."""
 TRIAL_NEEDED = ("number", "trial_id", "status", "error_rate", "epochs_done", "epochs_total")
@@ -136,7 +136,7 @@ def read_trials(path: Path, needed: Iterable[str] = TRIAL_NEEDED) -> list[Row]:
         return []
     rows = read_table(path, TRIAL_PARSERS, needed, key="number")[1]
     absent: Row = dict.fromkeys((*SCORES, *COSTS, CONFIRMED, *OF_OBJECTIVE, "best_error_rate"), math.nan)
-    absent |= {RETRAINS: "", "front": "", "reason": "", "kind": TRIAL, "best_epoch": ""}
+    absent |= {RETRAINS: "", FOLD: "", "front": "", "reason": "", "kind": TRIAL, "best_epoch": ""}
     for row in rows:
         row |= {name: value for name, value in absent.items() if name not in row}
     return rows

@@ -34,12 +34,13 @@ from search.runs.result_rows import (
     expected_alone,
     is_whole,
     leaders,
+    objective,
     pareto_front,
     rank,
     read_epochs,
     read_trials,
 )
-from trainables.ray.trial import OBJECTIVE, REFITS, RETRAINS, SCREENS, recipe_of, table_id
+from trainables.ray.trial import FOLD, OBJECTIVE, REFITS, RETRAINS, SCREENS, recipe_of, table_id
 from trainables.recipe import Recipe
 from trainables.system.text import last_line
 from trainables.training import checkpoint
@@ -64,6 +65,7 @@ class ResultsTable(tune.Callback):
         labels: list[str],
         pinned: Sequence[str] = (),
         confirm: int = 0,
+        folds: int = 0,
         front: bool = False,
         keep: int = 1,
         keep_first: bool = False,
@@ -76,6 +78,7 @@ class ResultsTable(tune.Callback):
         self.pinned = list(pinned)  # settings that the user fixed: the same in all rows
         self.labels = labels
         self.confirm = confirm  # how many of the best are trained again
+        self.folds = folds  # in which; 0: they get other seeds
         self.front = front  # whether to mark the Pareto front of error rate and seconds
         self.keep = keep  # how many of the best keep their weights
         self.keep_first = keep_first  # also trial 0's weights, in `first/`
@@ -98,13 +101,14 @@ class ResultsTable(tune.Callback):
     def __reduce__(self) -> tuple[Any, ...]:
         """Tune pickles its callbacks and its stopper separately, the latter once a second. The rows are on disk anyway,
         and what shared this table shares it again after unpickling."""
-        names = ("settings", "dimensions", "labels", "pinned", "confirm", "front", "keep", "keep_first", "keep_epoch")
-        given = {name: getattr(self, name) for name in (*names, "metric")}
+        names = ("settings", "dimensions", "labels", "pinned", "confirm", "folds", "front", "keep", "keep_first")
+        given = {name: getattr(self, name) for name in (*names, "keep_epoch", "metric")}
         return _table_of, (self.folder, given)
 
     @property
     def columns(self) -> list[str]:
-        of_strategy = ["front"] * self.front + [self.confirmed, RETRAINS, "seed"] * bool(self.confirm)
+        again = [self.confirmed, RETRAINS, FOLD if self.folds else "seed"]
+        of_strategy = ["front"] * self.front + again * bool(self.confirm)
         settings = [name for name in (*self.dimensions, *self.pinned) if name not in of_strategy]
         scores = (*self.of_objective, *METRICS)
         return ["number", "trial_id", "kind", "status", *scores, *COSTS, *of_strategy, *settings, "reason"]
@@ -217,10 +221,12 @@ class ResultsTable(tune.Callback):
     def _confirm(self, number: int) -> None:
         """Rank a trial by its retrainings when the last of them has ended."""
         again = [r for r in self.rows.values() if r[RETRAINS] == number and r["status"] == RETRAINED]
-        if len(again) < CONFIRM_SEEDS:
+        if len(again) < (self.folds - 1 if self.folds else CONFIRM_SEEDS):
             return
         for row in [row for row in self.rows.values() if row["number"] == number]:  # none if the user has removed it
-            row[self.confirmed] = sum(map(expected_alone, again)) / len(again)
+            # In all folds together each image has been validated once, so there is nothing to correct.
+            values = [objective(r) for r in (row, *again)] if self.folds else list(map(expected_alone, again))
+            row[self.confirmed] = sum(values) / len(values)
             self._write_trials(row, *self._confirmed_probes())
             self.models.retain(self._kept())
 
@@ -251,7 +257,7 @@ class ResultsTable(tune.Callback):
                 **{"number": number, "trial_id": trial_id, "kind": TRIAL if total else PROBE, "status": RUNNING},
                 **dict.fromkeys((*SCORES, *COSTS, CONFIRMED, *OF_OBJECTIVE, "best_error_rate"), math.nan),
                 **{"best_epoch": "", "epochs_done": 0, "epochs_total": total, "seconds": 0.0},
-                **{"reason": "", "front": "", RETRAINS: retrains},
+                **{"reason": "", "front": "", RETRAINS: retrains, FOLD: recipe.get(FOLD, "")},
                 **{name: recipe[name] for name in (*self.dimensions, *self.pinned, "seed")},
             }
         return self.rows[trial_id]
@@ -270,7 +276,7 @@ class ResultsTable(tune.Callback):
             best = self.epoch_rows[row["trial_id"], row["best_epoch"]]
             row |= {name: best.get(name, math.nan) for name in (*self.of_objective, *SCORES)}
         status = COMPLETED if is_whole(row) else UNFINISHED
-        known = {name: row[name] for name in row if name not in ("front", self.confirmed, RETRAINS)}
+        known = {name: row[name] for name in row if name not in ("front", self.confirmed, RETRAINS, FOLD)}
         searched = {name: trial.config[name] for name in self.dimensions if name in trial.config}
         metrics = known | searched | {"status": status}  # a row that was read back has its dimensions as texts
         recipe = Recipe.from_dict(recipe_of(self.settings, trial.config)).to_dict()

@@ -18,13 +18,13 @@ from search.runs.study_journal import open_journal
 from search.runs.time_budget import TimeBudget
 from search.spaces.space import Choice, Range, Space, ends
 from search.tuning.pace import Pace
-from search.tuning.retraining import retrainings
+from search.tuning.retraining import key, retrainings
 from search.tuning.samplers import new_sampler
 from search.tuning.screen import Probe, Screen
 from search.tuning.study_configs import Config, config_of, params_of, propose
 from search.tuning.study_end import fail
 from search.tuning.time_left import TimeLeft
-from trainables.ray.trial import OBJECTIVE, REFIT_TEMPERATURE, REFITS, RETRAINS, SCREENS, text_id
+from trainables.ray.trial import OBJECTIVE, REFIT_TEMPERATURE, REFITS, SCREENS, text_id
 
 FORGOTTEN = "forgotten when the search was killed"
 
@@ -73,7 +73,7 @@ class OptunaSearcher(Searcher):
         self.num_trials = num_trials
         self.first_configs = self._first_configs()
         self.numbers: dict[str, int] = {}  # Tune's trial id -> Optuna's trial number
-        self.retrained: dict[str, tuple[str, int]] = {}  # Tune's id of a retraining -> table's id of its trial, seed
+        self.retrained: dict[str, tuple[str, int]] = {}  # Tune's id of a retraining -> see `retraining.key`
         self.screen = screen
         self.narrowed = False  # whether the space is what the screen has left of it
         self.budget = budget
@@ -214,14 +214,14 @@ class OptunaSearcher(Searcher):
         if set(self.live) & set(self.numbers):
             return None
         done, best = self.retrained.values(), self._ranked()[: self.strategy.confirm]
-        todo = [c for c in retrainings(best, self._max_seed()) if (c[RETRAINS], c["seed"]) not in done]
+        todo = [c for c in retrainings(best, self._max_seed(), self.strategy.folds) if key(c) not in done]
         if not todo:
             return self._refit(trial_id)
         config = todo[0]
         num_workers = self._num_workers(config)
         if not self._has_room(num_workers):
             return None
-        self.retrained[trial_id] = config[RETRAINS], config["seed"]
+        self.retrained[trial_id] = key(config)
         self.live[trial_id] = num_workers
         return config
 

@@ -152,6 +152,7 @@ def table_of(run: RunOptions) -> ResultsTable:
         pinned=list(run.space.pinned),
         labels=run.labels,
         confirm=strategy.confirm,
+        folds=strategy.folds,
         front=strategy.num_objectives > 1,
         keep=options.keep,
         keep_first=options.test_split is not None,
@@ -223,6 +224,7 @@ def trainable(run: RunOptions, settings: dict[str, Any]) -> Any:
         stall_timeout=run.options.stall_timeout,
         keep_epoch=run.options.keep_epoch,
         metric=run.options.metric,
+        folds=max(1, run.options.folds),
     )
     if run.options.address is None:
         share_environment()

@@ -10,7 +10,7 @@ import pytest
 
 from trainables.data.held_out_images import set_aside
 from trainables.data.labelled_images import DataError, ImageFolder
-from trainables.data.splits import split, take_groups, train_and_valid
+from trainables.data.splits import other_fold, split, take_groups, train_and_valid
 
 UNEQUAL = np.repeat(np.arange(4), [17, 9, 3, 2])
 
@@ -174,3 +174,39 @@ def test_both_parts_of_a_split_that_the_data_have_give_test_groups():
     assert not set(kept.groups) & set(test.groups)
     assert set(test.valid) == {True, False}
     assert Counter(test.labels) == {0: 10, 1: 10}
+
+
+# --- Folds ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folds", [3, 5, 10])
+def test_every_image_validates_in_one_fold_and_each_fold_has_its_share_of_each_class(folds):
+    labels = np.repeat(np.arange(3), [100, 50, 25])
+    first = split(labels, seed=2)
+    found = [first, *(other_fold(first, labels, number, folds, seed=2) for number in range(1, folds))]
+    assert sorted(np.concatenate([valid for _, valid in found])) == list(range(len(labels)))
+    for train, valid in found:
+        assert sorted([*train, *valid]) == list(range(len(labels)))
+    for _, valid in found[1:]:
+        assert np.abs(np.bincount(labels[valid]) - np.array([80, 40, 20]) / (folds - 1)).max() <= 1
+
+
+def test_a_class_always_has_images_to_train_on():
+    labels = np.repeat(np.arange(4), [30, 20, 2, 1])
+    first = split(labels, seed=0)
+    for number in range(1, 5):
+        assert set(labels[other_fold(first, labels, number, 5)[0]]) == {0, 1, 2, 3}
+
+
+def test_groups_stay_in_one_fold():
+    labels, groups = patients(3, 10, 4)
+    first = split(labels, groups=groups)
+    folds = [first[1], *(other_fold(first, labels, number, 5, groups=groups)[1] for number in range(1, 5))]
+    assert sorted(np.concatenate(folds)) == list(range(len(labels)))
+    of_image = {int(i): fold for fold, valid in enumerate(folds) for i in valid}
+    assert all(len({of_image[i] for i in range(start, start + 4)}) == 1 for start in range(0, len(labels), 4))
+
+
+def test_there_is_no_fold_beyond_the_last():
+    with pytest.raises(ValueError, match="fold 5 of 5: expected 1 to 4"):
+        other_fold(split(UNEQUAL), UNEQUAL, 5, 5)

@@ -22,6 +22,12 @@ def test_named_recipes_all_run_to_their_end():
     assert strategy("--recipes", "book", "--confirm", "2") == Strategy(searcher="random", scheduler="none", confirm=2)
 
 
+def test_folds_validate_the_best_three_unless_another_number_is_given():
+    assert (strategy("--folds", "5").confirm, strategy("--folds", "5").num_retrainings) == (3, 12)
+    assert strategy("--folds", "4", "--confirm", "1").num_retrainings == 3
+    assert strategy("--confirm", "2").num_retrainings == 6
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
@@ -30,6 +36,7 @@ def test_named_recipes_all_run_to_their_end():
         (("--target-seconds", "60", "--searcher", "random"), "--searcher random cannot prefer quick trials"),
         (("--target-seconds", "60", "--searcher", "cmaes"), "Use tpe or gp"),
         (("--target-seconds", "60", "--scheduler", "halving"), "Use rungs, median or none"),
+        (("--folds", "2"), "'2' is not a whole number from 3 to 20"),
     ],
 )
 def test_what_does_not_go_together_is_refused(words, problem, capsys):

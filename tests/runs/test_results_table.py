@@ -909,3 +909,20 @@ def test_an_unfinished_winner_is_not_trained_again(table):
     assert winner_to_refit(table)["trial_id"] == "ta"
     table.rows["ta"]["status"] = UNFINISHED
     assert winner_to_refit(table) is None
+
+
+def test_in_folds_a_trial_is_ranked_by_the_mean_over_all_of_them(folder):
+    table = made(folder, confirm=2, folds=3, keep=2)
+    complete(table, "a", 0.1, expected=0.15)
+    complete(table, "b", 0.2)
+    for trial_id, errors in (("ta", (0.3, 0.5)), ("tb", (0.2, 0.2))):
+        for fold, error in enumerate(errors, 1):
+            trial = FakeTrial(f"{trial_id}{fold}", retrains=trial_id, fold=fold)
+            table.on_trial_start(0, [], trial)
+            run_epochs(table, trial, 0.9, 0.8, error)
+            table.on_trial_complete(0, [], trial)
+    rows = read_trials(folder.trials)
+    assert [row["confirmed_error_rate"] for row in rows[:2]] == pytest.approx([0.3, 0.2])
+    assert [(row["retrains"], row["fold"]) for row in rows[2:]] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert [row["trial_id"] for row in leaders(rows)] == ["tb", "ta"]
+    assert best(folder)[0] == b"b"

@@ -272,6 +272,12 @@ class ColourOracle(nn.Module):
         return 100 * x.mean(dim=(2, 3))
 
 
+def test_in_the_folds_together_each_image_validates_once(colour_images):
+    trainings = [FineTune(Recipe(**SMALL), colour_images, fold=(number, 5)) for number in range(5)]
+    assert sorted(np.concatenate([training.valid_indices for training in trainings])) == list(range(36))
+    assert trainings[0].valid_indices.tolist() == colour_images.split()[1].tolist()
+
+
 def test_all_images_train_where_that_is_asked_for(colour_images):
     training = FineTune(Recipe(**SMALL), colour_images, all_images=True)
     assert training.train_indices.tolist() == list(range(36))

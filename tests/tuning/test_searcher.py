@@ -417,6 +417,17 @@ def test_the_best_are_trained_again_with_new_seeds_when_all_have_ended(journal):
     assert [trial.state for trial in on_record(journal)] == [TrialState.COMPLETE] * 4
 
 
+def test_with_folds_the_best_are_trained_again_with_their_own_seed_in_each_of_the_others(journal):
+    searcher = made(journal, num_trials=1, confirm=1, folds=4)
+    config = searcher.suggest("a")
+    searcher.on_trial_complete("a", result(3, 3, 0.2))
+    again = [searcher.suggest(f"again{number}") for number in range(3)]
+    assert again == [config | {"retrains": "ta", "fold": fold} for fold in (1, 2, 3)]
+    for number in range(3):
+        searcher.on_trial_complete(f"again{number}", result(3, 3, 0.3))
+    assert searcher.suggest("no more") == Searcher.FINISHED
+
+
 def test_a_restored_searcher_goes_on_with_the_retrainings(tmp_path, journal):
     searcher = confirming(journal)
     searcher.on_trial_complete("t3", result=result(3, 3, 0.2))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from trainables.data import labelled_images
 from trainables.data.image_file import Pixels, UnreadableImage, read_image, resize
-from trainables.data.splits import train_and_valid
+from trainables.data.splits import other_fold, train_and_valid
 from trainables.system.cache import DamagedCache, read_index
 
 KEY_LENGTH = 32  # of the name of a cache, before its storage
@@ -106,9 +106,14 @@ class PresizedImages:
         """The file that lists the skipped images, each with its reason."""
         return unreadable_list(self.path.parent, self.path.name[:KEY_LENGTH])
 
-    def split(self, seed: int = 0, valid_fraction: float = 0.2) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Indices for training and validation, see `splits.train_and_valid`."""
-        return train_and_valid(self.labels, self._valid, self.groups, seed=seed, valid_fraction=valid_fraction)
+    def split(
+        self, seed: int = 0, valid_fraction: float = 0.2, fold: tuple[int, int] = (0, 1)
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Indices for training and validation, see `splits.train_and_valid`; or those of another `fold`, given as its
+        number and how many there are, see `splits.other_fold`."""
+        found = train_and_valid(self.labels, self._valid, self.groups, seed=seed, valid_fraction=valid_fraction)
+        number, folds = fold
+        return other_fold(found, self.labels, number, folds, seed=seed, groups=self.groups) if number else found
 
     def _check_sizes(self) -> None:
         stored = len(self.bytes)

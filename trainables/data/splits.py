@@ -68,6 +68,34 @@ def split(
     return np.setdiff1d(np.arange(len(labels)), valid), valid
 
 
+def other_fold(
+    split_of: tuple[Indices, Indices],
+    labels: Indices,
+    number: int,
+    folds: int,
+    *,
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
+) -> tuple[Indices, Indices]:
+    """The split of fold `number`, 1 to `folds` - 1: its part of the training images of a split validates, and all other
+    images train. The images that validate in the split itself are fold 0, so each image validates in one fold.
+
+    Images of a class that would have no others to train on validate in none. Raises `ValueError` where there is no such
+    fold.
+    """
+    if not 1 <= number < folds:
+        raise ValueError(f"fold {number} of {folds}: expected 1 to {folds - 1}")
+    rest, parts = split_of[0], []
+    for left in range(folds - 1, 1, -1):
+        own = None if groups is None else [groups[i] for i in rest]
+        train, taken = split(labels[rest], valid_fraction=1 / left, seed=seed, groups=own)
+        parts.append(rest[taken])
+        rest = rest[train]
+    valid, every = [*parts, rest][number - 1], np.concatenate(split_of)
+    valid = valid[np.isin(labels[valid], labels[np.setdiff1d(every, valid)])]
+    return np.setdiff1d(every, valid), valid
+
+
 # --- Groups -----------------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ class TrialSpec:
     cache: str = "auto"  # how presized images are stored, see `presize`
     max_unreadable: float = MAX_UNREADABLE  # largest share of unreadable images
     split_seed: int = 0
+    fold: tuple[int, int] = (0, 1)  # its number, and how many there are
     all_images: bool = False  # whether those for validation train, too
     temperature: float = 1.0  # then
 

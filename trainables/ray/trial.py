@@ -30,11 +30,13 @@ RETRAINS = "retrains"
 """In a config: the table's id of the trial whose recipe is trained again. Not a setting of the recipe."""
 SCREENS = "screens"
 """In a config: the number of a probe of the screen, below 0. Not a setting of the recipe either."""
+FOLD = "fold"
+"""In a config: the number of the fold that validates, above 0. Not a setting of the recipe either."""
 REFITS = "refits"
 """In a config: the table's id of the winner that is trained again on all images. Not a setting of the recipe either."""
 REFIT_TEMPERATURE = "refit_temperature"
 """In such a config: the winner's, which was fitted on images that it had not seen."""
-OF_TRIAL = (RETRAINS, SCREENS, REFITS, REFIT_TEMPERATURE)
+OF_TRIAL = (RETRAINS, FOLD, SCREENS, REFITS, REFIT_TEMPERATURE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,7 @@ class TrialOptions:
     split_seed: int = 0
     stall_timeout: float = math.inf  # seconds without progress after which workers are killed
     keep_epoch: str = "last"  # whose model a trial leaves: that of its last epoch, or best
+    folds: int = 1  # how many there are, with `FOLD` in a config
     metric: str = "error_rate"  # one of `trainables.training.metrics.METRICS`, which the search minimises
 
 
@@ -116,6 +119,7 @@ class FineTuneTrial(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self.recipe = recipe_of(self.options.settings, config)
+        self.fold = config.get(FOLD, 0), self.options.folds
         self.refit = {"all_images": REFITS in config, "temperature": config.get(REFIT_TEMPERATURE, 1.0)}
         self.size = self.options.group_size.for_arch(self.recipe["arch"], self.options.num_workers)
         self.folder = Path(self.options.checkpoints) / table_id(self)
@@ -213,7 +217,7 @@ class FineTuneTrial(tune.Trainable):
     def _spec(self) -> TrialSpec:
         names = ("data", "data_digest", "weights", "cache", "max_unreadable", "split_seed")
         shared = {name: getattr(self.options, name) for name in names}
-        return TrialSpec(trial_id=self.trial_id, recipe=self.recipe, **self.refit, **shared)
+        return TrialSpec(trial_id=self.trial_id, recipe=self.recipe, fold=self.fold, **self.refit, **shared)
 
     def _start_host(self) -> Any:
         # It reserves no CPU: the workers reserve what the training uses. Any strategy but the default one keeps it out

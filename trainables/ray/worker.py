@@ -154,6 +154,7 @@ class _Slot:
             device=ray.train.torch.get_device(),
             num_threads=self.num_threads,
             split_seed=trial.split_seed,
+            fold=trial.fold,
             all_images=trial.all_images,
             temperature=trial.temperature,
             load_pretrained=not continues,

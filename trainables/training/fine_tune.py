@@ -67,6 +67,7 @@ class FineTune:
         device: Where to train.
         num_threads: Threads that load and augment images.
         split_seed: Draws the validation images if the data set has no split of its own.
+        fold: The number of a fold and how many there are, see `PresizedImages.split`.
         all_images: Whether those for validation train, too. Then metrics say nothing about new images.
         temperature: What divides the logits, until the first epoch has fitted it; with `all_images` none does.
         load_pretrained: Whether to load pretrained weights; not needed if `load_state` follows.
@@ -95,6 +96,7 @@ class FineTune:
         device: torch.device | str = "cpu",
         num_threads: int = 2,
         split_seed: int = 0,
+        fold: tuple[int, int] = (0, 1),
         all_images: bool = False,
         temperature: float = 1.0,
         load_pretrained: bool = True,
@@ -116,7 +118,7 @@ class FineTune:
         self.draws = True
         """Whether the network draws random numbers in training, as far as is known."""
         require_same_images(images, self.world)
-        self.train_indices, self.valid_indices = images.split(seed=split_seed)
+        self.train_indices, self.valid_indices = images.split(seed=split_seed, fold=fold)
         self.all_images = all_images
         self.parts = [self.train_indices, self.valid_indices] if all_images else [self.train_indices]
         """Of the images that train. The first one decides the probe's penalty, and each has cached views of its own."""
