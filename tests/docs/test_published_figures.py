@@ -120,11 +120,20 @@ def reliability() -> list[str]:
     ]
 
 
+def probabilities() -> list[str]:
+    names = ("error_rate", "before", "after", "chance")
+    return [
+        f"| {kind['images']:.0f} | {' | '.join(f'{100 * kind[name]:.1f}' for name in names)} |"
+        for kind in measured("calibration")["summary"]
+    ]
+
+
 PAGES = {
     "README.md": readme(),
     "docs/performance.md": performance(),
     "docs/early-stopping.md": early_stopping(),
     "docs/reliability.md": reliability(),
+    "docs/results-and-files.md": probabilities(),
 }
 
 

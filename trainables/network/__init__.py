@@ -1,1 +1,1 @@
-"""The network and its optimisation: backbone, pretrained weights, loss, optimizer and schedule."""
+"""The network and its optimisation: backbone, pretrained weights, loss, optimizer, schedule and calibration."""
