@@ -59,8 +59,11 @@ class Half:
 
 
 def draw_views(photos: ImageFolder, root: Path, seed: int) -> list[Path]:
-    """`VIEWS` JPEGs of each photo in two folders, each with half of the photos of every class."""
-    halves = split(photos.labels, valid_fraction=0.5, seed=seed)
+    """`VIEWS` JPEGs of each photo in two folders, each with about half of the photos of every class.
+
+    Photos that look the same are in one of them: the other one's are new.
+    """
+    halves = split(photos.labels, valid_fraction=0.5, seed=seed, groups=grouped(photos, "duplicates").images.groups)
     for number, indices in enumerate(halves):
         for index in indices.tolist():
             folder = root / f"half{number}" / photos.classes[photos.labels[index]]
@@ -168,8 +171,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 {result["data"]}: {result["photos"]} photos, {VIEWS} JPEGs of each, with up to {100 * MAX_CROP:.0f} % cut off at each
 side and up to {100 * BRIGHTNESS:.0f} % brighter or darker. One half of the photos is split into training and validation
-images, the other half has the true error; then they change places. The linear probe of {used["arch"]} at
-{used["image_size"]} px, n = {used["seeds"]} splits of each half. Errors in %, and by how many points they are too low.
+images, the other half, in which no photo looks the same, has the true error; then they change places. The linear probe
+of {used["arch"]} at {used["image_size"]} px, n = {used["seeds"]} splits of each half. Errors in %, and by how many
+points they are too low.
 
 | `--group` | validation | cross-validation | new photos | validation too low by | cross-validation too low by |
 |---|---|---|---|---|---|
