@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from trainables.network.loss import class_weights
+from trainables.probe import logistic_regression
 from trainables.probe.folds import folds_of
 from trainables.probe.logistic_regression import L2_GRID, L2_WITHOUT_VALIDATION, LinearHead, fit
 
@@ -125,6 +126,39 @@ def test_it_is_that_of_fits_without_half_a_fold():
             other = fit(features[seen], labels[seen], 4, l2=head.l2)
             wrong += int((other.logits(features[half]).argmax(1) != labels[half]).sum())
     assert head.out_of_fold_error_rate == pytest.approx(wrong / 120, abs=2.5 / 120)
+
+
+def test_out_of_fold_probabilities_are_those_of_fits_that_have_not_seen_the_image():
+    features, labels = drawn(120, 40, 4)
+    head = fit(features, labels, 4)
+    found = head.out_of_fold
+    assert found.shape == (120, 4) and found.dtype == torch.float16
+    assert torch.allclose(found.float().sum(1), torch.ones(120), atol=5e-3)
+    assert head.out_of_fold_error_rate == (found.argmax(1) != labels).double().mean()
+    for image in (0, 50, 119):
+        seen = torch.arange(120) != image
+        alone = fit(features[seen], labels[seen], 4, l2=head.l2).logits(features[image : image + 1]).softmax(1)
+        assert torch.allclose(found[image].float(), alone[0], atol=0.15)
+    own = head.logits(features).softmax(1)[torch.arange(120), labels]
+    assert found[torch.arange(120), labels].float().mean() < own.mean() - 0.02
+
+
+def test_who_was_never_held_out_has_no_probabilities_and_an_absent_class_has_zero():
+    features, labels = drawn(40, 30, 4, distance=3)
+    labels[labels == 2] = 4
+    labels[0] = 5
+    head = fit(features, labels, 6)
+    assert head.out_of_fold.isnan().any(1).nonzero().flatten().tolist() == [0]
+    assert (head.out_of_fold[1:, 2] == 0).all() and head.out_of_fold[0].isnan().all()
+    assert head.out_of_fold_error_rate == (head.out_of_fold[1:].argmax(1) != labels[1:]).double().mean()
+
+
+def test_probabilities_that_take_too_much_room_are_not_kept(monkeypatch):
+    features, labels = drawn(60, 20, 3)
+    expected = fit(features, labels, 3)
+    monkeypatch.setattr(logistic_regression, "MAX_KEPT", 179)
+    head = fit(features, labels, 3)
+    assert head.out_of_fold is None and head.out_of_fold_error_rate == expected.out_of_fold_error_rate
 
 
 def test_cross_validation_chooses_what_is_near_the_best_for_unseen_images():

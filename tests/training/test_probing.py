@@ -145,6 +145,17 @@ def test_it_is_the_same_in_every_training_whether_features_and_head_are_cached_o
         assert torch.equal(ours, theirs)
 
 
+def test_the_probabilities_of_unseen_images_are_kept_with_the_head(probe, monkeypatch):
+    training = probe()
+    probing, train = training.probing(), training.train_indices
+    computed = probing.linear_probe(probing.features(), train)
+    monkeypatch.setattr(module, "fit", lambda *args, **kwargs: pytest.fail("computed the head again"))
+    kept = probing.linear_probe(probing.features(), train)
+    assert kept.out_of_fold.shape == (len(train), 3) and torch.equal(kept.out_of_fold, computed.out_of_fold)
+    wrong = kept.out_of_fold.argmax(1) != training.inputs.labels[torch.as_tensor(train)]
+    assert kept.out_of_fold_error_rate == wrong.double().mean()
+
+
 def test_augmented_views_of_the_images_for_training_are_shared_too(probe, cache):
     first, second = probe(probe_views=2), probe(probe_views=2, mixup_alpha=0.4)
     passes = [ForwardPasses(training) for training in (first, second)]

@@ -27,6 +27,8 @@ ROUGH, EXACT = 5e-3, 1e-5
 """Largest gradient at the end of a fit, as a share of the objective at its start and in scaled coordinates: of one that
 only compares or is only started from, and of the one that is returned."""
 MAX_ITERATIONS = 1000
+MAX_KEPT = 50_000_000
+"""Images x classes up to which out-of-fold probabilities are kept, which take two bytes each."""
 SMALL_SIZE = 50_000_000
 """Images x axes x classes below which one thread is quicker than two: 1.8 s beside 2.9 s at 816 x 816 x 17."""
 
@@ -43,8 +45,12 @@ class LinearHead:
     """Penalty of the weights on standardised features."""
     out_of_fold_error_rate: float | None = None
     """Share of the images, 0 to 1, that fits with this l2 get wrong without having seen them. They have seen nearly as
-    many of the others, see `_out_of_fold_error_rate`. A little too low, since l2 was chosen by the log-loss on the same
-    images. None where nothing was held out."""
+    many of the others, see `_out_of_fold`. A little too low, since l2 was chosen by the log-loss on the same images.
+    None where nothing was held out."""
+    out_of_fold: Tensor | None = None
+    """(images, classes), float16, on the CPU: the probabilities that these fits give to the images, which have not
+    seen them. NaN for an image that was never held out, the only one of its class. None where nothing was held out, and
+    for more than `MAX_KEPT` numbers."""
 
     def logits(self, features: Tensor) -> Tensor:
         """(images, classes) of features (images, features) of any floating-point type, on the CPU."""
@@ -139,9 +145,9 @@ def _fit(
     weights = None if class_weights is None else class_weights.to(device, torch.float32)[present]
 
     data = _principal_axes(x, weights)
-    error_rate = None
+    error_rate = unseen = None
     if l2 is None:
-        l2, start, error_rate = _cross_validated(data, y, groups, seed, on_progress)
+        l2, start, error_rate, unseen = _cross_validated(data, y, groups, seed, on_progress)
     else:
         start = _solve_path(data, y, [value for value in L2_GRID if value > l2], on_progress)
     # In float64: where all images are told well apart, float32 rounds their losses off by percents.
@@ -155,7 +161,10 @@ def _fit(
     bias = torch.full((num_classes,), float(solution.bias.mean()) - math.log(2 * len(y)), dtype=torch.float64)
     bias[present.cpu()] = solution.bias.cpu()
     bias -= weight @ mean.double().cpu()
-    return LinearHead(weight.float(), bias.float(), l2, error_rate)
+    if unseen is not None and len(present) < num_classes:
+        of_absent = torch.where(unseen[:, :1].isnan(), math.nan, 0.0)
+        unseen = of_absent.repeat(1, num_classes).half().index_copy(1, present, unseen)
+    return LinearHead(weight.float(), bias.float(), l2, error_rate, None if unseen is None else unseen.cpu())
 
 
 def _check(features: Tensor, labels: Tensor, num_classes: int, l2: float | None) -> None:
@@ -197,8 +206,8 @@ def _principal_axes(x: Tensor, class_weights: Tensor | None) -> _Axes:
 
 def _cross_validated(
     data: _Axes, y: Tensor, groups: Tensor | None, seed: int, on_progress: Callable[[], None]
-) -> tuple[float, _Solution | None, float | None]:
-    """The l2 with the lowest out-of-fold log-loss, the mean of its folds' solutions, its error rate on unseen images.
+) -> tuple[float, _Solution | None, float | None, Tensor | None]:
+    """The l2 with the lowest out-of-fold log-loss, the mean of its folds' solutions, and what `_out_of_fold` finds.
 
     By log-loss rather than by the number of errors, which is the same for many values and decides by chance between
     them. From strong to weak, each fold's fit starts from its last one.
@@ -206,7 +215,7 @@ def _cross_validated(
     folds = folds_of(y.cpu(), seed, groups).to(y.device)
     held_out = [fold for fold in folds.unique().tolist() if fold >= 0]
     if not held_out or int(y.max()) == 0:
-        return L2_WITHOUT_VALIDATION, None, None
+        return L2_WITHOUT_VALIDATION, None, None, None
     training = [(data.only(folds != k), y[folds != k]) for k in held_out]
     validation = [(data.coordinates[folds == k], y[folds == k]) for k in held_out]
     num_images = sum(len(targets) for _, targets in validation)
@@ -226,22 +235,25 @@ def _cross_validated(
         best = (log_loss, l2, fitted)
     _, l2, fitted = best
     tried_on = [halves(y, (folds == fold).nonzero().flatten(), groups) for fold in held_out]
-    return l2, _mean(fitted), _out_of_fold_error_rate(data, y, tried_on, fitted, l2, on_progress)
+    return l2, _mean(fitted), *_out_of_fold(data, y, tried_on, fitted, l2, on_progress)
 
 
-def _out_of_fold_error_rate(
+def _out_of_fold(
     data: _Axes,
     y: Tensor,
     tried_on: Sequence[tuple[Tensor, Tensor]],
     starts: Sequence[_Solution],
     l2: float,
     on_progress: Callable[[], None],
-) -> float:
-    """The share of images that fits get wrong which have seen all but half a fold.
+) -> tuple[float, Tensor | None]:
+    """The share of images that fits get wrong which have seen all but half a fold, and the probabilities (images,
+    classes), float16, that they give: NaN for images in no fold, and None above `MAX_KEPT`.
 
     Fits on 2/3 or 4/5 of the images, which choose l2, are worse than the one on all of them, by 2 points of error where
     a class has 15 images. Each of these starts from its fold's, which has not seen the images that it is tried on.
     """
+    shape = len(y), int(y.max()) + 1
+    kept = torch.full(shape, math.nan, dtype=torch.float16, device=y.device) if math.prod(shape) <= MAX_KEPT else None
     wrong = count = 0
     for parts, start in zip(tried_on, starts, strict=True):
         for half in parts:
@@ -250,10 +262,12 @@ def _out_of_fold_error_rate(
             seen = torch.ones_like(y, dtype=torch.bool)
             seen[half] = False
             solution = _solve(data.only(seen), y[seen], l2, start, ROUGH, on_progress)
-            logits = data.coordinates[half] @ solution.weight.T + solution.bias
-            wrong += int((logits.argmax(1) != y[half]).sum())
+            found = (data.coordinates[half] @ solution.weight.T + solution.bias).softmax(1).half()
+            wrong += int((found.argmax(1) != y[half]).sum())
             count += len(half)
-    return wrong / count
+            if kept is not None:
+                kept[half] = found
+    return wrong / count, kept
 
 
 def _mean(solutions: list[_Solution]) -> _Solution:

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -40,8 +40,8 @@ CHUNK = 64
 """Images of a forward pass. The same for any number of workers, so that they compute the same features."""
 PIECE = 8192
 """Rows that a worker gives to the others at a time: a collective copies several times what it passes on."""
-HEAD_VERSION = 2
-"""Raise it when the same features give another head."""
+HEAD_VERSION = 3
+"""Raise it when the same features give another head, or when more is kept with it."""
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +86,11 @@ class Probing:
         return found or _opened(path) or self._written_on_other_node(computed, view)
 
     def linear_probe(self, features: FeatureSet, train: npt.NDArray[np.int64]) -> LinearHead:
-        """The logistic regression on the features of the images `train`; the first worker's."""
+        """The logistic regression on the features of the images `train`; the first worker's, which alone has the
+        out-of-fold probabilities."""
         found = self._linear_probe(features, train) if self.world.rank == 0 else None
-        shared: LinearHead = self.world.gather(found)[0]
-        return shared
+        shared: LinearHead = self.world.gather(found and replace(found, out_of_fold=None))[0]
+        return found or shared
 
     def head(self, features: FeatureSet, parts: Sequence[npt.NDArray[np.int64]], linear: LinearHead) -> State:
         """The state of the classifier that is best on the features of some images and of their `probe_views`; the first
@@ -229,13 +230,14 @@ class Probing:
         if kept := _read_head(file):
             error_rate = kept["out_of_fold_error_rate"].item()
             known = None if math.isnan(error_rate) else error_rate
-            return LinearHead(kept["weight"], kept["bias"], kept["l2"].item(), known)
+            return LinearHead(kept["weight"], kept["bias"], kept["l2"].item(), known, kept.get("out_of_fold"))
         rows, labels, groups = torch.from_numpy(features.rows[train]), self._labels(train), self._groups(train)
         found = fit(rows, labels, self.inputs.num_classes, groups=groups, **self._how)
         error_rate = math.nan if found.out_of_fold_error_rate is None else found.out_of_fold_error_rate
         numbers = {"l2": found.l2, "out_of_fold_error_rate": error_rate}
         scalars = {name: torch.tensor(number, dtype=torch.float64) for name, number in numbers.items()}
-        _write_head(file, {"weight": found.weight, "bias": found.bias, **scalars})
+        unseen = {} if found.out_of_fold is None else {"out_of_fold": found.out_of_fold}
+        _write_head(file, {"weight": found.weight, "bias": found.bias, **scalars, **unseen})
         return found
 
     @property
