@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from search.cli.messages import command_name, say
-from search.options.arguments import add_group, add_max_unreadable, add_space, search_command
+from search.options.arguments import add_group, add_leave_out, add_max_unreadable, add_space, search_command
 from search.options.preparation import has_pattern, own_dataset, say_depth, setting_values, space_of, with_groups
 from search.options.search_options import folder_or_uri
 from search.reporting.data_tables import (
@@ -79,6 +79,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_table_options(parser)
     add_group(parser)
+    add_leave_out(parser)
     add_max_unreadable(parser)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=(
         "a setting, as in search.run; the pictures show presize, image_size and the augmentation; repeatable"
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.cache:
         return show_caches(clear_them=args.cache == "clear")
     given = {"data": args.data, "settings": args.set, "max_unreadable": args.max_unreadable, "group": args.group}
-    next_command = search_command(args.space, **given)
+    next_command = search_command(args.space, **given, leave_out=args.leave_out)
     space = space_of(args.space, args.set, seed=args.seed)
     if problems := refused(space):
         if not has_pattern(args.set) or len(problems) == len(setting_values(space, "arch")):

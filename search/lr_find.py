@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.cli.messages import command_name, say
-from search.options.arguments import add_cache, add_group, add_max_unreadable, add_space, positive, search_command
+from search.options.arguments import (
+    add_cache,
+    add_group,
+    add_leave_out,
+    add_max_unreadable,
+    add_space,
+    positive,
+    search_command,
+)
 from search.options.search_options import folder_or_uri
 from search.spaces.space import Range, Space, space_name
 from trainables.data.address import add_table_options, with_table_options
@@ -63,6 +71,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-it", type=positive, default=100, metavar="N", help="steps (default 100)")
     parser.add_argument("--seed", type=int, metavar="N", help="default: the space's")
     add_group(parser)
+    add_leave_out(parser)
     add_max_unreadable(parser)
     add_cache(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: results/lr_find-<arch>-<stage>.png")
@@ -78,6 +87,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     from search.options.preparation import check_weights, find_data, presize_here, say_depth, space_of, with_groups
     from search.spaces.architectures import check_architectures
+    from trainables.data.left_out_images import read_left_out
     from trainables.data.source import folder_of
     from trainables.recipe import Recipe
     from trainables.system.full_disk import require_writable_file
@@ -91,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or Path("results") / f"lr_find-{recipe.arch}-{stage}.png"
     require_writable_file(out)
     check_architectures(space)
-    images = with_groups(find_data(space, args.data), args.group)
+    images = with_groups(find_data(space, args.data, read_left_out(args.leave_out)), args.group)
     say_depth(images)
     check_weights(space, args.weights)
     presized = presize_here(space, images, cache=args.cache, max_unreadable=args.max_unreadable)
@@ -108,8 +118,8 @@ def main(argv: list[str] | None = None) -> int:
     say(f"curve: {out}")
     settings.append(f"{setting}={_range(min(trusted), max(trusted))}")
     given = {"data": args.data, "group": args.group, "max_unreadable": args.max_unreadable}
-    command = search_command(args.space, settings=settings, **given)
-    say(f"next: {command}")
+    given |= {"leave_out": args.leave_out}
+    say(f"next: {search_command(args.space, settings=settings, **given)}")
     return 0
 
 

@@ -91,6 +91,7 @@ class Prepared:
     space: Space
     images: "ImageFolder"  # those that the search may know
     groups: str  # of all images, as text
+    left_out: tuple[str, ...]
     known: "ImagesRecord"
     files: "FilesRecord"
     mirror: AbstractContextManager[object]
@@ -104,7 +105,14 @@ def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
     space = searched_space(options)
     from search.reporting.leakage import say_near_duplicates
     from search.reporting.test_set import hold_out
-    from search.runs.resume import begun_without_groups, files_record, images_record, require_same, require_whole
+    from search.runs.resume import (
+        begun_without_groups,
+        files_record,
+        images_record,
+        left_out_images,
+        require_same,
+        require_whole,
+    )
     from search.tuning.halving import check_lengths
     from trainables.data.groups import to_text
 
@@ -116,7 +124,8 @@ def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
         options, space = with_weights(options, space)
     options, space = without_untrainable(options, space, by_pattern=has_pattern(asked.set))
     mirror = mirror_of(options, folder)
-    images = find_data(space, options.data)
+    left_out = left_out_images(options, folder)
+    images = find_data(space, options.data, left_out)
     if not (options.resume and begun_without_groups(folder)):
         images = with_groups(images, options.group)
     groups = to_text(images.groups)
@@ -137,8 +146,8 @@ def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
         if not options.resume:
             say_near_duplicates(presized, space.split_seed, folder.near_duplicates)
     return Prepared(
-        options=options, asked=asked, space=space, images=images, groups=groups, known=known, files=files,
-        mirror=mirror,
+        options=options, asked=asked, space=space, images=images, groups=groups, left_out=left_out, known=known,
+        files=files, mirror=mirror,
     )  # fmt: skip
 
 
@@ -165,7 +174,8 @@ def connect(prepared: Prepared, folder: "RunFolder", argv: Sequence[str], began:
     from search.tuning.tuner import RunOptions
 
     size, num_workers = sizes(options, nodes, setting_values(space, "arch"))
-    source = source_of(str(options.data or space.dataset), prepared.groups, options.test_split, space.split_seed)
+    data = str(options.data or space.dataset)
+    source = source_of(data, options.test_split, space.split_seed, prepared.left_out, prepared.groups)
     if options.lr_range == "auto":
         from search.lr_find import narrowed_rates
 
@@ -211,6 +221,7 @@ def write_record(prepared: Prepared, run: "RunOptions", argv: Sequence[str], nod
         arguments=options,
         asked=before.asked if before else prepared.asked,
         source=str(run.data),
+        left_out=prepared.left_out,
         weights=run.weights,
         split_seed=run.space.split_seed,
         group_size=asdict(run.group_size),
@@ -349,12 +360,13 @@ def print_trials(run: "RunOptions", rows: "list[Row]") -> None:
 def say_results(run: "RunOptions") -> None:
     """What the search found, where it is, and the next command."""
     from search.cli.errors import report_errors
+    from search.reporting import suspects, test_set
     from search.reporting.summary import summary
-    from search.reporting.test_set import lines
     from search.runs.run_record import load
 
     with report_errors("no summary"):
-        for line in (*summary(load(run.folder.path)), *lines(run.folder)):
+        found = *test_set.lines(run.folder), *suspects.lines(run.folder)
+        for line in (*summary(load(run.folder.path)), *found):
             say(line)
     say(f"table: {run.folder}/trials.csv    best checkpoint: {run.folder}/best/")
     if run.folder.report.is_file():

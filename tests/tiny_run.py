@@ -45,20 +45,27 @@ def draw_images(root: Path, *, each: int = 20) -> Path:
 
 
 def make_run(
-    folder: Path, data: Path, *, weights: Path | None = None, test_share: float | None = None, **settings
+    folder: Path,
+    data: Path,
+    *,
+    weights: Path | None = None,
+    test_share: float | None = None,
+    left_out: tuple[str, ...] = (),
+    **settings,
 ) -> Path:
     """Train one recipe on `data` and write what a search leaves of its winner. Returns the run's folder."""
     recipe = Recipe.from_dict(SETTINGS | settings)
-    known = without_test_images(find_images(data), test_share, 3)
+    known = without_test_images(find_images(data), test_share, 3, left_out)
     images = presize(known, recipe.presize, recipe.resize_method)
     training = FineTune(recipe, images, weights=weights, split_seed=3)
-    for _ in range(recipe.total_epochs):
+    for _ in range(recipe.before_first_epoch, recipe.total_epochs):
         metrics = training.run_epoch()
     training.close()
-    split = split_file(images, images_digest(known), seed=3, test_share=test_share)
+    split = split_file(images, images_digest(known), seed=3, test_share=test_share, left_out=left_out)
     write(folder / "best", model_only(training.state() | {SPLIT_FILE: split}))
     assert (folder / "best" / WEIGHTS_FILE).is_file()
     command = {"data": str(data), "weights": str(weights) if weights else None, "split_seed": 3}
+    command["left_out"] = left_out
     command["arguments"] = {"test_split": test_share}
     command["group_size"] = {"num_workers": 1, "gpus_per_worker": 0}
     write_json(folder / "command.json", command)

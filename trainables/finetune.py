@@ -16,6 +16,7 @@ from trainables.data import groups
 from trainables.data.address import add_table_options, with_table_options
 from trainables.data.labelled_images import MAX_UNREADABLE
 from trainables.data.layouts import find_images
+from trainables.data.left_out_images import leave_out_for_training, read_left_out
 from trainables.data.presize import STORAGES, presize
 from trainables.network.architecture import try_out
 from trainables.network.pretrained_weights import require_weights
@@ -32,6 +33,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="labelled images: a folder, a table or an archive")
     add_table_options(parser)
     parser.add_argument("--weights", type=Path, help="folder with <arch>.safetensors; the only place that is searched")
+    leave_out = "a CSV file whose column path names images that are not used, such as the suspects.csv of a search"
+    parser.add_argument("--leave-out", type=Path, metavar="FILE", help=leave_out)
     share = f"of the images that may be unreadable; default {MAX_UNREADABLE:g}"
     parser.add_argument("--max-unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE", help=share)
     parser.add_argument("--group", metavar="|".join((*groups.WAYS, "REGEX")), help=groups.HELP)
@@ -44,7 +47,8 @@ def main() -> None:
         if recipe.pretrained and args.weights:
             require_weights([recipe.arch], args.weights)
         args.group = args.group and groups.checked_group(args.group)
-        found = groups.grouped(find_images(str(with_table_options(args.data, args.columns, args.images))), args.group)
+        images_of = find_images(str(with_table_options(args.data, args.columns, args.images)))
+        found = groups.grouped(leave_out_for_training(images_of, read_left_out(args.leave_out)), args.group)
         if int(os.environ.get("RANK", 0)) == 0:
             for line in (f"data: {found.images.describe()}", *found.lines):
                 print(printable(line), file=sys.stderr)

@@ -88,8 +88,8 @@ def check_against_table(
     print(f"checking on the validation images of {data}", flush=True)
     try:
         split = command.split_seed, command.arguments.held_out_share
-        cache, groups = command.arguments.cache, command.groups or ""
-        found = in_new_process(check_export, folder, checkpoint, data, *split, cache, formats, groups)
+        images = *split, command.arguments.cache, formats, command.left_out, command.groups or ""
+        found = in_new_process(check_export, folder, checkpoint, data, *images)
     except DataError as error:
         print(f"{not_checked}: the run's images are no longer there. {error}", file=sys.stderr)
         return
@@ -164,23 +164,23 @@ def check_export(
     test_share: float | None = None,
     storage: str = "auto",
     formats: tuple[str, ...] = ("safetensors",),
+    left_out: tuple[str, ...] = (),
     groups: str = "",
 ) -> Check:
-    """Label the validation split of `data`, of which the run held out `test_share`, with every format in `folder`.
-    `groups` are those of its images, as text.
+    """Label the validation split of `data`, of which the run held out `test_share`, left some images out, and had
+    `groups` as text, with every format in `folder`.
 
     Images are read as in training, and logits and probabilities compared in fp32 with those of the model in the folder
     `checkpoint`: in a lower precision, weights that include the temperature round differently. Raises `DataError` if
     these are not the images of the run, `Differs` if a format cannot be run.
     """
-    from trainables.data.groups import with_text
     from trainables.data.held_out_images import without_test_images
     from trainables.data.layouts import find_images
     from trainables.data.presize import presize
 
     predictor, trained = Predictor(folder), Predictor(checkpoint)
     preprocessing = predictor.preprocessing
-    known = without_test_images(with_text(find_images(data), groups), test_share, split_seed)
+    known = without_test_images(find_images(data), test_share, split_seed, left_out, groups)
     sizes = preprocessing.presize, preprocessing.resize_method
     white = preprocessing.white_level
     images = presize(known, *sizes, storage=storage, white_level=white, max_unreadable=1)  # the run read what it could

@@ -99,6 +99,7 @@ def _add_what(group: Group) -> None:
         "opened once, at the end, to test the winner and trial 0"
     ))  # fmt: skip
     add_group(group)
+    add_leave_out(group)
     group.add_argument("--recipes", metavar="NAME", help=(
         "run only the space's recipes of that name, such as book, each once and to its end; ignores --searcher and "
         "--scheduler"
@@ -201,7 +202,8 @@ def _add_results(group: Group) -> None:
     group.add_argument("--resume", action="store_true", help=(
         "resume the run called --name with its options; the command that began it resumes it, too. More --trials or a "
         "longer --time-budget extend it. --keep, --report, --max-concurrent, --stall-timeout and the workers' options "
-        "may change, too, and --data, --weights and a folder of --test-split if the same files are there"
+        "may change, too, and --data, --weights, --leave-out and a folder of --test-split if the same files are "
+        "there"
     ))  # fmt: skip
     group.add_argument("--trust", action="store_true", help=(
         "resume a run that another user began, or you on another machine: code in its files is executed"
@@ -237,6 +239,14 @@ def add_group(group: Group) -> None:
     group.add_argument("--group", type=_group, metavar=f"{ways}|REGEX", help=groups.HELP)
 
 
+def add_leave_out(group: Group) -> None:
+    """`--leave-out`, for all commands that read images to train on."""
+    group.add_argument("--leave-out", type=absolute, metavar="FILE", help=(
+        "a CSV file whose column path names images of --data that are not used at all, such as the suspects.csv of an "
+        "earlier search; delete the rows of images whose label is right first"
+    ))  # fmt: skip
+
+
 def resume_command(run: Path, address: str | None) -> str:
     """The command that resumes the interrupted run in a folder."""
     words = ["--resume", "--name", run.name]
@@ -252,9 +262,11 @@ def search_command(
     settings: Sequence[str],
     max_unreadable: float,
     group: str | None = None,
+    leave_out: Path | None = None,
 ) -> str:
     """The `search.run` that follows another command with its space, data and settings."""
     words = ["--space", space, *(["--data", str(data)] if data else []), *(["--group", group] if group else [])]
+    words += ["--leave-out", str(leave_out)] if leave_out else []
     if max_unreadable != MAX_UNREADABLE:
         words += ["--max-unreadable", str(max_unreadable)]
     return shell_command("search.run", *words, *(word for setting in settings for word in ("--set", setting)))

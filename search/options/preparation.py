@@ -5,7 +5,7 @@ part of its options, as further `--set`s, so that a resumed search has the same 
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from search.cli.messages import say
 from search.options.search_options import SearchOptions
 from search.spaces.space import Space, load_space
+from trainables.system.text import many
 
 if TYPE_CHECKING:
     from trainables.data.labelled_images import ImageFolder
@@ -32,14 +33,19 @@ def searched_space(options: SearchOptions) -> Space:
     return space_of(options.space or "", options.set, seed=options.seed, recipes=options.recipes)
 
 
-def find_data(space: Space, data: Path | str | None) -> "ImageFolder":
-    """The images in `data`, or the space's own; says what they are. Raises `ValueError` where there are neither."""
+def find_data(space: Space, data: Path | str | None, left_out: Collection[str] = ()) -> "ImageFolder":
+    """The images in `data`, or the space's own, without those `left_out`; says what they are. Raises `ValueError` where
+    there are none, or where those left out are not among them."""
     from trainables.data.datasets import prepare_in_subprocess
     from trainables.data.layouts import find_images
+    from trainables.data.left_out_images import leave_out_for_training
     from trainables.data.source import folder_of
 
     images = find_images(folder_of(str(data)) if data else prepare_in_subprocess(own_dataset(space)))
     say(f"data: {images.describe()}")
+    if left_out:
+        images = leave_out_for_training(images, left_out)
+        say(f"left out: {many(len(left_out), 'image')}; {len(images.paths)} are used")
     return images
 
 

@@ -30,6 +30,7 @@ class SearchOptions:
     weights: Path | str | None = None
     test_split: float | Path | None = None
     group: str | None = None  # parent, column, duplicates or a regular expression, see `groups.grouped`
+    leave_out: Path | None = None  # a CSV file
     recipes: str | None = None
     describe: bool = False
     max_unreadable: float = MAX_UNREADABLE
@@ -146,6 +147,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "data": folder_or_uri,
     "weights": folder_or_uri,
     "test_split": lambda value: value if isinstance(value, float) else Path(value),
+    "leave_out": Path,
     "scheduler": lambda name: OLD_SCHEDULERS.get(name, name),
     "max_concurrent": lambda number: None if number == "auto" else number,
     "results": Path,

@@ -13,7 +13,6 @@ from search.options.arguments import resume_command
 from search.runs.command import CommandRecord
 from search.runs.kinds import name_of
 from search.runs.statistics import bootstrap_interval, wilson_interval
-from trainables.data.groups import Grouped, with_text
 from trainables.data.held_out_images import ImageSource, WithoutTestImages, held_share, set_aside, without_test_images
 from trainables.data.labelled_images import DataError, ImageFolder
 from trainables.data.layouts import find_images, find_unchecked
@@ -47,10 +46,13 @@ def hold_out(
     return without_test_images(images, held_share(test_split), seed)
 
 
-def source_of(source: str, groups: str, test_split: float | Path | None, seed: int) -> ImageSource:
+def source_of(
+    source: str, test_split: float | Path | None, seed: int, left_out: tuple[str, ...] = (), groups: str = ""
+) -> ImageSource:
     """Where every node gets the images that the search may use, with their `groups` as text."""
-    share, known = held_share(test_split), Grouped(source, groups) if groups else source
-    return known if share is None else WithoutTestImages(known, share, seed)
+    share = held_share(test_split)
+    plain = share is None and not left_out and not groups
+    return source if plain else WithoutTestImages(source, share, seed, left_out, groups)
 
 
 def held_out(images: ImageFolder, test_split: float | Path | str, seed: int) -> ImageFolder:
@@ -103,7 +105,7 @@ def read_once(folder: "RunFolder", digest: str | None) -> None:
 def _test_images(command: CommandRecord, digest: str | None) -> ImageFolder:
     from trainables.data.source import images_digest
 
-    images = with_text(find_images(command.data), command.groups or "")
+    images = without_test_images(find_images(command.data), None, 0, command.left_out, command.groups or "")
     options, seed = command.arguments, command.split_seed
     assert options.test_split is not None  # see read_once
     if images_digest(without_test_images(images, options.held_out_share, seed)) != digest:

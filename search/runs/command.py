@@ -56,6 +56,7 @@ class CommandRecord:
     arguments: SearchOptions  # as they are now
     asked: SearchOptions  # as the run was begun
     source: str = ""
+    left_out: tuple[str, ...] = ()  # the paths of the images that --leave-out named
     weights: str | None = None
     split_seed: int = 0
     group_size: Mapping[str, Any] = field(default_factory=dict)  # see `GroupSize`
@@ -98,6 +99,7 @@ class CommandRecord:
                 for each in content.get("resumes", ())
             ),
             "strategy": Strategy(**content["strategy"]) if content.get("strategy") else None,
+            "left_out": tuple(content.get("left_out", ())),
             "files": FilesRecord(**content.get("files", {})),
         }
         if images := content.get("images"):

@@ -28,7 +28,7 @@ EXTENT = ("trials", "time_budget", "stall_timeout", "keep", "report")
 """Those that `--resume` may change for good: they change nothing about what is compared."""
 SIZES = ("workers_per_trial", "cpus_per_worker", "gpus_per_worker", "max_concurrent")
 """Likewise, unless trials are compared by their seconds."""
-PLACES = ("data", "weights", "test_split")
+PLACES = ("data", "weights", "test_split", "leave_out")
 """Likewise, if the same files are there."""
 MAX_NAMES = 3
 """Names of a difference that are shown."""
@@ -185,6 +185,23 @@ def images_record(images: "ImageFolder") -> ImagesRecord:
         count=len(images.paths),
         classes=tuple(images.classes),
     )
+
+
+def left_out_images(options: SearchOptions, folder: RunFolder) -> tuple[str, ...]:
+    """The paths of the images that `--leave-out` names. A resumed run has them in its record, with which the file must
+    agree where it still is there. Raises `ValueError`."""
+    from trainables.data.left_out_images import read_left_out
+
+    if not options.resume:
+        return read_left_out(options.leave_out)
+    kept = CommandRecord.load(folder.path).left_out
+    if options.leave_out and options.leave_out.is_file() and (now := read_left_out(options.leave_out)) != kept:
+        raise ValueError(
+            f"{folder}/ cannot be resumed, {options.leave_out} has changed since it began: it names {len(now)} images "
+            f"instead of {len(kept)}, {len(set(now) - set(kept))} of them others. Restore it, move it away, or begin a "
+            "new run."
+        )
+    return kept
 
 
 def files_record(options: SearchOptions, space: Space) -> FilesRecord:

@@ -11,8 +11,8 @@ from files import fill
 from PIL import Image
 
 from search.options.arguments import parse_arguments
-from trainables.data.groups import Grouped, checked_group, copies, grouped, joined, to_text, with_text
-from trainables.data.held_out_images import WithoutTestImages, share_and_groups, without_test_images
+from trainables.data.groups import checked_group, copies, grouped, joined, to_text, with_text
+from trainables.data.held_out_images import WithoutTestImages, without_test_images
 from trainables.data.labelled_images import DataError
 from trainables.data.layouts import find_images
 from trainables.data.presize import presize
@@ -177,10 +177,10 @@ def test_every_node_and_every_process_has_the_same_split(scans, tmp_path):
     images = grouped(find_images(f"{scans}/*"), "parent").images
     known = without_test_images(images, 0.2, 5)
     shutil.copytree(scans, tmp_path / "node" / "scans")
-    source = WithoutTestImages(Grouped(f"{tmp_path}/node/scans/*", to_text(images.groups)), 0.2, 5)
+    source = WithoutTestImages(f"{tmp_path}/node/scans/*", 0.2, 5, groups=to_text(images.groups))
     there = images_of(source, images_digest(known))
     assert (there.paths, there.groups) == (known.paths, known.groups)
-    assert (str(source), share_and_groups(source)) == (f"{tmp_path}/node/scans/*", (0.2, to_text(images.groups)))
+    assert str(source) == f"{tmp_path}/node/scans/*"
     here, there = (presize(each, 16, cache=tmp_path / "cache") for each in (known, there))
     valid = here.split(seed=3)[1].tolist()
     assert there.split(seed=3)[1].tolist() == pickle.loads(pickle.dumps(there)).split(seed=3)[1].tolist() == valid

@@ -24,7 +24,6 @@ from search.reporting.test_set import source_of
 from search.run import prepare
 from search.runs.command import CommandRecord
 from search.runs.paths import RunFolder
-from trainables.data.groups import Grouped
 from trainables.data.held_out_images import WithoutTestImages
 from trainables.data.labelled_images import ImageFolder
 from trainables.network import architecture_names, pretrained_weights
@@ -267,10 +266,9 @@ def test_groups_go_with_a_run_and_an_earlier_run_goes_on_without_them(lites, tmp
     assert "groups: 7 of 19 images" in capsys.readouterr().out
     copied = prepare(asked, folder)
     assert copied.groups == "12 18"
-    source = source_of("images", copied.groups, 0.2, 5)
-    assert (
-        source == WithoutTestImages(Grouped("images", "12 18"), 0.2, 5) and source_of("images", "", None, 5) == "images"
-    )
+    source = source_of("images", 0.2, 5, groups=copied.groups)
+    assert source == WithoutTestImages("images", 0.2, 5, groups="12 18")
+    assert source_of("images", None, 5) == "images"
     record = CommandRecord(arguments=copied.options, asked=asked, images=copied.known)
     for kept, expected in ((None, ""), ("12 18", "12 18")):
         folder.path.mkdir(exist_ok=True)

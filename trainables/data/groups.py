@@ -32,18 +32,6 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Grouped:
-    """A source with groups, which every node gets instead of the source, see `source.images_of`."""
-
-    source: str
-    groups: str
-    """As `to_text` writes them."""
-
-    def __str__(self) -> str:
-        return self.source
-
-
-@dataclass(frozen=True)
 class Grouping:
     """Images with their groups, and what there is to say about these."""
 

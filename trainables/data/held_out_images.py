@@ -7,37 +7,40 @@ from hashlib import sha256
 
 import numpy as np
 
-from trainables.data.groups import Grouped
+from trainables.data.groups import with_text
 from trainables.data.labelled_images import DataError, ImageFolder
+from trainables.data.left_out_images import remaining
 from trainables.data.splits import group_numbers, in_order, take_groups
 from trainables.system.text import some
 
 
 @dataclass(frozen=True)
 class WithoutTestImages:
-    """A source without its test images, which every node gets instead of the source, see `source.images_of`."""
+    """A source without its test images and those left out, which every node gets instead, see `source.images_of`."""
 
-    source: str | Grouped
-    share: float
+    source: str
+    share: float | None
+    """That is held out of every class as test images; None for none."""
     seed: int
+    left_out: tuple[str, ...] = ()
+    """The paths of the images that are neither used nor test images, see `left_out_images`."""
+    groups: str = ""
+    """Of the others, as `groups.to_text` writes them."""
 
     def __str__(self) -> str:
-        return str(self.source)
+        return self.source
 
 
-ImageSource = str | Grouped | WithoutTestImages
+ImageSource = str | WithoutTestImages
 """Where every node gets the images of a search from, see `source.images_of`."""
 
 
-def share_and_groups(source: ImageSource) -> tuple[float | None, str]:
-    """The share of test images that a source leaves out, and its groups as text."""
-    if isinstance(source, WithoutTestImages):
-        return source.share, share_and_groups(source.source)[1]
-    return None, source.groups if isinstance(source, Grouped) else ""
-
-
-def without_test_images(images: ImageFolder, share: float | None, seed: int) -> ImageFolder:
-    """The images to train and validate on: all of them if `share` is None."""
+def without_test_images(
+    images: ImageFolder, share: float | None, seed: int, left_out: tuple[str, ...] = (), groups: str = ""
+) -> ImageFolder:
+    """The images to train and validate on, with their groups: all of them but those `left_out`, if `share` is None."""
+    images = remaining(images, left_out)
+    images = with_text(images, groups) if groups else images
     return images if share is None else set_aside(images, share, seed)[0]
 
 

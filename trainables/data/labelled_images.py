@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from trainables.data.splits import split as split
-from trainables.system.text import many, some
+from trainables.system.text import some
 
 MAX_UNREADABLE = 0.01
 """The share of the images that may be unreadable by default."""
@@ -119,9 +119,12 @@ class ImageFolder:
 # --- Checking and naming ----------------------------------------------------------------------------------------------
 
 
-def check_classes(folder: ImageFolder, skipped: int = 0) -> None:
-    """Raises `DataError` unless there are at least two classes, each with at least two images and one for training."""
-    after = f" ({many(skipped, 'unreadable image')} skipped)" if skipped else ""
+def check_classes(folder: ImageFolder, gone: str = "") -> None:
+    """Raises `DataError` unless there are at least two classes, each with at least two images and one for training.
+
+    `gone` says which images are, such as "2 unreadable images skipped".
+    """
+    after = f" ({gone})" if gone else ""
     place = folder.address or folder.root
     if folder.num_classes < 2:
         advice = "Name the column of the labels with --columns label=NAME, if it is another one"

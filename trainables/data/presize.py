@@ -36,6 +36,7 @@ from trainables.data.presized_images import (
 )
 from trainables.system.cache import DamagedCache, cache_dir, flush, locked, new_folder, write_index
 from trainables.system.machine import num_cpus, total_memory
+from trainables.system.text import many
 
 logger = logging.getLogger(__name__)
 
@@ -285,7 +286,7 @@ def _readable(job: _Job, built: _Built) -> ImageFolder:
     total, listed = len(folder.paths), _listed(job, built.unreadable)
     logger.warning("skipped %d of %d images that cannot be read: %s", num_bad, total, listed)
     readable = folder.only(built.kept)
-    labelled_images.check_classes(readable, skipped=num_bad)
+    labelled_images.check_classes(readable, f"{many(num_bad, 'unreadable image')} skipped")
     return readable
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from trainables.data.address import split_level
 from trainables.data.datasets import DATASETS, prepare
 from trainables.data.fetch import fetch, is_uri, pinned
-from trainables.data.groups import Grouped, with_text
 from trainables.data.held_out_images import ImageSource, WithoutTestImages, without_test_images
 from trainables.data.labelled_images import DataError, ImageFolder
 from trainables.data.layouts import find_images
@@ -24,9 +23,9 @@ def images_of(source: ImageSource, digest: str | None = None) -> ImageFolder:
     Raises `DataError` if their `images_digest` is not `digest`, which another node has computed.
     """
     if isinstance(source, WithoutTestImages):
-        images = without_test_images(images_of(source.source), source.share, source.seed)
-    elif isinstance(source, Grouped):
-        images = with_text(images_of(source.source), source.groups)
+        images = without_test_images(
+            images_of(source.source), source.share, source.seed, source.left_out, source.groups
+        )
     else:
         images = find_images(prepare(source) if source in DATASETS else folder_of(source))
     if digest is not None and images_digest(images) != digest:

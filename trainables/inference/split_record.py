@@ -5,6 +5,7 @@ ones trained and which validated it.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from trainables.data.groups import with_text
 from trainables.data.held_out_images import set_aside
 from trainables.data.labelled_images import DataError, ImageFolder
+from trainables.data.left_out_images import path_digest, without_digests
 from trainables.data.presized_images import PresizedImages
 from trainables.inference.model_folder import read_json
 from trainables.system.text import printable
@@ -36,14 +38,26 @@ class SplitRecord:
     """The share of each class that was held out as test images; None if there was none, or another folder."""
     parts: str
     """`parts_digest` of the readable images."""
+    left_out: tuple[str, ...] = ()
+    """`path_digest` of the images that were left out of all of these."""
     groups: str = ""
-    """Those of all images, test images included, by their numbers, see `groups.to_text`."""
+    """Those of all others, test images included, by their numbers, see `groups.to_text`."""
 
 
-def split_file(images: PresizedImages, digest: str, *, seed: int, test_share: float | None, groups: str = "") -> bytes:
-    """The content of `split.json` for a training on `images`, whose `source.images_digest` is `digest`."""
+def split_file(
+    images: PresizedImages,
+    digest: str,
+    *,
+    seed: int,
+    test_share: float | None,
+    left_out: Iterable[str] = (),
+    groups: str = "",
+) -> bytes:
+    """The content of `split.json` for a training on `images`, whose `source.images_digest` is `digest`; `left_out` are
+    paths."""
+    gone = tuple(map(path_digest, left_out))
     parts = parts_digest(images, seed)
-    record = SplitRecord(images=digest, seed=seed, test_share=test_share, parts=parts, groups=groups)
+    record = SplitRecord(images=digest, seed=seed, test_share=test_share, parts=parts, left_out=gone, groups=groups)
     return json.dumps(asdict(record), indent=2).encode()
 
 
@@ -66,6 +80,7 @@ def read_split(model: Path) -> SplitRecord | None:
             test_share=None if share is None else float(share),
             parts=str(found["parts"]),
             groups=str(found.get("groups", "")),
+            left_out=tuple(map(str, found.get("left_out", ()))),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{model / SPLIT_FILE} is damaged ({error!r}). Export the run again.") from error
@@ -78,6 +93,7 @@ def known_and_test(images: ImageFolder, record: SplitRecord) -> tuple[ImageFolde
     """
     from trainables.data.source import images_digest
 
+    images = without_digests(images, record.left_out)
     try:
         images = with_text(images, record.groups)
         known, test = (images, None) if record.test_share is None else set_aside(images, record.test_share, record.seed)

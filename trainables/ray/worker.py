@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from trainables.data.held_out_images import ImageSource, share_and_groups
+from trainables.data.held_out_images import ImageSource, WithoutTestImages
 from trainables.ray.messages import Command, Outcome, TrialSpec
 from trainables.recipe import Recipe
 from trainables.system.text import many
@@ -196,10 +196,18 @@ def _split_of(images: "PresizedImages", trial: TrialSpec) -> Files:
     """The file that says which images validated the model; none if the images have no digest."""
     from trainables.inference.split_record import split_file
 
-    if trial.data_digest is None:
+    if not trial.data_digest:
         return {}
-    share, groups = share_and_groups(trial.data)
-    content = split_file(images, trial.data_digest, seed=trial.split_seed, test_share=share, groups=groups)
+    data, seed = trial.data, trial.split_seed
+    used = data if isinstance(data, WithoutTestImages) else WithoutTestImages(data, None, seed)
+    content = split_file(
+        images,
+        trial.data_digest,
+        seed=seed,
+        test_share=used.share,
+        left_out=used.left_out,
+        groups=used.groups,
+    )
     return {SPLIT_FILE: content}
 
 
