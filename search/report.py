@@ -13,7 +13,7 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from search.cli.messages import command_name, say
-from search.reporting import calibration_charts, charts, html_page, test_set, winner_charts
+from search.reporting import calibration_charts, charts, html_page, suspects, test_set, winner_charts
 from search.reporting.chart_parts import Chart
 from search.reporting.error_analysis import ErrorAnalysis, analyse, read_analysis
 from search.reporting.summary import model
@@ -66,6 +66,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-analysis", action="store_true", help=(
         "do not label the validation images with the winner; errors that are already known are still shown"
     ))  # fmt: skip
+    parser.add_argument("--suspects", action="store_true", help=(
+        "write suspects.csv anew: the training and validation images that may be labelled wrongly, or are like no "
+        "other; without this, a report looks for them once, if that is quick"
+    ))  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -74,20 +78,26 @@ def main(argv: list[str] | None = None) -> int:
     run = load(args.run)
     out = args.out.expanduser() if args.out else run.folder.report
     require_writable_file(out)
-    write_report(run, out, analysis=not args.no_analysis)
+    write_report(run, out, analysis=not args.no_analysis, look=args.suspects)
     say(f"report: {out}")
     return 0
 
 
-def write_report(run: RunRecord, out: Path, *, analysis: bool) -> None:
-    """Write the report of `run` to `out`: at once from its tables, then again with the winner's errors.
+def write_report(run: RunRecord, out: Path, *, analysis: bool, look: bool = False) -> None:
+    """Write the report of `run` to `out`: at once from its tables, then again with the winner's errors, and with the
+    images that may be labelled wrongly if they are found quickly, or whatever that takes with `look`.
 
     Raises `ValueError` if `out` cannot be written.
     """
     _write(out, render(run))
-    if analysis and run.best is not None and read_analysis(run) is None:
-        say(f"labelling the validation images with {name_of(run.best['number'])} for the report (Ctrl-C skips this)")
-        _write(out, render(run, no_analysis=analyse(run)))
+    if run.best is not None and (look or (analysis and read_analysis(run) is None)):
+        effort = suspects.effort_of(run, asked=look)
+        and_looking = " and looking for wrong labels" if effort else ""
+        winner = name_of(run.best["number"])
+        say(f"labelling the validation images with {winner}{and_looking} for the report (Ctrl-C skips this)")
+        if missing := analyse(run, effort=effort):
+            say(missing)
+        _write(out, render(run, no_analysis=missing))
 
 
 def _write(out: Path, text: str) -> None:
@@ -121,6 +131,8 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
         no_analysis=no_analysis,
         errors=found,
         calibration=calibration_charts.section(judged, run.best),
+        suspects=suspects.pictures(run),
+        about_suspects=suspects.lines(run.folder),
         columns=columns(run),
         rows=table(run),
         statuses=sorted(run.trials["status"].unique()),

@@ -40,6 +40,7 @@ from trainables.inference.interpretation import (
 )
 from trainables.inference.model_folder import ModelFolder, read_model
 from trainables.inference.split_record import SPLITS, SplitRecord, indices_of, part_of, read_split, warning_of
+from trainables.inference.suspects import EFFORTS, SUSPECTS_FILE, counted, find_suspects, write_suspects
 from trainables.network.calibration import Answered, Calibration
 from trainables.system.command_line import run_cli
 from trainables.system.full_disk import require_writable
@@ -53,8 +54,8 @@ examples:
       the validation images, which the export can identify; writes to interpretation/
   python -m trainables.interpret --model results/pets-20250101-120000/best --data ~/my_images --top 48
       straight from a run, on the images that it validated with
-  python -m trainables.interpret --model exported --data ~/my_images --split all --out suspects
-      all images, including those that trained it: the largest losses are often wrong labels
+  python -m trainables.interpret --model exported --data ~/my_images --suspects
+      the images that may be labelled wrongly, among those that trained it, too: writes suspects.csv
   python -m trainables.interpret --model exported --data ~/new_images --split all
       other images of the same classes
 
@@ -71,6 +72,7 @@ written to --out (files of these names are replaced):
   heat_maps.json               the heat maps as numbers, or why there are none
   calibration.json             how far to trust the probabilities: the bins of a reliability diagram, and what is
                                answered and wrong at several thresholds of search.predict --abstain
+  suspects.csv                 with --suspects: a row per image; --leave-out of search.run takes the file
 
 Exit code 0, or 2 if the model, the data or an option is invalid.
 """
@@ -91,8 +93,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     tta = "average over N augmented views and the centre view of each image (0)"
     parser.add_argument("--tta", type=int, default=0, metavar="N", help=tta)
     parser.add_argument("--top", type=int, default=12, metavar="K", help="images in top_losses.png (12)")
+    parser.add_argument("--suspects", nargs="?", choices=EFFORTS, const="always", help=(
+        "also list training and validation images that may be labelled wrongly, or are like no other; cached = only if "
+        "the features of the model's pretrained backbone are cached, quick = or are those of few images (5000 on a "
+        "CPU), always (default) = whatever that takes"
+    ))  # fmt: skip
+    weights = "with --suspects: folder with <arch>.safetensors; without it, installed packages and timm's hub are used"
+    parser.add_argument("--weights", type=Path, metavar="DIR", help=weights)
     parser.add_argument("--out", type=Path, default="interpretation", metavar="DIR", help="folder to write")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.suspects and args.split not in ("train", "valid"):
+        parser.error(f"--suspects is about the images that trained and validated the model: omit --split {args.split}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,6 +146,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nno heat maps: {printable(problem)}")
     written = f"confusion_matrix.png, .csv, {CLASSES_FILE}, top_losses.png, .csv, {HEAT_MAPS_FILE}, calibration.json"
     print(f"\nwritten to {printable(args.out)}/: {written}")
+    if args.suspects:
+        assert record is not None  # see `part_of`
+        suspects = find_suspects(
+            model.recipe, images, weights=args.weights, seed=record.seed, effort=args.suspects
+        )  # fmt: skip
+        with _writing_to(args.out):
+            write_suspects(args.out / SUSPECTS_FILE, suspects)
+        print(f"suspects: {printable(counted(suspects))}, in {printable(args.out / SUSPECTS_FILE)}")
     return 0
 
 

@@ -1,4 +1,5 @@
-"""What the winner gets wrong: its confusion matrix and top losses, saved in the run's folder for its report.
+"""What the winner gets wrong: its confusion matrix and top losses, saved in the run's folder for its report; and which
+images may be labelled wrongly.
 
 `python -m trainables.interpret` computes them in a separate process, so this one needs no torch.
 """
@@ -26,16 +27,20 @@ from trainables.batches import augmentation, warp_cpu
 from trainables.data.address import DataAddress
 from trainables.data.image_file import WHITE_16_BIT, Pixels, UnreadableImage, read_image, resize
 from trainables.data.layouts import root_of
+from trainables.data.source import folder_of
 from trainables.inference.class_errors import CLASSES_FILE, ClassErrors, class_errors, never_predicted
 from trainables.inference.heat_maps import HEAT_MAPS_FILE, HeatMap, overlay, read_heat_maps
 from trainables.inference.model_folder import METRICS_FILE, read_json
+from trainables.inference.suspects import SUSPECTS_FILE
 from trainables.network.calibration import Calibration
-from trainables.system.text import last_line, printable, some_of
+from trainables.system.text import last_line, printable, shell_command, some_of
 from trainables.training.checkpoint import PREPROCESSING_FILE
 
 NUM_LOSSES = 12
 THUMBNAIL = 176  # px
 NO_ANALYSIS = "The winner's errors could not be analysed"
+NO_SUSPECTS = "Wrong labels were not looked for"
+LOSSES_FILE = "top_losses.csv"
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def read_analysis(run: RunRecord) -> ErrorAnalysis | None:
         classes = tuple(map(printable, names))
         counts = np.array([row[1:] for row in rows], dtype=np.int64).reshape(len(classes), len(classes))
         by_class = class_errors(classes, counts, _train_images(folder / CLASSES_FILE, names))
-        worst = islice(csv.DictReader(_text(folder / "top_losses.csv")), NUM_LOSSES)
+        worst = islice(csv.DictReader(_text(folder / LOSSES_FILE)), NUM_LOSSES)
         # Earlier versions wrote no heat maps.
         maps, problem = read_heat_maps(file) if (file := folder / HEAT_MAPS_FILE).is_file() else ({}, "")
         images = root_of(run.command.data)
@@ -106,18 +111,22 @@ def read_analysis(run: RunRecord) -> ErrorAnalysis | None:
     return ErrorAnalysis(classes, counts, tuple(by_class), losses, printable(problem), calibration)
 
 
-def analyse(run: RunRecord) -> str:
-    """Label the validation images with the winner and save what it gets wrong. Returns why that failed, or "".
+def analyse(run: RunRecord, *, effort: str | None = None) -> str:
+    """Label the validation images with the winner and save what it gets wrong, and the suspects, for which features are
+    computed as `effort`, one of `suspects.EFFORTS`, says; none without it. Returns why something is missing, or "".
 
-    Takes as long as one validation, and some seconds to import torch. Does nothing if the analysis exists.
+    Takes as long as one validation, and some seconds to import torch. Does nothing if the analysis exists, unless
+    always the suspects are asked for.
     """
     try:
-        return "" if run.best is None or read_analysis(run) else _analyse(run)
+        if run.best is None or (effort != "always" and read_analysis(run)):
+            return ""
+        return _analyse(run, effort)
     except Exception as error:  # a report without it is better than none
         return f"{NO_ANALYSIS}: {error_line(error)}"
 
 
-def _analyse(run: RunRecord) -> str:
+def _analyse(run: RunRecord, effort: str | None) -> str:
     data = run.command.data
     if not DataAddress.of(data).path.exists():
         return f"The images, {data}, are not on this machine, so the winner's errors could not be analysed."
@@ -126,13 +135,20 @@ def _analyse(run: RunRecord) -> str:
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "trainables.interpret", "--model", model, "--data", data]
     command += ["--out", folder, "--top", NUM_LOSSES]
+    command += ["--suspects", effort] if effort else []
+    command += ["--weights", folder_of(run.command.weights)] if effort and run.command.weights else []
     child = subprocess.run([*map(str, command)], capture_output=True, text=True)
-    if child.returncode:
-        reason = last_line(child.stderr) or f"exit code {child.returncode}"
-        return f"{NO_ANALYSIS}: {reason.removeprefix('error: ')}"
+    reason = (last_line(child.stderr) or f"exit code {child.returncode}").removeprefix("error: ")
+    if child.returncode and not (folder / LOSSES_FILE).is_file():
+        return f"{NO_ANALYSIS}: {reason}"
     if read_json(run.folder.validated / METRICS_FILE) == metrics:  # else another trial has won in the meantime
         (folder / METRICS_FILE).write_text(json.dumps(metrics))
-    return ""
+    if (found := folder / SUSPECTS_FILE).is_file():
+        found.replace(run.folder.suspects)
+    if not child.returncode:
+        return ""
+    again = shell_command("search.report", run.folder, "--suspects")
+    return f"{NO_SUSPECTS}: {reason.rstrip('.')}. To look for them, whatever that takes: {again}"
 
 
 def _text(path: Path) -> io.StringIO:
@@ -169,6 +185,12 @@ def _view(path: Path, preprocessing: Mapping[str, Any]) -> Pixels | None:
     except UnreadableImage:
         return None
     return warp_cpu.apply(resize(pixels, THUMBNAIL, method), augmentation.centre(1, method)[0], THUMBNAIL)
+
+
+def thumbnail(path: Path, preprocessing: Mapping[str, Any]) -> str:
+    """The same as a data URL; empty if the image is unreadable."""
+    view = _view(path, preprocessing)
+    return "" if view is None else _data_url(view)
 
 
 def _data_url(picture: Pixels) -> str:

@@ -28,6 +28,7 @@ class RunFolder:
         self.lr_find = self.path / "lr_find"
         self.near_duplicates = self.path / "near_duplicates.csv"
         self.interpretation = self.path / "interpretation"
+        self.suspects = self.path / "suspects.csv"
         self.report = self.path / "report.html"
         self.tune = self.path / "tune"
 

@@ -13,7 +13,8 @@ import pytest
 from in_process import run_here
 from PIL import Image
 from run_tables import write_run
-from tiny_run import make_run
+from tiny_run import SETTINGS, draw_images, make_run
+from weights import draw_weights
 
 from search import report
 from search.reporting import error_analysis
@@ -21,6 +22,7 @@ from search.reporting.summary import summary
 from search.runs.result_rows import COMPLETED
 from search.runs.run_record import load
 from trainables.inference.heat_maps import save_heat_maps
+from trainables.inference.suspects import Suspect, write_suspects
 
 
 class Page(HTMLParser):
@@ -308,6 +310,49 @@ def test_the_winners_errors_are_looked_at_once_with_the_images_of_its_validation
     assert report.main([str(folder)]) == 0
     assert "labelling" not in capfd.readouterr().out
     assert (folder / "interpretation" / "top_losses.csv").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_wrong_labels_are_looked_for_once_and_again_if_that_is_asked_for(tmp_path, cache, capfd):
+    data = draw_images(tmp_path / "birds", each=24)
+    (data / "robin" / "1.jpg").rename(data / "wren" / "robin_1.jpg")
+    weights = draw_weights(tmp_path / "weights", SETTINGS["arch"])
+    folder = write_run(tmp_path / "run")
+    for made in ("best", "interpretation"):
+        (folder / made).rename(tmp_path / made)
+    command = json.loads((folder / "command.json").read_text())
+    make_run(folder, data, weights=weights, pretrained=True, head_init="probe", epochs=0)
+    command |= {"data": str(data), "split_seed": 3, "weights": str(weights)}
+    (folder / "command.json").write_text(json.dumps(command))
+    assert report.main([str(folder)]) == 0
+    assert "and looking for wrong labels for the report" in capfd.readouterr().out
+    file = folder / "suspects.csv"
+    header, first, *_ = before = file.read_text().splitlines()
+    assert first.startswith("wren/robin_1.jpg,wren,robin,")
+    assert "<strong>robin</strong>?" in (folder / "report.html").read_text()
+    file.write_text(f"{header}\n")  # by somebody who finds all labels right
+    assert report.main([str(folder)]) == 0
+    assert "looking" not in capfd.readouterr().out and file.read_text() == f"{header}\n"
+    assert report.main([str(folder), "--suspects"]) == 0
+    assert file.read_text().splitlines() == before
+
+
+def test_suspects_are_shown_with_the_given_and_the_suggested_label(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert 'id="suspects"' not in report.render(load(folder))
+    write_suspects(
+        folder / "suspects.csv",
+        [
+            Suspect(path="0.jpg", label="<cat>", suggested="dog", score=0.07, kind="label", split="train"),
+            Suspect(path="gone.jpg", label="dog", suggested="", score=0.2, kind="outlier", split="valid"),
+        ],
+    )
+    html = report.render(load(folder))
+    assert 'id="suspects"' in html and "1 image may be labelled wrongly, 1 image is like no other, see " in html
+    assert (
+        "&lt;cat&gt; &rarr; <strong>dog</strong>?" in html and "dog &rarr; <strong>like no other</strong><br>" in html
+    )
+    assert 'alt="0.jpg: &lt;cat&gt;"' in html and 'alt="gone.jpg' not in html
 
 
 def test_without_the_images_the_report_says_why_it_has_no_confusion_matrix(tmp_path):

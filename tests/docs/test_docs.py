@@ -29,7 +29,7 @@ COMMANDS = ("run", "check", "lr_find", "report", "export", "predict", "compare",
 MODULES = [f"search.{name}" for name in COMMANDS] + ["trainables.finetune", "trainables.interpret"]
 ELSEWHERE = ("cd", ".", "ssh", "ray", "kubectl", "docker", "sed", "ruff", "mypy")
 """Programs that are not ours. What `ray` and `kubectl` are told is tested with the cluster files."""
-OF_EXTRAS = ("fastai", "playwright")
+OF_EXTRAS = ("cleanlab", "fastai", "playwright")
 FILE = re.compile(
     r"(?:search|trainables|tests|bench|docs|cluster|results/bench|\.ci)/[\w./*-]*|[A-Z]+\.md|[\w.-]+\.(?:toml|yaml)"
 )
