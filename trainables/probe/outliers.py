@@ -13,8 +13,7 @@ NEIGHBOURS = 10
 MIN_IMAGES = 50
 """Fewer tell too little of what is usual."""
 MIN_Z = 3.5
-"""Robust standard deviations above the median distance: what Iglewicz and Hoaglin 1993 recommend. Of the 1,360 photos
-of Flowers-17 none is so far from the others; black, noise and satellite images among them are."""
+"""Robust standard deviations above the median distance: what Iglewicz and Hoaglin 1993 recommend."""
 MAX_COMPARED = 10_000
 """Images that each is compared with: a random part of more."""
 BLOCK = 1024
