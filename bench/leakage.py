@@ -40,6 +40,7 @@ VIEWS = 4
 MAX_CROP, BRIGHTNESS, QUALITY = 0.06, 0.2, (80, 95)
 """The largest share that a crop takes from each side, the largest change of the brightness, and JPEG's quality."""
 PHOTO = r"/(\d+)_view"
+PAIRS = ("same_photo", "alike_photos", "other_photos")
 WAYS = {"none": None, "regular expression": PHOTO, "duplicates": "duplicates"}
 """How a search groups, by its `--group`."""
 Run = dict[str, Any]
@@ -59,11 +60,8 @@ class Half:
 
 
 def draw_views(photos: ImageFolder, root: Path, seed: int) -> list[Path]:
-    """`VIEWS` JPEGs of each photo in two folders, each with about half of the photos of every class.
-
-    Photos that look the same are in one of them: the other one's are new.
-    """
-    halves = split(photos.labels, valid_fraction=0.5, seed=seed, groups=grouped(photos, "duplicates").images.groups)
+    """`VIEWS` JPEGs of each photo in two folders, each with about half of the photos of every class, whole groups."""
+    halves = split(photos.labels, valid_fraction=0.5, seed=seed, groups=photos.groups)
     for number, indices in enumerate(halves):
         for index in indices.tolist():
             folder = root / f"half{number}" / photos.classes[photos.labels[index]]
@@ -133,16 +131,19 @@ def measure(halves: Sequence[Half], seeds: int) -> list[Run]:
     return runs
 
 
-def found_pairs(folder: ImageFolder) -> Run:
-    """How many pairs of views of one photo are found as near-duplicates, and how many others."""
-    photo = grouped(folder, PHOTO).images.groups or folder.paths
+def found_pairs(folder: ImageFolder, photos: ImageFolder) -> Run:
+    """How many pairs of views of one photo are found as near-duplicates, how many of two photos that look the same
+    before anything is cut off, and how many others."""
+    photo = [int(path.rpartition("/")[2].partition("_")[0]) for path in folder.paths]
+    groups = photos.groups or photos.paths
     started = time.perf_counter()
     pairs = find_duplicates(folder)
     seconds = time.perf_counter() - started
-    same = sum(photo[pair.first] == photo[pair.second] for pair in pairs)
-    counts = np.bincount(group_numbers(photo))
-    of_all = int((counts * (counts - 1) // 2).sum())
-    return {"same_photo": same, "of": of_all, "other_photos": len(pairs) - same, "seconds": seconds}
+    of_photos = [(photo[pair.first], photo[pair.second]) for pair in pairs]
+    same = sum(one == other for one, other in of_photos)
+    alike = sum(groups[one] == groups[other] for one, other in of_photos) - same
+    counts = {"same_photo": same, "of": len(set(photo)) * VIEWS * (VIEWS - 1) // 2, "alike_photos": alike}
+    return counts | {"other_photos": len(pairs) - same - alike, "seconds": seconds}
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ def markdown(result: dict[str, Any]) -> str:
     rows, used, pairs = result["rows"], result["settings"], result["pairs"]
     cells = ("valid_error", "out_of_fold_error", "true_error", "valid_error_too_low", "out_of_fold_error_too_low")
     table = "\n".join(f"| {row['groups']} | {' | '.join(f'{100 * row[cell]:.1f}' for cell in cells)} |" for row in rows)
-    same, others = (sum(half[name] for half in pairs) for name in ("same_photo", "other_photos"))
+    same, alike, others = (sum(half[name] for half in pairs) for name in PAIRS)
     return f"""# What a split that separates views of one photo hides
 
 `{result["command"]}`
@@ -179,8 +180,9 @@ points they are too low.
 |---|---|---|---|---|---|
 {table}
 
-`--group duplicates` found {same} of the {sum(half["of"] for half in pairs)} pairs of views of one photo, and {others}
-pairs of different photos, in {sum(half["seconds"] for half in pairs):.1f} s.
+`--group duplicates` found {same} of the {sum(half["of"] for half in pairs)} pairs of views of one photo, {alike} of two
+photos that look the same before anything is cut off, and {others} others, in
+{sum(half["seconds"] for half in pairs):.1f} s.
 
 {footer(result)}"""
 
@@ -195,12 +197,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="splits of each half; 5 without it")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args()
-    started, photos = time.perf_counter(), find_images(args.data)
+    started, photos = time.perf_counter(), grouped(find_images(args.data), "duplicates").images
     with tempfile.TemporaryDirectory() as cache:
         os.environ["FINETUNE_SEARCH_CACHE"] = cache  # features, too, are computed here
         folders = [find_images(folder) for folder in draw_views(photos, Path(cache, "views"), seed=0)]
         halves = [with_features(args, folder, Path(cache)) for folder in folders]
-        runs, pairs = measure(halves, args.seeds), [found_pairs(folder) for folder in folders]
+        runs, pairs = measure(halves, args.seeds), [found_pairs(folder, photos) for folder in folders]
     result = {
         "rows": summarise(runs),
         "pairs": pairs,

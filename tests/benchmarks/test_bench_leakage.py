@@ -31,7 +31,8 @@ def photos(tmp_path):
 
 
 def test_views_of_a_photo_and_photos_that_look_the_same_are_in_one_half(photos, tmp_path):
-    halves = [find_images(folder) for folder in leakage.draw_views(find_images(photos), tmp_path / "views", seed=0)]
+    found = grouped(find_images(photos), "duplicates").images
+    halves = [find_images(folder) for folder in leakage.draw_views(found, tmp_path / "views", seed=0)]
     groups = [set(grouped(half, leakage.PHOTO).images.groups) for half in halves]
     assert [len(half.paths) for half in halves] == [leakage.VIEWS * len(each) for each in groups]
     numbers = [{path.split("/")[1].split("_")[0] for path in half.paths} for half in halves]
@@ -59,6 +60,8 @@ def test_the_benchmark_runs_from_photos_to_the_table(photos, tmp_path):
     result = json.loads((tmp_path / "leakage.json").read_text())
     assert [row["groups"] for row in result["rows"]] == list(leakage.WAYS)
     assert sum(half["of"] for half in result["pairs"]) == 16 * 6
+    assert sum(half["alike_photos"] for half in result["pairs"]) > 0
+    assert [half["other_photos"] for half in result["pairs"]] == [0, 0]
     assert {"hardware", "versions", "command", "settings", "runs"} < set(result)
     table = (tmp_path / "leakage.md").read_text()
     assert "photos: 16 photos, 4 JPEGs of each" in table and "\n| duplicates | " in table

@@ -28,6 +28,7 @@ from trainables.data.presize import presize
 from trainables.data.presized_images import PresizedImages
 from trainables.probe import feature_files, logistic_regression
 from trainables.probe.feature_files import FEATURES_FILE, lock_file
+from trainables.probe.logistic_regression import fit
 from trainables.probe.views import centre_view
 from trainables.recipe import Recipe
 from trainables.system import cache as cache_module
@@ -228,6 +229,21 @@ def test_other_images_for_training_get_a_head_of_their_own_from_the_same_feature
     assert not torch.equal(*heads)
     [folder] = folders(cache)
     assert len(list(folder.glob("*.head"))) == 2
+
+
+def test_groups_stay_in_one_fold_and_have_a_head_of_their_own_on_the_same_features(probe, colour_images, cache):
+    groups = np.arange(36) // 3
+    plain, grouped = probe(), probe(PresizedImages(colour_images.path, tuple(map(str, groups))))
+    assert not set(groups[grouped.train_indices]) & set(groups[grouped.valid_indices])
+    train = plain.train_indices
+    features = plain.probing().features()
+    passes = ForwardPasses(grouped)
+    linear = [training.probing().linear_probe(training.probing().features(), train) for training in (plain, grouped)]
+    assert passes.images == 0 and len(list(features.path.glob("linear-*.head"))) == 2
+    rows, labels = torch.from_numpy(features.rows[train]), plain.inputs.labels[torch.from_numpy(train)]
+    expected = fit(rows, labels, 3, groups=torch.from_numpy(groups[train]))
+    assert linear[1].out_of_fold_error_rate == expected.out_of_fold_error_rate
+    assert linear[1].weight.equal(expected.weight)
 
 
 @pytest.mark.parametrize("each", [8, 1], ids=["two classes", "one image for training per class"])
