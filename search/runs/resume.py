@@ -17,7 +17,7 @@ from search.runs.trust import require_own
 from search.spaces.space import Space, dimension_text
 from trainables.inference.model_folder import read_json
 from trainables.system.file_systems import shown
-from trainables.system.text import duration
+from trainables.system.text import duration, many
 
 if TYPE_CHECKING:
     from trainables.data.labelled_images import ImageFolder
@@ -197,9 +197,9 @@ def left_out_images(options: SearchOptions, folder: RunFolder) -> tuple[str, ...
     kept = CommandRecord.load(folder.path).left_out
     if options.leave_out and options.leave_out.is_file() and (now := read_left_out(options.leave_out)) != kept:
         raise ValueError(
-            f"{folder}/ cannot be resumed, {options.leave_out} has changed since it began: it names {len(now)} images "
-            f"instead of {len(kept)}, {len(set(now) - set(kept))} of them others. Restore it, move it away, or begin a "
-            "new run."
+            f"{folder}/ cannot be resumed, {options.leave_out} has changed since it began: it names "
+            f"{many(len(now), 'image')} instead of {len(kept)}, {len(set(now) - set(kept))} of them others. Restore "
+            "it, move it away, or begin a new run."
         )
     return kept
 

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STAGES = ("frozen", "unfrozen")
 LITE0 = "tf_efficientnet_lite0"
+DEFAULT = "cleanlab's, by default"
 
 
 @cache
@@ -128,7 +129,22 @@ def probabilities() -> list[str]:
     ]
 
 
+def data() -> list[str]:
+    flowers, caltech = measured("suspects")["sets"].values()
+    both = flowers, caltech
+
+    def spread(of: dict, key: str, spread: str) -> str:
+        return f"{100 * of[key]:.1f} ± {100 * of[spread]:.1f}"
+
+    precisions = (f"{spread(of, 'precision', 'precision_deviation')} %" for of in both)
+    cleanlabs = (f"{100 * of[DEFAULT]:.1f} %" for of in both)
+    errors = (f"{100 * of['error_before']:.1f}, {100 * of['error_after']:.1f} %" for of in both)
+    gains = (spread(of, "gain", "gain_deviation") for of in both)
+    return [f"| {' | '.join(cells)} |" for cells in (precisions, cleanlabs, errors, gains)]
+
+
 PAGES = {
+    "docs/data.md": data(),
     "README.md": readme(),
     "docs/performance.md": performance(),
     "docs/early-stopping.md": early_stopping(),
