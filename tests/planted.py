@@ -156,10 +156,24 @@ ROOMS = (
     ),
     Fault(
         "training and validation images are swapped",
-        "trainables/data/labelled_images.py",
+        "trainables/data/splits.py",
         "return np.setdiff1d(np.arange(len(labels)), valid), valid",
         "return valid, np.setdiff1d(np.arange(len(labels)), valid)",
         "data/test_labelled_images.py::test_each_class_gives_its_share_to_validation",
+    ),
+    Fault(
+        "nodes split without the groups",
+        "trainables/data/source.py",
+        "images = with_text(images_of(source.source), source.groups)",
+        "images = images_of(source.source)",
+        "data/test_groups.py::test_every_node_and_every_process_has_the_same_split",
+    ),
+    Fault(
+        "a fold may hold a whole class",
+        "trainables/probe/folds.py",
+        "fold for fold in range(count) if fold not in whole",
+        "fold for fold in range(count)",
+        "probe/test_folds.py::test_no_fold_holds_all_of_a_class",
     ),
     Fault(
         "presized images are not synced to the disk",

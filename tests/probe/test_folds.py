@@ -30,6 +30,11 @@ def test_images_of_a_group_are_in_one_fold_and_folds_are_equally_large():
 
 
 def test_no_fold_holds_all_of_a_class():
+    """In the first set the last group has its fewest images where the only other group of its class is."""
+    others = [(label, group) for group in range(4) for label in (1, 2, 3, 4, 1, 2, 3, 4, 1, 2)]
+    pairs = torch.tensor([*others, *[(0, 4)] * 6, *((label, 5) for label in range(5))])
+    folds = folds_of(pairs[:, 0], 0, pairs[:, 1])
+    assert folds[40] >= 0 and folds[46] >= 0 and folds[40] != folds[46]
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         labels = torch.randint(0, 6, (40,), generator=generator)
