@@ -238,7 +238,7 @@ def write_pictures(inspection: Inspection, recipe: Recipe, out: Path) -> None:
         chosen = pick(inspection.folder.labels, indices, NUM_PICTURED, recipe.seed)
         with tempfile.TemporaryDirectory(prefix="finetune-search-") as cache:
             images = presized(inspection.folder, chosen, recipe, Path(cache))
-            titles = [printable(images.classes[label]) for label in images.labels]
+            titles = [printable(images.label_names(i)) for i in range(len(images))]
             save_grid(out / name, transform(images, recipe), titles, columns=COLUMNS)
         mixup = " (before mixup)" if transform is augmented and recipe.mixup_alpha else ""
         say(f"picture: {out / name}  {len(images)} {what}, {recipe.image_size} px, as the network sees them{mixup}")

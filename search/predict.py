@@ -17,12 +17,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
 
 from search.cli.messages import command_name
 from search.runs.trained_model import Predictor, open_model
 from trainables.data.image_file import SUFFIXES
+from trainables.data.label_sets import to_cell
 from trainables.inference.predictor import Prediction
 from trainables.system.command_line import run_cli
 from trainables.system.text import percent, printable
@@ -62,10 +64,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=(
         "image files, folders (searched with their sub-folders) or quoted patterns"
     ))  # fmt: skip
-    parser.add_argument("--top", type=_positive, default=1, metavar="K", help="the K most probable labels (default 1)")
+    parser.add_argument("--top", type=_positive, metavar="K", help=(
+        "the K most probable labels (default 1; of a model that gives images several labels, all above their "
+        "thresholds, which its validation images have chosen)"
+    ))  # fmt: skip
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object per line: path, labels, probabilities")
-    form.add_argument("--csv", action="store_true", help="a row for each label: path, rank, label, probability")
+    form.add_argument("--csv", action="store_true", help=(
+        "a row for each label: path, rank, label, probability; where an image has several, without --top, a row for "
+        "each image: path, and labels and probabilities joined by ;"
+    ))  # fmt: skip
     parser.add_argument("--tta", type=_positive, default=0, metavar="N", help=(
         "average over N augmented views and the centre view of each image: slower, often a little better"
     ))  # fmt: skip
@@ -82,6 +90,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     model = open_model(args.model)  # before searching for images and importing torch, which take time
+    if args.abstain and model.preprocessing.several_labels:
+        raise ValueError("--abstain is for models of one label; each of several labels has a threshold of its own")
     paths = []
     for given in args.images:
         found = find_files(given)
@@ -92,15 +102,16 @@ def main(argv: list[str] | None = None) -> int:
     if not paths:
         return 1
     predictor = Predictor(args.model, device=args.device, batch_size=args.batch_size, tta=args.tta)
-    write = _writer(args, paths, predictor.labels)
+    joined = predictor.several_labels and args.top is None
+    write = _writer(args, paths, predictor.labels, joined=joined)
     num_read = num_unsure = 0
     with _progress(len(paths)) as advance:
-        for prediction in predictor.predict_each(paths, top=args.top):
+        for prediction in predictor.predict_each(paths, top=None if joined else args.top or 1):
             advance()
             if prediction.problem:
                 print(f"skipped {printable(prediction.path)}: {printable(prediction.problem)}", file=sys.stderr)
             else:
-                write(prediction)
+                write(_chosen(prediction) if joined else prediction)
                 num_read += 1
                 num_unsure += _is_unsure(prediction, args.abstain)
     if num_read < len(paths):
@@ -139,8 +150,17 @@ def _images_below(folder: Path) -> list[Path]:
     return found
 
 
-def _writer(args: argparse.Namespace, paths: list[Path], labels: Sequence[str]) -> Callable[[Prediction], None]:
-    """A function that writes a prediction to stdout in the requested form; writes the header of a table."""
+def _chosen(found: Prediction) -> Prediction:
+    """Only its labels above their thresholds."""
+    probability_of = dict(zip(found.labels, found.probabilities, strict=True))
+    return replace(found, labels=found.chosen, probabilities=tuple(probability_of[name] for name in found.chosen))
+
+
+def _writer(
+    args: argparse.Namespace, paths: list[Path], labels: Sequence[str], *, joined: bool
+) -> Callable[[Prediction], None]:
+    """A function that writes a prediction to stdout in the requested form; writes the header of a table. In CSV,
+    `joined` puts all labels of an image into one row."""
     if args.csv and isinstance(sys.stdout, TextIOWrapper):  # programs get UTF-8, and file names as they are
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     if args.json:
@@ -153,14 +173,18 @@ def _writer(args: argparse.Namespace, paths: list[Path], labels: Sequence[str]) 
         return write_object
     if args.csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(("path", "rank", "label", "probability", *(["guess"] if args.abstain else [])))
+        head = ("path", "label", "probability") if joined else ("path", "rank", "label", "probability")
+        writer.writerow((*head, *(["guess"] if args.abstain else [])))
+
+        def write_row(found: Prediction) -> None:
+            writer.writerow((found.path, to_cell(found.labels), ";".join(f"{p:.6f}" for p in found.probabilities)))
 
         def write_rows(found: Prediction) -> None:
             for rank, (label, share) in enumerate(zip(found.labels, found.probabilities, strict=True), 1):
                 shown = label if rank > 1 else _answer(found, args.abstain)
                 writer.writerow((found.path, rank, shown, f"{share:.6f}", *([label] if args.abstain else [])))
 
-        return write_rows
+        return write_row if joined else write_rows
     shown = [f"{UNSURE} ({label})" for label in labels] if args.abstain else labels
     widths = [max(len(printable(text)) for text in texts) for texts in ((*paths, "image"), (*shown, "label"))]
 
@@ -168,6 +192,8 @@ def _writer(args: argparse.Namespace, paths: list[Path], labels: Sequence[str]) 
         print(f"{path:{widths[0]}}  {label:{widths[1]}}  {share:>11}")
 
     def write_lines(found: Prediction) -> None:
+        if not found.labels:
+            write_line(printable(found.path), "-", "")
         for rank, (label, share) in enumerate(zip(found.labels, found.probabilities, strict=True)):
             if rank == 0 and _is_unsure(found, args.abstain):
                 label = f"{UNSURE} ({label})"

@@ -145,7 +145,7 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
 
 def winner_figures(run: RunRecord, found: ErrorAnalysis | None) -> list[Chart]:
     recipe = run.best_recipe
-    shown = [winner_charts.confusion(found.counts, found.classes)] if found else []
+    shown = [winner_charts.confusion(found.counts, found.classes)] if found and found.counts is not None else []
     return [*shown, winner_charts.schedule(recipe)] if recipe and recipe.total_epochs else shown
 
 

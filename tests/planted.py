@@ -330,8 +330,8 @@ MENDED = (
     Fault(
         "a folder of test images is opened before the search has ended",
         "trainables/data/source.py",
-        "images.labels, images.paths, images.valid))",
-        "images.labels, images.paths, images.valid, images.white_level))",
+        "images.labels, images.paths, images.valid, ",
+        "images.labels, images.paths, images.valid, images.white_level, ",
         "runs/test_resume.py::test_weights_and_test_images_elsewhere_must_be_the_same_files",
     ),
     Fault(

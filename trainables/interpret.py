@@ -19,6 +19,7 @@ from trainables.data.presize import presize
 from trainables.data.presized_images import PresizedImages
 from trainables.inference.class_errors import (
     CLASSES_FILE,
+    SCORES_FILE,
     ClassErrors,
     class_errors,
     never_predicted,
@@ -37,6 +38,7 @@ from trainables.inference.interpretation import (
     save_confusion_picture,
     save_losses_csv,
     save_losses_picture,
+    save_scores_csv,
 )
 from trainables.inference.model_folder import ModelFolder, read_model
 from trainables.inference.split_record import SPLITS, SplitRecord, indices_of, part_of, read_split, warning_of
@@ -47,6 +49,7 @@ from trainables.system.full_disk import require_writable
 from trainables.system.text import percent, printable, some_of
 
 LINES = 10  # of a table in the terminal
+SEVERAL = "an image may have several labels"
 
 EXAMPLES = """
 examples:
@@ -66,6 +69,7 @@ written to --out (files of these names are replaced):
   confusion_matrix.png, .csv   how often each class (rows) was predicted as each class (columns)
   classes.csv                  a row per class, largest error first: training images, images, error with its 95 %
                                interval, and the class that it is most often taken for
+  class_scores.csv             instead of these, where an image may have several labels: F1 of each
   top_losses.png               the images with the largest losses as the network saw them: green if right, red if wrong;
                                beside each, heat maps of what speaks for the predicted class, and for the actual one
   top_losses.csv               all predicted images, largest loss first
@@ -125,27 +129,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     images = presize(part, *sizes, white_level=white, max_unreadable=1)
     indices = indices_of(images, args.split, record, model.path)
     found = interpret(model, images, indices, tta=args.tta)
-    heat, problem = _heat_maps(found, images, model, args.top)
+    several = found.truth is not None
+    heat, problem = (None, SEVERAL) if several else _heat_maps(found, images, model, args.top)
     trained = _train_images(found, images, args.split, record)
-    by_class = class_errors(found.classes, found.confusion_matrix(), trained)
+    by_class = [] if several else class_errors(found.classes, found.confusion_matrix(), trained)
     with _writing_to(args.out):
-        save_confusion_csv(args.out / "confusion_matrix.csv", found)
-        save_confusion_picture(args.out / "confusion_matrix.png", found)
-        save_class_errors(args.out / CLASSES_FILE, by_class)
+        if several:
+            save_scores_csv(args.out / SCORES_FILE, found)
+        else:
+            save_confusion_csv(args.out / "confusion_matrix.csv", found)
+            save_confusion_picture(args.out / "confusion_matrix.png", found)
+            save_class_errors(args.out / CLASSES_FILE, by_class)
+            fitted_here = args.split == "valid" and not args.tta
+            judged = save_calibration(args.out / "calibration.json", found, fitted_here=fitted_here)
         save_losses_csv(args.out / "top_losses.csv", found)
         save_losses_picture(args.out / "top_losses.png", found, images, model, args.top, heat)
         save_heat_maps(args.out / HEAT_MAPS_FILE, [found.paths[i] for i in found.top_losses(args.top)], heat, problem)
-        fitted_here = args.split == "valid" and not args.tta
-        judged = save_calibration(args.out / "calibration.json", found, fitted_here=fitted_here)
     drawn = f", split seed {record.seed}" if record and args.split != "all" and folder.valid is None else ""
     print(f"{len(indices)} images of {printable(folder.root)} ({args.split}{drawn}), {len(found.classes)} classes")
     if warning := warning_of(folder, args.split, record):
         print(warning)
-    _report(found, by_class, judged)
+    print(f"error rate {percent(found.error_rate)} ({found.wrong.sum()} wrong), mean loss {found.losses.mean():.3f}")
+    if several:
+        _report_scores(found)
+    else:
+        _report(found, by_class, judged)
     if problem:
         print(f"\nno heat maps: {printable(problem)}")
-    written = f"confusion_matrix.png, .csv, {CLASSES_FILE}, top_losses.png, .csv, {HEAT_MAPS_FILE}, calibration.json"
-    print(f"\nwritten to {printable(args.out)}/: {written}")
+    of_classes = SCORES_FILE if several else f"confusion_matrix.png, .csv, {CLASSES_FILE}, calibration.json"
+    print(f"\nwritten to {printable(args.out)}/: {of_classes}, top_losses.png, .csv, {HEAT_MAPS_FILE}")
     if args.suspects:
         assert record is not None  # see `part_of`
         suspects = find_suspects(
@@ -178,7 +190,6 @@ def _train_images(
 
 
 def _report(found: Interpretation, by_class: Sequence[ClassErrors], judged: Calibration) -> None:
-    print(f"error rate {percent(found.error_rate)} ({found.wrong.sum()} wrong), mean loss {found.losses.mean():.3f}")
     print(f"expected calibration error {percent(judged.error)}, by chance alone {percent(judged.error_by_chance)}")
     if missing := never_predicted(found.classes, found.confusion_matrix()):
         print(f"never predicts {some_of(missing, len(by_class), 'class', 'classes')}")
@@ -189,6 +200,15 @@ def _report(found: Interpretation, by_class: Sequence[ClassErrors], judged: Cali
     _print_table("most confused (actual, predicted, images)", "<<>", confused)
     shares = [(f"{row.threshold:g}", percent(row.images / judged.images), _error(row)) for row in judged.answered]
     _print_table("with --abstain (threshold, answered, error of the answers)", ">>>", shares)
+
+
+def _report_scores(found: Interpretation) -> None:
+    print(f"an image is wrong unless all of its labels are right; there is no confusion matrix, since {SEVERAL}")
+    rows = [
+        (name, f"{right} right", f"{images - right} missed", f"{taken - right} too many", f"{f1:.3f}")
+        for name, images, taken, right, f1, _ in found.class_scores()
+    ]
+    _print_table("labels, worst F1 first", "<>>>>", rows)
 
 
 def _error(row: Answered) -> str:

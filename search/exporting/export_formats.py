@@ -14,7 +14,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,7 +80,7 @@ def write_formats(folder: ModelFolder, model: nn.Module, formats: tuple[str, ...
 def metadata(folder: ModelFolder) -> dict[str, str]:
     """Metadata of both files, as JSON by name: properties in ONNX, extra files named <name>.json in pt2."""
     takes = "RGB pixels in 0..1, float32 (batch, 3, image_size, image_size); normalised inside by mean and std"
-    preprocessing = asdict(folder.preprocessing) | {"input": takes}
+    preprocessing = folder.preprocessing.to_dict() | {"input": takes}
     return {"labels": json.dumps(folder.labels), "preprocessing": json.dumps(preprocessing)}
 
 

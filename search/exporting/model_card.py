@@ -26,7 +26,7 @@ OURS_SHELL = "python -m search.predict . photo.jpg --top 3"
 OURS = """
 from search.predict import Predictor
 
-print(Predictor(".").predict(["photo.jpg"])[0].labels[0])
+print(*Predictor(".").predict(["photo.jpg"])[0].chosen)
 """
 TIMM = """
 import timm
@@ -37,7 +37,7 @@ model = timm.create_model("local-dir:.", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
 with torch.inference_mode():
     logits = model(transform(Image.open("photo.jpg").convert("RGB"))[None])
-print(model.pretrained_cfg["label_names"][int(logits[0].argmax())])
+labels = model.pretrained_cfg["label_names"]
 """
 READ = """
 import json
@@ -66,14 +66,27 @@ import onnxruntime
 
 session = onnxruntime.InferenceSession("{ONNX_FILE}")
 (logits,) = session.run(["{OUTPUT}"], {{"{INPUT}": images}})
-print(labels[logits[0].argmax()])
 """
 PROGRAM = f"""
 import torch
 
 model = torch.export.load("{PROGRAM_FILE}").module()
-print(labels[model(torch.from_numpy(images))[0].argmax()])
+with torch.inference_mode():
+    logits = model(torch.from_numpy(images))
 """
+ANSWER = "print(labels[int(logits[0].argmax())])"
+"""Of all code above."""
+ANSWERS = """
+import json
+
+import numpy as np
+
+with open("preprocessing.json", encoding="utf-8") as file:
+    thresholds = json.load(file)["thresholds"]
+probabilities = 1 / (1 + np.exp(-np.asarray(logits[0])))
+print(*(label for label, p, least in zip(labels, probabilities, thresholds) if p > least))
+"""
+"""The same where an image may have several labels."""
 RESIZE_METHODS = {
     "crop": "its shorter side is resized to {presize} px and the centre square taken",
     "squish": "it is squeezed to a square of {presize} px",
@@ -96,7 +109,7 @@ def model_card(
         _usage(model, formats),
         _data(model, command, run),
         _errors(metrics, run),
-        _limits(metrics),
+        _limits(model, metrics),
         _preprocessing(model),
         _recipe(model),
         _versions(command),
@@ -134,10 +147,11 @@ def _summary(model: ModelFolder, metrics: dict[str, Any], run: RunRecord | None)
     made = "fine-tuned from pretrained weights" if model.recipe.pretrained else "fine-tuned from scratch"
     if model.recipe.total_epochs == 0:
         made = "a probe: the frozen features of pretrained weights with a trained head"
+    exactly = ", which is not to have exactly the labels that they have" if model.preprocessing.several_labels else ""
     return (
         f"# {text(model.recipe.arch)} for {len(model.labels)} classes\n\n"
         f"An image classifier, {made}{chosen}: {percent(metrics['error_rate'])} wrong on its validation "
-        "images."
+        f"images{exactly}."
     )
 
 
@@ -146,11 +160,18 @@ def _usage(model: ModelFolder, formats: Sequence[str]) -> str:
     parts = ["## How to use it", "Run in this folder, with an image called photo.jpg in it."]
     parts += ["With finetune-search, which reads images as in training, in a shell or from Python:"]
     parts += [_code(OURS_SHELL, "sh"), _code(OURS)]
+    answer = ANSWERS if model.preprocessing.several_labels else ANSWER
+    if model.preprocessing.several_labels:
+        parts.append(
+            "An image may have several labels, or none: those whose probability, the sigmoid of the logit, is above "
+            "their threshold in preprocessing.json, at which F1 on the validation images is largest."
+        )
     if model.recipe.head == "linear":
-        parts += ["With timm:", _code(TIMM)]
+        parts += ["With timm:", _code(TIMM + answer)]
     else:
         parts.append("timm cannot build its head (head=mlp); the other formats contain the whole model.")
     if {"onnx", "pt2"} & set(formats):
+        squash = "sigmoids" if model.preprocessing.several_labels else "softmax"
         side = model.preprocessing.image_size
         read = (READ % SQUARES[model.preprocessing.resize_method]).format(
             side=side, presize=model.preprocessing.presize
@@ -158,17 +179,20 @@ def _usage(model: ModelFolder, formats: Sequence[str]) -> str:
         parts += [
             f"The other formats take RGB pixels in 0..1 that are **not** normalised, `{INPUT}`, float32 (batch, 3, "
             f"{side}, {side}), for any number of images, and give `{OUTPUT}`, float32 (batch, {len(model.labels)}), "
-            "whose softmax are the probabilities. With Pillow, which rounds slightly differently from training, an "
+            f"whose {squash} are the probabilities. With Pillow, which rounds slightly differently from training, an "
             "image is read like this:",
             _code(read),
         ]
     if "onnx" in formats:
         parts += [
             f"and then run with ONNX Runtime (opset {OPSET}; the labels are also in the file's metadata):",
-            _code(ONNX),
+            _code(ONNX + answer),
         ]
     if "pt2" in formats:
-        parts += ["or run with torch alone, in the version that wrote the file or a later one:", _code(PROGRAM)]
+        parts += [
+            "or run with torch alone, in the version that wrote the file or a later one:",
+            _code(PROGRAM + answer),
+        ]
     return "\n\n".join(parts)
 
 
@@ -258,14 +282,16 @@ def _preprocessing(model: ModelFolder) -> str:
 
 LIMITS = """## Limits
 
-The model answers with one of its classes whatever the image shows. Its probabilities are {calibrated}. Nothing is known
+The model answers with {answer} whatever the image shows. Its probabilities are {calibrated}. Nothing is known
 about its errors on images unlike its training images, such as from another camera, place, crop or time. It shares the
 biases of its training images and pretrained weights."""
 
 
-def _limits(metrics: dict[str, Any]) -> str:
+def _limits(model: ModelFolder, metrics: dict[str, Any]) -> str:
+    answer = "labels of its classes alone" if model.preprocessing.several_labels else "one of its classes"
     calibrated = "calibrated on images like those of its validation, and wrong for others"
-    return LIMITS.format(calibrated=calibrated if _calibration(metrics, None) else "not calibrated")
+    known = calibrated if _calibration(metrics, None) else "not calibrated"
+    return LIMITS.format(answer=answer, calibrated=known)
 
 
 def _recipe(model: ModelFolder) -> str:

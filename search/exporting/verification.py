@@ -20,6 +20,7 @@ from trainables.data.labelled_images import DataError
 from trainables.network.calibration import softmax
 from trainables.system.new_process import in_new_process
 from trainables.system.text import percent
+from trainables.training.label_set_metrics import Thresholds, above_thresholds
 
 if TYPE_CHECKING:
     import torch
@@ -50,12 +51,15 @@ class LoaderResult:
     probability_difference: float = 0.0
     """Largest difference of a probability from the checkpoint's."""
 
-    def plus(self, found: Floats, expected: Floats, truth: npt.NDArray[np.int64]) -> "LoaderResult":
-        """With a further batch, of the logits `found`, the checkpoint's and the labels."""
-        difference, probability_difference = abs(found - expected), abs(softmax(found) - softmax(expected))
+    def plus(
+        self, found: Floats, expected: Floats, truth: npt.NDArray[Any], thresholds: Thresholds | None = None
+    ) -> "LoaderResult":
+        """With a further batch: the logits `found`, the checkpoint's, and labels, or label sets with thresholds."""
+        probabilities, trained = (softmax(x) if thresholds is None else sigmoid(x) for x in (found, expected))
+        difference, probability_difference = abs(found - expected), abs(probabilities - trained)
         return LoaderResult(  # numpy's maximum keeps a nan, which Python's max would lose
             self.name,
-            self.num_wrong + int((found.argmax(axis=1) != truth).sum()),
+            self.num_wrong + num_wrong(found, truth, thresholds),
             float(np.maximum(self.difference, difference.max())),
             max(self.largest, float(abs(expected).max())),
             float(np.maximum(self.probability_difference, probability_difference.max())),
@@ -188,21 +192,35 @@ def check_export(
         raise DataError(f"{data} has {len(images.classes)} classes now, other than the run's {len(predictor.labels)}.")
     valid = images.split(seed=split_seed)[1]
     predictor.amp_dtype = None
-    models, labels = load_all(folder, predictor, formats), images.labels[valid]
+    models, labels, thresholds = load_all(folder, predictor, formats), images.truth[valid], preprocessing.thresholds
     reduced = trained.amp_dtype is not None
     results = {name: LoaderResult(name) for name in ([CHECKPOINT] if reduced else []) + list(models)}
     start, fp32_wrong = 0, 0
     for batch in predictor.batches([images[i] for i in valid]):
         as_trained, fp32 = reference_logits(trained, batch)
         truth = labels[start : start + len(batch)]
-        fp32_wrong += int((fp32.argmax(axis=1) != truth).sum())
+        fp32_wrong += num_wrong(fp32, truth, thresholds)
         if reduced:
-            results[CHECKPOINT] = results[CHECKPOINT].plus(as_trained, as_trained, truth)
+            results[CHECKPOINT] = results[CHECKPOINT].plus(as_trained, as_trained, truth, thresholds)
         for name, model in models.items():
-            results[name] = results[name].plus(model(batch), fp32, truth)
+            results[name] = results[name].plus(model(batch), fp32, truth, thresholds)
         start += len(batch)
     on_gpu = predictor.device.type == "cuda"
     return Check(len(valid), tuple(results.values()), on_gpu, fp32_wrong if reduced else None)
+
+
+def num_wrong(logits: Floats, truth: npt.NDArray[Any], thresholds: Thresholds | None) -> int:
+    """How many images have another most probable class than their label or, where they may have several, not exactly
+    these."""
+    if thresholds is None:
+        return int((logits.argmax(axis=1) != truth).sum())
+    return int((above_thresholds(sigmoid(logits), thresholds) != truth).any(axis=1).sum())
+
+
+def sigmoid(logits: Floats) -> Floats:
+    from scipy.special import expit
+
+    return np.asarray(expit(logits))
 
 
 def load_all(folder: Path, predictor: Predictor, formats: tuple[str, ...]) -> dict[str, Logits]:

@@ -207,8 +207,12 @@ def with_metric(options: SearchOptions, space: Space, images: "ImageFolder") -> 
     all classes count the same. Raises `ValueError` where the images have too few classes for the metric."""
     import numpy as np
 
-    from trainables.training.metrics import CLASS_METRICS, median_class, suitable_metric
+    from trainables.training.metrics import CLASS_METRICS, SEVERAL_LABELS, median_class, suitable_metric
 
+    if images.label_sets is not None:
+        return _with_metric_of_label_sets(options), space
+    if options.metric in SEVERAL_LABELS:
+        raise ValueError(f"--metric {options.metric} is of images with several labels, and each of these has one")
     metric, counts = options.metric, np.bincount(images.labels)
     if metric == "auto":
         metric = suitable_metric(counts)
@@ -225,6 +229,25 @@ def with_metric(options: SearchOptions, space: Space, images: "ImageFolder") -> 
     if metric not in CLASS_METRICS or chosen or options.recipes:
         return options, space
     return _with_sets(options, "class_weights=inverse")
+
+
+def _with_metric_of_label_sets(options: SearchOptions) -> SearchOptions:
+    """The same where an image may have several labels. Their thresholds make up for small classes, so there are no
+    class weights."""
+    from trainables.training.metrics import ONE_LABEL
+
+    if options.metric in ONE_LABEL:
+        raise ValueError(
+            f"--metric {options.metric} is of images with one label each, and these may have several; expected "
+            "macro_f1, map, auroc, log_loss or error_rate"
+        )
+    if options.metric != "auto":
+        return options
+    say(
+        "metric: macro_f1, since an image may have several labels; --metric error_rate counts an image as wrong unless "
+        "all of its labels are right"
+    )
+    return replace(options, metric="macro_f1")
 
 
 def _with_sets(options: SearchOptions, *settings: str) -> tuple[SearchOptions, Space]:

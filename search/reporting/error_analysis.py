@@ -28,7 +28,13 @@ from trainables.data.address import DataAddress
 from trainables.data.image_file import WHITE_16_BIT, Pixels, UnreadableImage, read_image, resize
 from trainables.data.layouts import root_of
 from trainables.data.source import folder_of
-from trainables.inference.class_errors import CLASSES_FILE, ClassErrors, class_errors, never_predicted
+from trainables.inference.class_errors import (
+    CLASSES_FILE,
+    SCORES_FILE,
+    ClassErrors,
+    class_errors,
+    never_predicted,
+)
 from trainables.inference.heat_maps import HEAT_MAPS_FILE, HeatMap, overlay, read_heat_maps
 from trainables.inference.model_folder import METRICS_FILE, read_json
 from trainables.inference.suspects import SUSPECTS_FILE
@@ -59,23 +65,40 @@ class Loss:
     without heat maps."""
 
 
+@dataclass(frozen=True)
+class ClassScore:
+    """How the winner does on one of several labels."""
+
+    name: str
+    images: int
+    predicted: int
+    right: int
+    f1: float
+    threshold: float
+
+
 @dataclass(frozen=True, eq=False)
 class ErrorAnalysis:
     """The winner's errors on the validation images."""
 
     classes: tuple[str, ...]
-    counts: npt.NDArray[np.int64]
-    """Images (classes, classes): rows are the actual classes, columns the predicted ones."""
+    counts: npt.NDArray[np.int64] | None
+    """Images (classes, classes): rows are the actual classes, columns the predicted ones. None where an image may have
+    several labels."""
     by_class: tuple[ClassErrors, ...]
-    """Those with validation images, largest error rate first."""
+    """Those with validation images, largest error rate first; none without counts."""
     losses: tuple[Loss, ...]
     no_heat_maps: str
     """Why the losses have none, if that is known."""
     calibration: Calibration | None = None
-    """Unknown in analyses of earlier versions."""
+    """Unknown in analyses of earlier versions, and without counts."""
+    scores: tuple[ClassScore, ...] = ()
+    """Of the labels where an image may have several, worst F1 first."""
 
     def most_confused(self, max_pairs: int = 10) -> list[tuple[str, str, int]]:
         """(actual, predicted, images), most images first."""
+        if self.counts is None:
+            return []
         wrong = self.counts - np.diag(self.counts.diagonal())
         pairs = [(self.classes[i], self.classes[j], int(wrong[i, j])) for i, j in np.argwhere(wrong)]
         return sorted(pairs, key=lambda pair: -pair[2])[:max_pairs]
@@ -83,7 +106,7 @@ class ErrorAnalysis:
     @property
     def never_predicted(self) -> str:
         """Such as "2 of 37 classes ('a', 'b')"; empty where the winner predicts all that have validation images."""
-        missing = never_predicted(self.classes, self.counts)
+        missing = [] if self.counts is None else never_predicted(self.classes, self.counts)
         return some_of(missing, len(self.by_class), "class", "classes") if missing else ""
 
 
@@ -95,10 +118,7 @@ def read_analysis(run: RunRecord) -> ErrorAnalysis | None:
         if read_json(folder / METRICS_FILE) != read_json(model / METRICS_FILE):
             return None
         preprocessing = read_json(model / PREPROCESSING_FILE)
-        (_, *names), *rows = csv.reader(_text(folder / "confusion_matrix.csv"))
-        classes = tuple(map(printable, names))
-        counts = np.array([row[1:] for row in rows], dtype=np.int64).reshape(len(classes), len(classes))
-        by_class = class_errors(classes, counts, _train_images(folder / CLASSES_FILE, names))
+        classes, counts, by_class, scores = _of_classes(folder)
         worst = islice(csv.DictReader(_text(folder / LOSSES_FILE)), NUM_LOSSES)
         # Earlier versions wrote no heat maps.
         maps, problem = read_heat_maps(file) if (file := folder / HEAT_MAPS_FILE).is_file() else ({}, "")
@@ -108,7 +128,7 @@ def read_analysis(run: RunRecord) -> ErrorAnalysis | None:
         calibration = Calibration.from_dict(read_json(judged)) if judged.is_file() else None
     except (OSError, ValueError, KeyError, TypeError, csv.Error):  # missing, or cut short by a kill
         return None
-    return ErrorAnalysis(classes, counts, tuple(by_class), losses, printable(problem), calibration)
+    return ErrorAnalysis(classes, counts, by_class, losses, printable(problem), calibration, scores)
 
 
 def analyse(run: RunRecord, *, effort: str | None = None) -> str:
@@ -161,6 +181,26 @@ def _train_images(file: Path, names: Sequence[str]) -> npt.NDArray[np.int64] | N
         return None
     known = {row["class"]: int(row["train_images"]) for row in csv.DictReader(_text(file))}
     return np.array([known.get(name, 0) for name in names])
+
+
+def _of_classes(
+    folder: Path,
+) -> tuple[tuple[str, ...], npt.NDArray[np.int64] | None, tuple[ClassErrors, ...], tuple[ClassScore, ...]]:
+    """The classes with their confusion matrix and errors, or with their scores where an image may have several."""
+    if (folder / SCORES_FILE).is_file():
+        scores = tuple(map(_score, csv.DictReader(_text(folder / SCORES_FILE))))
+        return tuple(score.name for score in scores), None, (), scores
+    (_, *names), *rows = csv.reader(_text(folder / "confusion_matrix.csv"))
+    classes = tuple(map(printable, names))
+    counts = np.array([row[1:] for row in rows], dtype=np.int64).reshape(len(classes), len(classes))
+    by_class = class_errors(classes, counts, _train_images(folder / CLASSES_FILE, names))
+    return classes, counts, tuple(by_class), ()
+
+
+def _score(row: dict[str, str]) -> ClassScore:
+    images, predicted, right = (int(row[name]) for name in ("images", "predicted", "right"))
+    f1, threshold = float(row["f1"]), float(row["threshold"])
+    return ClassScore(printable(row["class"]), images, predicted, right, f1, threshold)
 
 
 def _loss(row: dict[str, str], data: Path, preprocessing: Mapping[str, Any], maps: Sequence[HeatMap]) -> Loss:

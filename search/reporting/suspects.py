@@ -30,13 +30,19 @@ class Picture:
 
 def effort_of(run: RunRecord, *, asked: bool) -> str | None:
     """How a report looks for the suspects, one of `suspects.EFFORTS`; None where it does not: in a run without
-    pretrained backbones, and where there is a file of them, of which a user may have deleted rows."""
+    pretrained backbones or of images with several labels, and where there is a file of them, of which a user may have
+    deleted rows."""
     if asked:
         return "always"
     recipe = run.best_recipe
-    if run.folder.suspects.exists() or not (recipe and recipe.pretrained):
+    if run.folder.suspects.exists() or not (recipe and recipe.pretrained) or _several_labels(run):
         return None
     return "cached" if run.command.arguments.time_budget else "quick"
+
+
+def _several_labels(run: RunRecord) -> bool:
+    model = run.folder.best / PREPROCESSING_FILE
+    return model.is_file() and "thresholds" in read_json(model)
 
 
 def pictures(run: RunRecord) -> list[Picture]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from search.cli.errors import error_line, report_errors
 from search.cli.messages import say
@@ -14,10 +15,18 @@ from search.runs.command import CommandRecord
 from search.runs.kinds import name_of
 from search.runs.statistics import bootstrap_interval, wilson_interval
 from trainables.data.held_out_images import ImageSource, WithoutTestImages, held_share, set_aside, without_test_images
+from trainables.data.label_sets import multi_hot
 from trainables.data.labelled_images import DataError, ImageFolder
 from trainables.data.layouts import find_images, find_unchecked
 from trainables.inference.model_folder import read_json, read_model
 from trainables.system.text import many, percent, some
+from trainables.training.label_set_metrics import (
+    Thresholds,
+    Truth,
+    above_thresholds,
+    label_set_losses,
+    label_set_metrics,
+)
 from trainables.training.metrics import Floats, Labels, more_metrics
 
 if TYPE_CHECKING:
@@ -126,10 +135,12 @@ def measure(folder: "RunFolder", test: ImageFolder, metric: str = "error_rate") 
     readable = [i for i, answers in enumerate(zip(*found, strict=True)) if None not in answers]
     if not readable:
         raise DataError(f"none of the {len(test.paths)} test images in {test.root} can be read")
-    truth = np.asarray(test.labels)[readable]
+    thresholds = {number: _thresholds(model, test.classes) for number, model in models.items()}
+    truth = (np.asarray(test.labels) if None in thresholds.values() else _label_sets(test))[readable]
     answers = {number: np.array([rows[i] for i in readable]) for number, rows in zip(models, found, strict=True)}
-    right = {number: (rows.argmax(1) == truth).tolist() for number, rows in answers.items()}
-    scores = {n: score(n, right[n]) | {"metrics": other_metrics(answers[n], truth, metric)} for n in models}
+    right = {number: are_right(rows, truth, thresholds[number]).tolist() for number, rows in answers.items()}
+    more = {number: other_metrics(rows, truth, metric, thresholds[number]) for number, rows in answers.items()}
+    scores = {number: score(number, right[number]) | {"metrics": more[number]} for number in models}
     both = len(models) == 2
     return {
         "unreadable": len(test.paths) - len(readable),
@@ -155,16 +166,46 @@ def probabilities(models: Sequence[Path], test: ImageFolder) -> list[list[list[f
         raise ValueError(error_line(error)) from None
 
 
+def are_right(answers: Floats, truth: npt.NDArray[Any], thresholds: Thresholds | None) -> npt.NDArray[np.bool_]:
+    """(images,) whether probabilities (images, classes) tell the label of an image, or exactly its labels."""
+    right: npt.NDArray[np.bool_]
+    if thresholds is None:
+        right = answers.argmax(1) == truth
+        return right
+    right = (above_thresholds(answers, thresholds) == truth).all(1)
+    return right
+
+
+def _thresholds(model: Path, classes: Sequence[str]) -> Thresholds | None:
+    """Those of a model, in the order of the test images' classes; None where an image has one label."""
+    found = read_model(model)
+    if (thresholds := found.preprocessing.thresholds) is None:
+        return None
+    by_name = dict(zip(found.labels, thresholds, strict=True))
+    return tuple(by_name[name] for name in classes)
+
+
+def _label_sets(test: ImageFolder) -> Truth:
+    own = [(label,) for label in test.labels] if test.label_sets is None else test.label_sets
+    return multi_hot(own, test.num_classes)
+
+
 def _in_order(found: "Prediction", classes: Sequence[str]) -> list[float]:
     by_name = dict(zip(found.labels, found.probabilities, strict=True))
     return [by_name[name] for name in classes]
 
 
-def other_metrics(answers: Floats, truth: Labels, metric: str) -> dict[str, Any]:
-    """The metrics besides the error rate, of probabilities (images, classes) and labels (images,); with a 95 %
-    bootstrap interval for the one that the search minimised."""
+def other_metrics(
+    answers: Floats, truth: npt.NDArray[Any], metric: str, thresholds: Thresholds | None = None
+) -> dict[str, Any]:
+    """The metrics besides the error rate, of probabilities (images, classes) and labels (images,), or label sets
+    (images, classes) with thresholds; with a 95 % bootstrap interval for the one that the search minimised."""
 
     def all_of(rows: Labels) -> dict[str, float]:
+        if thresholds is not None:
+            found = label_set_metrics(answers[rows], truth[rows], thresholds)
+            del found["error_rate"]
+            return found | {"log_loss": float(label_set_losses(answers[rows], truth[rows]).mean())}
         own = answers[rows, truth[rows]]
         return more_metrics(answers[rows], truth[rows]) | {"log_loss": float(-np.log(np.maximum(own, TINY)).mean())}
 

@@ -11,6 +11,7 @@ NAMES = {
     "auroc": "1 - AUROC",
     "log_loss": "log loss",
     "top5_error": "top-5 error",
+    "map": "1 - mAP",
 }
 """Of each metric's objective, which is the lower the better."""
 

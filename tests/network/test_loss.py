@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy
 
-from trainables.network.loss import class_weights, cross_entropy, soft_targets
+from trainables.network.loss import binary_cross_entropy, class_weights, cross_entropy, log_loss, soft_targets
 
 LABELS = torch.tensor([0] * 90 + [1] * 9 + [3])
 
@@ -39,3 +40,32 @@ def test_the_weighted_loss_is_torchs_for_hard_labels():
     logits, weights = torch.randn(len(LABELS), 4), class_weights("inverse", LABELS, 4)
     expected = F.cross_entropy(logits, LABELS, weights, reduction="sum")
     assert cross_entropy(logits, soft_targets(LABELS, 4), 0.0, weights).item() == pytest.approx(expected.item())
+
+
+# --- Several labels ---------------------------------------------------------------------------------------------------
+
+SETS = torch.rand(50, 4, generator=torch.Generator().manual_seed(1)) < torch.tensor([0.5, 0.2, 0.1, 0.0])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_label_sets_is_timms_binary_cross_entropy_summed_over_the_classes(smoothing):
+    torch.manual_seed(0)
+    logits, weights = torch.randn(50, 4), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    options = {"smoothing": smoothing, "sum_classes": True, "smooth_dense": True, "pos_weight": weights}
+    theirs = BinaryCrossEntropy(**options)(logits, SETS.float())
+    ours = binary_cross_entropy(logits, soft_targets(SETS, 4), smoothing, weights)
+    assert float(ours) / 50 == pytest.approx(float(theirs), rel=1e-6)
+
+
+def test_its_gradient_is_probability_less_target_as_that_of_cross_entropy():
+    logits = torch.zeros(50, 4, requires_grad=True)
+    log_loss(logits, SETS, reduction="sum").backward()
+    assert torch.allclose(logits.grad, 0.5 - SETS.float())
+
+
+def test_inverse_weights_give_images_of_a_class_and_all_others_the_same_part():
+    weights, positives = class_weights("inverse", SETS, 4), SETS.sum(0)
+    assert (weights * positives)[:3].tolist() == pytest.approx((50 - positives)[:3].tolist())
+    assert weights[3] == 1  # there is nothing to weigh
+    effective = class_weights("effective", SETS.repeat(1000, 1), 4)
+    assert effective[:3].tolist() == pytest.approx([1.0] * 3, abs=0.01)

@@ -250,6 +250,22 @@ def test_the_top_five_of_five_classes_are_no_metric():
         decided((10,) * 5, "--metric", "top5_error")
 
 
+def test_images_with_several_labels_are_judged_by_macro_f1(capsys):
+    images = replace(images_of(50, 20, 5), label_sets=((0,),) * 50 + ((0, 1),) * 20 + ((2,),) * 5)
+
+    def metric(*words: str) -> SearchOptions:
+        options = parse_arguments(["--data", "photos", *words])
+        return with_metric(options, searched_space(options), images)[0]
+
+    assert (metric().metric, metric().set) == ("macro_f1", ())
+    assert "metric: macro_f1, since an image may have several labels" in capsys.readouterr().out
+    assert metric("--metric", "map").metric == "map"
+    with pytest.raises(ValueError, match="balanced_error is of images with one label each"):
+        metric("--metric", "balanced_error")
+    with pytest.raises(ValueError, match="map is of images with several labels, and each of these has one"):
+        decided((80, 60), "--metric", "map")
+
+
 def test_runs_of_versions_without_other_metrics_minimised_the_error_rate():
     record = SearchOptions(data=Path("photos")).to_record()
     del record["metric"]

@@ -49,7 +49,9 @@ def error_rate(head: LinearHead, features: torch.Tensor, labels: torch.Tensor) -
 def test_the_head_is_scikit_learns_optimum(n, d, num_classes, weights, l2):
     linear_model = pytest.importorskip("sklearn.linear_model")
     features, labels = drawn(n, d, num_classes)
-    labels = labels.minimum(labels.flip(0)) if weights else labels  # imbalanced
+    if weights:
+        labels = labels.minimum(labels.flip(0))  # imbalanced, without images of the last classes
+        num_classes = int(labels.max()) + 1
     x = features.double().numpy()
     mean, std = x.mean(0), x.std(0)
     # with two classes, scikit-learn has one row of weights, whose penalty is twice that of our two opposite rows
@@ -69,6 +71,52 @@ def test_the_head_is_scikit_learns_optimum(n, d, num_classes, weights, l2):
     predicted = head.logits(features).argmax(1)
     agree = predicted == (features.double() @ optimum.weight.T + optimum.bias).argmax(1)
     assert agree.float().mean() >= 0.999
+
+
+def drawn_sets(n: int, d: int, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and label sets, of classes from rare to frequent."""
+    generator = torch.Generator().manual_seed(n + d)
+    hidden = torch.randn(n, 8, generator=generator)
+    features = hidden @ torch.randn(8, d, generator=generator) + torch.randn(n, d, generator=generator)
+    scores = hidden @ torch.randn(8, num_classes, generator=generator)
+    shares = torch.linspace(0.1, 0.6, num_classes)
+    return features.half(), scores > torch.stack([s.quantile(1 - q) for s, q in zip(scores.T, shares, strict=True)])
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("l2", [1e-1, 1e-3])
+@pytest.mark.parametrize(("n", "d", "weight"), [(200, 40, 1), (60, 100, 1), (200, 40, 3)])
+def test_of_several_labels_it_is_scikit_learns_one_against_the_rest(n, d, weight, l2):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    features, truth = drawn_sets(n, d, 4)
+    x = features.double().numpy()
+    mean, std = x.mean(0), x.std(0)
+    how = {"C": 1 / (n * l2), "class_weight": {0: 1, 1: weight}, "tol": 1e-9, "max_iter": 20_000}
+    every = pytest.importorskip("sklearn.multiclass").OneVsRestClassifier(linear_model.LogisticRegression(**how))
+    with pytest.importorskip("threadpoolctl").threadpool_limits(1):
+        theirs = every.fit((x - mean) / std, truth.numpy())
+    head = fit(features, truth, 4, l2=l2, class_weights=torch.full((4,), float(weight)))
+    probabilities = torch.from_numpy(theirs.predict_proba((x - mean) / std)).float()
+    assert torch.allclose(head.logits(features).sigmoid(), probabilities, atol=2e-3)
+
+
+def test_of_several_labels_the_penalty_and_the_error_are_those_of_unseen_images():
+    features, truth = drawn_sets(2000, 40, 5)
+    head = fit(features[:1000], truth[:1000], 5)
+    wrong = ((head.logits(features) > 0) != truth).any(1).float()
+    assert wrong[:1000].mean() < head.out_of_fold_error_rate
+    assert head.out_of_fold_error_rate == pytest.approx(float(wrong[1000:].mean()), abs=0.04)
+    noise = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
+    assert fit(noise, truth[:300], 5).l2 > head.l2
+
+
+def test_a_label_that_no_image_or_every_image_has_is_never_or_always_predicted():
+    features, truth = drawn_sets(100, 20, 4)
+    truth[:, 0], truth[:, 1] = False, True
+    logits = fit(features, truth, 4).logits(features)
+    assert (logits[:, 0] < -4).all() and (logits[:, 1] > 4).all()
+    always = fit(features, torch.ones_like(truth), 4).logits(features)
+    assert always.isfinite().all() and (always > 4).all()
 
 
 @pytest.mark.parametrize(("n", "d"), [(60, 200), (400, 40)])

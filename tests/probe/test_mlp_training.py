@@ -82,3 +82,12 @@ def test_features_that_are_not_finite_are_refused():
     features[3, 0] = math.inf
     with pytest.raises(ValueError, match="NaN or infinite"):
         fit_mlp(new_head(), features, labels, seed=0, device="cpu")
+
+
+def test_it_learns_several_labels():
+    features, ring = drawn(1200)
+    truth = torch.stack([ring > 0, ring == 2, features[:, 0] > 0], 1)
+    head = new_head()
+    fit_mlp(head, features[:600], truth[:600], seed=0, device="cpu")
+    wrong = (head.eval()(features[600:].float()) > 0) != truth[600:]
+    assert wrong.float().mean() < 0.05

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from trainables.network.loss import log_loss
 from trainables.network.model import mlp_head
 from trainables.probe.soft_start import soften, softening
 from trainables.recipe import Recipe
@@ -43,3 +44,13 @@ def test_softening_scales_all_logits(kind):
     before = head(images)
     soften(head, 0.25)
     assert torch.allclose(head(images), 0.25 * before, atol=1e-6)
+
+
+def test_with_several_labels_guessing_knows_how_frequent_they_are():
+    truth = torch.rand(400, 6, generator=torch.Generator().manual_seed(0)) < 0.1
+    shares = truth.double().mean(0)
+    guessing = log_loss(shares.logit().float().expand(400, 6), truth)
+    sure = 20 * (truth.float() - 0.5)
+    factor = softening(sure, truth, 0.5)
+    assert log_loss(factor * sure, truth) == pytest.approx(0.5 * float(guessing), rel=1e-3)
+    assert softening(0.01 * sure, truth, 0.5) == 1

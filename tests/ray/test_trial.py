@@ -1,5 +1,6 @@
 """A trial and the hosts of its worker groups, which are played here; real ones are in test_search.py."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -128,6 +129,29 @@ def test_with_keep_epoch_best_the_weights_of_the_best_epoch_go_with_a_trial_thro
     results = [later.step() for _ in range(3)]
     assert [(result["epoch"], result["best_epoch"]) for result in results] == [(1, 0), (2, 0), (3, 0)]
     assert kept(tmp_path) == {WEIGHTS_FILE: b"epoch 3", BEST_FILE: b"epoch 0"}
+
+
+def test_thresholds_stay_with_the_weights_of_their_epoch_and_go_to_a_refit(tmp_path):
+    for thresholds in (None, (0.25, 0.5)):
+        stored = {} if thresholds is None else {"thresholds": thresholds}
+        files = {checkpoint.PREPROCESSING_FILE: json.dumps(stored).encode(), WEIGHTS_FILE: b"weights"}
+        checkpoint.save(tmp_path / "ta", 3, files, {})
+        checkpoint.drop(tmp_path / "ta")
+        assert checkpoint.thresholds(tmp_path / "ta") == thresholds
+    assert checkpoint.thresholds(tmp_path / "tb") is None
+
+    errors = {0: 0.2, 1: 0.5, 2: 0.1, 3: 0.3}
+    trial = stepping(tmp_path / "best", errors, keep_epoch="best")
+    run_epoch = trial._run_epoch
+
+    def with_thresholds() -> Outcome:
+        outcome = run_epoch()
+        outcome.state[checkpoint.PREPROCESSING_FILE] = f"epoch {outcome.metrics['epoch']}".encode()
+        return outcome
+
+    trial._run_epoch = with_thresholds
+    of_epochs = [(trial.step(), kept(tmp_path / "best")[checkpoint.PREPROCESSING_FILE])[1] for _ in range(4)]
+    assert of_epochs == [b"epoch 0", b"epoch 0", b"epoch 2", b"epoch 2"]
 
 
 def test_equal_errors_are_told_apart_by_the_validation_loss(tmp_path):

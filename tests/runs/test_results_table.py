@@ -128,7 +128,7 @@ def test_the_tables_are_there_and_whole_from_the_first_moment(table, folder):
     assert read_trials(folder.trials) == read_rows(folder.epochs) == []
     assert folder.trials.read_text().startswith(
         "number,trial_id,kind,status,error_rate,expected_error_rate,tta_error_rate,valid_loss,accuracy,balanced_error,"
-        "macro_f1,auroc,top5_error,temperature,calibration_error_before,calibration_error,best_epoch,"
+        "macro_f1,auroc,top5_error,map,temperature,calibration_error_before,calibration_error,best_epoch,"
     )
     assert folder.epochs.read_text().splitlines() == [",".join(EPOCH_COLUMNS)]
 
@@ -356,7 +356,7 @@ def test_a_torn_last_line_is_gone_when_the_search_goes_on(table, folder):
 
 DAMAGES = {
     "text for a number": ("trials", "0.3,", "0.3?,", r"line 2 has '0\.3\?' for error_rate"),
-    "a lost field": ("trials", "completed,", "", "line 2 has 25 fields, expected 26"),
+    "a lost field": ("trials", "completed,", "", "line 2 has 26 fields, expected 27"),
     "another status": ("trials", "completed", "complete", "line 2 has 'complete' for status"),
     "a setting renamed": ("trials", ",lr_max,", ",lr_mix,", "line 1 has no column lr_max"),
     "a metric renamed": ("trials", ",epochs_done,", ",epochs-done,", "line 1 has no column epochs_done"),

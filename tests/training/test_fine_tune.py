@@ -18,6 +18,7 @@ import timm
 import torch
 import torch.distributed as dist
 from conftest import COLOURS
+from several_labels import draw_lights
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -603,10 +604,10 @@ def norm_errors(rank: int) -> dict[str, float]:
     return errors
 
 
-def work(rank: int, rendezvous: str, cache: str, damaged: str, state: dict[str, bytes]) -> dict:
+def work(rank: int, rendezvous: str, cache: str, damaged: str, lights: str, state: dict[str, bytes]) -> dict:
     """One of two workers: every recipe of SHARED, a state made by one worker, and the batch norm alone.
 
-    `damaged` is the cache of a node that cannot read one of the images.
+    `damaged` is the cache of a node that cannot read one of the images, `lights` that of images with several labels.
     """
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -614,6 +615,7 @@ def work(rank: int, rendezvous: str, cache: str, damaged: str, state: dict[str, 
     )
     images = PresizedImages(cache)
     found = {name: run_recipe(images, settings) for name, settings in SHARED.items()}
+    found["several labels"] = run_recipe(PresizedImages(lights), HARD)
     found["in parts"] = run_recipe(images, IN_PARTS["dropout of all kinds"], batch_parts=3)
     resumed = fine_tune(images, **SHARED["mixup"])
     resumed.load_state(state)
@@ -637,25 +639,33 @@ def state_after_two_epochs(colour_images) -> tuple[dict[str, bytes], tuple[float
 
 
 @pytest.fixture(scope="module")
-def two_workers(colour_images, state_after_two_epochs, tmp_path_factory) -> list[dict]:
+def lights(tmp_path_factory, search_cache) -> PresizedImages:
+    """Images with several labels."""
+    return presize(draw_lights(tmp_path_factory.mktemp("lights")), 48)
+
+
+@pytest.fixture(scope="module")
+def two_workers(colour_images, lights, state_after_two_epochs, tmp_path_factory) -> list[dict]:
     rendezvous = str(tmp_path_factory.mktemp("workers") / "rendezvous")
     other_node = Path(shutil.copytree(colour_images.root, tmp_path_factory.mktemp("node") / "images"))
     photo = other_node / colour_images.paths[2]
     photo.write_bytes(bytes(photo.stat().st_size))  # as large as before
     damaged = presize(find_images(other_node), 48, max_unreadable=0.5)
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        arguments = rendezvous, str(colour_images.path), str(damaged.path), state_after_two_epochs[0]
+        paths = (str(path) for path in (colour_images.path, damaged.path, lights.path))
+        arguments = rendezvous, *paths, state_after_two_epochs[0]
         futures = [pool.submit(work, rank, *arguments) for rank in range(2)]
         return [future.result(timeout=300) for future in futures]
 
 
 @pytest.fixture(scope="module")
-def one_worker(colour_images) -> dict:
-    return {name: run_recipe(colour_images, settings) for name, settings in SHARED.items()}
+def one_worker(colour_images, lights) -> dict:
+    found = {name: run_recipe(colour_images, settings) for name, settings in SHARED.items()}
+    return found | {"several labels": run_recipe(lights, HARD)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", [*SHARED, "several labels"])
 def test_two_workers_train_like_one(one_worker, two_workers, name):
     for worker in two_workers:
         np.testing.assert_allclose(worker[name]["losses"], one_worker[name]["losses"], rtol=1e-4)
@@ -667,7 +677,7 @@ def test_two_workers_that_split_their_batches_train_like_one(whole_batches, two_
         np.testing.assert_allclose(worker["in parts"]["losses"], expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", [*SHARED, "several labels"])
 def test_two_workers_step_along_the_gradients_of_the_whole_batch_in_both_stages(one_worker, two_workers, name):
     """AdamW hides a wrong scale of the gradients from the losses, so the gradients themselves are compared."""
     alone = one_worker[name]["gradients"]

@@ -17,6 +17,11 @@ def average(views: torch.Tensor, centre: torch.Tensor, beta: float) -> torch.Ten
     return torch.lerp(views.mean(dim=0), centre, beta)
 
 
+def probabilities(logits: torch.Tensor, several_labels: bool) -> torch.Tensor:
+    """Probabilities (n, classes) of logits; each class's by itself where an image may have several labels."""
+    return logits.sigmoid() if several_labels else logits.softmax(dim=1)
+
+
 def predict(
     logits: Callable[[augmentation.Augmentations], torch.Tensor],
     recipe: Recipe,
@@ -24,12 +29,14 @@ def predict(
     *,
     views: int,
     rows: slice = slice(None),
+    several_labels: bool = False,
 ) -> torch.Tensor:
     """Averaged probabilities (rows, classes) of n images; `logits` predicts `rows` of them for each view.
 
     The views are drawn for all n images from the recipe's seed, so that each worker can predict its own rows.
     """
     rng = np.random.default_rng([recipe.seed, recipe.total_epochs, n])
-    augmented = [logits(augmentation.draw(rng, n, recipe)[rows]).softmax(dim=1) for _ in range(views)]
-    centre = logits(augmentation.centre(n, recipe.resize_method)[rows]).softmax(dim=1)
+    drawn = (augmentation.draw(rng, n, recipe)[rows] for _ in range(views))
+    augmented = [probabilities(logits(view), several_labels) for view in drawn]
+    centre = probabilities(logits(augmentation.centre(n, recipe.resize_method)[rows]), several_labels)
     return average(torch.stack(augmented), centre, recipe.tta_beta)

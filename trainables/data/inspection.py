@@ -62,8 +62,8 @@ class Copies:
 
     indices: tuple[int, ...]
     across_splits: bool
-    labels: tuple[int, ...]
-    """Sorted and unique; more than one is a contradiction."""
+    labels: tuple[int | tuple[int, ...], ...]
+    """Sorted and unique, the label or the labels of an image; more than one is a contradiction."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,7 @@ class Inspection:
     @cached_property
     def counts(self) -> npt.NDArray[np.int64]:
         """(classes, 2) readable images for training and for validation."""
-        labels = np.asarray(self.folder.labels, dtype=np.int64)
-        parts = (np.bincount(labels[part], minlength=self.folder.num_classes) for part in (self.train, self.valid))
-        return np.stack(list(parts), axis=1)
+        return np.stack([self.folder.only(part).class_counts for part in (self.train, self.valid)], axis=1)
 
     @cached_property
     def sides(self) -> npt.NDArray[np.int64]:
@@ -112,12 +110,12 @@ class Inspection:
         by_content = defaultdict(list)
         for i in self.readable:
             by_content[self.files[i].digest].append(i)
-        valid = set(self.valid.tolist())
+        valid, labels = set(self.valid.tolist()), self.folder.label_sets or self.folder.labels
         return [
             Copies(
                 indices=tuple(same),
                 across_splits=len({i in valid for i in same}) == 2,
-                labels=tuple(sorted({self.folder.labels[i] for i in same})),
+                labels=tuple(sorted({labels[i] for i in same})),
             )
             for same in by_content.values()
             if len(same) > 1
@@ -231,7 +229,11 @@ def _of_copies(inspection: Inspection) -> list[Finding]:
     found = []
     if contradictions:
         text = f"{_number(contradictions, 'image lies', 'images lie')} under more than one class"
-        found.append(Finding(text, "keep each in its true class and remove the other copies", True))
+        remedy = "keep each in its true class and remove the other copies"
+        if inspection.folder.label_sets is not None:
+            text = f"{_number(contradictions, 'image has', 'images have')} other labels in an exact copy"
+            remedy = "give all copies the true labels, or keep one copy"
+        found.append(Finding(text, remedy, True))
     if across:
         text = f"{_number(across, 'image is', 'images are')} both in training and in validation, as exact copies"
         remedy = "remove all copies but one; until then the validation error looks better than it is"

@@ -13,6 +13,7 @@ from unicodedata import normalize
 
 from trainables.data.address import COLUMNS, DataAddress
 from trainables.data.folder_tree import Folder
+from trainables.data.label_sets import have_several, labels_of
 from trainables.data.labelled_images import DataError, ImageFolder, Unused
 from trainables.data.readings import container, role_of
 from trainables.data.row_files import RowFiles
@@ -235,11 +236,13 @@ def by_folders(entries: list[Entry]) -> list[Entry]:
 
 
 def _without_wrong(entries: list[Entry], columns: Mapping[str, str], problems: list[str]) -> list[Entry]:
-    """Each image once. Rows without a label or a group, and such as contradict another one, become `problems`."""
+    """Each image once. Rows without a label or a group, and such as contradict another one, become `problems`. Where
+    some have several labels, others may have none."""
     kept: dict[str, Entry] = {}
+    several = have_several(entry.label for entry in entries)
     for entry in entries:
         first = kept.setdefault(entry.path, entry)
-        if not entry.label and entry.part != "test":
+        if not entry.label and entry.part != "test" and not several:
             problems.append(f"{entry.place} has no label")
         elif not entry.group and "group" in columns:
             problems.append(f"{entry.place} has no {columns['group']} ('group=' in --columns ignores that column)")
@@ -289,20 +292,25 @@ def of_entries(
     used.sort(key=lambda entry: entry.path)
     if not used:
         raise DataError(f"{address.path} has no rows {f'for {wanted}' if wanted else 'to train on'}.")
-    classes = tuple(sorted({entry.label for entry in used}))
-    index = {name: label for label, name in enumerate(classes)}
+    several = have_several(entry.label for entry in entries)
+    try:
+        cells, places = [entry.label for entry in used], [entry.place for entry in used]
+        classes, labels, label_sets = labels_of(cells, places, several=several)
+    except ValueError as error:
+        raise DataError(f"{address.path}: {error}") from error
     has_valid = any(entry.part == "valid" for entry in used) and not wanted
     unused = [] if wanted else _unused(address, entries, used, missing, listed)
     return ImageFolder(
         root=root,
         layout=layout,
         paths=tuple(entry.path for entry in used),
-        labels=tuple(index[entry.label] for entry in used),
+        labels=labels,
         classes=classes,
         valid=tuple(entry.part == "valid" for entry in used) if has_valid else None,
         groups=tuple(entry.group for entry in used) if address.columns.get("group") else None,
         unused=tuple(unused),
         address=str(address),
+        label_sets=label_sets,
     )
 
 

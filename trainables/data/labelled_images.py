@@ -10,7 +10,9 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
+from trainables.data.label_sets import LabelSets
 from trainables.data.splits import split as split
 from trainables.system.text import some
 
@@ -65,10 +67,18 @@ class ImageFolder:
     """The group of each image, such as a patient, which no split separates; None if each image stands alone."""
     address: str = ""
     """What finds the same images again where `root` and `stars` do not: a table or archives, see `address`."""
+    label_sets: LabelSets | None = None
+    """All labels of each image, where it may have several or none; `labels` then has the rarest, see `rarest`."""
 
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def class_counts(self) -> npt.NDArray[np.int64]:
+        """(classes,) images of each class; one with several labels counts for each of them."""
+        labels = self.labels if self.label_sets is None else [label for own in self.label_sets for label in own]
+        return np.bincount(np.asarray(labels, dtype=np.int64), minlength=self.num_classes)
 
     @cached_property
     def white_level(self) -> int:
@@ -90,6 +100,7 @@ class ImageFolder:
             paths=tuple(self.paths[i] for i in indices),
             labels=tuple(self.labels[i] for i in indices),
             valid=None if self.valid is None else tuple(self.valid[i] for i in indices),
+            label_sets=None if self.label_sets is None else tuple(self.label_sets[i] for i in indices),
             groups=None if self.groups is None else tuple(self.groups[i] for i in indices),
         )
 
@@ -110,8 +121,9 @@ class ImageFolder:
             counts = len(self.valid) - sum(self.valid), sum(self.valid)
             split = f" ({counts[0]} for training{train}, {counts[1]} for validation{valid})"
         unused = f"; not used: {', '.join(map(str, self.unused))}" if self.unused else ""
+        several = f", {self.class_counts.sum() / len(self.paths):.2g} labels an image," if self.label_sets else ""
         return (
-            f"{self.layout} layout, {len(self.paths)} images{split}, {self.num_classes} classes in "
+            f"{self.layout} layout, {len(self.paths)} images{split}, {self.num_classes} classes{several} in "
             f"{self.address or self.root / self.base}{unused}"
         )
 
@@ -132,9 +144,7 @@ def check_classes(folder: ImageFolder, gone: str = "") -> None:
             f"{place} ({folder.layout} layout) has only one class, {folder.classes[0]!r}, and a classifier needs two "
             f"or more. {advice if folder.address else 'Give the folder that holds the class folders'}."
         )
-    labels = np.asarray(folder.labels)
-    counts = np.bincount(labels, minlength=folder.num_classes)
-    if small := [name for name, count in zip(folder.classes, counts, strict=True) if count < 2]:
+    if small := [name for name, count in zip(folder.classes, folder.class_counts, strict=True) if count < 2]:
         raise DataError(
             f"{place} has fewer than two images{after} in {some(small, 'class', 'classes')}, and each class "
             "needs one to train on and one to validate on. Add images to these classes or remove them."
@@ -142,7 +152,7 @@ def check_classes(folder: ImageFolder, gone: str = "") -> None:
     if folder.valid is None:
         return
     valid = np.asarray(folder.valid)
-    trained = np.bincount(labels[~valid], minlength=folder.num_classes)
+    trained = folder.only(np.flatnonzero(~valid)).class_counts
     if missing := [name for name, count in zip(folder.classes, trained, strict=True) if count == 0]:
         raise DataError(
             f"{place} has validation images but no training images{after} of {some(missing, 'class', 'classes')}. Each "
@@ -153,12 +163,12 @@ def check_classes(folder: ImageFolder, gone: str = "") -> None:
 
 
 def fingerprint(folder: ImageFolder) -> str:
-    """SHA-256 over classes, labels, relative paths, sizes and modification times of the images.
+    """SHA-256 over classes, labels, label sets, relative paths, sizes and modification times of the images.
 
     The modification time stands for the content, so that an edited image is noticed without reading all of it. `root`
     does not count, so a data set that is moved with its times (mv, rsync -a, cp -p) keeps its fingerprint.
     """
-    digest = sha256(ascii((folder.classes, folder.valid)).encode())
+    digest = sha256(ascii((folder.classes, folder.valid, *filter(None, [folder.label_sets]))).encode())
     for path, label in zip(folder.paths, folder.labels, strict=True):
         try:
             status = (folder.root / path).stat()

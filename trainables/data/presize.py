@@ -317,6 +317,8 @@ def _write_index(job: _Job, folder: ImageFolder, built: _Built, target: Path) ->
         "nbytes": sum(built.lengths),
         "unreadable": list(built.unreadable),
     }
+    if folder.label_sets is not None:
+        index["label_sets"] = folder.label_sets
     write_index(target, index)
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from trainables.data import labelled_images
 from trainables.data.image_file import Pixels, UnreadableImage, read_image, resize
+from trainables.data.label_sets import LabelSets, multi_hot
 from trainables.data.splits import other_fold, train_and_valid
 from trainables.system.cache import DamagedCache, read_index
 
@@ -52,6 +53,9 @@ class PresizedImages:
             self.shapes = [(height, width, 3) for height, width in shapes]
             """(height, width, 3) of each image."""
             self.labels = np.asarray(index["labels"], dtype=np.int64)
+            found = index.get("label_sets")
+            self.label_sets: LabelSets | None = None if found is None else tuple(map(tuple, found))
+            """As in `ImageFolder`, and so are `labels` and `classes`."""
             self.paths: tuple[str, ...] = tuple(index["paths"])
             self.classes: tuple[str, ...] = tuple(index["classes"])
             self.unreadable: tuple[str, ...] = tuple(index["unreadable"])
@@ -93,8 +97,20 @@ class PresizedImages:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over what must be the same on all nodes of a training: paths, labels, classes and sizes."""
-        described = ascii((self.paths, self.labels.tolist(), self.classes, self.shapes, self.white_level))
+        labels = [self.labels.tolist(), *filter(None, [self.label_sets])]
+        described = ascii((self.paths, *labels, self.classes, self.shapes, self.white_level))
         return sha256(described.encode()).hexdigest()
+
+    @cached_property
+    def truth(self) -> npt.NDArray[np.int64] | npt.NDArray[np.bool_]:
+        """What a model learns: the label of each image (n,) or, where it may have several, of which class it is (n,
+        classes)."""
+        return self.labels if self.label_sets is None else multi_hot(self.label_sets, len(self.classes))
+
+    def label_names(self, index: int) -> str:
+        """The class of an image, or its classes."""
+        own = [int(self.labels[index])] if self.label_sets is None else self.label_sets[index]
+        return "; ".join(self.classes[label] for label in own)
 
     @property
     def has_own_split(self) -> bool:

@@ -52,7 +52,7 @@ def pinned_source(uri: str) -> str:
 def images_digest(images: ImageFolder, *, sizes: bool = True) -> str:
     """SHA-256 over classes, labels, relative paths and file sizes, which all nodes have in common (unlike times). An
     image that is edited without a change of size keeps the digest. Opens no images."""
-    described = ascii((images.classes, images.labels, images.paths, images.valid))
+    described = ascii((images.classes, images.labels, images.paths, images.valid, *filter(None, [images.label_sets])))
     if sizes:
         described += ascii([_size(images.root / path) for path in images.paths])
     return sha256(described.encode()).hexdigest()

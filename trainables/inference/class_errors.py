@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 Counts = npt.NDArray[np.int64]
-CLASSES_FILE = "classes.csv"
+CLASSES_FILE, SCORES_FILE = "classes.csv", "class_scores.csv"
+"""The second one where an image may have several labels."""
 
 
 @dataclass(frozen=True, kw_only=True)

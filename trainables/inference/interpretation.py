@@ -4,6 +4,7 @@ As a command: `python -m trainables.interpret --help`. Imports torch only in ord
 """
 
 import csv
+import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from trainables.batches import augmentation, warp_cpu
 from trainables.data.image_file import Pixels
+from trainables.data.label_sets import multi_hot, to_cell
 from trainables.data.presized_images import PresizedImages
 from trainables.inference.heat_maps import HeatMap, heat_maps, overlay
 from trainables.inference.model_folder import ModelFolder
@@ -24,6 +26,13 @@ from trainables.inference.predictor import Predictor
 from trainables.network.calibration import Calibration, Floats, calibration_of, cross_fitted
 from trainables.system.text import percent, printable, some
 from trainables.training.checkpoint import Preprocessing
+from trainables.training.label_set_metrics import (
+    Thresholds,
+    Truth,
+    above_thresholds,
+    class_f1,
+    label_set_losses,
+)
 
 Indices = npt.NDArray[np.int64]
 MIN_PROBABILITY = float(np.finfo(np.float32).smallest_subnormal)  # of 0, for a finite loss: 103.3
@@ -49,6 +58,10 @@ class Interpretation:
     """Relative to the data set's folder."""
     temperature: float = 1.0
     """What the logits were divided by."""
+    truth: Truth | None = None
+    """(n, classes) where an image may have several labels; `labels` is the rarest of them then."""
+    thresholds: Thresholds | None = None
+    """Of the classes, with `truth`."""
 
     def cross_fitted(self) -> Floats:
         """(n, classes) probabilities with temperatures that have not seen their images, where these are the images that
@@ -58,7 +71,9 @@ class Interpretation:
 
     @cached_property
     def losses(self) -> npt.NDArray[np.float64]:
-        """(n,) cross-entropy of the probabilities in nats, always finite."""
+        """(n,) cross-entropy of the probabilities in nats, always finite; binary where there are several labels."""
+        if self.truth is not None:
+            return label_set_losses(self.probabilities, self.truth)
         actual = self.probabilities[np.arange(len(self.labels)), self.labels].astype(np.float64)
         losses: npt.NDArray[np.float64] = np.abs(np.log(np.clip(actual, MIN_PROBABILITY, 1.0)))
         return losses
@@ -71,16 +86,27 @@ class Interpretation:
 
     @cached_property
     def wrong(self) -> npt.NDArray[np.bool_]:
-        """(n,) whether the prediction is wrong."""
+        """(n,) whether the prediction is wrong; of several labels, any of them."""
         wrong: npt.NDArray[np.bool_] = self.predicted != self.labels
-        return wrong
+        return wrong if self.truth is None else (self.predicted_labels != self.truth).any(1)
+
+    @cached_property
+    def predicted_labels(self) -> Truth:
+        """(n, classes) where an image may have several labels: which ones are above their thresholds."""
+        assert self.thresholds is not None
+        return above_thresholds(self.probabilities, self.thresholds)
 
     @property
     def error_rate(self) -> float:
         return float(self.wrong.mean())
 
     def confusion_matrix(self) -> Indices:
-        """(classes, classes) counts of images; rows are the actual classes, columns the predicted ones."""
+        """(classes, classes) counts of images; rows are the actual classes, columns the predicted ones.
+
+        Raises `ValueError` where an image may have several labels: it is not taken for one other class.
+        """
+        if self.truth is not None:
+            raise ValueError("images with several labels have no confusion matrix. `class_scores` has their classes.")
         n = len(self.classes)
         return np.bincount(self.labels * n + self.predicted, minlength=n * n).reshape(n, n)
 
@@ -95,6 +121,15 @@ class Interpretation:
         np.fill_diagonal(counts, 0)
         pairs = [(self.classes[i], self.classes[j], int(counts[i, j])) for i, j in np.argwhere(counts >= min_count)]
         return sorted(pairs, key=lambda pair: pair[2], reverse=True)
+
+    def class_scores(self) -> list[tuple[str, int, int, int, float, float]]:
+        """Class, its images, images predicted as it, both of these, F1 and threshold, for each class of images with
+        several labels, worst F1 first."""
+        assert self.truth is not None and self.thresholds is not None
+        found, truth = self.predicted_labels, self.truth
+        counts = (truth.sum(0).tolist(), found.sum(0).tolist(), (found & truth).sum(0).tolist())
+        rows = zip(self.classes, *counts, class_f1(found, truth).tolist(), self.thresholds, strict=True)
+        return sorted(rows, key=lambda row: row[4])
 
     def top_losses(self, k: int | None = None) -> Indices:
         """(k,) the images with the largest losses, largest first, ties in their order; all of them without `k`.
@@ -129,8 +164,13 @@ def interpret(
             f"{folder.path} predicts probabilities that are not finite for {bad} images. Use another model."
         )
     paths = tuple(images.paths[index] for index in indices)
-    labels = to_model[images.labels[indices]]
-    return Interpretation(folder.labels, probabilities, labels, indices, paths, folder.temperature)
+    labels, thresholds = to_model[images.labels[indices]], folder.preprocessing.thresholds
+    truth = None
+    if thresholds is not None:
+        own = [[label] for label in images.labels] if images.label_sets is None else images.label_sets
+        truth = multi_hot([to_model[list(own[i])] for i in indices], len(folder.labels))
+    known = folder.temperature, truth, thresholds
+    return Interpretation(folder.labels, probabilities, labels, indices, paths, *known)
 
 
 def match_classes(classes: Sequence[str], folder: ModelFolder) -> Indices:
@@ -172,6 +212,12 @@ def save_confusion_csv(path: Path, found: Interpretation) -> None:
     _write_csv(path, [("actual", *found.classes), *((name, *counts) for name, counts in rows)])
 
 
+def save_scores_csv(path: Path, found: Interpretation) -> None:
+    """One row per class of images with several labels, worst F1 first."""
+    rows = [(*counts, f"{f1:.6f}", f"{threshold:.6f}") for *counts, f1, threshold in found.class_scores()]
+    _write_csv(path, [("class", "images", "predicted", "right", "f1", "threshold"), *rows])
+
+
 def save_calibration(path: Path, found: Interpretation, *, fitted_here: bool) -> Calibration:
     """How far probabilities are to be trusted, as JSON; `fitted_here` if the temperature was fitted on these images."""
     judged = calibration_of(found.cross_fitted() if fitted_here else found.probabilities, found.labels)
@@ -180,7 +226,8 @@ def save_calibration(path: Path, found: Interpretation, *, fitted_here: bool) ->
 
 
 def save_losses_csv(path: Path, found: Interpretation) -> None:
-    """One row per image, largest loss first; `probability` is that of the predicted class, as in fastai."""
+    """One row per image, largest loss first; `probability` is that of the predicted class, as in fastai, or of the most
+    probable one of several labels."""
     numbers = [(f"{loss:.6f}", f"{row.max():.6f}") for loss, row in zip(found.losses, found.probabilities, strict=True)]
     rows = [(found.paths[i], *_names(found, i), *numbers[i]) for i in found.top_losses()]
     _write_csv(path, [("path", "predicted", "actual", "loss", "probability"), *rows])
@@ -269,5 +316,9 @@ def _write_csv(path: Path, rows: Sequence[tuple[object, ...]]) -> None:
 
 
 def _names(found: Interpretation, i: int) -> tuple[str, str]:
-    """Predicted and actual class of image i."""
+    """Predicted and actual class of image i, or classes."""
+    if found.truth is not None:
+        sets = found.predicted_labels[i], found.truth[i]
+        predicted, actual = (to_cell([*itertools.compress(found.classes, own)]) for own in sets)
+        return predicted, actual
     return found.classes[found.predicted[i]], found.classes[found.labels[i]]

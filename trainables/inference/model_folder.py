@@ -65,6 +65,7 @@ def read_model(path: Path) -> ModelFolder:
 def _preprocessing(path: Path) -> Preprocessing:
     stored = read_json(path / PREPROCESSING_FILE)
     try:
+        thresholds = stored.get("thresholds")
         (red, green, blue), (red_std, green_std, blue_std) = (map(float, stored[name]) for name in ("mean", "std"))
         return Preprocessing(
             presize=int(stored["presize"]),
@@ -73,6 +74,7 @@ def _preprocessing(path: Path) -> Preprocessing:
             mean=(red, green, blue),
             std=(red_std, green_std, blue_std),
             white_level=int(stored.get("white_level", Preprocessing.white_level)),  # earlier versions had none
+            thresholds=None if thresholds is None else tuple(map(float, thresholds)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / PREPROCESSING_FILE} is damaged ({error!r}). Export the run again.") from error

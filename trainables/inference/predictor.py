@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class Prediction:
     path: Path
     labels: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
+    chosen: tuple[str, ...] = ()
+    """What the image is: the most probable label or, where it may have several, those above their thresholds."""
     problem: str = ""
     """Why the image is unreadable; then there are no labels."""
 
@@ -73,6 +76,7 @@ class Predictor:
         self.batch_size = batch_size
         self.num_threads = num_threads or num_cpus()
         self.preprocessing = folder.preprocessing
+        self.several_labels = folder.preprocessing.several_labels
         self.model = load_model(folder).eval().to(self.device).to(memory_format=torch.channels_last)
         self.temperature = folder.temperature
         self.mean, self.std = (
@@ -101,25 +105,30 @@ class Predictor:
     ) -> Iterator[Prediction]:
         """`predict` as an iterator, batch by batch."""
         files = PresizedFiles(_paths(images), self.preprocessing)
-        top = min(top or len(self.labels), len(self.labels))
-        rows = (row for batch in self.probabilities(files) for row in zip(*_best(batch, top), strict=True))
+        top, thresholds = min(top or len(self.labels), len(self.labels)), self.preprocessing.thresholds
+        ranked = len(self.labels) if self.several_labels else top
+        rows = (row for batch in self.probabilities(files) for row in zip(*_best(batch, ranked), strict=True))
         for index, (probabilities, indices) in enumerate(rows):
             if problem := files.problems.pop(index, ""):
                 yield Prediction(files.paths[index], problem=problem)
             else:
                 labels = tuple(self.labels[i] for i in indices)
-                yield Prediction(files.paths[index], labels, tuple(probabilities))
+                chosen = labels[:1]
+                if thresholds is not None:
+                    above = (p > thresholds[i] for p, i in zip(probabilities, indices, strict=True))
+                    chosen = tuple(itertools.compress(labels, above))
+                yield Prediction(files.paths[index], labels[:top], tuple(probabilities[:top]), chosen)
 
     def probabilities(self, images: Images) -> Iterator[torch.Tensor]:
         """Probabilities (n, classes) of presized images, batch by batch, averaged over views with `tta`."""
         from trainables.batches import tta
 
         if not self.tta:
-            yield from (logits.softmax(dim=1) for logits in self.logits(images))
+            yield from (tta.probabilities(logits, self.several_labels) for logits in self.logits(images))
             return
         for chunk in self._chunks(images):
             logits = partial(self._logits_of_batch, _Once(images, chunk))
-            yield tta.predict(logits, self.recipe, len(chunk), views=self.tta)
+            yield tta.predict(logits, self.recipe, len(chunk), views=self.tta, several_labels=self.several_labels)
 
     def _logits_of_batch(self, images: Images, augmentations: Augmentations) -> torch.Tensor:
         return next(self.logits(images, augmentations))

@@ -56,9 +56,11 @@ def find_suspects(
     """The suspects among training and validation images, wrong labels first, each kind by score.
 
     The backbone is that of the `recipe` before its training, with pretrained `weights` as in `FineTune`; `seed` is that
-    of the split. Raises `ValueError` where there is no pretrained backbone, and where the features of the images are
-    not cached and `effort`, one of `EFFORTS`, does not allow to compute them.
+    of the split. Raises `ValueError` for images with several labels, where there is no pretrained backbone, and where
+    the features of the images are not cached and `effort`, one of `EFFORTS`, does not allow to compute them.
     """
+    if images.label_sets is not None:
+        raise ValueError("images with several labels are not looked through for wrong ones")
     training = _probing(recipe, images, weights, seed)
     try:
         features = _features(training, effort)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
+from trainables.network.loss import log_loss
 from trainables.network.optimizer import adamw, set_position
 from trainables.network.schedule import OneCycle
 from trainables.recipe import Recipe
@@ -29,7 +29,8 @@ def fit_mlp(
     device: torch.device | str,
     on_progress: Callable[[], None] = lambda: None,
 ) -> None:
-    """Trains `head`, a `trainables.network.model.mlp_head`, in place on features (images, features), labels (images,).
+    """Trains `head`, a `trainables.network.model.mlp_head`, in place on features (images, features) and labels
+    (images,) or label sets (images, classes).
 
     AdamW in one cycle on batches of at most 64; `class_weights` (classes,) multiply the losses of their images. Order
     and dropout depend on `seed` alone; torch's own generators stay as they were, and so do the head's device and mode.
@@ -60,7 +61,7 @@ def fit_mlp(
             for step, batch in enumerate(batches, epoch * num_batches):
                 set_position(optimizer, CYCLE, step / (epochs * num_batches))
                 chosen = batch.to(device)
-                cross_entropy(head(x[chosen]), y[chosen], weights).backward()
+                log_loss(head(x[chosen]), y[chosen], weights).backward()
                 optimizer.step()
                 optimizer.zero_grad()
             on_progress()

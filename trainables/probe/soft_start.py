@@ -9,22 +9,31 @@ import math
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+
+from trainables.network.loss import log_loss, several
 
 HALVINGS = 40
 
 
 def softening(logits: torch.Tensor, labels: torch.Tensor, share: float) -> float:
     """The factor 0 to 1 of logits (images, classes) with which their mean cross-entropy is `share` of what guessing
-    has, the logarithm of the number of classes; 1 where it is no less than that already."""
-    target = share * math.log(logits.shape[1])
-    if cross_entropy(logits, labels) >= target:
+    has, the logarithm of the number of classes; 1 where it is no less than that already.
+
+    With label sets (images, classes), guessing knows how frequent each class is."""
+    target = share * (_entropy(labels) if several(labels) else math.log(logits.shape[1]))
+    if log_loss(logits, labels) >= target:
         return 1.0
     low, high = 0.0, 1.0  # the cross-entropy is convex in the factor, so it passes the target once
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if cross_entropy(middle * logits, labels) > target else (low, middle)
+        low, high = (middle, high) if log_loss(middle * logits, labels) > target else (low, middle)
     return low
+
+
+def _entropy(truth: torch.Tensor) -> float:
+    """The sum over the classes, in nats, of the entropy of being of a class."""
+    shares = truth.double().mean(0)
+    return float((torch.special.entr(shares) + torch.special.entr(1 - shares)).sum())
 
 
 @torch.no_grad()

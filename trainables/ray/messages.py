@@ -23,6 +23,7 @@ class TrialSpec:
     fold: tuple[int, int] = (0, 1)  # its number, and how many there are
     all_images: bool = False  # whether those for validation train, too
     temperature: float = 1.0  # then
+    thresholds: tuple[float, ...] | None = None  # where these cannot choose them, see `Preprocessing.thresholds`
 
 
 @dataclass(frozen=True)

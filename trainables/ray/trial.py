@@ -120,7 +120,12 @@ class FineTuneTrial(tune.Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         self.recipe = recipe_of(self.options.settings, config)
         self.fold = config.get(FOLD, 0), self.options.folds
-        self.refit = {"all_images": REFITS in config, "temperature": config.get(REFIT_TEMPERATURE, 1.0)}
+        winner = Path(self.options.checkpoints) / config[REFITS] if REFITS in config else None
+        self.refit: dict[str, Any] = {
+            "all_images": winner is not None,
+            "temperature": config.get(REFIT_TEMPERATURE, 1.0),
+            "thresholds": checkpoint.thresholds(winner) if winner else None,
+        }
         self.size = self.options.group_size.for_arch(self.recipe["arch"], self.options.num_workers)
         self.folder = Path(self.options.checkpoints) / table_id(self)
         self.handed_over = False  # whether the host has this trial
@@ -177,8 +182,11 @@ class FineTuneTrial(tune.Trainable):
         if is_best:
             self.best = ours
         if self.options.keep_epoch == "best" and outcome.state:
-            before = outcome.state[checkpoint.WEIGHTS_FILE] if is_best else (self.files or {})[checkpoint.BEST_FILE]
-            outcome.state[checkpoint.BEST_FILE] = before
+            before = self.files or {}
+            best = outcome.state[checkpoint.WEIGHTS_FILE] if is_best else before[checkpoint.BEST_FILE]
+            outcome.state[checkpoint.BEST_FILE] = best
+            if not is_best and checkpoint.PREPROCESSING_FILE in before:  # with the thresholds of that epoch
+                outcome.state[checkpoint.PREPROCESSING_FILE] = before[checkpoint.PREPROCESSING_FILE]
 
     def _failed(self, reason: str) -> dict[str, Any]:
         self.files = None

@@ -157,6 +157,7 @@ class _Slot:
             fold=trial.fold,
             all_images=trial.all_images,
             temperature=trial.temperature,
+            thresholds=trial.thresholds,
             load_pretrained=not continues,
             batch_parts=command.batch_parts,
             on_progress=self._give_sign,

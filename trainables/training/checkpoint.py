@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,16 @@ class Preprocessing:
     """Per RGB channel, the divisor after that."""
     white_level: int = 65535  # `image_file.WHITE_16_BIT`, whose module imports Pillow
     """The value that becomes 255 in images of more than 8 bits, see `image_file.white_level`."""
+    thresholds: tuple[float, ...] | None = None
+    """Where an image may have several labels: the probability of each class, by itself, above which it is one."""
+
+    @property
+    def several_labels(self) -> bool:
+        return self.thresholds is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without thresholds where there are none."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def save(folder: Path, epoch: int, files: Files, result: dict[str, Any]) -> None:
@@ -73,6 +83,15 @@ def save(folder: Path, epoch: int, files: Files, result: dict[str, Any]) -> None
 def newest(folder: Path) -> Path | None:
     """The checkpoint in a trial's folder; the later one if a kill left two."""
     return max(folder.glob("epoch_*"), default=None)
+
+
+def thresholds(folder: Path) -> tuple[float, ...] | None:
+    """`Preprocessing.thresholds` of the model in a trial's folder, which `drop` leaves there; None without them."""
+    found = newest(folder)
+    if found is None or not (found / PREPROCESSING_FILE).is_file():
+        return None
+    stored = json.loads((found / PREPROCESSING_FILE).read_text()).get("thresholds")
+    return None if stored is None else tuple(stored)
 
 
 def last_whole(folder: Path) -> tuple[Files, dict[str, Any]] | None:

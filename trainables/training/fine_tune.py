@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 
 from trainables.batches import augmentation, tta
 from trainables.batches.epoch_plan import Step, plan_epoch
@@ -29,7 +28,7 @@ from trainables.network.dropout import WholeBatch
 from trainables.network.precision import autocast_dtype
 from trainables.probe.expected_error import Reference, reference
 from trainables.probe.feature_files import Features
-from trainables.probe.logistic_regression import LinearHead
+from trainables.probe.logistic_regression import LinearHead, are_wrong
 from trainables.probe.soft_start import soften, softening
 from trainables.recipe import Recipe
 from trainables.training import lr_finder
@@ -43,6 +42,13 @@ from trainables.training.checkpoint import (
 )
 from trainables.training.distributed import World, require_same_images, shard, share_batch_norm
 from trainables.training.inputs import Inputs
+from trainables.training.label_set_metrics import (
+    EVEN,
+    Thresholds,
+    above_thresholds,
+    best_thresholds,
+    label_set_metrics,
+)
 from trainables.training.metrics import more_metrics
 from trainables.training.probing import Probing
 
@@ -70,6 +76,7 @@ class FineTune:
         fold: The number of a fold and how many there are, see `PresizedImages.split`.
         all_images: Whether those for validation train, too. Then metrics say nothing about new images.
         temperature: What divides the logits, until the first epoch has fitted it; with `all_images` none does.
+        thresholds: Of images with several labels; by default, each epoch chooses the best ones on those for validation.
         load_pretrained: Whether to load pretrained weights; not needed if `load_state` follows.
         batch_parts: Splits each worker's share of a batch to save memory. The gradients of the parts add up to those of
             the batch, while batch norms see one part at a time.
@@ -99,6 +106,7 @@ class FineTune:
         fold: tuple[int, int] = (0, 1),
         all_images: bool = False,
         temperature: float = 1.0,
+        thresholds: Thresholds | None = None,
         load_pretrained: bool = True,
         batch_parts: int = 1,
         on_progress: Callable[[], None] = lambda: None,
@@ -141,7 +149,11 @@ class FineTune:
         statistics = {"mean": self.network.mean, "std": self.network.std}
         self.inputs = Inputs(images, **statistics, device=self.device, num_threads=num_threads)
         self.images = images
-        weights_of = loss.class_weights(recipe.class_weights, self.inputs.labels[self.train_indices], self.num_classes)
+        self.several_labels = images.label_sets is not None
+        self.loss = loss.binary_cross_entropy if self.several_labels else loss.cross_entropy
+        self.given_thresholds = thresholds
+        self.thresholds = (thresholds or (EVEN,) * self.num_classes) if self.several_labels else None
+        weights_of = loss.class_weights(recipe.class_weights, self.inputs.truth[self.train_indices], self.num_classes)
         self.class_weights = None if weights_of is None else weights_of.to(self.device)
         self.amp_dtype = autocast_dtype(recipe, self.device)
         self._enter_stage()
@@ -185,14 +197,14 @@ class FineTune:
         linear = probing.linear_probe(found, self.parts[0])
         self.network.classifier.load_state_dict(probing.head(found, self.parts, linear))
         self.reference = self._reference(linear, found.rows[self.valid_indices])
-        labels = self.inputs.labels[torch.as_tensor(self.train_indices)].to(self.device)
+        labels = self.inputs.truth[torch.as_tensor(self.train_indices)].to(self.device)
         logits = self._head_logits(found.rows[self.train_indices])
         if self.recipe.total_epochs:
             factor = self.world.gather(softening(logits, labels, self.recipe.head_softening))[0]
             soften(self.network.classifier, factor)
             logits = logits * factor
         trained = time.perf_counter()
-        train_loss = F.cross_entropy(logits, labels).item()
+        train_loss = loss.log_loss(logits, labels).item()
         rows, targets = self._my_validation_rows()
         logits = self._head_logits(found.rows[self.valid_indices[rows]])
         metrics = self._metrics(logits, targets)
@@ -212,7 +224,7 @@ class FineTune:
         cross-validate it, and where it has seen those for validation."""
         if linear.out_of_fold_error_rate is None or self.all_images:
             return None
-        wrong = linear.logits(torch.from_numpy(features)).argmax(1) != self.inputs.labels[self.valid_indices]
+        wrong = are_wrong(linear.logits(torch.from_numpy(features)), self.inputs.truth[self.valid_indices])
         # All workers have the first one's: the last bits of a product may differ between machines.
         wrong = self.world.gather(wrong)[0]
         return reference(wrong, linear.out_of_fold_error_rate, len(self.train_indices))
@@ -291,7 +303,7 @@ class FineTune:
             with self.world.gradients_later(self.parallel_model, not last):
                 with self._autocast(), self._whole_batch(rows, last):
                     logits = self.parallel_model(images[rows]).float()
-                value = loss.cross_entropy(logits, targets[rows], self.recipe.smoothing, self.class_weights)
+                value = self.loss(logits, targets[rows], self.recipe.smoothing, self.class_weights)
                 value = value / self.batch_size
                 # Workers average their gradients but sum their losses.
                 self.scaler.scale(value * self.world.size).backward()
@@ -342,10 +354,12 @@ class FineTune:
     def _metrics(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
         """Validation metrics over all workers, from this worker's logits and labels. Keeps the temperature, which only
         images can tell that did not train."""
+        if self.several_labels:
+            return self._label_set_metrics(torch.cat(self.world.gather(logits.cpu())))
         wrong = logits.argmax(1) != targets
         rows = self.world.shard(len(self.valid_indices))
         both = wrong & self.reference.wrong[rows].to(self.device) if self.reference else torch.zeros_like(wrong)
-        sums = torch.stack([F.cross_entropy(logits, targets, reduction="sum"), wrong.sum(), both.sum()])
+        sums = torch.stack([loss.log_loss(logits, targets, reduction="sum"), wrong.sum(), both.sum()])
         total, errors, both_wrong = (self.world.sum(sums.double()) / len(self.valid_indices)).tolist()
         if not np.isfinite(total):
             raise Diverged(f"validation loss is {total} after epoch {self.epochs_done + 1}")
@@ -358,18 +372,39 @@ class FineTune:
         errors_of = {"valid_loss": total, "error_rate": errors, "accuracy": 1 - errors}
         return errors_of | expected | more_metrics(everywhere, labels) | calibration
 
+    def _label_set_metrics(self, logits: torch.Tensor) -> dict[str, float]:
+        """The same where an image may have several labels, from the logits (validation images, classes) of all workers.
+        Keeps the thresholds; their probabilities have no temperature."""
+        truth = self.inputs.truth[self.valid_indices]
+        total = loss.log_loss(logits, truth).item()
+        if not np.isfinite(total):
+            raise Diverged(f"validation loss is {total} after epoch {self.epochs_done + 1}")
+        probabilities = tta.probabilities(logits, several_labels=True).numpy()
+        self.thresholds = self.given_thresholds or best_thresholds(probabilities, truth.numpy())
+        found = label_set_metrics(probabilities, truth.numpy(), self.thresholds)
+        expected = {}
+        if self.reference:
+            wrong = (above_thresholds(probabilities, self.thresholds) != truth.numpy()).any(1)
+            both_wrong = float((wrong & self.reference.wrong.numpy()).mean())
+            expected = {"expected_error_rate": self.reference.expected(found["error_rate"], both_wrong)}
+        return {"valid_loss": total, "accuracy": 1 - found["error_rate"]} | expected | found
+
     def tta_error_rate(self) -> float:
         """Error rate over the validation split with the recipe's test-time augmentation."""
         rows, targets = self._my_validation_rows()
         views = self.recipe.tta_views
-        averaged = tta.predict(self._calibrated_logits, self.recipe, len(self.valid_indices), views=views, rows=rows)
-        wrong = (averaged.argmax(dim=1) != targets).sum().double()
+        how: dict[str, Any] = {"views": views, "rows": rows, "several_labels": self.several_labels}
+        averaged = tta.predict(self._calibrated_logits, self.recipe, len(self.valid_indices), **how)
+        if self.several_labels:
+            wrong = ((averaged > torch.tensor(self.thresholds, device=self.device)) != targets).any(1).sum().double()
+        else:
+            wrong = (averaged.argmax(dim=1) != targets).sum().double()
         return self.world.sum(wrong).item() / len(self.valid_indices)
 
     def _my_validation_rows(self) -> tuple[slice, torch.Tensor]:
         """The rows of the validation split that this worker predicts, and their labels."""
         rows = self.world.shard(len(self.valid_indices))
-        return rows, self.inputs.labels[self.valid_indices[rows]].to(self.device)
+        return rows, self.inputs.truth[self.valid_indices[rows]].to(self.device)
 
     @torch.inference_mode()
     def _valid_logits(self, augmentations: augmentation.Augmentations) -> torch.Tensor:
@@ -478,7 +513,8 @@ class FineTune:
     def preprocessing(self) -> Preprocessing:
         names = ("presize", "resize_method", "image_size")
         sizes = {name: getattr(self.recipe, name) for name in names}
-        return Preprocessing(**sizes, mean=self.network.mean, std=self.network.std, white_level=self.white_level)
+        mean, std, white = self.network.mean, self.network.std, self.white_level
+        return Preprocessing(**sizes, mean=mean, std=std, white_level=white, thresholds=self.thresholds)
 
     def state(self) -> Files:
         """All that is needed to continue from here, as the files of a checkpoint. No random state is among it."""
@@ -490,7 +526,7 @@ class FineTune:
         weights = {name: value.contiguous() for name, value in self.network.model.state_dict().items()}
         return {
             WEIGHTS_FILE: safetensors.torch.save(weights, {TEMPERATURE: repr(self.temperature)}),
-            PREPROCESSING_FILE: json.dumps(asdict(self.preprocessing), indent=2).encode(),
+            PREPROCESSING_FILE: json.dumps(self.preprocessing.to_dict(), indent=2).encode(),
             TRAINING_FILE: training.getvalue(),
         }
 
@@ -502,6 +538,8 @@ class FineTune:
         self.epochs_done = training["epochs_done"]
         self.temperature = training.get(TEMPERATURE, 1.0)
         self.reference = Reference(**training["reference"]) if "reference" in training else None
+        if self.several_labels:
+            self.thresholds = tuple(json.loads(state[PREPROCESSING_FILE])["thresholds"])
         self._enter_stage()
         self.optimizer.load_state_dict(training["optimizer"])
         if training["scaler"]:  # empty if the worker that saved it had bf16

@@ -25,11 +25,17 @@ class Inputs:
         num_threads: int,
     ) -> None:
         self.labels = torch.as_tensor(np.asarray(images.labels), dtype=torch.long)
+        self.label_sets = None if images.label_sets is None else torch.as_tensor(images.truth)
         self.num_classes = len(images.classes)
         self.device = device
         self.mean = 255 * torch.tensor(mean, device=device).view(1, 3, 1, 1)
         self.std = 255 * torch.tensor(std, device=device).view(1, 3, 1, 1)
         self.loader = loader_for(images, device, num_threads)
+
+    @property
+    def truth(self) -> torch.Tensor:
+        """What the network learns: the labels (images,), or the label sets (images, classes)."""
+        return self.labels if self.label_sets is None else self.label_sets
 
     def batches(self, plans: Iterable[Plan], size: int) -> Iterator[torch.Tensor]:
         """Normalized images (n, 3, size, size) for each plan."""
@@ -44,7 +50,7 @@ class Inputs:
     def mixed(self, batch: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalized images and soft targets of this worker's rows, with mixup."""
         images = self.normalized(batch)
-        targets = self._sent(loss.soft_targets(self.labels[step.indices], self.num_classes))
+        targets = self._sent(loss.soft_targets(self.truth[step.indices], self.num_classes))
         if step.second is None:
             return images, targets
         first, second = (self._sent(torch.as_tensor(rows)) for rows in (step.first, step.second))

@@ -8,15 +8,17 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 
-METRICS = ("error_rate", "balanced_error", "macro_f1", "auroc", "log_loss", "top5_error")
-HIGHER_IS_BETTER = ("macro_f1", "auroc")
+METRICS = ("error_rate", "balanced_error", "macro_f1", "auroc", "log_loss", "top5_error", "map")
+HIGHER_IS_BETTER = ("macro_f1", "auroc", "map")
 """Of these, a search minimises the distance to 1."""
 CLASS_METRICS = ("balanced_error", "macro_f1")
 """Those to which a class of few images counts as much as one of many."""
 IMBALANCED = 3.0
 """Largest / median class from which on the error rate mostly measures the large classes."""
-MORE_METRICS = ("balanced_error", "macro_f1", "auroc", "top5_error")
-"""What `more_metrics` computes."""
+ONE_LABEL, SEVERAL_LABELS = ("balanced_error", "top5_error"), ("map",)
+"""The metrics that only images with one label have, and those that only images with several labels have."""
+MORE_METRICS = ("balanced_error", "macro_f1", "auroc", "top5_error", "map")
+"""What `more_metrics` and `label_set_metrics` compute besides the error rate, each those that it has."""
 
 
 def column(metric: str) -> str:
@@ -45,7 +47,7 @@ def median_class(counts: npt.NDArray[np.int64]) -> int:
 
 
 def more_metrics(logits: npt.NDArray[np.floating], labels: Labels) -> dict[str, float]:
-    """`MORE_METRICS` of logits or probabilities (images, classes) and labels (images,).
+    """The metrics of `MORE_METRICS` of logits or probabilities (images, classes) and labels (images,).
 
     Classes without an image count for nothing.
 
@@ -70,16 +72,22 @@ def auroc(logits: npt.NDArray[np.floating], labels: Labels) -> float:
     """The area under the ROC curve of each class's probability against all others', averaged over the classes; NaN
     where all images are of one class. (Hanley and McNeil 1982; equal probabilities count half.)"""
     from scipy.special import softmax
+
+    return mean_area(softmax(logits.astype(np.float64), axis=1), labels[:, None] == np.arange(logits.shape[1]))
+
+
+def mean_area(scores: npt.NDArray[np.floating], truth: npt.NDArray[np.bool_]) -> float:
+    """The mean over the classes of the area under the ROC curve of scores (images, classes), where `truth` says which
+    images are of a class; those of all images and of none do not count."""
     from scipy.stats import rankdata
 
-    actual = np.bincount(labels, minlength=logits.shape[1]).astype(float)
-    known = np.flatnonzero((actual > 0) & (actual < len(labels)))
+    actual = truth.sum(0).astype(float)
+    known = np.flatnonzero((actual > 0) & (actual < len(truth)))
     if not len(known):
         return float("nan")
-    ranks = rankdata(softmax(logits.astype(np.float64), axis=1)[:, known], axis=0)
-    positives = actual[known]
-    sums = (ranks * (labels[:, None] == known)).sum(0) - positives * (positives + 1) / 2
-    return float((sums / (positives * (len(labels) - positives))).mean())
+    ranks, positives = rankdata(scores[:, known], axis=0), actual[known]
+    sums = (ranks * truth[:, known]).sum(0) - positives * (positives + 1) / 2
+    return float((sums / (positives * (len(truth) - positives))).mean())
 
 
 def top_error(logits: npt.NDArray[np.floating], labels: Labels, count: int) -> float:

@@ -210,7 +210,7 @@ class Probing:
     # --- The head -----------------------------------------------------------------------------------------------------
 
     def _labels(self, train: npt.NDArray[np.int64]) -> torch.Tensor:
-        return self.inputs.labels[torch.as_tensor(train)]
+        return self.inputs.truth[torch.as_tensor(train)]
 
     def _groups(self, train: npt.NDArray[np.int64]) -> torch.Tensor | None:
         """The groups of the images `train` as numbers, None if each is alone."""
@@ -251,7 +251,7 @@ class Probing:
     def _fitted(self, views: list[Features], labels: torch.Tensor, l2: float) -> State:
         """The classifier's state for views of the same images, the first of them the centre ones. (To choose `l2` by
         them, cross-validation would have views of one image on both sides.)"""
-        rows, repeated = torch.from_numpy(np.concatenate(views)), labels.repeat(len(views))
+        rows, repeated = torch.from_numpy(np.concatenate(views)), torch.cat([labels] * len(views))
         classes = self.inputs.num_classes
         if self.recipe.head == "linear":
             found = fit(rows, repeated, classes, l2=l2, **self._how)
