@@ -22,7 +22,6 @@ from search.runs.result_rows import (
     CONFIRMED,
     CONFIRMED_OBJECTIVE,
     EXPECTED,
-    EXPECTED_OBJECTIVE,
     PROBED,
     RUNNING,
     better_epoch,
@@ -33,7 +32,7 @@ from search.runs.result_rows import (
 from search.runs.results_table import ResultsTable
 from search.runs.time_budget import seconds_spent
 from search.spaces.space import NamedRecipe
-from trainables.ray.trial import REFITS, table_id
+from trainables.ray.trial import EXPECTED_OBJECTIVE, REFITS, table_id
 from trainables.system.text import duration, percent
 
 MAX_SHOWN = 8  # completed trials

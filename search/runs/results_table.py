@@ -22,7 +22,6 @@ from search.runs.result_rows import (
     CONFIRMED_OBJECTIVE,
     COSTS,
     EPOCH_COLUMNS,
-    EXPECTED_OBJECTIVE,
     FAILED,
     METRICS,
     OF_OBJECTIVE,
@@ -40,7 +39,7 @@ from search.runs.result_rows import (
     read_epochs,
     read_trials,
 )
-from trainables.ray.trial import FOLD, OBJECTIVE, REFITS, RETRAINS, SCREENS, recipe_of, table_id
+from trainables.ray.trial import EXPECTED_OBJECTIVE, FOLD, OBJECTIVE, REFITS, RETRAINS, SCREENS, recipe_of, table_id
 from trainables.recipe import Recipe
 from trainables.system.text import last_line
 from trainables.training import checkpoint

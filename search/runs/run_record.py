@@ -25,7 +25,6 @@ from search.runs.result_rows import (
     EPOCH_NEEDED,
     EPOCH_PARSERS,
     EXPECTED,
-    EXPECTED_OBJECTIVE,
     OF_OBJECTIVE,
     SCORES,
     TRIAL_NEEDED,
@@ -37,7 +36,7 @@ from search.runs.result_rows import (
 from search.runs.statistics import describe_lead, wilson_interval
 from search.runs.trained_model import require_run
 from trainables.inference.model_folder import METRICS_FILE, read_json, read_model
-from trainables.ray.trial import OBJECTIVE
+from trainables.ray.trial import EXPECTED_OBJECTIVE, OBJECTIVE
 from trainables.recipe import Recipe
 from trainables.system.text import duration, shell_command
 

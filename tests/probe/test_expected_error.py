@@ -51,3 +51,11 @@ def test_it_is_nearer_to_the_truth_than_the_error_on_the_validation_images():
         expected.append(probe.expected(float(of_model.mean()), float((of_model & of_probe[:200]).mean())))
     assert np.mean(expected) == pytest.approx(0.136, abs=0.003)
     assert np.std(expected) < 0.85 * np.std(seen)
+
+
+def test_the_balanced_error_is_corrected_by_the_probes_as_far_as_they_share_mistakes():
+    probe = reference(wrong(*range(20)), 0.1, 800, balanced=(0.3, 0.4))
+    assert probe.expected_balanced(0.3, 0.1, both_wrong=0.1) == pytest.approx(0.4)  # of the probe itself
+    assert probe.expected_balanced(0.2, 0.05, both_wrong=0.005) == pytest.approx(0.2)  # shared by chance alone
+    assert 0.2 < probe.expected_balanced(0.2, 0.05, both_wrong=0.03) < 0.3
+    assert reference(wrong(1), 0.1, 800).expected_balanced(0.2, 0.05, 0.0) is None

@@ -168,6 +168,13 @@ def test_the_metric_of_the_search_decides_which_epoch_is_the_best(tmp_path):
     assert results[-1]["best_error_rate"] == 0.3
 
 
+def test_what_a_probe_tells_of_the_balanced_error_is_the_objective_to_expect(tmp_path):
+    more = {0: {"balanced_error": 0.4, "expected_balanced_error": 0.5}}
+    result = stepping(tmp_path, {0: 0.2}, more, metric="balanced_error").step()
+    assert (result["objective"], result["expected_objective"]) == (0.4, 0.5)
+    assert "expected_objective" not in stepping(tmp_path / "other", {0: 0.2}, more).step()
+
+
 def test_a_metric_that_is_not_defined_fails_the_trial(tmp_path):
     result = stepping(tmp_path, {0: 0.2}, {0: {"auroc": math.nan}}, metric="auroc").step()
     assert result["failure"] == "auroc is not defined: all validation images are of one class"

@@ -59,8 +59,8 @@ class TrialOptions:
     metric: str = "error_rate"  # one of `trainables.training.metrics.METRICS`, which the search minimises
 
 
-OBJECTIVE = "objective"
-"""In a result: what the search minimises."""
+OBJECTIVE, EXPECTED_OBJECTIVE = "objective", "expected_objective"
+"""In a result: what the search minimises, and what of it to expect on new images, as far as a probe tells."""
 RANKED = (OBJECTIVE, "valid_loss")
 """What makes an epoch the best of its trial, the first one first."""
 BEST = tuple(f"best_{name}" for name in ("epoch", "error_rate", *RANKED))
@@ -161,6 +161,8 @@ class FineTuneTrial(tune.Trainable):
             self.handed_over = False
             return self._failed(outcome.failure)
         outcome.metrics[OBJECTIVE] = to_minimise(self.options.metric, outcome.metrics)
+        if self.options.metric == "balanced_error" and "expected_balanced_error" in outcome.metrics:
+            outcome.metrics[EXPECTED_OBJECTIVE] = outcome.metrics["expected_balanced_error"]
         if math.isnan(outcome.metrics[OBJECTIVE]):
             return self._failed(f"{self.options.metric} is not defined: all validation images are of one class")
         self.epochs_done = outcome.metrics["epoch"]

@@ -49,7 +49,7 @@ from trainables.training.label_set_metrics import (
     best_thresholds,
     label_set_metrics,
 )
-from trainables.training.metrics import more_metrics
+from trainables.training.metrics import balanced_error, more_metrics
 from trainables.training.probing import Probing
 
 STEPS_PER_CHECK = 20
@@ -224,10 +224,19 @@ class FineTune:
         cross-validate it, and where it has seen those for validation."""
         if linear.out_of_fold_error_rate is None or self.all_images:
             return None
-        wrong = are_wrong(linear.logits(torch.from_numpy(features)), self.inputs.truth[self.valid_indices])
+        logits = linear.logits(torch.from_numpy(features))
+        wrong = are_wrong(logits, self.inputs.truth[self.valid_indices])
+        balanced = None
+        if linear.out_of_fold is not None and not self.several_labels:
+            on_validation, unseen = logits.numpy(), linear.out_of_fold.numpy()
+            valid, train = (self.inputs.labels[rows].numpy() for rows in (self.valid_indices, self.train_indices))
+            balanced = (
+                balanced_error(on_validation, valid),
+                balanced_error(np.concatenate([on_validation, unseen]), np.concatenate([valid, train])),
+            )
         # All workers have the first one's: the last bits of a product may differ between machines.
-        wrong = self.world.gather(wrong)[0]
-        return reference(wrong, linear.out_of_fold_error_rate, len(self.train_indices))
+        wrong, balanced = self.world.gather((wrong, balanced))[0]
+        return reference(wrong, linear.out_of_fold_error_rate, len(self.train_indices), balanced)
 
     def _end_epoch(self, **metrics: Any) -> dict[str, float | int | str]:
         """Moves on to the next epoch; all metrics of this one."""
@@ -363,14 +372,18 @@ class FineTune:
         total, errors, both_wrong = (self.world.sum(sums.double()) / len(self.valid_indices)).tolist()
         if not np.isfinite(total):
             raise Diverged(f"validation loss is {total} after epoch {self.epochs_done + 1}")
-        expected = {"expected_error_rate": self.reference.expected(errors, both_wrong)} if self.reference else {}
         everywhere = torch.cat(self.world.gather(logits.cpu())).numpy()
         labels = self.inputs.labels[self.valid_indices].numpy()
         calibration = calibration_metrics(everywhere, labels)
         if not self.all_images:
             self.temperature = calibration["temperature"]
-        errors_of = {"valid_loss": total, "error_rate": errors, "accuracy": 1 - errors}
-        return errors_of | expected | more_metrics(everywhere, labels) | calibration
+        found = {"valid_loss": total, "error_rate": errors, "accuracy": 1 - errors}
+        found |= more_metrics(everywhere, labels) | calibration
+        if self.reference:
+            found["expected_error_rate"] = self.reference.expected(errors, both_wrong)
+            expected = self.reference.expected_balanced(found["balanced_error"], errors, both_wrong)
+            found |= {} if expected is None else {"expected_balanced_error": expected}
+        return found
 
     def _label_set_metrics(self, logits: torch.Tensor) -> dict[str, float]:
         """The same where an image may have several labels, from the logits (validation images, classes) of all workers.

@@ -61,11 +61,19 @@ def more_metrics(logits: npt.NDArray[np.floating], labels: Labels) -> dict[str, 
     actual, guessed = (np.bincount(values, minlength=num_classes) for values in (labels, predicted))
     present = actual > 0
     return {
-        "balanced_error": 1 - float((right[present] / actual[present]).mean()),
+        "balanced_error": balanced_error(logits, labels),
         "macro_f1": float((2 * right[present] / (actual + guessed)[present]).mean()),
         "auroc": auroc(logits, labels),
         "top5_error": top_error(logits, labels, 5),
     }
+
+
+def balanced_error(logits: npt.NDArray[np.floating], labels: Labels) -> float:
+    """The mean of the error rates of the classes that have images. Images with logits that are NaN do not count."""
+    known = ~np.isnan(logits).any(1)
+    logits, labels = logits[known], labels[known]
+    wrong, counts = np.bincount(labels, logits.argmax(1) != labels), np.bincount(labels)
+    return float((wrong[counts > 0] / counts[counts > 0]).mean())
 
 
 def auroc(logits: npt.NDArray[np.floating], labels: Labels) -> float:
