@@ -1,6 +1,7 @@
 """Runs side by side: the figures are the runs' own, and what is not comparable is said."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from in_process import run_here
@@ -77,6 +78,14 @@ def test_runs_on_other_images_are_not_comparable_and_that_is_said(folders, tmp_p
     said = compare.warnings([load(folders[0]), load(other)], ["a", "other"])
     assert len(said) == 1 and "not comparable" in said[0] and str(other / "images") in said[0]
     assert compare.warnings([load(folder) for folder in folders], ["a", "b"]) == []
+
+
+def test_runs_whose_splits_keep_other_groups_together_are_not_comparable(folders):
+    grouped = load(folders[1])
+    options = replace(grouped.command.arguments, group="parent")
+    grouped.command = replace(grouped.command, arguments=options, groups="0-3")
+    (said,) = compare.warnings([load(folders[0]), grouped], ["a", "b"])
+    assert "not comparable" in said and said.endswith("images, grouped by parent)")
 
 
 def test_a_run_without_a_winner_is_shown_as_such(folders, tmp_path):

@@ -86,6 +86,9 @@ def test_it_says_on_what_it_was_trained_and_how_well_it_does(tables):
     assert "optimistic" in found and "## Limits" in found
     for row in ("| data set | my pets |", "| classes | 2 |", "| training images | 80 |", "| validation images | 20 |"):
         assert row in found
+    assert "groups that the split" not in found
+    grouped = replace(COMMAND, arguments=replace(OPTIONS, group="parent"))
+    assert "| groups that the split keeps together | parent |" in card(run=tables, command=grouped)
     assert "secret" not in found  # where it was on whose machine is nobody's business
     assert "| ray | 2.60.0 |" in found and "| processor | AMD EPYC |" in found
 
