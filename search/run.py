@@ -103,7 +103,6 @@ def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
     show_progress()
     asked, options = options, replace(options, set=with_names(options.set))
     space = searched_space(options)
-    from search.reporting.leakage import say_near_duplicates
     from search.reporting.test_set import hold_out
     from search.runs.resume import (
         begun_without_groups,
@@ -144,6 +143,8 @@ def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
     if options.address is None:
         presized = presize_here(space, images, cache=options.cache, max_unreadable=options.max_unreadable)
         if not options.resume:
+            from search.reporting.leakage import say_near_duplicates  # OpenCV takes a moment to import
+
             say_near_duplicates(presized, space.split_seed, folder.near_duplicates)
     return Prepared(
         options=options, asked=asked, space=space, images=images, groups=groups, left_out=left_out, known=known,
