@@ -1,4 +1,7 @@
-"""Search one space: `python -m search.run --space quickstart`."""
+"""Search one space: `python -m search.run --space quickstart`.
+
+(The file is long so that the steps of a search read from top to bottom in one place.)
+"""
 
 import json
 import platform
@@ -252,6 +255,7 @@ def announce(run: "RunOptions", nodes: "list[Node]", *, num_images: int) -> None
     gpus = f" and {size.gpus_per_worker} GPUs" if size.gpus_per_worker else ""
     screen = run.screen
     probes = f", after a screen of {many(screen.num_probes, 'probe')}" if screen else ""
+    probes += ", then the winner on all images" if run.refits else ""
     say(
         f"search: {run.num_trials} trials{probes}{within}, {at_once} at once{note}, each on "
         f"{many(size.num_workers, 'worker')} of {size.cpus_per_worker:g} CPUs{gpus}{others}; the first one waits for "
@@ -266,7 +270,7 @@ def announce(run: "RunOptions", nodes: "list[Node]", *, num_images: int) -> None
             folder,
             largest_weights(run.space, run.weights),
             at_once=at_once,
-            kept=options.keep + (options.test_split is not None),
+            kept=options.keep + (options.test_split is not None) + run.refits,
             features=features_needed(num_images, num_sets, concat_pool=concat_pool),
         )
     )
