@@ -49,7 +49,7 @@ def fine_tune(images, *, batch_parts: int = 1, **settings) -> FineTune:
 
 def losses(training: FineTune) -> tuple[float, ...]:
     metrics = training.run_epoch()
-    return tuple(metrics[name] for name in LOSSES)
+    return tuple(metrics.get(name, 1.0) for name in LOSSES)  # of several labels there is no temperature
 
 
 class RecordedSteps:
