@@ -59,6 +59,7 @@ def epoch_metrics(recipe, epochs_done: int) -> dict[str, float | int | str]:
     error = error_rate(recipe, done / recipe.epochs)
     return {"epoch": epochs_done, "stage": "unfrozen" if done else "frozen", "progress": 100 * done // recipe.epochs,
             "train_loss": 3 * error, "valid_loss": 2.5 * error, "error_rate": error, "accuracy": 1 - error,
+            "objective": error,
             "train_seconds": 0.001, "valid_seconds": 0.001, "images_per_second": 1.0}  # fmt: skip
 
 
@@ -136,7 +137,8 @@ def search_options(
     space = space.with_settings(settings)
     size = GroupSize(num_workers=workers, cpus_per_worker=1)
     options = SearchOptions(
-        space=space.name, trials=trials, max_concurrent=concurrent, keep=1, screen="off", stall_timeout=math.inf
+        space=space.name, trials=trials, max_concurrent=concurrent, keep=1, screen="off", stall_timeout=math.inf,
+        metric="error_rate", refit="off",
     )  # fmt: skip
     images = str(draw_images(root / "images"))
     folder = RunFolder(root / "run")

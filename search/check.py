@@ -37,6 +37,7 @@ from trainables.data.address import DataAddress, add_table_options, with_table_o
 from trainables.data.fetch import is_uri
 from trainables.data.inspection import Finding, Inspection, find_folder, findings, inspect
 from trainables.data.labelled_images import DataError, ImageFolder
+from trainables.data.left_out_images import leave_out, read_left_out
 from trainables.data.near_duplicates import MAX_IMAGES
 from trainables.data.presize import presize
 from trainables.data.presized_images import PresizedImages, write_unreadable
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     recipe = Recipe.from_dict(space.settings)
     root = data_root(space, args.data)
     try:
-        folder = find_here(root, args.group)
+        folder = find_here(root, args.group, read_left_out(args.leave_out))
     except DataError as error:
         return conclude([Finding(str(error), "", True)], next_command)
     out = output_folder(args.out or Path("results") / f"check-{args.space}")
@@ -166,14 +167,17 @@ def data_root(space: Space, given: Path | str | None) -> Path:
     return folder_of(str(given))
 
 
-def find_here(root: Path, group: str | None) -> ImageFolder:
-    """The images in a folder, with their groups; says what they are. Raises `DataError`."""
+def find_here(root: Path, group: str | None, left_out: Sequence[str]) -> ImageFolder:
+    """The images in a folder without those `left_out`, with their groups; says what they are. Raises `DataError`."""
     try:
         folder = find_folder(root)
     except DataError:
         say(f"data: {root}")
         raise
     say(f"data: {folder.describe()}")
+    if left_out:
+        folder = leave_out(folder, left_out)
+        say(f"left out: {many(len(left_out), 'image')}")
     return with_groups(folder, group)
 
 

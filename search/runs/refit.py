@@ -14,6 +14,7 @@ from ray.tune.experiment import Trial
 from search.runs.csv_file import Row
 from search.runs.result_rows import COMPLETED, leaders
 from search.runs.results_table import ResultsTable
+from trainables.inference.model_folder import read_model
 from trainables.ray.trial import REFITS, table_id
 from trainables.training import checkpoint
 
@@ -50,6 +51,12 @@ def is_plausible(winner: Row, result: dict[str, Any]) -> bool:
 
 
 def winner_to_refit(table: ResultsTable) -> Row | None:
-    """The best trial or probe, if it has made all its epochs."""
+    """The row of the best trial or probe, if it has made all its epochs, with the temperature of its model: the table
+    has fewer digits."""
     best = leaders(table.rows.values())[:1]
-    return best[0] if best and best[0]["status"] == COMPLETED else None
+    if not best or best[0]["status"] != COMPLETED:
+        return None
+    try:
+        return best[0] | {"temperature": read_model(table.folder.models / str(best[0]["number"])).temperature}
+    except ValueError:  # an earlier version kept no models there
+        return best[0]
