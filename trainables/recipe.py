@@ -138,6 +138,14 @@ class Recipe:
         "inverse = 1 / n, effective = (1 - 0.999) / (1 - 0.999^n), none = all count the same",
         choices=("none", "inverse", "effective"),
     )
+    logit_adjustment: float = setting(
+        0.0,
+        "how far predictions are freed from the share of each class among the training images: in the loss, the probe's "
+        "included, logits have that many times the logarithm of this share added; 1 = a class of few images counts as "
+        "one of many",
+        0,
+        3,
+    )
     sampler: str = setting(
         "uniform",
         "what an epoch draws: uniform = every image once, balanced = as many of each class, small ones repeated",

@@ -133,7 +133,8 @@ def _add_how(group: Group) -> None:
         "count as much as large ones; macro_f1, the mean F1 of the classes; auroc; log_loss; top5_error; map, the mean "
         "average precision, where an image may have several labels. auto (default): macro_f1 there, else error_rate or "
         f"balanced_error where the largest class has over {IMBALANCED:g} times the images of the median one. With "
-        "balanced_error and macro_f1 of one label each, class_weights is inverse unless --set says otherwise"
+        "balanced_error and macro_f1 of one label each, logit_adjustment is 1, unless --set balances the classes in "
+        "another way"
     ))  # fmt: skip
     group.add_argument("--target-seconds", type=_seconds, metavar="90s", help=(
         "prefer trials that train no longer than this; starts with one trial of each architecture, in the order of the "

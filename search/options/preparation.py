@@ -203,7 +203,7 @@ def with_epochs(options: SearchOptions, space: Space, images: "ImageFolder") -> 
 
 
 def with_metric(options: SearchOptions, space: Space, images: "ImageFolder") -> tuple[SearchOptions, Space]:
-    """Options and space for the metric that suits the images, where the user leaves it open; with class weights where
+    """Options and space for the metric that suits the images, where the user leaves it open; with adjusted logits where
     all classes count the same. Raises `ValueError` where the images have too few classes for the metric."""
     import numpy as np
 
@@ -224,11 +224,11 @@ def with_metric(options: SearchOptions, space: Space, images: "ImageFolder") -> 
     if metric == "top5_error" and len(counts) <= 5:
         raise ValueError(f"--metric top5_error: the images have {len(counts)} classes, expected more than 5")
     options = replace(options, metric=metric)
-    name = "class_weights"
-    chosen = name in space.pinned or name in space.dimensions or space.full_settings[name] != "none"
-    if metric not in CLASS_METRICS or chosen or options.recipes:
+    ways = {"logit_adjustment": 0.0, "class_weights": "none", "sampler": "uniform"}
+    chosen = {*space.pinned, *space.dimensions} | {n for n, off in ways.items() if space.full_settings[n] != off}
+    if metric not in CLASS_METRICS or chosen & set(ways) or options.recipes:
         return options, space
-    return _with_sets(options, "class_weights=inverse")
+    return _with_sets(options, "logit_adjustment=1")
 
 
 def _with_metric_of_label_sets(options: SearchOptions) -> SearchOptions:

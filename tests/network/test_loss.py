@@ -1,11 +1,20 @@
 """The loss: class weights that leave its size as it is."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy
 
-from trainables.network.loss import binary_cross_entropy, class_weights, cross_entropy, log_loss, soft_targets
+from trainables.network.loss import (
+    binary_cross_entropy,
+    class_weights,
+    cross_entropy,
+    log_loss,
+    log_priors,
+    soft_targets,
+)
 
 LABELS = torch.tensor([0] * 90 + [1] * 9 + [3])
 
@@ -69,3 +78,27 @@ def test_inverse_weights_give_images_of_a_class_and_all_others_the_same_part():
     assert weights[3] == 1  # there is nothing to weigh
     effective = class_weights("effective", SETS.repeat(1000, 1), 4)
     assert effective[:3].tolist() == pytest.approx([1.0] * 3, abs=0.01)
+
+
+def test_adjusted_logits_predict_as_if_classes_were_equally_frequent():
+    """Two classes that cannot be told apart, one with nine times the other's images: the best logits are equal."""
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    bias = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.LBFGS([bias], max_iter=50)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(bias.expand(100, 2) + log_priors(labels, 2, 1.0), labels)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    assert bias[0].item() == pytest.approx(bias[1].item(), abs=1e-3)
+
+
+def test_priors_are_of_the_images_and_a_class_without_any_counts_as_half_an_image():
+    assert log_priors(torch.tensor([0, 0, 0, 1]), 3, 2.0).tolist() == pytest.approx(
+        [2 * math.log(n / 4.5) for n in (3, 1, 0.5)]
+    )
+    assert log_priors(torch.tensor([0, 1]), 2, 0.0) is None
+    assert log_priors(torch.tensor([[True, False]]), 2, 1.0) is None  # several labels

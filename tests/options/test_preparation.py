@@ -218,11 +218,11 @@ def decided(counts: tuple[int, ...], *words: str) -> SearchOptions:
     return with_metric(options, searched_space(options), images_of(*counts))[0]
 
 
-def test_images_of_a_long_tail_are_judged_and_weighted_class_by_class(capsys):
+def test_images_of_a_long_tail_are_judged_and_trained_class_by_class(capsys):
     options = decided((80, 20, 10, 5))
     assert options.metric == "balanced_error"
-    assert options.set == ("class_weights=inverse",)
-    assert searched_space(options).full_settings["class_weights"] == "inverse"
+    assert options.set == ("logit_adjustment=1",)
+    assert searched_space(options).full_settings["logit_adjustment"] == 1
     assert "the largest class has 80 images and the median one 10" in capsys.readouterr().out
 
 
@@ -232,10 +232,10 @@ def test_balanced_images_are_judged_by_their_error_rate_without_a_word(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_what_the_user_says_about_metric_and_class_weights_stays():
+def test_what_the_user_says_about_metric_and_balance_stays():
     assert decided((80, 20, 10, 5), "--metric", "error_rate").set == ()
-    assert decided((80, 60), "--metric", "macro_f1").set == ("class_weights=inverse",)
-    for setting in ("class_weights=none", "class_weights=none,effective"):
+    assert decided((80, 60), "--metric", "macro_f1").set == ("logit_adjustment=1",)
+    for setting in ("logit_adjustment=0", "class_weights=none,effective", "sampler=balanced"):
         assert decided((80, 20, 10, 5), "--set", setting).set == (setting,)
 
 

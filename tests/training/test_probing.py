@@ -178,7 +178,7 @@ def test_on_all_images_only_the_views_of_those_for_validation_are_new(probe, col
     assert "expected_error_rate" not in metrics  # the probe has seen all images
 
 
-def test_class_weights_make_the_probe_favour_a_small_class(probe, tmp_path, cache):
+def test_a_probe_can_give_a_small_class_its_due(probe, tmp_path, cache):
     """Of two classes that cannot be told apart, one with a fifth of the other's images."""
     for name, count in (("large", 40), ("small", 8)):
         (tmp_path / name).mkdir()
@@ -193,9 +193,10 @@ def test_class_weights_make_the_probe_favour_a_small_class(probe, tmp_path, cach
         logits = training._head_logits(training.probing().features().rows[training.valid_indices])
         return float(logits.softmax(1)[:, 1].mean())
 
-    plain, weighted = probability_of_small(), probability_of_small(class_weights="inverse")
-    assert plain == pytest.approx(8 / 48, abs=0.1)
-    assert weighted == pytest.approx(1 / 2, abs=0.15)
+    assert probability_of_small() == pytest.approx(8 / 48, abs=0.1)
+    assert probability_of_small(class_weights="inverse") == pytest.approx(1 / 2, abs=0.15)
+    assert probability_of_small(logit_adjustment=1.0) == pytest.approx(1 / 2, abs=0.15)
+    assert probability_of_small(logit_adjustment=1.0, head="mlp") > 0.3
 
 
 def test_views_are_not_computed_again_for_a_head_that_is_kept(probe, cache):

@@ -57,6 +57,21 @@ def log_loss(
     return total / len(truth) if reduction == "mean" else total
 
 
+def log_priors(labels: torch.Tensor, num_classes: int, strength: float) -> torch.Tensor | None:
+    """`strength` times the logarithm of each class's share (N,) of training images with these labels (images,). A
+    network whose logits get this added in the loss alone predicts as if all classes were equally frequent, at
+    `strength` 1 (Menon et al. 2021, "Long-tail learning via logit adjustment"). A class without images counts as half
+    an image. None where nothing is added, as with label sets.
+
+    >>> log_priors(torch.tensor([0, 0, 0, 1]), 2, 1.0).exp().tolist()
+    [0.75, 0.25]
+    """
+    if strength == 0 or several(labels):
+        return None
+    counts = torch.bincount(labels, minlength=num_classes).double().clamp(min=0.5)
+    return (strength * (counts / counts.sum()).log()).float()
+
+
 def class_weights(kind: str, labels: torch.Tensor, num_classes: int) -> torch.Tensor | None:
     """The weight of each class (N,) for training images with these labels (images,): `inverse` to its number of images,
     or to their effective number (Cui et al. 2019, "Class-Balanced Loss"). The mean over the images is 1, so that rates

@@ -25,6 +25,7 @@ def fit_mlp(
     labels: Tensor,
     *,
     class_weights: Tensor | None = None,
+    offsets: Tensor | None = None,
     seed: int,
     device: torch.device | str,
     on_progress: Callable[[], None] = lambda: None,
@@ -32,9 +33,9 @@ def fit_mlp(
     """Trains `head`, a `trainables.network.model.mlp_head`, in place on features (images, features) and labels
     (images,) or label sets (images, classes).
 
-    AdamW in one cycle on batches of at most 64; `class_weights` (classes,) multiply the losses of their images. Order
-    and dropout depend on `seed` alone; torch's own generators stay as they were, and so do the head's device and mode.
-    Raises `ValueError` for fewer than two images, of which batch norm has no variance, and for features that are not
+    AdamW in one cycle on batches of at most 64; `class_weights` (classes,) multiply the losses of their images, and
+    `offsets` (classes,) are added to the logits in the loss. Order and dropout depend on `seed` alone; torch's own
+    generators stay as they were, and so do the head's device and mode. Raises `ValueError` for fewer than two images, of which batch norm has no variance, and for features that are not
     finite.
     """
     if len(features) != len(labels) or len(labels) < 2:
@@ -47,6 +48,7 @@ def fit_mlp(
     device = torch.device(device)
     x, y = features.to(device, torch.float32), labels.to(device)
     weights = None if class_weights is None else class_weights.to(device)
+    added = 0.0 if offsets is None else offsets.to(device)
     num_batches = math.ceil(len(y) / BATCH_SIZE)
     epochs = max(EPOCHS, math.ceil(MIN_STEPS / num_batches))
     home, training = next(head.parameters()).device, head.training
@@ -61,7 +63,7 @@ def fit_mlp(
             for step, batch in enumerate(batches, epoch * num_batches):
                 set_position(optimizer, CYCLE, step / (epochs * num_batches))
                 chosen = batch.to(device)
-                log_loss(head(x[chosen]), y[chosen], weights).backward()
+                log_loss(head(x[chosen]) + added, y[chosen], weights).backward()
                 optimizer.step()
                 optimizer.zero_grad()
             on_progress()

@@ -155,6 +155,8 @@ class FineTune:
         self.thresholds = (thresholds or (EVEN,) * self.num_classes) if self.several_labels else None
         weights_of = loss.class_weights(recipe.class_weights, self.inputs.truth[self.train_indices], self.num_classes)
         self.class_weights = None if weights_of is None else weights_of.to(self.device)
+        priors = loss.log_priors(self.inputs.truth[self.train_indices], self.num_classes, recipe.logit_adjustment)
+        self.log_priors = None if priors is None else priors.to(self.device)
         self.amp_dtype = autocast_dtype(recipe, self.device)
         self._enter_stage()
 
@@ -312,6 +314,7 @@ class FineTune:
             with self.world.gradients_later(self.parallel_model, not last):
                 with self._autocast(), self._whole_batch(rows, last):
                     logits = self.parallel_model(images[rows]).float()
+                logits = logits if self.log_priors is None else logits + self.log_priors
                 value = self.loss(logits, targets[rows], self.recipe.smoothing, self.class_weights)
                 value = value / self.batch_size
                 # Workers average their gradients but sum their losses.

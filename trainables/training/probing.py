@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from trainables.batches.loader import Plan
 from trainables.data.presized_images import PresizedImages
 from trainables.data.splits import group_numbers
+from trainables.network.loss import log_priors
 from trainables.network.model import Network, mlp_head
 from trainables.probe.feature_files import Features, FeatureSet, lock_file, open_features, write_features
 from trainables.probe.features import as_float16, backbone_digest, description, feature_path, pooled_features
@@ -40,6 +41,8 @@ CHUNK = 64
 """Images of a forward pass. The same for any number of workers, so that they compute the same features."""
 PIECE = 8192
 """Rows that a worker gives to the others at a time: a collective copies several times what it passes on."""
+TINY = 1e-7
+"""Probabilities below it count as this: float16 has nothing between."""
 HEAD_VERSION = 3
 """Raise it when the same features give another head, or when more is kept with it."""
 
@@ -88,7 +91,7 @@ class Probing:
     def linear_probe(self, features: FeatureSet, train: npt.NDArray[np.int64]) -> LinearHead:
         """The logistic regression on the features of the images `train`; the first worker's, which alone has the
         out-of-fold probabilities."""
-        found = self._linear_probe(features, train) if self.world.rank == 0 else None
+        found = self._adjusted(self._linear_probe(features, train), train) if self.world.rank == 0 else None
         shared: LinearHead = self.world.gather(found and replace(found, out_of_fold=None))[0]
         return found or shared
 
@@ -220,6 +223,7 @@ class Probing:
     def _head_file(self, features: FeatureSet, train: npt.NDArray[np.int64], *decisive: Any) -> Path:
         """Where a head is kept that these settings decide, beside the images and their labels."""
         groups, weights = self._groups(train), [self.recipe.class_weights] if self.class_weights is not None else []
+        weights += [self.recipe.logit_adjustment] if self.recipe.logit_adjustment else []
         settings = repr((HEAD_VERSION, self.inputs.num_classes, *decisive, *weights)).encode()
         content = settings + train.tobytes() + self._labels(train).numpy().tobytes()
         name = sha256(content + (b"" if groups is None else groups.numpy().tobytes())).hexdigest()[:16]
@@ -240,6 +244,22 @@ class Probing:
         _write_head(file, {"weight": found.weight, "bias": found.bias, **scalars, **unseen})
         return found
 
+    def _log_priors(self, labels: torch.Tensor) -> torch.Tensor | None:
+        return log_priors(labels, self.inputs.num_classes, self.recipe.logit_adjustment)
+
+    def _adjusted(self, head: LinearHead, train: npt.NDArray[np.int64]) -> LinearHead:
+        """A head after `logit_adjustment`: since its bias is not penalised, the fit with priors in the loss is the one
+        without them, less the priors."""
+        labels = self._labels(train)
+        if (priors := self._log_priors(labels)) is None:
+            return head
+        unseen, error_rate = head.out_of_fold, head.out_of_fold_error_rate
+        if unseen is not None:
+            unseen = (unseen.float().clamp(min=TINY).log() - priors).softmax(1).half()
+            known = ~unseen.isnan().any(1)
+            error_rate = float((unseen[known].argmax(1) != labels[known]).double().mean())
+        return replace(head, bias=head.bias - priors, out_of_fold=unseen, out_of_fold_error_rate=error_rate)
+
     @property
     def _how(self) -> dict[str, Any]:
         return {
@@ -255,11 +275,13 @@ class Probing:
         classes = self.inputs.num_classes
         if self.recipe.head == "linear":
             found = fit(rows, repeated, classes, l2=l2, **self._how)
-            return {"weight": found.weight, "bias": found.bias}
+            offsets = self._log_priors(repeated)
+            return {"weight": found.weight, "bias": found.bias if offsets is None else found.bias - offsets}
         # A copy whose batch norms are this worker's own: the others do not train it.
         head = mlp_head(rows.shape[1], classes, self.recipe)
         head.load_state_dict(self.network.classifier.state_dict())
-        fit_mlp(head, rows, repeated, seed=self.recipe.seed, **self._how)
+        offsets = self._log_priors(repeated)
+        fit_mlp(head, rows, repeated, offsets=offsets, seed=self.recipe.seed, **self._how)
         return {name: value.detach().clone() for name, value in head.state_dict().items()}
 
 
