@@ -140,8 +140,8 @@ class Recipe:
     )
     logit_adjustment: float = setting(
         0.0,
-        "how far predictions are freed from the share of each class among the training images: in the loss, the probe's "
-        "included, logits have that many times the logarithm of this share added; 1 = a class of few images counts as "
+        "how far predictions are freed from the share of each class among the training images: in the loss, also the "
+        "probe's, logits have that many times the logarithm of this share added; 1 = a class of few images counts as "
         "one of many",
         0,
         3,

@@ -552,14 +552,8 @@ SHARED = {
     "frozen norms that train": {"train_bn": "always", "layer_groups": "fastai", "lr_ratio_frozen": 5},
     "progressive resizing": {"start_size": 16, "start_share": 0.5},
     "layer norms": {"arch": "test_vit", "batch_size": 5},
-    "weights": {
-        "class_weights": "inverse",
-        "logit_adjustment": 0.5,
-        "sampler": "balanced",
-        "batch_size": 9,
-        "freeze_epochs": 0,
-    }
-    | HARD,
+    "weights": {"class_weights": "inverse", "sampler": "balanced", "batch_size": 9, "freeze_epochs": 0} | HARD,
+    "priors": {"logit_adjustment": 0.5, "freeze_epochs": 0},
 }
 
 

@@ -35,8 +35,8 @@ def fit_mlp(
 
     AdamW in one cycle on batches of at most 64; `class_weights` (classes,) multiply the losses of their images, and
     `offsets` (classes,) are added to the logits in the loss. Order and dropout depend on `seed` alone; torch's own
-    generators stay as they were, and so do the head's device and mode. Raises `ValueError` for fewer than two images, of which batch norm has no variance, and for features that are not
-    finite.
+    generators stay as they were, and so do the head's device and mode. Raises `ValueError` for fewer than two images,
+    of which batch norm has no variance, and for features that are not finite.
     """
     if len(features) != len(labels) or len(labels) < 2:
         raise ValueError(

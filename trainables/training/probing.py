@@ -222,9 +222,10 @@ class Probing:
 
     def _head_file(self, features: FeatureSet, train: npt.NDArray[np.int64], *decisive: Any) -> Path:
         """Where a head is kept that these settings decide, beside the images and their labels."""
-        groups, weights = self._groups(train), [self.recipe.class_weights] if self.class_weights is not None else []
-        weights += [self.recipe.logit_adjustment] if self.recipe.logit_adjustment else []
-        settings = repr((HEAD_VERSION, self.inputs.num_classes, *decisive, *weights)).encode()
+        groups, recipe = self._groups(train), self.recipe
+        balance: list[Any] = [recipe.class_weights] if self.class_weights is not None else []
+        balance += [recipe.logit_adjustment] if recipe.logit_adjustment else []
+        settings = repr((HEAD_VERSION, self.inputs.num_classes, *decisive, *balance)).encode()
         content = settings + train.tobytes() + self._labels(train).numpy().tobytes()
         name = sha256(content + (b"" if groups is None else groups.numpy().tobytes())).hexdigest()[:16]
         return features.path / f"{decisive[0]}-{name}.head"
