@@ -191,7 +191,7 @@ def incumbents(runs: Sequence[RunRecord], names: Sequence[str]) -> Chart | None:
         done = done[done["status"].isin(RANKED) & done["error_rate"].notna()]
         if done.empty:
             continue
-        best = list(accumulate(done[run.objective_column], min))
+        best = list(accumulate(done[run.objective.column], min))
         colour, symbol = FAMILIES[i % len(FAMILIES)]
         figure.add_scatter(
             x=done["spent"],

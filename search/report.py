@@ -202,7 +202,7 @@ def _card(name: str, title: str, row: "pd.Series[Any]", run: RunRecord) -> dict[
         num_valid = run.num_valid or 0
         wrong = round(error * num_valid)
         lines.append(f"{wrong} of {num_valid} images wrong; 95 % interval {low} to {high}")
-    if not math.isnan(expected := row.get(run.expected_column, math.nan)):
+    if not math.isnan(expected := row.get(run.objective.expected_column, math.nan)):
         text = run.objective.text(expected)
         lines.append(f"{text} expected on new images, from all images that its probe was tried on")
     if not math.isnan(row["tta_error_rate"]):
@@ -295,19 +295,26 @@ def columns(run: RunRecord) -> list[Column]:
     shown.append(Column("error", "error_rate", is_share=True))
     is_share = run.objective.is_share
     if not run.objective.is_error_rate:
-        shown.append(Column(run.objective.name, run.objective_column, is_share=is_share))
-    if _has(run, run.expected_column):
-        shown.append(Column("expected", run.expected_column, is_share=is_share))
+        shown.append(Column(run.objective.name, run.objective.column, is_share=is_share))
+    if _has(run, run.objective.expected_column):
+        shown.append(Column("expected", run.objective.expected_column, is_share=is_share))
     if any(better_epoch(row) for _, row in run.trials.iterrows()):
         shown.append(Column("best epoch", "best_epoch"))
         shown.append(Column("error then", "best_error_rate", is_share=True))
     if run.trials["tta_error_rate"].notna().any():
         shown.append(Column("with TTA", "tta_error_rate", is_share=True))
-    if _has(run, run.confirmed_column):
-        shown.append(Column("confirmed", run.confirmed_column, is_share=is_share))
+    if _has(run, run.objective.confirmed_column):
+        shown.append(Column("confirmed", run.objective.confirmed_column, is_share=is_share))
     shown += [Column("loss", "valid_loss"), Column("seconds", "seconds")]
     known = {"number", "trial_id", *SCORES, *(column.source for column in shown)}
-    known |= {run.confirmed_column, *OF_OBJECTIVE, "epochs_total", "overhead_seconds", "images_per_second", "reason"}
+    known |= {
+        run.objective.confirmed_column,
+        *OF_OBJECTIVE,
+        "epochs_total",
+        "overhead_seconds",
+        "images_per_second",
+        "reason",
+    }
     known |= {"kind", *BEST_EPOCH}
     settings = [name for name in run.trials.columns if name not in known]
     shown += [Column(name, name, is_text=not is_numeric_dtype(run.trials[name])) for name in settings]
@@ -321,7 +328,7 @@ def _has(run: RunRecord, column: str) -> bool:
 def table(run: RunRecord) -> list[dict[str, Any]]:
     """A row per trial, best first."""
     shown, best = columns(run), None if run.best is None else run.best.name
-    keys = ["expected", run.objective_column, "valid_loss", "number"]
+    keys = ["expected", run.objective.column, "valid_loss", "number"]
     order = run.trials.assign(expected=run.expected).sort_values(keys)
     return [
         {"status": row["status"], "is_best": number == best, "cells": [_cell(row, column) for column in shown]}

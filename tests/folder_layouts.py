@@ -1,5 +1,10 @@
 """Folders of images: how they are taken, and why they are refused."""
 
+import pytest
+
+from trainables.data.labelled_images import DataError
+from trainables.data.layouts import find_images
+
 PARTS = [
     *(("train", valid) for valid in ("val", "valid", "validation", "Val", "eval", "dev")),
     *[("TRAIN", "VALID"), ("Training", "Validation"), ("train_set", "val_set"), ("trainset", "valset")],
@@ -176,3 +181,14 @@ ERRORS = {
         "val has no class folders with images",
     ),
 }
+
+
+def refused(given: object, *parts: str) -> str:
+    """The one paragraph with which images are refused."""
+    with pytest.raises(DataError) as caught:
+        find_images(str(given))
+    text = str(caught.value)
+    assert "\n" not in text
+    for part in parts:
+        assert part in text
+    return text

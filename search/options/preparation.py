@@ -232,8 +232,8 @@ def with_metric(options: SearchOptions, space: Space, images: "ImageFolder") -> 
 
 
 def _with_metric_of_label_sets(options: SearchOptions) -> SearchOptions:
-    """The same where an image may have several labels. Their thresholds make up for small classes, so there are no
-    class weights."""
+    """The same where an image may have several labels. Their thresholds make up for small classes, so logits are not
+    adjusted."""
     from trainables.training.metrics import ONE_LABEL
 
     if options.metric in ONE_LABEL:

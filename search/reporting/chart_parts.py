@@ -76,7 +76,7 @@ def add_points(
     """A marker per trial at the column `x` and its objective; `where` says the former when hovering."""
     figure.add_scatter(
         x=rows[x],
-        y=rows[run.objective_column],
+        y=rows[run.objective.column],
         mode="markers",
         name=name,
         marker=marker,
@@ -98,7 +98,7 @@ def add_curves(
     groups = epochs[epochs["number"].isin(numbers)].sort_values("epoch").groupby("number")
     if not len(groups):
         return
-    column = run.objective_column
+    column = run.objective.column
     lines = ((rows["epoch"], rows[column], [name_of(rows["number"].iloc[0])] * len(rows)) for _, rows in groups)
     x, y, text = joined(lines)
     figure.add_scatter(

@@ -81,7 +81,7 @@ def incumbent(run: RunRecord) -> Chart | None:
     for name, marker in STATUS_MARKERS.items():
         if len(rows := scored[groups == name]):
             add_points(figure, rows, run, "minutes", "after %{x:.1f} min", name=name, marker=marker | {"size": 9})
-    best = list(accumulate(done[run.objective_column], min))
+    best = list(accumulate(done[run.objective.column], min))
     figure.add_scatter(
         x=[*done["minutes"], float(scored["minutes"].max())],
         y=[*best, best[-1]],
@@ -93,9 +93,9 @@ def incumbent(run: RunRecord) -> Chart | None:
     figure.update_xaxes(title_text="minutes since the first epoch began", rangemode="tozero")
     objective_axis(figure, run)
     first, last = (
-        f"{name_of(number)} with {run.objective.text(done.loc[number, run.objective_column])} "
+        f"{name_of(number)} with {run.objective.text(done.loc[number, run.objective.column])} "
         f"after {done.loc[number, 'minutes']:.1f} min"
-        for number in (done.index[0], done.sort_values([run.objective_column, "valid_loss"]).index[0])
+        for number in (done.index[0], done.sort_values([run.objective.column, "valid_loss"]).index[0])
     )
     caption = f"The first model was that of {first}"
     caption += f"; the best so far is {last}." if last != first else ", and no later one has beaten it."
@@ -120,7 +120,7 @@ def learning_curves(run: RunRecord) -> Chart | None:
     if len(stopped):
         figure.add_scatter(
             x=stopped["epochs_done"],
-            y=stopped[run.objective_column],
+            y=stopped[run.objective.column],
             mode="markers",
             name="where it was stopped",
             marker=STATUS_MARKERS[STOPPED] | {"size": 10},
@@ -148,7 +148,7 @@ def probes_and_fine_tuned(run: RunRecord) -> Chart | None:
     tuned = run.tuned[run.tuned.index.isin(probed.index)].assign(probe=probed)
     if tuned.empty:
         return None
-    figure, column = go.Figure(), run.objective_column
+    figure, column = go.Figure(), run.objective.column
     add_families(figure, tuned, run, "probe", "from a probe's %{x:.1%}")
     alone = _only_probed(run)
     if len(alone):
@@ -175,9 +175,9 @@ def own_probes(run: RunRecord) -> "pd.Series[float]":
     """The objective of each fine-tuned trial's probe, by its number: of its own epoch 0, or else of the screen's probe
     of the same architecture and image size. Without the trials that have neither."""
     starts = run.epochs[run.epochs["epoch"] == 0].drop_duplicates("number", keep="last")
-    own = starts.set_index("number")[run.objective_column]
+    own = starts.set_index("number")[run.objective.column]
     best_last = _probes(run)[::-1]  # the screen probes its best pair twice
-    of_screen = {_backbone(run, row): row[run.objective_column] for _, row in best_last.iterrows()}
+    of_screen = {_backbone(run, row): row[run.objective.column] for _, row in best_last.iterrows()}
     errors = {
         number: own.get(number, of_screen.get(_backbone(run, row), math.nan)) for number, row in run.tuned.iterrows()
     }
@@ -208,9 +208,9 @@ def parallel_coordinates(run: RunRecord) -> Chart | None:
     if len(scored) < 2 or not run.dimensions:
         return None
     axes = [Axis(name, scored[name], run.is_log(name)) for name in run.dimensions]
-    axes.append(Axis(run.objective_column, scored[run.objective_column], log=False))
+    axes.append(Axis(run.objective.column, scored[run.objective.column], log=False))
     positions = np.column_stack([axis.positions for axis in axes])
-    quarters = (4 * (scored[run.objective_column].rank(method="first") - 1) // len(scored)).to_numpy()
+    quarters = (4 * (scored[run.objective.column].rank(method="first") - 1) // len(scored)).to_numpy()
     figure = go.Figure()
     for name, quarter, colour in QUARTERS:
         lines = ((range(len(axes)), positions[i], [name_of(scored.index[i])] * len(axes))
@@ -277,7 +277,7 @@ def cost(run: RunRecord) -> Chart | None:
     front = run.pareto_front
     figure.add_scatter(
         x=front["seconds"],
-        y=front[run.objective_column],
+        y=front[run.objective.column],
         mode="lines",
         name="best for its cost",
         line={"color": GREY, "dash": "dot", "shape": "hv"},

@@ -19,9 +19,6 @@ from search.runs.kinds import PROBE, name_of, short_name
 from search.runs.objective import Objective
 from search.runs.result_rows import (
     COMPLETED,
-    CONFIRMED,
-    CONFIRMED_OBJECTIVE,
-    EXPECTED,
     PROBED,
     RUNNING,
     better_epoch,
@@ -32,7 +29,7 @@ from search.runs.result_rows import (
 from search.runs.results_table import ResultsTable
 from search.runs.time_budget import seconds_spent
 from search.spaces.space import NamedRecipe
-from trainables.ray.trial import EXPECTED_OBJECTIVE, REFITS, table_id
+from trainables.ray.trial import REFITS, table_id
 from trainables.system.text import duration, percent
 
 MAX_SHOWN = 8  # completed trials
@@ -205,11 +202,10 @@ def rows_table(rows: list[Row], dimensions: list[str], of: Objective = ERROR_RAT
 
 def _optional_columns(of: Objective) -> dict[str, Callable[[Row], str]]:
     """Those that are shown where a row has something for them."""
-    expected, mean = (EXPECTED, CONFIRMED) if of.is_error_rate else (EXPECTED_OBJECTIVE, CONFIRMED_OBJECTIVE)
     own = {} if of.is_error_rate else {of.name: lambda row: _text(of, objective(row))}
     return own | {
-        "expected": lambda row: _text(of, row.get(expected)),
-        "confirmed": lambda row: _text(of, row.get(mean)),  # of the retrainings
+        "expected": lambda row: _text(of, row.get(of.expected_column)),
+        "confirmed": lambda row: _text(of, row.get(of.confirmed_column)),  # of the retrainings
         "front": lambda row: "*" if row.get("front") else "",
         "best epoch": lambda row: _best_epoch(row),  # where it is not the last one
     }

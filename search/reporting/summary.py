@@ -54,7 +54,7 @@ def _winner(run: RunRecord) -> str:
     if not run.objective.is_error_rate:
         text += f", {run.objective.name} {run.objective.text(objective(best))}"
     more = []
-    if not math.isnan(expected := best.get(run.expected_column, math.nan)):
+    if not math.isnan(expected := best.get(run.objective.expected_column, math.nan)):
         more.append(f"{run.objective.text(expected)} expected on new images")
     if not math.isnan(tta := best["tta_error_rate"]):
         more.append(f"{percent(tta)} with test-time augmentation")
@@ -108,8 +108,8 @@ def _aligned(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:
 def _unconfirmed(run: RunRecord) -> str:
     """A line if `--confirm` or `--folds` is incomplete."""
     wanted = min(run.command.arguments.num_confirmed, len(run.whole))
-    best = run.whole.sort_values([run.objective_column, "valid_loss", "number"])[:wanted]
-    done = int(best[run.confirmed_column].notna().sum()) if wanted else 0
+    best = run.whole.sort_values([run.objective.column, "valid_loss", "number"])[:wanted]
+    done = int(best[run.objective.confirmed_column].notna().sum()) if wanted else 0
     if done == wanted:
         return ""
     missing = "the search ended before the others"

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from search.runs.result_rows import CONFIRMED, CONFIRMED_OBJECTIVE, EXPECTED
+from trainables.ray.trial import EXPECTED_OBJECTIVE, OBJECTIVE
 from trainables.system.text import percent
 
 NAMES = {
@@ -25,6 +27,21 @@ class Objective:
     @property
     def is_error_rate(self) -> bool:
         return self.metric == "error_rate"
+
+    @property
+    def column(self) -> str:
+        """In both tables."""
+        return "error_rate" if self.is_error_rate else OBJECTIVE
+
+    @property
+    def expected_column(self) -> str:
+        """The column of what is expected of it on new images, which tables may lack."""
+        return EXPECTED if self.is_error_rate else EXPECTED_OBJECTIVE
+
+    @property
+    def confirmed_column(self) -> str:
+        """The column of its mean over retrainings, which tables may lack."""
+        return CONFIRMED if self.is_error_rate else CONFIRMED_OBJECTIVE
 
     @property
     def name(self) -> str:

@@ -6,6 +6,8 @@ the winner is what to expect at most.
 """
 
 import math
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -57,6 +59,11 @@ def winner_to_refit(table: ResultsTable) -> Row | None:
     if not best or best[0]["status"] != COMPLETED:
         return None
     try:
-        return best[0] | {"temperature": read_model(table.folder.models / str(best[0]["number"])).temperature}
+        return best[0] | {"temperature": _temperature(table.folder.models / str(best[0]["number"]))}
     except ValueError:  # an earlier version kept no models there
         return best[0]
+
+
+@lru_cache(maxsize=1)  # a search with a time budget asks for its winner again and again
+def _temperature(model: Path) -> float:
+    return read_model(model).temperature

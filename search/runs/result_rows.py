@@ -86,24 +86,29 @@ def is_whole(row: Row) -> bool:
 def objective(row: "Mapping[str, Any] | pd.Series[Any]") -> float:
     """What the search minimises, of a trial on the validation images: the error rate, or what another metric lacks to
     its best value."""
-    return float(row["error_rate"] if math.isnan(row.get(OBJECTIVE, math.nan)) else row[OBJECTIVE])
+    return float(row[OBJECTIVE] if _has_objective(row) else row["error_rate"])
 
 
 def confirmed(row: "Mapping[str, Any] | pd.Series[Any]") -> float:
     """The mean objective of a trial's retrainings; NaN without them."""
-    return float(row.get(CONFIRMED if math.isnan(row.get(OBJECTIVE, math.nan)) else CONFIRMED_OBJECTIVE, math.nan))
+    return float(row.get(CONFIRMED_OBJECTIVE if _has_objective(row) else CONFIRMED, math.nan))
 
 
 def expected_alone(row: "Mapping[str, Any] | pd.Series[Any]") -> float:
     """The objective to expect of a trial on new images by itself, as far as it is known: its own one corrected by its
     probe's, or its own one on the validation images."""
-    expected = row.get(EXPECTED if math.isnan(row.get(OBJECTIVE, math.nan)) else EXPECTED_OBJECTIVE, math.nan)
+    expected = row.get(EXPECTED_OBJECTIVE if _has_objective(row) else EXPECTED, math.nan)
     return objective(row) if math.isnan(expected) else float(expected)
 
 
 def expected_objective(row: "Mapping[str, Any] | pd.Series[Any]") -> float:
     """The same, or the mean over its retrainings."""
     return expected_alone(row) if math.isnan(confirmed(row)) else confirmed(row)
+
+
+def _has_objective(row: "Mapping[str, Any] | pd.Series[Any]") -> bool:
+    """Whether the search minimises something else than the error rate."""
+    return not math.isnan(row.get(OBJECTIVE, math.nan))
 
 
 def rank(row: Row) -> tuple[float, ...]:

@@ -19,7 +19,6 @@ from search.runs.paths import RunFolder
 from search.runs.result_rows import (
     COMPLETED,
     CONFIRMED,
-    CONFIRMED_OBJECTIVE,
     COSTS,
     EPOCH_COLUMNS,
     FAILED,
@@ -86,7 +85,7 @@ class ResultsTable(tune.Callback):
         self.objective = Objective(metric)
         # Where the error rate is the objective, its own columns say it all.
         self.of_objective = () if self.objective.is_error_rate else (OBJECTIVE, EXPECTED_OBJECTIVE)
-        self.confirmed = CONFIRMED_OBJECTIVE if self.of_objective else CONFIRMED
+        self.confirmed = self.objective.confirmed_column
         self.epoch_columns = [*EPOCH_COLUMNS, *self.of_objective]
         self.models = KeptModels(folder, first=keep_first)
         self.rows: dict[str, Row] = {}

@@ -20,11 +20,8 @@ from search.runs.objective import Objective
 from search.runs.paths import RunFolder
 from search.runs.result_rows import (
     COMPLETED,
-    CONFIRMED,
-    CONFIRMED_OBJECTIVE,
     EPOCH_NEEDED,
     EPOCH_PARSERS,
-    EXPECTED,
     OF_OBJECTIVE,
     SCORES,
     TRIAL_NEEDED,
@@ -36,7 +33,6 @@ from search.runs.result_rows import (
 from search.runs.statistics import describe_lead, wilson_interval
 from search.runs.trained_model import require_run
 from trainables.inference.model_folder import METRICS_FILE, read_json, read_model
-from trainables.ray.trial import EXPECTED_OBJECTIVE, OBJECTIVE
 from trainables.recipe import Recipe
 from trainables.system.text import duration, shell_command
 
@@ -103,25 +99,10 @@ class RunRecord:
         return Objective(self.command.arguments.metric)
 
     @property
-    def objective_column(self) -> str:
-        """Its column in both tables."""
-        return "error_rate" if self.objective.is_error_rate else OBJECTIVE
-
-    @property
-    def expected_column(self) -> str:
-        """The column of what is expected of it on new images, which the tables may lack."""
-        return EXPECTED if self.objective.is_error_rate else EXPECTED_OBJECTIVE
-
-    @property
-    def confirmed_column(self) -> str:
-        """The column of its mean over retrainings, which the tables may lack."""
-        return CONFIRMED if self.objective.is_error_rate else CONFIRMED_OBJECTIVE
-
-    @property
     def expected(self) -> pd.Series:
         """The expected objective of each trial by itself, see `result_rows.expected_alone`."""
-        seen = self.trials[self.objective_column]
-        return self.trials.get(self.expected_column, seen).fillna(seen)
+        seen = self.trials[self.objective.column]
+        return self.trials.get(self.objective.expected_column, seen).fillna(seen)
 
     @property
     def _records(self) -> list[Row]:

@@ -173,10 +173,10 @@ class OptunaSearcher(Searcher):
 
     def _has_time(self) -> bool:
         """Whether an epoch of any trial fits into what is left of the time budget."""
-        settings = self.space.full_settings
+        settings, left = self.space.full_settings, self._time
         pairs = [settings, *({"arch": arch, "image_size": size} for arch, size in self.pace.forward)]
         archs = _archs(self.space) or (settings["arch"],)
-        return any(self._time.epochs(settings | pair) >= 1 for pair in pairs if pair["arch"] in archs)
+        return any(left.epochs(settings | pair) >= 1 for pair in pairs if pair["arch"] in archs)
 
     def _most_epochs(self, config: Config) -> float:
         """That a trial may have in what is left of the time budget, at least 1."""

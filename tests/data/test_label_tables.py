@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from files import fill
+from folder_layouts import refused
 
 from trainables.data.address import DataAddress
 from trainables.data.labelled_images import DataError, ImageFolder, fingerprint
@@ -29,17 +30,6 @@ def table(root: Path, *, header: str = "file_name,label", name: str = "labels.cs
     """Cats and dogs, labelled by the first letters of their names."""
     fill(root, *photos)
     return write(root / name, header, *(f"{photo},{Path(photo).name[:3]}" for photo in photos))
-
-
-def refused(given: object, *parts: str) -> str:
-    """The one paragraph with which a table is refused."""
-    with pytest.raises(DataError) as caught:
-        find_images(str(given))
-    text = str(caught.value)
-    assert "\n" not in text
-    for part in parts:
-        assert part in text
-    return text
 
 
 # --- Tables -----------------------------------------------------------------------------------------------------------
