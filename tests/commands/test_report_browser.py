@@ -76,8 +76,10 @@ def test_the_report_of_a_quickstart_run_opens_without_a_complaint(browser, quick
         schedule = ("schedule",) if run.best["kind"] == "trial" else ()  # a probe has none
         for name in ("incumbent", "learning-curves", "parallel", "cost", "confusion", *schedule):
             assert page.locator(f"#{name} svg.main-svg").count() > 0, name
-        assert page.locator(".thumbnails li").count() == 12
-        assert 24 <= page.locator(".thumbnails img").count() <= 36  # each with one heat map, or two
+        losses = page.locator("[aria-labelledby=top-losses]")
+        assert losses.locator("li").count() == 12
+        assert 24 <= losses.locator("img").count() <= 36  # each with one heat map, or two
+        assert page.locator("[aria-labelledby=suspects] li").count() > 0  # two probes of few images doubt some
         widths = page.eval_on_selector_all(".thumbnails img", "images => images.map(image => image.naturalWidth)")
         assert min(widths) > 0
         assert sorted(shown(page)) == ["0", "1", "2", "probe 1", "probe 2"]

@@ -133,7 +133,7 @@ def assert_learns_like_one_worker(folder: Path, data: Path) -> None:
 def test_a_search_grows_and_shrinks_with_its_cluster(cluster, start):
     search = start(cluster, "--trials", 2, *settings("epochs=3"))
     search.wait_for(r"trial 0 .*epoch 1/")
-    assert "2 trials, 1 at once" in search.text
+    assert "2 trials, then the winner on all images, 1 at once" in search.text
     with stopped(workers()):  # so that trial 0 cannot end while nodes come and go
         node = cluster.add_node(num_cpus=1)
         search.wait_for("cluster: more nodes, room for 2 workers now")
