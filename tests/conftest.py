@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trainables.system.allocator import keep_freed_memory
+
 # Before torch is imported: threads that spin while they wait would take the cores from the other processes of a test.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Ray lets all else on the machine go before its workers. What a test waits for must not wait for that.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # How often Ray Train looks whether workers are lost or have ended; 2 s without it.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+
+keep_freed_memory()  # as the commands do
 
 # What hypothesis remembers does not belong into the repository.
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", f"{tempfile.gettempdir()}/hypothesis")

@@ -21,6 +21,8 @@ MAX_TEMPORARY_PATH = 31
 """Bytes of a temporary folder's path. Ray adds up to 72 (/ray/session_<time>_<pid>/sockets/dash_MetricsHead), and a
 socket's path has at most 107, on macOS 103. With more, Ray does not start, or loses its dashboard and a minute."""
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+WORKERS_VARIABLES = ("RAY_TRAIN_", "OMP_WAIT", "MALLOC_")
+"""How the variables of this environment begin that the workers of a cluster get as well."""
 
 
 def prepare_environment(address: str | None) -> None:
@@ -125,7 +127,7 @@ def start_ray(address: str | None) -> "list[Node]":
 def worker_environment() -> dict[str, str]:
     """Variables for the workers of a cluster. Those of a Ray that starts here inherit this environment; with one of
     their own they could not use the processes that Ray starts in advance."""
-    return {name: value for name, value in os.environ.items() if name.startswith(("RAY_TRAIN_", "OMP_WAIT"))}
+    return {name: value for name, value in os.environ.items() if name.startswith(WORKERS_VARIABLES)}
 
 
 def require_head_node() -> None:

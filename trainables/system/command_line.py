@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from trainables.system.allocator import keep_freed_memory
 from trainables.system.full_disk import FULL
 from trainables.system.text import printable_lines
 
@@ -24,6 +25,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     never_fail_to_print()
     try:
         require_system()
+        keep_freed_memory()
         code = main()
         sys.stdout.flush()
     except ValueError as error:
