@@ -80,6 +80,8 @@ class Leaderboard(tune.Callback):
         parts = result.get("batch_parts", 1)
         split = f", each batch in {parts} parts to save memory" if parts > 1 else ""
         speed = f"{result['images_per_second']:.0f} images/s"
+        if skipped := result.get("skipped_images", 0):
+            speed += f", from {result['train_images']} of {result['train_images'] + skipped} images for lack of time"
         self._say(row, f"{epoch}: {self._score(row)}, {losses}, {speed}{split}")
 
     def _note_refit(self, trial: Trial, what: str) -> None:

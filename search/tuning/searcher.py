@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from search.tuning.screen import Probe, Screen
 from search.tuning.study_configs import Config, config_of, params_of, propose
 from search.tuning.study_end import fail
 from search.tuning.time_left import TimeLeft
-from trainables.ray.trial import OBJECTIVE, REFIT_TEMPERATURE, REFITS, SCREENS, text_id
+from trainables.ray.trial import DEADLINE, OBJECTIVE, REFIT_TEMPERATURE, REFITS, SCREENS, text_id
 
 FORGOTTEN = "forgotten when the search was killed"
 
@@ -141,7 +142,9 @@ class OptunaSearcher(Searcher):
             return None
         screen.begin(trial_id, place)
         self.live[trial_id] = num_workers
-        return config
+        # Nothing tells yet how long a probe takes, and without the first one there is no model.
+        limited = self.budget is not None and self.budget.limit is not None and not screen.probes
+        return config | {DEADLINE: time.time() + self._time.seconds} if limited else config
 
     def _narrow(self, screen: Screen) -> None:
         """The screen is over: fine-tune what it has found."""

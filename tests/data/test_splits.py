@@ -10,7 +10,7 @@ import pytest
 
 from trainables.data.held_out_images import set_aside
 from trainables.data.labelled_images import DataError, ImageFolder
-from trainables.data.splits import other_fold, split, take_groups, train_and_valid
+from trainables.data.splits import other_fold, some_of_each_class, split, take_groups, train_and_valid
 
 UNEQUAL = np.repeat(np.arange(4), [17, 9, 3, 2])
 
@@ -210,3 +210,11 @@ def test_groups_stay_in_one_fold():
 def test_there_is_no_fold_beyond_the_last():
     with pytest.raises(ValueError, match="fold 5 of 5: expected 1 to 4"):
         other_fold(split(UNEQUAL), UNEQUAL, 5, 5)
+
+
+def test_classes_take_turns_when_some_images_are_taken():
+    labels = np.array([0] * 50 + [1] * 5 + [2] * 2)
+    taken = some_of_each_class(labels, 9)
+    assert taken.tolist() == sorted(set(taken.tolist())) and np.bincount(labels[taken]).tolist() == [4, 3, 2]
+    assert some_of_each_class(labels, 99).tolist() == list(range(57))
+    assert some_of_each_class(labels, 9, seed=1).tolist() != taken.tolist()

@@ -7,9 +7,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from trainables.network.loss import class_weights
-from trainables.probe import logistic_regression
+from trainables.probe import cross_validation
+from trainables.probe.cross_validation import L2_WITHOUT_VALIDATION
 from trainables.probe.folds import folds_of
-from trainables.probe.logistic_regression import L2_GRID, L2_WITHOUT_VALIDATION, LinearHead, fit
+from trainables.probe.logistic_regression import LinearHead, fit
+from trainables.probe.solver import L2_GRID
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -204,7 +206,7 @@ def test_who_was_never_held_out_has_no_probabilities_and_an_absent_class_has_zer
 def test_probabilities_that_take_too_much_room_are_not_kept(monkeypatch):
     features, labels = drawn(60, 20, 3)
     expected = fit(features, labels, 3)
-    monkeypatch.setattr(logistic_regression, "MAX_KEPT", 179)
+    monkeypatch.setattr(cross_validation, "MAX_KEPT", 179)
     head = fit(features, labels, 3)
     assert head.out_of_fold is None and head.out_of_fold_error_rate == expected.out_of_fold_error_rate
 
@@ -335,3 +337,31 @@ def test_no_images_are_refused():
 def test_an_l2_without_a_solution_is_refused(l2):
     with pytest.raises(ValueError, match=r"l2=.*expected a number above 0"):
         fit(*drawn(20, 10, 2), 2, l2=l2)
+
+
+@pytest.mark.parametrize("l2", [1e-1, 1e-4])
+def test_a_fit_that_starts_from_a_similar_head_finds_the_same_one_in_fewer_steps(l2):
+    features, labels = drawn(200, 40, 6)
+    noise = torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
+    similar = features.float() + 0.3 * features.float().std(0) * noise
+    before = fit(features, labels, 7, l2=l2)  # a class without images
+    steps = {"alone": 0, "started": 0}
+    heads = {}
+    for name, how in (("alone", {"l2": l2}), ("started", {"start": before})):
+
+        def count(name=name):
+            steps[name] += 1
+
+        heads[name] = fit(similar, labels, 7, **how, on_progress=count)
+    alone, started = (head.logits(similar).softmax(1) for head in heads.values())
+    assert (started - alone).abs().mean() < 1e-3 and heads["started"].l2 == l2
+    assert steps["started"] < steps["alone"]
+
+
+def test_large_problems_are_penalised_as_by_all_of_their_axes(monkeypatch):
+    features, labels = drawn(240, 120, 8)
+    small = fit(features, labels, 8)
+    monkeypatch.setattr(cross_validation, "SMALL_SIZE", 0)
+    large = fit(features, labels, 8)
+    assert large.l2 == small.l2
+    assert large.out_of_fold_error_rate == pytest.approx(small.out_of_fold_error_rate, abs=0.01)

@@ -26,7 +26,7 @@ from trainables import finetune
 from trainables.data.layouts import find_images
 from trainables.data.presize import presize
 from trainables.data.presized_images import PresizedImages
-from trainables.probe import feature_files, logistic_regression
+from trainables.probe import cross_validation, feature_files
 from trainables.probe.feature_files import FEATURES_FILE, lock_file
 from trainables.probe.logistic_regression import fit
 from trainables.probe.views import centre_view
@@ -47,7 +47,7 @@ METRICS = ("train_loss", "valid_loss", "error_rate", "expected_error_rate", "acc
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch, colour_images) -> Path:
     """The folder of the test's features; the images are in the cache of all tests. Few penalties are tried."""
-    monkeypatch.setattr(logistic_regression, "L2_GRID", FEW)
+    monkeypatch.setattr(cross_validation, "L2_GRID", FEW)
     monkeypatch.setenv("FINETUNE_SEARCH_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "features"
 
@@ -144,6 +144,24 @@ def test_it_is_the_same_in_every_training_whether_features_and_head_are_cached_o
     assert passes.images == 0
     for ours, theirs in zip(first.network.model.parameters(), second.network.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_it_learns_from_the_images_that_a_deadline_leaves_time_for(colour_images, weights, cache):
+    def run(seconds: float) -> tuple[dict, int]:
+        deadline = time.time() + seconds
+        training = FineTune(Recipe(**SMALL), colour_images, weights=weights, probe_deadline=deadline)
+        passes = ForwardPasses(training)
+        return training.run_epoch(), passes.images
+
+    train, valid = map(len, colour_images.split())
+    metrics, images = run(0.0)  # at least one of each class
+    assert (metrics["train_images"], metrics["skipped_images"]) == (3, train - 3)
+    assert metrics["valid_images"] == valid and 0 <= metrics["error_rate"] <= 1
+    assert images == 3 * valid + 3  # twice to see how long they take
+    metrics, _ = run(3600.0)
+    assert (metrics["train_images"], metrics.get("skipped_images")) == (train, None)
+    metrics, images = run(0.0)  # the features of all are known now
+    assert (metrics["train_images"], images) == (train, 0)
 
 
 def test_the_probabilities_of_unseen_images_are_kept_with_the_head(probe, monkeypatch):
@@ -450,7 +468,7 @@ def work(rank: int, rendezvous: str, images: str, weights: Path, caches: dict[st
     """One of two workers: the features and two epochs of each recipe, with the caches of some situations."""
     torch.set_num_threads(1)
     logging.disable()
-    logistic_regression.L2_GRID = FEW
+    cross_validation.L2_GRID = FEW
     module.PIECE, module.CHUNK = 5, 4  # several chunks for each worker, and several pieces
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=120)
@@ -499,7 +517,7 @@ def groups(colour_images, weights, tmp_path_factory) -> list[list[dict]]:
 def alone(colour_images, weights, tmp_path_factory) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FINETUNE_SEARCH_CACHE", str(tmp_path_factory.mktemp("alone")))
-        patch.setattr(logistic_regression, "L2_GRID", FEW)
+        patch.setattr(cross_validation, "L2_GRID", FEW)
         patch.setattr(module, "CHUNK", 4)
         found = {}
         for name, settings in SHARED.items():

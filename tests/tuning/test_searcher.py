@@ -3,6 +3,7 @@
 import math
 import os
 import pickle
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from search.tuning.searcher import OptunaSearcher
 from search.tuning.study_configs import config_of, params_of
 from search.tuning.study_end import end_study
 from search.tuning.tuner import Resumable
-from trainables.ray.trial import text_id
+from trainables.ray.trial import DEADLINE, text_id
 
 SPACE = Space(
     name="small",
@@ -647,6 +648,18 @@ def test_without_time_for_fine_tuning_all_of_it_is_for_probes(journal, clock):
     clock.seconds += 15
     probe(searcher, "probe1", {"arch": "resnet34"})
     assert searcher.suggest("t0") == Searcher.FINISHED
+
+
+def test_until_a_probe_has_succeeded_the_next_one_must_end_in_time(journal, clock):
+    searcher = budgeted(journal, 300.0)
+    first = searcher.suggest("probe0")
+    assert first[DEADLINE] == pytest.approx(time.time() + 300, abs=30)
+    searcher.on_trial_complete("probe0", result(0, 2, math.nan) | {"failure": "diverged"})
+    second = searcher.suggest("probe1")
+    assert DEADLINE in second
+    probe(searcher, "probe1", second)
+    assert DEADLINE not in searcher.suggest("probe2")
+    assert DEADLINE not in budgeted(journal, None).suggest("probe0")
 
 
 def test_a_trial_has_no_more_epochs_than_fit_into_the_time_that_is_left(journal, clock):

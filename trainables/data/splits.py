@@ -104,6 +104,17 @@ def group_numbers(groups: Sequence[str]) -> Indices:
     return np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
 
 
+def some_of_each_class(labels: Indices, count: int, *, seed: int = 0) -> Indices:
+    """Sorted indices of `count` images: the classes take turns, each with its images in random order."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    turn = np.empty(len(labels), dtype=np.int64)
+    for of_class in np.unique(labels):
+        own = order[labels[order] == of_class]
+        turn[own] = np.arange(len(own))
+    taken: Indices = np.sort(order[np.argsort(turn[order], kind="stable")][:count])
+    return taken
+
+
 def in_order(numbers: Indices) -> Indices:
     """Each number once, in the order of its first place."""
     found, first = np.unique(numbers, return_index=True)

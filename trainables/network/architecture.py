@@ -109,7 +109,7 @@ def _problem(recipe: Recipe) -> str | None:
 
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            network = build(replace(recipe, pretrained=False), 3)
+            network = build(replace(recipe, pretrained=False, epochs=1), 3)  # a probe has no epoch without weights
             if recipe.starts_with_probe:
                 check_probed(network, recipe)
             for size in {recipe.image_size, recipe.start_size or recipe.image_size}:

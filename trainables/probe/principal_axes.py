@@ -16,13 +16,24 @@ class Axes:
     """
 
     coordinates: Tensor  # (images, axes)
-    variances: Tensor  # (axes,)
+    variances: Tensor  # (axes,), from small to large
     axes: Tensor  # (features, axes), orthonormal
     class_weights: Tensor | None  # (classes,)
 
     def only(self, images: Tensor) -> "Axes":
         """The same axes with some of the images."""
         return replace(self, coordinates=self.coordinates[images])
+
+    def leading(self, share: float) -> "Axes":
+        """The fewest axes that have this share of the variance."""
+        largest = self.variances.flip(0).cumsum(0)
+        first = -min(len(largest), int((largest < share * largest[-1]).sum()) + 1)
+        return replace(
+            self,
+            coordinates=self.coordinates[:, first:].contiguous(),
+            variances=self.variances[first:],
+            axes=self.axes[:, first:],
+        )
 
     def double(self) -> "Axes":
         weights = None if self.class_weights is None else self.class_weights.double()

@@ -31,6 +31,12 @@ def centre_view(num_images: int, recipe: Recipe) -> View:
     return View(indices=np.arange(num_images), augmentations=augmentations, key=())
 
 
+def part_of_centre_view(indices: npt.NDArray[np.int64], recipe: Recipe) -> View:
+    """Some of the images as validation sees them."""
+    key = ("part", sha256(np.ascontiguousarray(indices).tobytes()).hexdigest())
+    return View(indices=indices, augmentations=augmentation.centre(len(indices), recipe.resize_method), key=key)
+
+
 def augmented_view(number: int, train: npt.NDArray[np.int64], recipe: Recipe) -> View:
     """View 1, 2, ... of the images `train`: a crop of at least three quarters of the area, half of them flipped.
 

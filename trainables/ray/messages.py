@@ -22,6 +22,7 @@ class TrialSpec:
     split_seed: int = 0
     fold: tuple[int, int] = (0, 1)  # its number, and how many there are
     all_images: bool = False  # whether those for validation train, too
+    probe_deadline: float | None = None  # see `FineTune`
     temperature: float = 1.0  # then
     thresholds: tuple[float, ...] | None = None  # where these cannot choose them, see `Preprocessing.thresholds`
 

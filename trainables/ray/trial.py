@@ -36,7 +36,9 @@ REFITS = "refits"
 """In a config: the table's id of the winner that is trained again on all images. Not a setting of the recipe either."""
 REFIT_TEMPERATURE = "refit_temperature"
 """In such a config: the winner's, which was fitted on images that it had not seen."""
-OF_TRIAL = (RETRAINS, FOLD, SCREENS, REFITS, REFIT_TEMPERATURE)
+DEADLINE = "deadline"
+"""In the config of a probe: the `time.time` by which it must have ended, see `FineTune`."""
+OF_TRIAL = (RETRAINS, FOLD, SCREENS, REFITS, REFIT_TEMPERATURE, DEADLINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +122,7 @@ class FineTuneTrial(tune.Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         self.recipe = recipe_of(self.options.settings, config)
         self.fold = config.get(FOLD, 0), self.options.folds
+        self.deadline = config.get(DEADLINE)
         winner = Path(self.options.checkpoints) / config[REFITS] if REFITS in config else None
         self.refit: dict[str, Any] = {
             "all_images": winner is not None,
@@ -227,7 +230,8 @@ class FineTuneTrial(tune.Trainable):
     def _spec(self) -> TrialSpec:
         names = ("data", "data_digest", "weights", "cache", "max_unreadable", "split_seed")
         shared = {name: getattr(self.options, name) for name in names}
-        return TrialSpec(trial_id=self.trial_id, recipe=self.recipe, fold=self.fold, **self.refit, **shared)
+        own = {"trial_id": self.trial_id, "recipe": self.recipe, "fold": self.fold, "probe_deadline": self.deadline}
+        return TrialSpec(**own, **self.refit, **shared)
 
     def _start_host(self) -> Any:
         # It reserves no CPU: the workers reserve what the training uses. Any strategy but the default one keeps it out

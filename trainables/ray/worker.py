@@ -159,6 +159,7 @@ class _Slot:
             temperature=trial.temperature,
             thresholds=trial.thresholds,
             load_pretrained=not continues,
+            probe_deadline=trial.probe_deadline,
             batch_parts=command.batch_parts,
             on_progress=self._give_sign,
         )

@@ -26,9 +26,10 @@ from trainables.network import loss, model, normalization, optimizer, schedule
 from trainables.network.calibration import calibration_metrics
 from trainables.network.dropout import WholeBatch
 from trainables.network.precision import autocast_dtype
+from trainables.probe.cross_validation import are_wrong
 from trainables.probe.expected_error import Reference, reference
-from trainables.probe.feature_files import Features
-from trainables.probe.logistic_regression import LinearHead, are_wrong
+from trainables.probe.feature_files import Features, FeatureSet
+from trainables.probe.logistic_regression import LinearHead
 from trainables.probe.soft_start import soften, softening
 from trainables.recipe import Recipe
 from trainables.training import lr_finder
@@ -78,6 +79,8 @@ class FineTune:
         temperature: What divides the logits, until the first epoch has fitted it; with `all_images` none does.
         thresholds: Of images with several labels; by default, each epoch chooses the best ones on those for validation.
         load_pretrained: Whether to load pretrained weights; not needed if `load_state` follows.
+        probe_deadline: The `time.time` by which epoch 0 must have ended: its probe learns from as many of the images
+            for training as there is time for. None: from all.
         batch_parts: Splits each worker's share of a batch to save memory. The gradients of the parts add up to those of
             the batch, while batch norms see one part at a time.
         on_progress: Called after each batch.
@@ -108,6 +111,7 @@ class FineTune:
         temperature: float = 1.0,
         thresholds: Thresholds | None = None,
         load_pretrained: bool = True,
+        probe_deadline: float | None = None,
         batch_parts: int = 1,
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
@@ -119,6 +123,9 @@ class FineTune:
         self.device = torch.device(device)
         self.world = World.current()
         self.epochs_done = recipe.before_first_epoch
+        self.probe_deadline = probe_deadline
+        self.skipped_images = 0
+        """For training, of which there was no time to learn."""
         self.reference: Reference | None = None
         """What the linear probe gets wrong, once it is known."""
         self.temperature = temperature
@@ -195,7 +202,8 @@ class FineTune:
         more epochs follow, they start from a softer one, see `soft_start`."""
         started = time.perf_counter()
         probing = self.probing()
-        found = probing.features()
+        deadline = self.probe_deadline
+        found = probing.features() if deadline is None else self._features_within(deadline, probing)
         linear = probing.linear_probe(found, self.parts[0])
         self.network.classifier.load_state_dict(probing.head(found, self.parts, linear))
         self.reference = self._reference(linear, found.rows[self.valid_indices])
@@ -219,7 +227,16 @@ class FineTune:
             valid_seconds=time.perf_counter() - trained,
             images_per_second=len(self.train_indices) / (trained - started),
             feature_seconds=found.seconds,
+            **({"skipped_images": self.skipped_images} if self.skipped_images else {}),
         )
+
+    def _features_within(self, deadline: float, probing: Probing) -> FeatureSet:
+        """Those that the probe has time for; the images for training that it has none for are left out."""
+        found, some = probing.within(deadline, self.train_indices, self.valid_indices)
+        self.skipped_images = len(self.train_indices) - len(some)
+        self.train_indices = some
+        self.parts = [some]
+        return found
 
     def _reference(self, linear: LinearHead, features: Features) -> Reference | None:
         """What the linear probe gets wrong, with the features of the validation images; None without enough images to

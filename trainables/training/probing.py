@@ -24,14 +24,14 @@ from filelock import FileLock, Timeout
 
 from trainables.batches.loader import Plan
 from trainables.data.presized_images import PresizedImages
-from trainables.data.splits import group_numbers
+from trainables.data.splits import group_numbers, some_of_each_class
 from trainables.network.loss import log_priors
 from trainables.network.model import Network, mlp_head
 from trainables.probe.feature_files import Features, FeatureSet, lock_file, open_features, write_features
 from trainables.probe.features import as_float16, backbone_digest, description, feature_path, pooled_features
 from trainables.probe.logistic_regression import LinearHead, fit
 from trainables.probe.mlp_training import fit_mlp
-from trainables.probe.views import View, augmented_view, centre_view
+from trainables.probe.views import View, augmented_view, centre_view, part_of_centre_view
 from trainables.recipe import Recipe
 from trainables.system.cache import DamagedCache, flush, locked
 from trainables.training.distributed import World
@@ -43,7 +43,9 @@ PIECE = 8192
 """Rows that a worker gives to the others at a time: a collective copies several times what it passes on."""
 TINY = 1e-7
 """Probabilities below it count as this: float16 has nothing between."""
-HEAD_VERSION = 3
+FORWARD_SHARE = 0.5
+"""Of the time until a deadline, for features; the rest is for the head and for what comes after it."""
+HEAD_VERSION = 4
 """Raise it when the same features give another head, or when more is kept with it."""
 
 logger = logging.getLogger(__name__)
@@ -88,6 +90,34 @@ class Probing:
             self.world.gather(None)  # until they are written
         return found or _opened(path) or self._written_on_other_node(computed, view)
 
+    def within(
+        self, deadline: float, train: npt.NDArray[np.int64], valid: npt.NDArray[np.int64]
+    ) -> tuple[FeatureSet, npt.NDArray[np.int64]]:
+        """The features of all images, and `train`, where there is time for them until the `deadline` (`time.time`);
+        else those of the images `valid` and of as many of `train` as there is time for, and which these are.
+
+        For one worker: several would have to agree on what fits.
+        """
+        view = centre_view(len(self.images), self.recipe)
+        if self.world.size > 1 or self._opened_by_all(self.path(view)):
+            return self.features(view), train
+        first = [(valid[:CHUNK], part_of_centre_view(valid[:CHUNK], self.recipe).augmentations)]
+        self._forward(first)  # the first pass of a process is slower
+        began = time.perf_counter()
+        self._forward(first)
+        each = (time.perf_counter() - began) / len(first[0][0])
+        fitting = int(FORWARD_SHARE * (deadline - time.time()) / each)
+        if fitting >= len(self.images):
+            return self.features(view), train
+        labels = self.inputs.labels[torch.as_tensor(train)].numpy()
+        some = train[some_of_each_class(labels, max(fitting - len(valid), self.inputs.num_classes))]
+        logger.warning("time suffices for %d of %d training images", len(some), len(train))
+        part = part_of_centre_view(np.sort(np.concatenate([some, valid])), self.recipe)
+        computed = self._computed(part, self.path(part))
+        rows = np.zeros((len(self.images), computed.rows.shape[1]), dtype=np.float16)
+        rows[part.indices] = computed.rows
+        return replace(computed, rows=rows), some
+
     def linear_probe(self, features: FeatureSet, train: npt.NDArray[np.int64]) -> LinearHead:
         """The logistic regression on the features of the images `train`; the first worker's, which alone has the
         out-of-fold probabilities."""
@@ -112,7 +142,7 @@ class Probing:
                 for number in range(1, recipe.probe_views + 1)
             ]
             if self.world.rank == 0:
-                state = self._fitted([features.rows[train], *views], self._labels(train), linear.l2)
+                state = self._fitted([features.rows[train], *views], self._labels(train), linear)
                 _write_head(file, state)
             state = self.world.gather(state)[0]
         return state
@@ -269,13 +299,14 @@ class Probing:
             "class_weights": self.class_weights,
         }
 
-    def _fitted(self, views: list[Features], labels: torch.Tensor, l2: float) -> State:
-        """The classifier's state for views of the same images, the first of them the centre ones. (To choose `l2` by
-        them, cross-validation would have views of one image on both sides.)"""
+    def _fitted(self, views: list[Features], labels: torch.Tensor, linear: LinearHead) -> State:
+        """The classifier's state for views of the same images, the first of them the centre ones, with the l2 of
+        their `linear` probe. (To choose it by the views, cross-validation would have those of one image on both
+        sides.)"""
         rows, repeated = torch.from_numpy(np.concatenate(views)), torch.cat([labels] * len(views))
         classes = self.inputs.num_classes
         if self.recipe.head == "linear":
-            found = fit(rows, repeated, classes, l2=l2, **self._how)
+            found = fit(rows, repeated, classes, start=linear, **self._how)
             offsets = self._log_priors(repeated)
             return {"weight": found.weight, "bias": found.bias if offsets is None else found.bias - offsets}
         # A copy whose batch norms are this worker's own: the others do not train it.
