@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -210,7 +211,8 @@ def narrowed_rates(
     if not searched:
         say("learning-rate finder: no learning rate is searched, nothing to narrow")
         return []
-    task = ray.remote(num_cpus=size.cpus_per_worker, num_gpus=size.gpus_per_worker, max_retries=1)(_find_on_worker)
+    num_gpus = math.ceil(size.gpus_per_worker)  # a whole one where trials will share it: nothing limits its memory here
+    task = ray.remote(num_cpus=size.cpus_per_worker, num_gpus=num_gpus, max_retries=1)(_find_on_worker)
     archs = setting_values(space, "arch")
     say(f"learning-rate finder: {', '.join(searched.values())} stage of {len(archs)} architectures")
     device = "cuda" if size.gpus_per_worker else "cpu"

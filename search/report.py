@@ -37,6 +37,7 @@ from search.runs.run_record import RunRecord, load
 from search.spaces.space import dimension_text
 from trainables.system.command_line import run_cli
 from trainables.system.full_disk import require_writable_file
+from trainables.system.gpu_share import reserved
 from trainables.system.text import duration, many, percent, shell_command
 
 BEST_EPOCH = ("best_epoch", "best_error_rate")
@@ -247,8 +248,8 @@ def _trial_size(command: CommandRecord) -> str:
     size, at_once = command.group_size, command.max_concurrent or "as many as fit"
     if not size:
         return ""
-    gpus = f" and {size['gpus_per_worker']} GPUs" if size["gpus_per_worker"] else ""
-    return f"{many(size['num_workers'], 'worker')} of {size['cpus_per_worker']:g} CPUs{gpus}; {at_once} at once"
+    each = reserved(size["cpus_per_worker"], size["gpus_per_worker"])
+    return f"{many(size['num_workers'], 'worker')} of {each}; {at_once} at once"
 
 
 def environment(run: RunRecord) -> list[tuple[str, str]]:

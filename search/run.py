@@ -34,6 +34,7 @@ from search.options.preparation import (
 from search.options.search_options import SearchOptions
 from search.spaces.space import Space
 from trainables.system.command_line import INTERRUPTED, run_cli
+from trainables.system.gpu_share import reserved
 from trainables.system.text import duration, many, shell_command
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def connect(prepared: Prepared, folder: "RunFolder", argv: Sequence[str], began:
     """Start Ray or connect to it, size the trials, and write down what runs."""
     options, space, images = prepared.options, prepared.space, prepared.images
     nodes = start_ray(options.address)
-    from search.cluster.resources import sizes
+    from search.cluster.resources import shared_sizes, sizes
     from search.options.preparation import setting_values
     from search.reporting.test_set import source_of
     from search.tuning.tuner import RunOptions
@@ -197,6 +198,7 @@ def connect(prepared: Prepared, folder: "RunFolder", argv: Sequence[str], began:
         labels=list(images.classes),
         group_size=size,
         num_workers=num_workers,
+        shared_sizes=shared_sizes(options, nodes),
         began=began,
     )
     write_record(prepared, run, argv, nodes)
@@ -243,7 +245,7 @@ def write_record(prepared: Prepared, run: "RunOptions", argv: Sequence[str], nod
 
 
 def announce(run: "RunOptions", nodes: "list[Node]", *, num_images: int) -> None:
-    from search.cluster.resources import memory_note, trials_at_once
+    from search.cluster.resources import memory_note, sharing_note, trials_at_once
     from search.options.preparation import setting_values
     from search.runs.disk_space import features_needed, largest_weights, needs
 
@@ -252,15 +254,16 @@ def announce(run: "RunOptions", nodes: "list[Node]", *, num_images: int) -> None
     at_once = options.max_concurrent or trials_at_once(nodes, size, None)
     others = "".join(f", {arch} on {count}" for arch, count in run.num_workers.items())
     within = f" in at most {options.time_budget / 60:g} min" if options.time_budget else ""
-    gpus = f" and {size.gpus_per_worker} GPUs" if size.gpus_per_worker else ""
     screen = run.screen
     probes = f", after a screen of {many(screen.num_probes, 'probe')}" if screen else ""
     probes += ", then the winner on all images" if run.refits else ""
     say(
         f"search: {run.num_trials} trials{probes}{within}, {at_once} at once{note}, each on "
-        f"{many(size.num_workers, 'worker')} of {size.cpus_per_worker:g} CPUs{gpus}{others}; the first one waits for "
-        "its workers to start"
+        f"{many(size.num_workers, 'worker')} of {reserved(size.cpus_per_worker, size.gpus_per_worker)}{others}; the "
+        "first one waits for its workers to start"
     )
+    if note := sharing_note(run.shared_sizes, measures=options.max_trials_per_gpu is None):
+        say(note)
     say(f"results: {folder}/")
     concat_pool = True in setting_values(run.space, "concat_pool")
     # Those of the screen and its views; a range may have other image sizes, too.

@@ -9,13 +9,18 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from search.cli.messages import say
+from search.cluster.gpu_sharing import Epoch, GpuSharing
 from search.cluster.resources import Node, present_nodes, reachable_nodes, room, room_in_memory
+from trainables.ray.trial import TRIALS_PER_GPU, recipe_of
 from trainables.ray.worker_group import IDLE_SECONDS, GroupSize
+from trainables.recipe import Recipe
 from trainables.system.text import duration, many
 
 LOOK_SECONDS = 5.0
 """Maximum age of what is known about the cluster."""
 REMIND_SECONDS = 120.0
+OUT_OF_MEMORY = "out of memory"
+"""How the failure of such a trial begins, see `trainables.ray.worker`."""
 MAX_WAITING = 8
 """How many workers may wait for nodes, at least; with more nodes up, as many as these have room for."""
 YIELD_SECONDS = IDLE_SECONDS + 10
@@ -36,8 +41,12 @@ class Capacity:
         max_trials: int | None = None,
         *,
         launched: bool = False,
+        shared_sizes: Mapping[int, GroupSize] | None = None,
+        measures: bool = False,
     ) -> None:
-        self.size = size
+        self._size = size
+        self.shared_sizes = shared_sizes or {}  # by the trials that share a GPU, where that may change
+        self.sharing = GpuSharing(self.shared_sizes, measures=measures) if shared_sizes else None
         self.num_workers = num_workers  # of architectures by pattern, see `GroupSize`
         self.max_trials = max_trials  # None: as many as fit
         self.launched = launched  # see `reachable_nodes`
@@ -49,6 +58,30 @@ class Capacity:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _capacity_of, (self.run_id,)
+
+    @property
+    def size(self) -> GroupSize:
+        """Of the trials to come."""
+        return self.shared_sizes[self.sharing.trials_per_gpu] if self.sharing else self._size
+
+    def config(self) -> dict[str, Any]:
+        """What a proposal's config needs beside its settings: a trial keeps the share of a GPU that it begins with."""
+        return {TRIALS_PER_GPU: self.sharing.trials_per_gpu} if self.sharing else {}
+
+    def learn(self, trial_id: str, recipe: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+        """Learn from a trial's result how many may share a GPU; what changes, as a sentence, or nothing."""
+        if self.sharing is None or TRIALS_PER_GPU not in recipe:
+            return ""
+        before, reserved = self.sharing.trials_per_gpu, recipe[TRIALS_PER_GPU]
+        if result.get("batch_parts", 1) > 1 or result["failure"].startswith(OUT_OF_MEMORY):
+            said = self.sharing.ran_out_of_memory(reserved)
+        elif result["failure"] or "gpu" not in result:
+            return ""
+        else:
+            said = self.sharing.add(_epoch(trial_id, recipe, result, ended=time.monotonic()))
+        if self.sharing.trials_per_gpu != before:
+            self._looked = -math.inf  # there is room for another number of workers
+        return said
 
     @property
     def largest(self) -> int:
@@ -110,6 +143,22 @@ class Capacity:
         return room_in_memory(nodes, self.size, self.largest) if memory_counts else room(nodes, self.size)
 
 
+def _epoch(trial_id: str, settings: Mapping[str, Any], result: Mapping[str, Any], *, ended: float) -> Epoch:
+    """That a result tells of; it arrives soon after the epoch's end."""
+    recipe = Recipe.from_dict(recipe_of({}, settings))
+    done = max(0, result["epoch"] - 1)
+    size = recipe.image_size_at(done), recipe.batch_size_at(done)
+    return Epoch(
+        trial=trial_id,
+        gpu=result["gpu"],
+        kind=(recipe.arch, result["stage"], *size, result["gpu_kind"]),
+        began=ended - result["train_seconds"] - result["valid_seconds"],
+        ended=ended,
+        images_per_second=result["images_per_second"],
+        trials_per_gpu=settings[TRIALS_PER_GPU],
+    )
+
+
 _capacities: dict[str, Capacity] = {}
 """Of each search in this process, by its run's id."""
 
@@ -147,10 +196,21 @@ class CapacityNews(tune.Callback):
             say(f"cluster: {change} nodes, room for {many(present, 'worker')} now")
         self.reported = present
 
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        if said := self.capacity.learn(trial.trial_id, {**self.settings, **trial.config}, result):
+            say(f"GPU: {said}")
+            self.reported = None  # the room has changed, and no node has come or gone
+
     def _workers(self, trials: list[Trial]) -> int:
-        """Of the running trials."""
+        """Of the running trials. Where the share of a GPU has changed since they began, as many as fit into theirs."""
         running = ({**self.settings, **trial.config} for trial in trials if trial.status == trial.RUNNING)
-        return sum(self.capacity.group_size(recipe["arch"]).num_workers for recipe in running)
+        now = self.capacity.config().get(TRIALS_PER_GPU, 1)
+        found = 0.0
+        for recipe in running:
+            found += self.capacity.group_size(recipe["arch"]).num_workers * now / recipe.get(TRIALS_PER_GPU, now)
+        return math.floor(found)
 
     def _wait(self, present: int, wanted: int) -> None:
         now = time.monotonic()

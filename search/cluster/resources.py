@@ -5,18 +5,22 @@ import math
 import os
 import platform
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from search.options.search_options import SearchOptions
 from trainables.ray.worker_group import GroupSize
+from trainables.system.gpu_share import gpu_share, num_sharing, reserved
 
 WORKER_MEMORY = 1.0e9
 """Bytes that a worker needs: measured 0.5 GB with a toy network, 1.1 to 2.0 with EfficientNet-Lite0 at 96 px."""
 TRIAL_MEMORY = 0.6e9
 """Bytes that a trial needs besides its workers: 0.12 GB each for its actor and its group's host, the rest for workers
 that need more than the above."""
+AUTO_TRIALS_PER_GPU = (1, 2, 4, 8)
+"""What `--trials-per-gpu auto` tries."""
 AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 """`ray up` writes the cluster's configuration here on the head node; cluster/kubernetes/ writes the relevant part."""
 
@@ -31,7 +35,9 @@ class Node:
     def workers(self, size: GroupSize) -> int:
         """How many workers of this size its CPUs and GPUs suffice for."""
         fits = [self.cpus / size.cpus_per_worker] if size.cpus_per_worker else []
-        fits += [self.gpus / size.gpus_per_worker] if size.gpus_per_worker else []
+        per_gpu = num_sharing(size.gpus_per_worker)
+        if size.gpus_per_worker:  # a share is one of a single GPU
+            fits.append(self.gpus * per_gpu if per_gpu > 1 else self.gpus / size.gpus_per_worker)
         return math.floor(min(fits))
 
     def workers_in_memory(self, size: GroupSize) -> int:
@@ -42,20 +48,34 @@ class Node:
 
 
 def group_size(
-    nodes: list[Node], *, num_workers: int, cpus_per_worker: float | None, gpus_per_worker: int | None
+    nodes: list[Node],
+    *,
+    num_workers: int,
+    cpus_per_worker: float | None,
+    gpus_per_worker: float | None,
+    trials_per_gpu: int = 1,
 ) -> GroupSize:
     """The size of a trial's worker group; None means that the nodes decide.
 
     A GPU per worker if there are GPUs, with its share of the node's CPUs; else two CPUs: they train one trial faster
-    than two concurrent ones, which the second start-up slows.
+    than two concurrent ones, which the second start-up slows. `trials_per_gpu` divides both.
     """
-    largest = max(nodes, key=lambda node: (node.gpus, node.cpus), default=Node(0, 0))
+    largest = _largest(nodes)
     if gpus_per_worker is None:
         gpus_per_worker = 1 if largest.gpus else 0
     if cpus_per_worker is None:
-        share = largest.cpus * gpus_per_worker // largest.gpus if gpus_per_worker and largest.gpus else 2
-        cpus_per_worker = max(1, min(share, 8, largest.cpus // (1 if gpus_per_worker else num_workers)))
+        cpus = largest.cpus * gpus_per_worker / largest.gpus if gpus_per_worker and largest.gpus else 2
+        share = cpus / trials_per_gpu
+        share = min(share // 1, 8, largest.cpus // (1 if gpus_per_worker else num_workers))
+        few = 1 if trials_per_gpu == 1 else max(0.01, math.floor(100 * cpus / trials_per_gpu) / 100)
+        cpus_per_worker = share if share >= 1 else min(1, few)
+    if trials_per_gpu > 1:
+        gpus_per_worker = gpu_share(trials_per_gpu)
     return GroupSize(num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
+
+
+def _largest(nodes: list[Node]) -> Node:
+    return max(nodes, key=lambda node: (node.gpus, node.cpus), default=Node(0, 0))
 
 
 def room(nodes: list[Node], size: GroupSize) -> int:
@@ -76,11 +96,9 @@ def trials_at_once(nodes: list[Node], size: GroupSize, asked: int | None) -> int
     workers = room(nodes, size)
     if workers // size.num_workers >= max(1, asked or 1):
         return asked or room_in_memory(nodes, size, size.num_workers) // size.num_workers
-    per_worker = f"{size.cpus_per_worker:g} CPUs"
-    if size.gpus_per_worker:
-        per_worker += f" and {size.gpus_per_worker} GPUs"
     counts = Counter(nodes).items()
     have = ", ".join(f"{f'{n} x ' if n > 1 else ''}{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node, n in counts)
+    per_worker = reserved(size.cpus_per_worker, size.gpus_per_worker)
     wanted = f"{asked} concurrent trials of {size.num_workers}" if asked else f"A trial of {size.num_workers}"
     raise ValueError(
         f"This can never be scheduled. {wanted} workers, each with {per_worker}, needs room for "
@@ -164,12 +182,72 @@ def sizes(options: SearchOptions, nodes: list[Node], archs: list[str]) -> tuple[
         if not fnmatch.filter(archs, pattern):
             raise ValueError(f"--workers-per-trial {pattern}={by_arch[pattern]} matches none of {', '.join(archs)}")
     counts = [num_workers, *by_arch.values()]
-    largest = group_size(
-        nodes,
-        num_workers=max(counts),
-        cpus_per_worker=options.cpus_per_worker,
-        gpus_per_worker=options.gpus_per_worker,
-    )
+    largest = _shared(options, nodes, options.max_trials_per_gpu or 1, num_workers=max(counts))
+    _require_shareable(options, nodes, largest)
     trials_at_once(nodes, largest, None)
     trials_at_once(nodes, replace(largest, num_workers=min(counts)), options.max_concurrent)
     return replace(largest, num_workers=num_workers), by_arch
+
+
+def _shared(options: SearchOptions, nodes: list[Node], trials_per_gpu: int, num_workers: int = 1) -> GroupSize:
+    gpus = options.gpus_per_worker
+    return group_size(
+        nodes,
+        num_workers=num_workers,
+        cpus_per_worker=options.cpus_per_worker,
+        gpus_per_worker=1 if gpus is not None and 0 < gpus < 1 else gpus,
+        trials_per_gpu=trials_per_gpu,
+    )
+
+
+def _require_shareable(options: SearchOptions, nodes: list[Node], size: GroupSize) -> None:
+    """Raises `ValueError` unless so many trials can share a GPU of these nodes."""
+    largest, asked = _largest(nodes), num_sharing(size.gpus_per_worker)
+    if asked == 1 or largest.workers(size) >= asked * largest.gpus > 0:
+        return
+    if not largest.gpus:
+        raise ValueError(f"{asked} trials are to share a GPU, but the cluster's nodes have none. Omit --trials-per-gpu")
+    needed, have = (asked * size.cpus_per_worker, largest.cpus / largest.gpus)
+    raise ValueError(
+        f"{asked} trials are to share a GPU, each with {size.cpus_per_worker:g} CPUs, but there are {have:g} CPUs for "
+        f"each GPU, not {needed:g}. Lower --trials-per-gpu or --cpus-per-worker"
+    )
+
+
+def shared_sizes(options: SearchOptions, nodes: list[Node]) -> dict[int, GroupSize]:
+    """The sizes of a trial's worker group by the number of trials that share a GPU, where a search may change it:
+    those that `auto` tries, or the number that was asked for and, should memory run out, its halves.
+
+    `auto` tries no more than run at once: of fewer it could not learn what they gain.
+    """
+    num_gpus, most = sum(node.gpus for node in nodes), options.max_trials_per_gpu
+    if most == 1 or not num_gpus:
+        return {}
+    if most is not None:
+        return {n: _shared(options, nodes, n) for n in sorted(halves(most))}
+    found, largest = {}, _largest(nodes)
+    for n in AUTO_TRIALS_PER_GPU:
+        size = _shared(options, nodes, n)
+        too_many = options.max_concurrent is not None and n * num_gpus > options.max_concurrent
+        if n == 1 or not (too_many or largest.workers_in_memory(size) < n * largest.gpus):
+            found[n] = size
+    return found
+
+
+def sharing_note(sizes: Mapping[int, GroupSize], *, measures: bool) -> str:
+    """What a search says at its start of the trials that share a GPU, by their `shared_sizes`; nothing if none do."""
+    most = max(sizes, default=1)
+    if measures and most > 1:
+        return (
+            f"GPU: one trial at a time on each, then up to {most} while they train over 10 % more images per second "
+            "together"
+        )
+    if measures and sizes:
+        return "GPU: one trial at a time on each, the CPUs, memory and --max-concurrent leave no room for more"
+    share = f"{most} trials share each, with 1/{most} of its memory; where that is not enough, fewer will"
+    return f"GPU: {share}" if most > 1 else ""
+
+
+def halves(count: int) -> list[int]:
+    """Of a count, down to 1, such as 6, 3, 1."""
+    return [count, *(halves(count // 2) if count > 1 else [])]

@@ -168,7 +168,13 @@ def _add_where(group: Group) -> None:
     group.add_argument("--cpus-per-worker", type=_above_zero, metavar="N", help=(
         "default: a GPU's share of a node, or 2"
     ))  # fmt: skip
-    group.add_argument("--gpus-per-worker", type=_whole, metavar="N", help="whole GPUs; default: 1 where there are any")
+    group.add_argument("--gpus-per-worker", type=_gpus, metavar="N", help=(
+        "whole GPUs, or a share such as 0.25, which is --trials-per-gpu 4; default: 1 where there are any"
+    ))  # fmt: skip
+    group.add_argument("--trials-per-gpu", type=_auto_or_count, default="1", metavar="N", help=(
+        "trials of one worker that share a GPU and its memory, which small networks do not fill alone; auto: begins "
+        "with 1 and doubles that while the images per second of all of them grow by more than 10 %%; default 1"
+    ))  # fmt: skip
     group.add_argument("--max-concurrent", type=_auto_or_positive, metavar="N", help=(
         "concurrent trials, or auto (default): as many as CPUs, GPUs and memory allow, as nodes come and go"
     ))  # fmt: skip
@@ -331,6 +337,10 @@ def _screen(text: str) -> str:
     return text if text in ("auto", "off") else str(positive(text))
 
 
+def _auto_or_count(text: str) -> str:
+    return text if text == "auto" else str(positive(text))
+
+
 def _auto_or_positive(text: str) -> int | None:
     return None if text == "auto" else positive(text)
 
@@ -347,10 +357,18 @@ def _folds(text: str) -> int:
     return int(text)
 
 
-def _whole(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
-    return int(text)
+def _gpus(text: str) -> float:
+    if text.isdigit():
+        return int(text)
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a whole number, 0 or more, nor a share of one GPU, such as 0.25"
+        )
+    return share
 
 
 def _above_zero(text: str) -> float:

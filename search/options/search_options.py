@@ -9,9 +9,12 @@ from search.options.strategy import Strategy
 from search.spaces.space import space_name
 from trainables.data.fetch import is_uri
 from trainables.data.labelled_images import MAX_UNREADABLE
+from trainables.system.gpu_share import num_sharing
 
 OF_THIS_START = ("given", "describe", "resume", "trust")
 """Options that say how this command starts; a run does not keep them."""
+MAX_TRIALS_PER_GPU = 48
+"""The processes that CUDA's MPS serves on a GPU."""
 CONFIRMED_IN_FOLDS = 3
 """With `--folds` and without `--confirm`."""
 EARLIER = {"space": "", "metric": "error_rate", "refit": "off"}
@@ -49,7 +52,8 @@ class SearchOptions:
     address: str | None = None
     workers_per_trial: tuple[str, ...] = ()
     cpus_per_worker: float | None = None
-    gpus_per_worker: int | None = None
+    gpus_per_worker: float | None = None  # a whole number, or a share of one GPU
+    trials_per_gpu: str = "1"  # how many share one, a number; auto: as many as pay
     max_concurrent: int | None = None  # None: as many as fit
     stall_timeout: float = 600.0
     cache: str = "auto"
@@ -77,7 +81,41 @@ class SearchOptions:
             raise ValueError("--lr-range auto has nothing to narrow: --recipes fixes the rates of every trial")
         if self.recipes and (self.target_seconds or self.objective != "error"):
             raise ValueError(f"--objective and --target-seconds cannot be combined with --recipes: {recipes}")
+        self._check_sharing()
         _ = self.strategy  # checks that its parts fit each other
+
+    def _check_sharing(self) -> None:
+        """Raises `ValueError` where trials cannot share a GPU."""
+        if self.trials_per_gpu != "1" and self.gpus_per_worker is not None:
+            raise ValueError(
+                f"--trials-per-gpu {self.trials_per_gpu} and --gpus-per-worker {self.gpus_per_worker:g} both say what "
+                "a trial gets of a GPU: give one of them (--trials-per-gpu 4 is --gpus-per-worker 0.25)"
+            )
+        asked = f"--trials-per-gpu {self.trials_per_gpu}"
+        if self.gpus_per_worker is not None:
+            asked = f"--gpus-per-worker {self.gpus_per_worker:g}"
+        if (self.max_trials_per_gpu or 0) > MAX_TRIALS_PER_GPU:
+            raise ValueError(f"{asked}: at most {MAX_TRIALS_PER_GPU} trials can share a GPU")
+        if self.max_trials_per_gpu == 1:
+            return
+        num_workers, by_arch = self.num_workers
+        if max([num_workers, *by_arch.values()]) > 1:
+            raise ValueError(
+                f"{asked} cannot be combined with --workers-per-trial {' '.join(self.workers_per_trial)}: only trials "
+                "of one worker can share a GPU, since NCCL refuses to run two workers on one. Omit either"
+            )
+        if self.max_trials_per_gpu is None and (self.target_seconds or "seconds" in self.objective):
+            raise ValueError(
+                f"{asked} changes how long trials take while the search compares them by it (--objective "
+                "error,seconds and --target-seconds). Give a number of trials instead"
+            )
+
+    @property
+    def max_trials_per_gpu(self) -> int | None:
+        """How many trials share a GPU; None: the search finds out."""
+        if self.gpus_per_worker is not None and 0 < self.gpus_per_worker < 1:
+            return num_sharing(self.gpus_per_worker)
+        return None if self.trials_per_gpu == "auto" else int(self.trials_per_gpu)
 
     @property
     def strategy(self) -> Strategy:

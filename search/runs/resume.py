@@ -26,7 +26,7 @@ HERE = ("address", "name", "results", "storage")
 """Options that may differ where a run is resumed."""
 EXTENT = ("trials", "time_budget", "stall_timeout", "keep", "report")
 """Those that `--resume` may change for good: they change nothing about what is compared."""
-SIZES = ("workers_per_trial", "cpus_per_worker", "gpus_per_worker", "max_concurrent")
+SIZES = ("workers_per_trial", "cpus_per_worker", "gpus_per_worker", "trials_per_gpu", "max_concurrent")
 """Likewise, unless trials are compared by their seconds."""
 PLACES = ("data", "weights", "test_split", "leave_out")
 """Likewise, if the same files are there."""

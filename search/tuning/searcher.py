@@ -107,6 +107,10 @@ class OptunaSearcher(Searcher):
         )
 
     def suggest(self, trial_id: str) -> Config | str | None:  # type: ignore[override]  # Ray's hint omits FINISHED
+        found = self._suggest(trial_id)
+        return found | self.capacity.config() if isinstance(found, dict) and self.capacity else found
+
+    def _suggest(self, trial_id: str) -> Config | str | None:
         if not self._has_room(1):  # the later a trial is proposed, the more is known
             return None
         if self.screen and not self.narrowed:

@@ -52,6 +52,7 @@ class RunOptions:
     labels: list[str]
     group_size: GroupSize
     num_workers: dict[str, int] = field(default_factory=dict)  # of architectures by pattern, see `GroupSize`
+    shared_sizes: dict[int, GroupSize] = field(default_factory=dict)  # see `search.cluster.resources`
     began: float | None = None  # when the command did, by `time.monotonic`; its time budget counts from then
 
     @property
@@ -205,7 +206,15 @@ def restored_tuner(run: RunOptions) -> tune.Tuner:
 
 def capacity_of(run: RunOptions) -> Capacity:
     launched, max_trials = run.options.address is not None, run.options.max_concurrent
-    return Capacity(run.folder.run_id, run.group_size, run.num_workers, max_trials, launched=launched)
+    return Capacity(
+        run.folder.run_id,
+        run.group_size,
+        run.num_workers,
+        max_trials,
+        launched=launched,
+        shared_sizes=run.shared_sizes,
+        measures=run.options.max_trials_per_gpu is None,
+    )
 
 
 def trainable(run: RunOptions, settings: dict[str, Any]) -> Any:
@@ -220,6 +229,7 @@ def trainable(run: RunOptions, settings: dict[str, Any]) -> Any:
         max_unreadable=run.options.max_unreadable,
         group_size=run.group_size,
         num_workers=run.num_workers,
+        shared_sizes=run.shared_sizes,
         split_seed=run.space.split_seed,
         stall_timeout=run.options.stall_timeout,
         keep_epoch=run.options.keep_epoch,

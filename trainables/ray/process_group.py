@@ -118,7 +118,7 @@ class FreesFailedStart(WorkerGroupCallback):
 
 @dataclass
 class ProcessGroup(BackendConfig):
-    """The backend of torch's process group: gloo or nccl."""
+    """The backend of torch's process group: gloo or nccl. A group of one worker has none."""
 
     backend: str
 
@@ -136,6 +136,8 @@ class _ProcessGroupBackend(Backend):
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         assert isinstance(backend_config, ProcessGroup)
+        if len(worker_group) == 1:  # it has nobody to talk to; NCCL would refuse a GPU that others use, too
+            return
         address, port = worker_group.execute_single(0, get_address_and_port)
         rendezvous = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
         backend, size, start = backend_config.backend, len(worker_group), worker_group.execute_single_async

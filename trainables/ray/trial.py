@@ -38,7 +38,9 @@ REFIT_TEMPERATURE = "refit_temperature"
 """In such a config: the winner's, which was fitted on images that it had not seen."""
 DEADLINE = "deadline"
 """In the config of a probe: the `time.time` by which it must have ended, see `FineTune`."""
-OF_TRIAL = (RETRAINS, FOLD, SCREENS, REFITS, REFIT_TEMPERATURE, DEADLINE)
+TRIALS_PER_GPU = "trials_per_gpu"
+"""In a config: how many trials shared a GPU when it was proposed. Not a setting of the recipe either."""
+OF_TRIAL = (RETRAINS, FOLD, SCREENS, REFITS, REFIT_TEMPERATURE, DEADLINE, TRIALS_PER_GPU)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,7 @@ class TrialOptions:
     checkpoints: str  # folder of all trials' checkpoints
     group_size: GroupSize
     num_workers: Mapping[str, int] = field(default_factory=dict)  # by pattern of architectures, see `GroupSize`
+    shared_sizes: Mapping[int, GroupSize] = field(default_factory=dict)  # by the trials that share a GPU
     cache: str = "auto"  # how presized images are stored, see `presize`
     max_unreadable: float = MAX_UNREADABLE  # largest share of unreadable images
     split_seed: int = 0
@@ -129,7 +132,9 @@ class FineTuneTrial(tune.Trainable):
             "temperature": config.get(REFIT_TEMPERATURE, 1.0),
             "thresholds": checkpoint.thresholds(winner) if winner else None,
         }
-        self.size = self.options.group_size.for_arch(self.recipe["arch"], self.options.num_workers)
+        options = self.options
+        size = options.shared_sizes.get(config.get(TRIALS_PER_GPU, 0), options.group_size)
+        self.size = size.for_arch(self.recipe["arch"], options.num_workers)
         self.folder = Path(self.options.checkpoints) / table_id(self)
         self.handed_over = False  # whether the host has this trial
         self.files: checkpoint.Files | None

@@ -2,9 +2,10 @@
 
 import gc
 import logging
+import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,15 @@ from trainables.system.text import many
 from trainables.training.checkpoint import SPLIT_FILE, Files
 
 if TYPE_CHECKING:
+    import torch
+
     from trainables.data.presized_images import PresizedImages
     from trainables.training.fine_tune import FineTune
 
 logger = logging.getLogger(__name__)
 
+DEVICE = "FINETUNE_SEARCH_DEVICE"
+"""The environment variable that names the workers' device, instead of the one that Ray gives them."""
 SIGN_SECONDS = 1.0
 """The shortest time between two signs of a worker's progress."""
 
@@ -30,10 +35,14 @@ def serve(config: dict[str, Any]) -> None:
     import ray.train
     import torch
 
+    from trainables.system.gpu_share import limit_memory
+
     torch.set_num_threads(config["num_threads"])
+    device = own_device()
+    limit_memory(config["gpu_share"], device)
     host, context = config["host"], ray.train.get_context()
     rank, several = context.get_world_rank(), context.get_world_size() > 1
-    slot = _Slot(host, config["num_threads"])
+    slot = _Slot(host, config["num_threads"], own_gpu(device))
     myself = ray.get_runtime_context()
     ray.get(host.join.remote(rank, myself.get_node_id(), myself.current_actor))
     number = 0
@@ -50,9 +59,10 @@ def serve(config: dict[str, Any]) -> None:
 class _Slot:
     """One worker's side of a trial slot: the training in progress."""
 
-    def __init__(self, host: Any, num_threads: int) -> None:
+    def __init__(self, host: Any, num_threads: int, gpu: Mapping[str, str] | None = None) -> None:
         self.host = host  # the handle of a `GroupHost`
         self.num_threads = num_threads
+        self.gpu = gpu or {}  # see `own_gpu`
         self.training: FineTune | None = None
         self.trial_id: str | None = None
         self.split: Files = {}  # how its images were split
@@ -72,7 +82,7 @@ class _Slot:
             self.idle_since = time.perf_counter()
             # All workers have the same state: only the first one sends it.
             state = training.state() | self.split if training.world.rank == 0 else None
-            metrics |= {"overhead_seconds": overhead, "batch_parts": command.batch_parts}
+            metrics |= {"overhead_seconds": overhead, "batch_parts": command.batch_parts, **self.gpu}
             return Outcome(metrics, state), True
         except Diverged as error:  # the losses are summed over the workers, so all of them stop here
             self._drop()
@@ -132,7 +142,6 @@ class _Slot:
     def _prepare(self, command: Command) -> "FineTune":
         """Builds the trial of `command` at the epoch that it starts from."""
         import ray.train
-        import ray.train.torch
 
         from trainables.data.source import folder_of
         from trainables.training.fine_tune import FineTune
@@ -151,7 +160,7 @@ class _Slot:
             recipe,
             images,
             weights=weights,
-            device=ray.train.torch.get_device(),
+            device=own_device(),
             num_threads=self.num_threads,
             split_seed=trial.split_seed,
             fold=trial.fold,
@@ -173,6 +182,29 @@ class _Slot:
         if self.training is not None:
             self.training.close()
         self.training = None
+
+
+def own_device() -> "torch.device":
+    """Where this worker trains."""
+    import ray.train.torch
+    import torch
+
+    # A cluster can be tried out where the GPUs that Ray is told of do not exist.
+    device: torch.device = torch.device(os.environ.get(DEVICE) or ray.train.torch.get_device())
+    return device
+
+
+def own_gpu(device: "torch.device") -> dict[str, str]:
+    """The GPU that Ray gave this worker, as metrics: which one it is, and of what kind; none without one."""
+    import ray
+    import torch
+
+    context = ray.get_runtime_context()
+    numbers = context.get_accelerator_ids().get("GPU", [])
+    if not numbers:
+        return {}
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"gpu": f"{context.get_node_id()} {','.join(map(str, numbers))}", "gpu_kind": kind}
 
 
 def is_of_lost_worker(error: Exception) -> bool:

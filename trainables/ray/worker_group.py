@@ -34,7 +34,7 @@ class GroupSize:
 
     num_workers: int = 1
     cpus_per_worker: float = 1
-    gpus_per_worker: int = 0
+    gpus_per_worker: float = 0  # a share of one GPU below 1, and only for one worker
 
     def for_arch(self, arch: str, num_workers: Mapping[str, int]) -> "GroupSize":
         """The size for an architecture; `num_workers` maps patterns such as resnet101* to counts, the last one wins."""
@@ -240,7 +240,11 @@ class GroupHost:
             resources["GPU"] = size.gpus_per_worker
         trainer = GroupTrainer(
             serve,
-            train_loop_config={"host": myself, "num_threads": max(1, int(size.cpus_per_worker))},
+            train_loop_config={
+                "host": myself,
+                "num_threads": max(1, int(size.cpus_per_worker)),
+                "gpu_share": size.gpus_per_worker,
+            },
             backend_config=ProcessGroup(backend="nccl" if size.gpus_per_worker else "gloo"),
             scaling_config=train.ScalingConfig(
                 num_workers=size.num_workers,
