@@ -250,8 +250,10 @@ def announce(run: "RunOptions", nodes: "list[Node]", *, num_images: int) -> None
     from search.runs.disk_space import features_needed, largest_weights, needs
 
     size, folder, options = run.group_size, run.folder, run.options
-    note = memory_note(nodes, size, options.max_concurrent)
-    at_once = options.max_concurrent or trials_at_once(nodes, size, None)
+    measures = options.max_trials_per_gpu is None and bool(run.shared_sizes)
+    asked, most = options.max_concurrent, trials_at_once(nodes, size, None)
+    note = memory_note(nodes, size, None if measures else asked)
+    at_once = min(asked or most, most) if measures else asked or most
     others = "".join(f", {arch} on {count}" for arch, count in run.num_workers.items())
     within = f" in at most {options.time_budget / 60:g} min" if options.time_budget else ""
     screen = run.screen
@@ -262,7 +264,7 @@ def announce(run: "RunOptions", nodes: "list[Node]", *, num_images: int) -> None
         f"{many(size.num_workers, 'worker')} of {reserved(size.cpus_per_worker, size.gpus_per_worker)}{others}; the "
         "first one waits for its workers to start"
     )
-    if note := sharing_note(run.shared_sizes, measures=options.max_trials_per_gpu is None):
+    if note := sharing_note(run.shared_sizes, measures=measures):
         say(note)
     say(f"results: {folder}/")
     concat_pool = True in setting_values(run.space, "concat_pool")
@@ -272,7 +274,7 @@ def announce(run: "RunOptions", nodes: "list[Node]", *, num_images: int) -> None
         needs(
             folder,
             largest_weights(run.space, run.weights),
-            at_once=at_once,
+            at_once=at_once * (max(run.shared_sizes, default=1) if measures else 1),
             kept=options.keep + (options.test_split is not None) + run.refits,
             features=features_needed(num_images, num_sets, concat_pool=concat_pool),
         )

@@ -185,7 +185,10 @@ def sizes(options: SearchOptions, nodes: list[Node], archs: list[str]) -> tuple[
     largest = _shared(options, nodes, options.max_trials_per_gpu or 1, num_workers=max(counts))
     _require_shareable(options, nodes, largest)
     trials_at_once(nodes, largest, None)
-    trials_at_once(nodes, replace(largest, num_workers=min(counts)), options.max_concurrent)
+    smallest = replace(largest, num_workers=min(counts))
+    if options.max_trials_per_gpu is None:  # what does not fit at first may do so later
+        smallest = [smallest, *shared_sizes(replace(options, max_concurrent=None), nodes).values()][-1]
+    trials_at_once(nodes, smallest, options.max_concurrent)
     return replace(largest, num_workers=num_workers), by_arch
 
 
@@ -223,15 +226,13 @@ def shared_sizes(options: SearchOptions, nodes: list[Node]) -> dict[int, GroupSi
     num_gpus, most = sum(node.gpus for node in nodes), options.max_trials_per_gpu
     if most == 1 or not num_gpus:
         return {}
+    counts = AUTO_TRIALS_PER_GPU if most is None else sorted(halves(most))
+    found = {n: _shared(options, nodes, n) for n in counts}
     if most is not None:
-        return {n: _shared(options, nodes, n) for n in sorted(halves(most))}
-    found, largest = {}, _largest(nodes)
-    for n in AUTO_TRIALS_PER_GPU:
-        size = _shared(options, nodes, n)
-        too_many = options.max_concurrent is not None and n * num_gpus > options.max_concurrent
-        if n == 1 or not (too_many or largest.workers_in_memory(size) < n * largest.gpus):
-            found[n] = size
-    return found
+        return found
+    limit, largest = options.max_concurrent or math.inf, _largest(nodes)
+    fits = {n: n * num_gpus <= limit and n * largest.gpus <= largest.workers_in_memory(found[n]) for n in counts}
+    return {n: size for n, size in found.items() if n == 1 or fits[n]}
 
 
 def sharing_note(sizes: Mapping[int, GroupSize], *, measures: bool) -> str:

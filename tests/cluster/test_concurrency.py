@@ -9,6 +9,7 @@ from search.cluster import concurrency as module
 from search.cluster.concurrency import Capacity, CapacityNews
 from search.cluster.resources import Node
 from trainables.ray.worker_group import GroupSize
+from trainables.recipe import Recipe
 
 
 @pytest.fixture
@@ -125,6 +126,77 @@ def test_a_restored_search_takes_up_the_capacity_of_its_own_start_wherever_its_f
 
 
 SETTINGS = {"arch": "resnet18"}
+
+# --- Trials that share a GPU ------------------------------------------------------------------------------------------
+
+
+SHARES = {n: GroupSize(cpus_per_worker=8 / n, gpus_per_worker=1 / n) for n in (1, 2, 4)}
+
+
+def sharing(**options) -> Capacity:
+    return Capacity("run", SHARES[1], {}, shared_sizes=SHARES, launched=True, **options)
+
+
+def result(**more) -> dict:
+    found = {"epoch": 2, "stage": "unfrozen", "failure": "", "gpu": "node 0", "gpu_kind": "A100", "batch_parts": 1}
+    return found | {"train_seconds": 8.0, "valid_seconds": 2.0, "images_per_second": 1000.0} | more
+
+
+def of(number: int, **result_of) -> tuple[str, dict, dict]:
+    recipe = Recipe(arch="resnet18", epochs=9).to_dict()
+    return "a", recipe | {"trials_per_gpu": number, "retrains": "t7"}, result(**result_of)
+
+
+def test_as_many_trials_run_as_share_the_gpus_and_another_one_waits(cluster):
+    cluster.become(Node(16, 2))
+    found = sharing()
+    assert found.has_room([1] * 7, 1) and not found.has_room([1] * 8, 1)
+    assert found.group_size("resnet18") == SHARES[4] and found.config() == {"trials_per_gpu": 4}
+
+
+@pytest.mark.parametrize("what", [{"batch_parts": 2}, {"failure": "out of memory even with 1 image at a time: x"}])
+def test_where_memory_runs_out_fewer_trials_run_from_then_on(cluster, what):
+    cluster.become(Node(8, 1))
+    found = sharing()
+    assert found.has_room([1] * 3, 1)
+    assert "1/4 of its memory was not enough for a trial; 2 share it from now on" in found.learn(*of(4, **what))
+    assert found.has_room([1], 1) and not found.has_room([1] * 2, 1)
+    assert found.config() == {"trials_per_gpu": 2}
+    assert found.learn(*of(4, **what)) == ""
+
+
+def test_other_failures_do_not_lower_the_number(cluster):
+    found = sharing()
+    assert found.learn(*of(4, failure="diverged: training loss is nan")) == ""
+    assert found.learn(*of(4)) == "" and found.config() == {"trials_per_gpu": 4}
+
+
+def test_the_trials_at_once_grow_as_far_as_that_pays(cluster):
+    cluster.become(Node(8, 1))
+    found = sharing(measures=True)
+    assert not found.has_room([1], 1)
+    said = []
+    for _ in range(4):
+        cluster.now += 10
+        said.append(found.learn(*of(1)))
+    assert said == ["", "", "", "1 measured, trying 2 at once"]
+    assert found.has_room([1], 1) and not found.has_room([1, 1], 1)  # at once, not when it next looks at the nodes
+
+
+def test_nothing_is_learned_from_a_search_that_shares_no_gpu(cluster):
+    found = Capacity("run", GroupSize(), {})
+    assert found.config() == {} and found.learn(*of(4, batch_parts=2)) == ""
+
+
+def test_a_number_that_changes_is_said_and_is_no_news_of_nodes(cluster, capsys):
+    cluster.become(Node(8, 1))
+    news = CapacityNews(sharing(), SETTINGS)
+    trials = [trial("RUNNING", trials_per_gpu=4) for _ in range(4)]
+    assert steps(news, capsys, *trials) == ""
+    one, config, found = of(4, batch_parts=2)
+    news.on_trial_result(1, [], SimpleNamespace(trial_id=one, config=config), found)
+    assert "GPU: 1/4 of its memory was not enough for a trial; 2 share it from now on" in capsys.readouterr().out
+    assert steps(news, capsys, *trials) == ""  # the four that run fill what two will
 
 
 def steps(news: CapacityNews, capsys, *trials) -> str:

@@ -12,8 +12,12 @@ from search.cluster.resources import (
     present_nodes,
     reachable_nodes,
     room,
+    shared_sizes,
+    sharing_note,
+    sizes,
     trials_at_once,
 )
+from search.options.search_options import SearchOptions
 from trainables.ray.worker_group import GroupSize
 
 LAPTOP = [Node(cpus=2, gpus=0)]
@@ -131,6 +135,92 @@ def test_the_refusal_of_a_large_cluster_fits_on_a_line():
 def test_too_many_workers_for_a_laptop_are_refused():
     with pytest.raises(ValueError, match=r"4 workers, each with 1 CPUs, .* room for 2"):
         trials_at_once(LAPTOP, size(LAPTOP, num_workers=4), None)
+
+
+# --- Trials that share a GPU ------------------------------------------------------------------------------------------
+
+
+def shared(nodes, **options) -> tuple[GroupSize, dict[int, GroupSize]]:
+    found = SearchOptions(space="pets", **options)
+    return sizes(found, nodes, ["resnet18"])[0], shared_sizes(found, nodes)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "count", "expected"),
+    [
+        (WORKSTATION, 2, workers(8, 0.5)),
+        (WORKSTATION, 4, workers(4, 0.25)),
+        (WORKSTATION, 3, workers(5, 0.3333)),
+        (WORKSTATION, 6, workers(2, 0.1666)),  # six sixths, rounded up to Ray's steps, would be more than one GPU
+        (GPU_NODE, 4, workers(3, 0.25)),
+        ([Node(2, 1)], 4, workers(0.5, 0.25)),
+        ([Node(6, 1)], 3, workers(2, 0.3333)),
+    ],
+)
+def test_trials_that_share_a_gpu_share_its_cpus_too(nodes, count, expected):
+    size, by_count = shared(nodes, trials_per_gpu=str(count))
+    assert size == by_count[count] == expected
+    assert trials_at_once(nodes, size, None) == count * nodes[0].gpus
+    assert round(10_000 * size.gpus_per_worker) * count <= 10_000
+
+
+def test_a_share_of_a_gpu_is_the_same_as_the_number_of_trials_on_it():
+    for share, count in ((0.25, 4), (0.5, 2), (0.3, 3), (1 / 3, 3), (0.1, 10)):
+        assert shared(WORKSTATION, gpus_per_worker=share) == shared(WORKSTATION, trials_per_gpu=str(count))
+    assert shared(WORKSTATION, gpus_per_worker=1) == shared(WORKSTATION) == (workers(8, 1), {})
+
+
+def test_no_share_is_spread_over_two_gpus():
+    assert Node(96, 4).workers(workers(1, 0.3333)) == 12
+    assert Node(96, 4).workers(GroupSize(gpus_per_worker=0.3)) == 12  # 13 x 0.3 are less than 4
+
+
+def test_memory_that_runs_out_halves_the_number_so_its_sizes_are_known():
+    assert list(shared(WORKSTATION, trials_per_gpu="6")[1]) == [1, 3, 6]
+    assert shared(WORKSTATION, trials_per_gpu="6")[1][1] == shared(WORKSTATION)[0]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "tried"),
+    [
+        (WORKSTATION, {}, [1, 2, 4, 8]),
+        (GPU_NODE, {}, [1, 2, 4, 8]),
+        (WORKSTATION, {"cpus_per_worker": 4}, [1, 2, 4]),
+        (WORKSTATION, {"max_concurrent": 3}, [1, 2]),
+        (GPU_NODE, {"max_concurrent": 16}, [1, 2]),
+        ([Node(16, 1, 5e9)], {}, [1, 2]),  # 1.6 GB of memory each
+        ([Node(16, 1, 1e9)], {}, [1]),
+        (LAPTOP, {}, []),
+    ],
+)
+def test_auto_begins_with_one_trial_on_a_gpu_and_tries_what_there_is_room_for(nodes, options, tried):
+    size, by_count = shared(nodes, trials_per_gpu="auto", **options)
+    assert list(by_count) == tried
+    assert size == by_count.get(1, size) == shared(nodes, **options | {"max_concurrent": None})[0]
+
+
+def test_what_shares_a_gpu_is_said():
+    def said(nodes, **options) -> str:
+        measures = options["trials_per_gpu"] == "auto"
+        return sharing_note(shared(nodes, **options)[1], measures=measures)
+
+    assert said(WORKSTATION, trials_per_gpu="4").startswith("GPU: 4 trials share each, with 1/4 of its memory")
+    assert "one trial at a time on each, then up to 8 while they train over 10 %" in said(
+        WORKSTATION, trials_per_gpu="auto"
+    )
+    assert "leave no room for more" in said(WORKSTATION, trials_per_gpu="auto", max_concurrent=1)
+    assert said(LAPTOP, trials_per_gpu="auto") == said(WORKSTATION, trials_per_gpu="1") == ""
+
+
+def test_a_gpu_that_cannot_be_shared_so_is_refused_with_what_to_do():
+    with pytest.raises(ValueError, match=r"4 trials are to share a GPU, but the cluster's nodes have none\. Omit"):
+        shared(LAPTOP, trials_per_gpu="4")
+    with pytest.raises(ValueError, match=r"each with 8 CPUs, but there are 16 CPUs for each GPU, not 32\. Lower"):
+        shared(WORKSTATION, trials_per_gpu="4", cpus_per_worker=8)
+    with pytest.raises(ValueError, match=r"17 concurrent trials .* each with 1 CPUs and 1/8 of a GPU, .* room for 16"):
+        shared([Node(16, 2)], trials_per_gpu="auto", max_concurrent=17)
+    with pytest.raises(ValueError, match=r"each with 2 CPUs and 1/4 of a GPU, .* room for 8"):
+        shared([Node(16, 2)], trials_per_gpu="4", max_concurrent=9)
 
 
 def node_of_ray(cpus: float, gpus: float = 0, alive: bool = True) -> dict:

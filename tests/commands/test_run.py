@@ -102,7 +102,7 @@ def test_help_shows_every_option_and_how_to_begin(process):
     text = process("--help").stdout
     options = "space set data weights test-split describe trials time-budget searcher scheduler objective confirm seed "
     options += "target-seconds address workers-per-trial cpus-per-worker gpus-per-worker max-concurrent results name "
-    options += "resume storage report cache lr-range recipes"
+    options += "trials-per-gpu resume storage report cache lr-range recipes"
     for option in options.split():
         assert f"--{option}" in text
     assert "python -m search.run --space quickstart" in text
@@ -158,7 +158,8 @@ def test_no_space_at_all_is_refused(process):
         ("--cpus-per-worker", "0"),
         ("--cpus-per-worker", "nan"),
         ("--gpus-per-worker", "-1"),
-        ("--gpus-per-worker", "0.5"),
+        ("--gpus-per-worker", "1.5"),
+        ("--trials-per-gpu", "0"),
         ("--searcher", "grid"),
         ("--seed", "x"),
     ],

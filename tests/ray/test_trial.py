@@ -105,6 +105,14 @@ def stepping(tmp_path, errors: dict[int, float], more: dict[int, dict[str, float
     return Trial()
 
 
+def test_a_trial_takes_the_share_of_a_gpu_that_it_was_proposed_with(tmp_path):
+    shares = {1: GroupSize(gpus_per_worker=1), 2: GroupSize(gpus_per_worker=0.5)}
+    trial = stepping(tmp_path, {}, shared_sizes=shares)
+    for config, size in (({"trials_per_gpu": 2}, shares[2]), ({"trials_per_gpu": 1}, shares[1]), ({}, GroupSize())):
+        trial._begin(config)
+        assert trial.size == size and "trials_per_gpu" not in trial.recipe
+
+
 def kept(tmp_path) -> dict[str, bytes]:
     return checkpoint.last_whole(tmp_path / "ta")[0]
 

@@ -148,6 +148,10 @@ def test_a_search_goes_on_with_more_trials_and_whatever_else_changes_nothing_abo
     assert said_changes(folder, resumed(folder)) == ""
 
 
+def test_a_search_goes_on_with_more_or_fewer_trials_on_a_gpu(folder):
+    assert said_changes(folder, resumed(folder, "--trials-per-gpu", "4")) == ", now with --trials-per-gpu 4 (1 before)"
+
+
 def test_the_first_command_goes_on_with_what_a_later_one_has_changed(folder):
     change(folder, arguments=resumed(folder, *MAY_CHANGE))
     assert is_same_command(folder, arguments(folder, *BEGUN))

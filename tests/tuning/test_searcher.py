@@ -16,6 +16,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
+from search.cluster.concurrency import Capacity
+from search.cluster.resources import Node
 from search.options.strategy import SEARCHERS, Strategy
 from search.runs import time_budget
 from search.runs.kinds import PROBE, TRIAL
@@ -28,6 +30,7 @@ from search.tuning.study_configs import config_of, params_of
 from search.tuning.study_end import end_study
 from search.tuning.tuner import Resumable
 from trainables.ray.trial import DEADLINE, text_id
+from trainables.ray.worker_group import GroupSize
 
 SPACE = Space(
     name="small",
@@ -789,3 +792,17 @@ def test_a_probe_is_fitted_again_where_there_is_no_time_for_its_features(journal
     searcher = budgeted(journal, 100.0, winner=lambda: row("probe0", PROBE, number=-4, seconds=30.0))
     searcher.pace.add(PROBED.full_settings | {"probe_views": 0}, PROBED_IN_30_S)
     assert searcher._refit_seconds == pytest.approx(1.0 * 1.25 / 0.9)
+
+
+def test_a_proposal_says_how_many_trials_share_a_gpu_and_the_study_does_not_know(journal, monkeypatch):
+    monkeypatch.setattr("search.cluster.concurrency.present_nodes", lambda: [Node(16, 1)])
+    sizes = {1: GroupSize(gpus_per_worker=1), 2: GroupSize(gpus_per_worker=0.5)}
+    capacity = Capacity("shares", sizes[2], {}, shared_sizes=sizes)
+    searcher = OptunaSearcher(SPACE, journal, seed=0, capacity=capacity)
+    first = searcher.suggest("a")
+    assert first.keys() == {*SPACE.dimensions, "trials_per_gpu"} and first["trials_per_gpu"] == 2
+    assert capacity.learn("a", first, {"failure": "out of memory even with 1 image at a time", "done": True})
+    assert searcher.suggest("b") is None  # the GPU is the first one's until it has ended
+    searcher.on_trial_complete("a", {"failure": "out of memory"})
+    assert searcher.suggest("c")["trials_per_gpu"] == 1
+    assert all(t.params.keys() <= SPACE.dimensions.keys() for t in searcher.study.trials)
