@@ -2,6 +2,9 @@
 
     python bench/gpu.py
     python bench/gpu.py --arch resnet50 --precision bf16 --compile --layouts
+    python bench/gpu.py --at-once 1,2,4,8
+
+The last one measures something else: how many trials an hour a GPU trains that so many share, see `gpu_at_once`.
 
 Images are drawn, as large and as detailed as those of Oxford-IIIT Pets, and presized once. Measured apart: the pipeline
 (`FineTune` plans an epoch, loads, augments and normalizes, and trains nothing), the step (`FineTune` trains again and
@@ -25,6 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import gpu_at_once
 import torch
 from common import CPUS, RESULTS, command_line, draw_photos, footer, hardware, versions, write
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,7 +47,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STAGES = {"frozen": {"freeze_epochs": 3, "epochs": 0}, "unfrozen": {"freeze_epochs": 0, "epochs": 3}}
 NUMBERS = {  # option: without it on a GPU, on a CPU
     "image-size": (224, 64), "presize": (460, 96), "batch-size": (64, 8), "images": (1280, 96),
-    "steps": (30, 4), "warmup": (10, 2), "matmul": (8192, 512),
+    "steps": (30, 4), "warmup": (10, 2), "matmul": (8192, 512), "epochs": (3, 1), "trials": (3, 1),
 }  # fmt: skip
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "opencv-python-headless", "finetune-search")
 COLUMNS = {  # key of a row: its heading, form and scale
@@ -240,6 +244,26 @@ def installed() -> dict[str, str]:
     return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
+def at_once(args: argparse.Namespace, result: dict[str, Any], folder: Path) -> None:
+    """Measures trials that share the GPU, and writes gpu_at_once.json and gpu_at_once.md."""
+    pairs = itertools.product(args.arch, args.precision)
+    lengths = {"freeze_epochs": 1, "epochs": args.epochs}
+    recipes = {pair: recipe_of(args, *pair, "unfrozen").to_dict() | lengths for pair in pairs}
+    common = {"device": args.device, "threads": args.threads, "trials": args.trials}
+    common |= {"folder": str(folder / "drawn"), "cache": str(folder / "presized")}
+    pipe = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"), "control")
+    result |= {"mps": args.device == "cuda" and pipe.exists()}
+    result["rows"] = gpu_at_once.measured(recipes, args.at_once, common)
+    gpu_at_once.publish(args.out or RESULTS, result)
+
+
+def counts(text: str) -> list[int]:
+    found = sorted({int(word) if word.isdigit() else 0 for word in text.split(",")})
+    if found[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers above 0, such as 1,2,4,8")
+    return found
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu = in small, to see that it runs")
@@ -250,6 +274,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=CPUS, help="threads that load images; all cores without it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="also with torch.compile, and when that pays")
+    parser.add_argument("--at-once", type=counts, metavar="1,2,4,8", help="only: trials an hour with so many at once")
     parser.add_argument("--layouts", action="store_true", help="also with contiguous instead of channels-last memory")
     parser.add_argument("--out", type=Path, help="folder of gpu.json and gpu.md; results/bench without it")
     args = parser.parse_args()
@@ -280,12 +305,16 @@ def main() -> None:
     settings["matmul_fp32"] = torch.backends.cuda.matmul.fp32_precision.replace("none", "ieee")
     settings["cudnn_benchmark"] = torch.backends.cudnn.benchmark
     result = {"device": args.device, "settings": settings, "hardware": hardware(gpu), "versions": installed(),
-              "command": command_line(), "seed": args.seed, "rows": [], "peak_tflops": peaks(args)}  # fmt: skip
+              "command": command_line(), "seed": args.seed, "rows": []}  # fmt: skip
+    if not args.at_once:
+        result["peak_tflops"] = peaks(args)
     with tempfile.TemporaryDirectory() as folder:
         found = find_images(draw_photos(Path(folder, "drawn"), args.images, args.seed))
         started = time.perf_counter()
         images = presize(found, args.presize, cache=Path(folder, "presized"))
         result["presize_seconds"] = time.perf_counter() - started
+        if args.at_once:
+            return at_once(args, result, Path(folder))
         result["pipeline_images_per_second"] = pipeline = pipeline_rate(args, images)
         print(
             f"presized {len(images)} images in {result['presize_seconds']:.1f} s; {pipeline:.0f} images/s", flush=True

@@ -56,7 +56,7 @@ class GpuSharing:
         place = self.levels.index(now)
         if place == 0:
             enough = sum(map(len, self._sums(now).values())) >= MIN_EPOCHS
-            return self._try_next(f"{now} measured") if enough else ""
+            return self._try_next("one trial at a time is measured") if enough else ""
         before = self.levels[place - 1]
         gain = self._gain(before, now)
         if gain is None:

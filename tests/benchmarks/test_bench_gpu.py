@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import gpu  # noqa: E402
+import gpu_at_once  # noqa: E402
 
 SMALL = ["--image-size", "16", "--presize", "24", "--images", "24", "--steps", "2", "--warmup", "1", "--matmul", "64"]
 RATES = ("step_images_per_second", "pipeline_images_per_second", "epoch_images_per_second")
@@ -60,6 +61,23 @@ def test_what_cannot_run_is_a_row_with_the_reason(results):
         assert "Kernel size can't be greater than actual input size" in row["reason"]
         assert row["step_images_per_second"] is None
         assert f"- test_convnext, {row['precision']}, {row['stage']}: {row['reason']}" in table
+
+
+@pytest.mark.slow
+def test_trials_that_share_a_gpu_are_counted_and_compared_with_one_at_a_time(tmp_path):
+    words = ["--device", "cpu", "--out", str(tmp_path), "--arch", "test_resnet", *SMALL, "--at-once", "2,1"]
+    done = run_here(gpu.main, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result, table = json.loads((tmp_path / "gpu_at_once.json").read_text()), (tmp_path / "gpu_at_once.md").read_text()
+    alone, two = result["rows"]
+    assert (alone["at_once"], two["at_once"], alone["reason"], two["reason"]) == (1, 2, None, None)
+    assert alone["times_alone"] == 1 and two["times_alone"] == two["trials_per_hour"] / alone["trials_per_hour"]
+    assert min(row[name] for row in (alone, two) for name in ("trials_per_hour", "images_per_second")) > 0
+    assert "in small" in table and "MPS: off" in table
+    for text in (json.dumps(result), table):
+        assert not any(str(folder) in text for folder in (tmp_path, ROOT, Path.home()))
+    failed = two | dict.fromkeys(gpu_at_once.COLUMNS) | {"reason": "OutOfMemoryError: CUDA out of memory"}
+    assert "- test_resnet, fp32, 2: OutOfMemoryError" in gpu_at_once.markdown(result | {"rows": [alone, failed]})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

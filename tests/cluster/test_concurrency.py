@@ -179,7 +179,7 @@ def test_the_trials_at_once_grow_as_far_as_that_pays(cluster):
     for _ in range(4):
         cluster.now += 10
         said.append(found.learn(*of(1)))
-    assert said == ["", "", "", "1 measured, trying 2 at once"]
+    assert said == ["", "", "", "one trial at a time is measured, trying 2 at once"]
     assert found.has_room([1], 1) and not found.has_room([1, 1], 1)  # at once, not when it next looks at the nodes
 
 

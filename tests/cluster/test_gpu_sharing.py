@@ -69,7 +69,7 @@ def test_what_was_found_is_said():
     search = Search({1: 1000, 2: 1600, 4: 1700})
     search.settled()
     assert search.said == [
-        "1 measured, trying 2 at once",
+        "one trial at a time is measured, trying 2 at once",
         "2 trials at once train 1.60 times the images per second of 1, trying 4 at once",
         "4 trials at once train 1.06 times the images per second of 2; 2 share it from now on",
     ]
