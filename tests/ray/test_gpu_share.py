@@ -45,7 +45,8 @@ def test_two_trials_share_a_gpu_and_a_third_one_waits(told_gpu, colour_folder, t
         shared_sizes={2: GroupSize(cpus_per_worker=1, gpus_per_worker=0.5)},
     )
     trials = [tune.with_parameters(FineTuneTrial, options=options)({"trials_per_gpu": 2, "seed": n}) for n in range(3)]
-    with ThreadPoolExecutor() as pool:
+    pool = ThreadPoolExecutor()
+    try:
         epochs = [pool.submit(trial.step) for trial in trials]
         deadline = time.monotonic() + START_SECONDS
         while sum(epoch.done() for epoch in epochs) < 2 and time.monotonic() < deadline:
@@ -58,5 +59,7 @@ def test_two_trials_share_a_gpu_and_a_third_one_waits(told_gpu, colour_folder, t
         assert {result["gpu_kind"] for result in results} == {"cpu"}
         trials[epochs.index(done.pop())].cleanup()  # its workers leave
         assert waiting.pop().result(START_SECONDS)["failure"] == ""
-    for trial in trials:
-        trial.cleanup()
+        for trial in trials:
+            trial.cleanup()
+    finally:
+        pool.shutdown(wait=False)  # without Ray, none goes on
