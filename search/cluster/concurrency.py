@@ -19,6 +19,7 @@ from trainables.system.text import duration, many
 LOOK_SECONDS = 5.0
 """Maximum age of what is known about the cluster."""
 REMIND_SECONDS = 120.0
+ROUNDING = 1e-6
 OUT_OF_MEMORY = "out of memory"
 """How the failure of such a trial begins, see `trainables.ray.worker`."""
 MAX_WAITING = 8
@@ -50,6 +51,7 @@ class Capacity:
         self.num_workers = num_workers  # of architectures by pattern, see `GroupSize`
         self.max_trials = max_trials  # None: as many as fit
         self.launched = launched  # see `reachable_nodes`
+        self._shares: dict[str, int] = {}  # of a GPU, by the trial's id, as the number of trials that share one
         self.run_id = run_id
         self._looked = self._freed = -math.inf
         self._present = 0
@@ -64,15 +66,24 @@ class Capacity:
         """Of the trials to come."""
         return self.shared_sizes[self.sharing.trials_per_gpu] if self.sharing else self._size
 
-    def config(self) -> dict[str, Any]:
+    def config(self, trial_id: str) -> dict[str, Any]:
         """What a proposal's config needs beside its settings: a trial keeps the share of a GPU that it begins with."""
-        return {TRIALS_PER_GPU: self.sharing.trials_per_gpu} if self.sharing else {}
+        if self.sharing is None:
+            return {}
+        self._shares[trial_id] = self.sharing.trials_per_gpu
+        return {TRIALS_PER_GPU: self.sharing.trials_per_gpu}
+
+    def weighed(self, live: Mapping[str, int]) -> list[float]:
+        """The workers of trials by their ids, each as many as workers of the trials to come fit into its place."""
+        now = self.sharing.trials_per_gpu if self.sharing else 1
+        return [workers * now / self._shares.get(trial_id, now) for trial_id, workers in live.items()]
 
     def learn(self, trial_id: str, recipe: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         """Learn from a trial's result how many may share a GPU; what changes, as a sentence, or nothing."""
         if self.sharing is None or TRIALS_PER_GPU not in recipe:
             return ""
         before, reserved = self.sharing.trials_per_gpu, recipe[TRIALS_PER_GPU]
+        self._shares[trial_id] = reserved  # also of a trial that a resumed search continues
         if result.get("batch_parts", 1) > 1 or result["failure"].startswith(OUT_OF_MEMORY):
             said = self.sharing.ran_out_of_memory(reserved)
         elif result["failure"] or "gpu" not in result:
@@ -91,8 +102,9 @@ class Capacity:
     def group_size(self, arch: str) -> GroupSize:
         return self.size.for_arch(arch, self.num_workers)
 
-    def has_room(self, live: Collection[int], more: int) -> bool:
-        """Whether a trial of `more` workers may start besides those with `live` workers; the first one always may.
+    def has_room(self, live: Collection[float], more: int) -> bool:
+        """Whether a trial of `more` workers may start besides those with `live` workers, see `weighed`; the first one
+        always may.
 
         Some may wait for nodes, which is what makes an autoscaler add them.
         """
@@ -100,14 +112,14 @@ class Capacity:
             return True
         if self.max_trials is not None and len(live) >= self.max_trials:
             return False
-        wanted = sum(live) + more
+        wanted = math.ceil(sum(live) - ROUNDING) + more
         if wanted <= self.present:
             return True
         most_waiting = max(MAX_WAITING, self.largest, self.present)
         yields = time.monotonic() - self._freed < YIELD_SECONDS
         return not yields and wanted <= min(self.reachable, self.present + most_waiting)
 
-    def note_end(self, live: Collection[int]) -> None:
+    def note_end(self, live: Collection[float]) -> None:
         """One of the trials with `live` workers has ended. Trials that wait for room get it before a new one: they may
         need more workers than it had, or may have lost their node. Otherwise it does not matter which of them waits.
         """
@@ -172,7 +184,7 @@ class CapacityNews(tune.Callback):
 
     def __init__(self, capacity: Capacity, settings: Mapping[str, Any]) -> None:
         self.capacity = capacity
-        self.settings = settings  # of all trials, except what is searched
+        self.settings = dict(settings)  # of all trials, except what is searched
         self.reported: int | None = None
         self.waiting_since: float | None = None
         self.reminded = 0.0
@@ -204,13 +216,13 @@ class CapacityNews(tune.Callback):
             self.reported = None  # the room has changed, and no node has come or gone
 
     def _workers(self, trials: list[Trial]) -> int:
-        """Of the running trials. Where the share of a GPU has changed since they began, as many as fit into theirs."""
-        running = ({**self.settings, **trial.config} for trial in trials if trial.status == trial.RUNNING)
-        now = self.capacity.config().get(TRIALS_PER_GPU, 1)
-        found = 0.0
-        for recipe in running:
-            found += self.capacity.group_size(recipe["arch"]).num_workers * now / recipe.get(TRIALS_PER_GPU, now)
-        return math.floor(found)
+        """Of the running trials, see `Capacity.weighed`."""
+        running = {
+            trial.trial_id: self.capacity.group_size((self.settings | trial.config)["arch"]).num_workers
+            for trial in trials
+            if trial.status == trial.RUNNING
+        }
+        return math.ceil(sum(self.capacity.weighed(running)) - ROUNDING)
 
     def _wait(self, present: int, wanted: int) -> None:
         now = time.monotonic()

@@ -108,7 +108,7 @@ class OptunaSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> Config | str | None:  # type: ignore[override]  # Ray's hint omits FINISHED
         found = self._suggest(trial_id)
-        return found | self.capacity.config() if isinstance(found, dict) and self.capacity else found
+        return found | self.capacity.config(trial_id) if isinstance(found, dict) and self.capacity else found
 
     def _suggest(self, trial_id: str) -> Config | str | None:
         if not self._has_room(1):  # the later a trial is proposed, the more is known
@@ -271,7 +271,7 @@ class OptunaSearcher(Searcher):
         return [(text_id(trial.user_attrs[_TUNE_ID]), config_of(self.space, trial.params)) for trial in done]
 
     def _has_room(self, num_workers: int) -> bool:
-        return self.capacity is None or self.capacity.has_room(self.live.values(), num_workers)
+        return self.capacity is None or self.capacity.has_room(self.capacity.weighed(self.live), num_workers)
 
     def _num_workers(self, config: Config) -> int:
         if self.capacity is None:
@@ -291,7 +291,7 @@ class OptunaSearcher(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if self.capacity is not None:
-            self.capacity.note_end(self.live.values())
+            self.capacity.note_end(self.capacity.weighed(self.live))
         self.live.pop(trial_id, None)
         if self.screen and trial_id in self.screen.begun:
             return self._end_probe(trial_id, self.screen, result or {})

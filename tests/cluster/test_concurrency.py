@@ -1,5 +1,6 @@
 """How many trials may run at once as nodes come and go, and what a search says of it (real nodes: test_clusters.py)."""
 
+import itertools
 import pickle
 from types import SimpleNamespace
 
@@ -126,6 +127,7 @@ def test_a_restored_search_takes_up_the_capacity_of_its_own_start_wherever_its_f
 
 
 SETTINGS = {"arch": "resnet18"}
+NUMBERS = itertools.count()
 
 # --- Trials that share a GPU ------------------------------------------------------------------------------------------
 
@@ -151,7 +153,7 @@ def test_as_many_trials_run_as_share_the_gpus_and_another_one_waits(cluster):
     cluster.become(Node(16, 2))
     found = sharing()
     assert found.has_room([1] * 7, 1) and not found.has_room([1] * 8, 1)
-    assert found.group_size("resnet18") == SHARES[4] and found.config() == {"trials_per_gpu": 4}
+    assert found.group_size("resnet18") == SHARES[4] and found.config("next") == {"trials_per_gpu": 4}
 
 
 @pytest.mark.parametrize("what", [{"batch_parts": 2}, {"failure": "out of memory even with 1 image at a time: x"}])
@@ -161,14 +163,14 @@ def test_where_memory_runs_out_fewer_trials_run_from_then_on(cluster, what):
     assert found.has_room([1] * 3, 1)
     assert "1/4 of its memory was not enough for a trial; 2 share it from now on" in found.learn(*of(4, **what))
     assert found.has_room([1], 1) and not found.has_room([1] * 2, 1)
-    assert found.config() == {"trials_per_gpu": 2}
+    assert found.config("next") == {"trials_per_gpu": 2}
     assert found.learn(*of(4, **what)) == ""
 
 
 def test_other_failures_do_not_lower_the_number(cluster):
     found = sharing()
     assert found.learn(*of(4, failure="diverged: training loss is nan")) == ""
-    assert found.learn(*of(4)) == "" and found.config() == {"trials_per_gpu": 4}
+    assert found.learn(*of(4)) == "" and found.config("next") == {"trials_per_gpu": 4}
 
 
 def test_the_trials_at_once_grow_as_far_as_that_pays(cluster):
@@ -185,16 +187,40 @@ def test_the_trials_at_once_grow_as_far_as_that_pays(cluster):
 
 def test_nothing_is_learned_from_a_search_that_shares_no_gpu(cluster):
     found = Capacity("run", GroupSize(), {})
-    assert found.config() == {} and found.learn(*of(4, batch_parts=2)) == ""
+    assert found.config("next") == {} and found.learn(*of(4, batch_parts=2)) == ""
+
+
+def test_trials_count_by_the_share_of_a_gpu_that_they_have(cluster):
+    cluster.become(Node(8, 1))
+    found = sharing()
+    live = dict.fromkeys("abcd", 1)
+    for name in live:
+        found.config(name)
+    found.learn(*of(4, batch_parts=2))
+    assert found.weighed(live) == [0.5] * 4
+    assert not found.has_room(found.weighed(live), 1)
+    assert not found.has_room(found.weighed(dict.fromkeys("abc", 1)), 1)
+    assert found.has_room(found.weighed(dict.fromkeys("ab", 1)), 1)  # a half is free, not two quarters
+    growing = sharing(measures=True)
+    growing.config("a")
+    for _ in range(4):
+        cluster.now += 10
+        growing.learn(*of(1))
+    assert not growing.has_room(growing.weighed({"a": 1}), 1)  # it has the GPU to itself until it ends
+    growing.config("b")
+    assert growing.has_room(growing.weighed({"b": 1}), 1)
 
 
 def test_a_number_that_changes_is_said_and_is_no_news_of_nodes(cluster, capsys):
     cluster.become(Node(8, 1))
-    news = CapacityNews(sharing(), SETTINGS)
-    trials = [trial("RUNNING", trials_per_gpu=4) for _ in range(4)]
+    found = sharing()
+    news = CapacityNews(found, SETTINGS)
+    trials = [trial("RUNNING") for _ in range(4)]
+    for one in trials:
+        one.config |= found.config(one.trial_id)
     assert steps(news, capsys, *trials) == ""
-    one, config, found = of(4, batch_parts=2)
-    news.on_trial_result(1, [], SimpleNamespace(trial_id=one, config=config), found)
+    one, config, ended = of(4, batch_parts=2)
+    news.on_trial_result(1, [], SimpleNamespace(trial_id=one, config=config), ended)
     assert "GPU: 1/4 of its memory was not enough for a trial; 2 share it from now on" in capsys.readouterr().out
     assert steps(news, capsys, *trials) == ""  # the four that run fill what two will
 
@@ -205,7 +231,7 @@ def steps(news: CapacityNews, capsys, *trials) -> str:
 
 
 def trial(status: str, **config):
-    return SimpleNamespace(status=status, config=config, RUNNING="RUNNING")
+    return SimpleNamespace(status=status, config=config, RUNNING="RUNNING", trial_id=f"t{next(NUMBERS)}")
 
 
 def test_a_search_says_what_it_waits_for_again_and_again_and_when_it_goes_on(cluster, tmp_path, capsys):
