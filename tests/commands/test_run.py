@@ -16,7 +16,7 @@ from in_process import run_here
 from run_tables import write_run
 from tiny_run import draw_images, write_json
 
-from search.cluster.resources import Node, sizes
+from search.cluster.resources import Node, shared_sizes, sizes
 from search.options.arguments import parse_arguments, resume_command
 from search.options.preparation import space_of
 from search.options.search_options import SearchOptions
@@ -347,6 +347,31 @@ def test_commands_that_a_search_prints_can_be_pasted_where_results_has_a_space(t
     assert found == {"search.dashboard": [str(path)], "search.export": [str(path), "--out", "exported"]}
     conclude(run, 60.0, interrupted=True)
     assert commands_in(capsys.readouterr().out)["search.run"][-2:] == ["--results", str(path.parent)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, ["1 at once, each on 1 worker of 8 CPUs and 1 GPUs;"]),
+        (
+            {"trials_per_gpu": "4"},
+            ["4 at once, each on 1 worker of 4 CPUs and 1/4 of a GPU;", "GPU: 4 trials share each"],
+        ),
+        ({"trials_per_gpu": "auto"}, ["1 at once, each on 1 worker of 8 CPUs and 1 GPUs;", "then up to 8 while they"]),
+        ({"trials_per_gpu": "auto", "max_concurrent": 5}, ["1 at once, each", "then up to 4 while they"]),
+    ],
+)
+def test_a_search_says_at_its_start_what_shares_a_gpu(tmp_path, capsys, asked, expected):
+    options, nodes = SearchOptions(space="quickstart", metric="error_rate", **asked), [Node(16, 1)]
+    space = replace(space_of("quickstart", ["pretrained=false"]), dimensions={})
+    size, num_workers = sizes(options, nodes, [])
+    run = RunOptions(
+        options=options, space=space, folder=RunFolder(tmp_path), data="", labels=[], data_digest="",
+        group_size=size, num_workers=num_workers, shared_sizes=shared_sizes(options, nodes),
+    )  # fmt: skip
+    announce(run, nodes, num_images=100)
+    said = capsys.readouterr().out
+    assert all(text in said for text in expected) and ("GPU: " in said) == (len(expected) > 1)
 
 
 def test_the_commands_of_reports_and_errors_can_be_pasted_likewise(tmp_path):
