@@ -1,4 +1,4 @@
-"""The screen: before anything is fine-tuned, a probe of every architecture and image size of a space, cheapest first.
+"""The screen: before anything is fine-tuned, a probe of every architecture and image size of a space.
 
 The backbone decides more than all other settings together, and a probe costs one forward pass over the images. So only
 the architectures with the best probes are fine-tuned. And the first probe is a model that the search can deliver.
@@ -48,7 +48,7 @@ class Screen:
     """The probes of a search and how far they are, which is saved with the searcher."""
 
     pairs: list[Config]
-    """An architecture and an image size each, cheapest first."""
+    """An architecture and an image size each, from cheap to expensive."""
     costs: list[float]
     """Of a probe of each pair, in any unit."""
     keep: int | None = None
@@ -79,9 +79,19 @@ class Screen:
         """Of the probe that can begin now; None where none is left, or the second one has to wait for the others."""
         taken = {*self.begun.values(), *self.skipped}
         if left := set(range(self.last)) - taken:
-            return min(left)
+            return min(left, key=self._turn)
         can_refine = self.views and self.last not in taken and self._all_ended and self.probes
         return self.last if can_refine else None
+
+    def _turn(self, place: int) -> tuple[bool, float, int]:
+        """Orders the pairs: each architecture at its smallest size, then the other sizes of the best ones so far. A time
+        budget may leave no time for all, and the architecture decides more than the size."""
+        pair = self.pairs[place]
+        of_arch = [i for i, other in enumerate(self.pairs) if other["arch"] == pair["arch"]]
+        if place == of_arch[0]:
+            return False, 0.0, place
+        found = (probe.expected_objective for i in of_arch if (probe := self.ended.get(i)))
+        return True, min(found, default=math.inf), place
 
     @property
     def is_over(self) -> bool:

@@ -46,18 +46,26 @@ def outcome(error: float, seconds: float = 10.0) -> dict:
     return {"epoch": 0, "epochs_total": 0, "failure": "", "seconds": seconds, "feature_seconds": seconds, **metrics}
 
 
-def test_every_architecture_is_probed_at_every_size_cheapest_first(weights):
+def test_every_architecture_is_probed_at_its_smallest_size_and_then_the_best_ones_at_the_others(weights):
     screen, order = new_screen(SPACE, None, weights), []
+    errors = {"a": 0.2, "b": 0.1, "c": None, "d": 0.3}
     while (place := screen.next_place) is not None:
         config = screen.config(place)
         order.append((config["arch"], config["image_size"], config[SCREENS]))
         assert (config["epochs"], config["freeze_epochs"]) == (0, 0)
         screen.begin(f"t{len(order)}", place)
-    # 100 * 96 ** 2 < 100 * 128 ** 2 < 200 * 96 ** 2 < ...
-    assert order[:3] == [("d", 96, -8), ("d", 128, -7), ("c", 96, -6)]
-    assert {pair[:2] for pair in order} == {(arch, size) for arch in "abcd" for size in (96, 128)}
-    assert order[-1][2] == -1
-    assert not screen.is_over  # none has ended
+        error = errors[config["arch"]]
+        screen.end(f"t{len(order)}", {"failure": "no weights"} if error is None else outcome(error))
+    # By cost, 100 * 96 ** 2 < 100 * 128 ** 2 < 200 * 96 ** 2 < ...
+    assert order[:4] == [("d", 96, -8), ("c", 96, -6), ("b", 96, -5), ("a", 96, -3)]
+    assert order[4:] == [("b", 128, -2), ("a", 128, -1), ("d", 128, -7), ("c", 128, -4)]
+
+
+def test_probes_begin_before_others_have_ended(weights):
+    screen = new_screen(SPACE, None, weights)
+    while (place := screen.next_place) is not None:
+        screen.begin(f"t{place}", place)
+    assert len(screen.begun) == 8 and not screen.is_over
 
 
 def test_without_known_weights_the_spaces_own_order_says_what_is_cheap():
@@ -146,8 +154,8 @@ def test_a_probe_that_the_searchs_end_has_cut_off_is_repeated_under_its_number(w
 def test_the_best_pair_is_probed_once_more_with_augmented_views_when_all_others_have_ended(weights):
     space = replace(SPACE, settings=SPACE.settings | {"probe_views": 2})
     screen = new_screen(space, None, weights)
-    for place in range(8):
-        assert screen.config(screen.next_place)[SCREENS] == place - 9
+    while (place := screen.next_place) is not None:
+        assert screen.config(place)[SCREENS] == place - 9
         assert screen.config(place)["probe_views"] == 0
         screen.begin(f"t{place}", place)
     assert screen.next_place is None
@@ -174,4 +182,4 @@ def test_what_a_time_budget_skips_is_left_out_and_a_longer_one_begins_it_again(w
     screen.skip(8)
     assert screen.is_over
     screen.forget_running(begun_again=True)
-    assert screen.next_place == 1
+    assert screen.next_place == 2  # the next architecture

@@ -695,6 +695,7 @@ def test_time_is_left_for_the_second_probe_of_the_best_pair(journal, clock):
     budget = TimeBudget(RunFolder(journal.parent), 60.0, since=1000.0)
     searcher = made(journal, space=space, screen=new_screen(space, None, None), budget=budget)
     config = searcher.suggest("probe0")
+    del config[DEADLINE]
     clock.seconds += 35
     probe(searcher, "probe0", config)  # another pair is expected to take 13 s, and its views 2 * 80 images * 0.1 s
     assert searcher.suggest("probe1") == config | {"probe_views": 2, "screens": -1}
