@@ -84,8 +84,8 @@ class Screen:
         return self.last if can_refine else None
 
     def _turn(self, place: int) -> tuple[bool, float, int]:
-        """Orders the pairs: each architecture at its smallest size, then the other sizes of the best ones so far. A time
-        budget may leave no time for all, and the architecture decides more than the size."""
+        """Orders the pairs: each architecture at its smallest size, then the other sizes of the best ones so far. A
+        time budget may leave no time for all, and the architecture decides more than the size."""
         pair = self.pairs[place]
         of_arch = [i for i, other in enumerate(self.pairs) if other["arch"] == pair["arch"]]
         if place == of_arch[0]:
