@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from search.runs.csv_file import Row
     from search.runs.paths import RunFolder
     from search.tuning.tuner import RunOptions
+    from search.tuning.warm_start import WarmStart
     from trainables.data.labelled_images import ImageFolder
 
 
@@ -99,6 +100,7 @@ class Prepared:
     known: "ImagesRecord"
     files: "FilesRecord"
     mirror: AbstractContextManager[object]
+    warm_start: "WarmStart | None"
 
 
 def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
@@ -117,6 +119,7 @@ def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
         require_whole,
     )
     from search.tuning.halving import check_lengths
+    from search.tuning.warm_start import WarmStart, new_warm_start
     from trainables.data.groups import to_text
 
     if options.resume:
@@ -143,6 +146,9 @@ def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
     known, files = images_record(images), files_record(options, space)
     if options.resume:
         require_same(folder, space.to_record(), known, files, groups)
+        warm_start = WarmStart.load(folder)
+    else:
+        warm_start = new_warm_start(options, space, known, groups, files)
     options = pinned(options)
     if options.address is None:
         presized = presize_here(space, images, cache=options.cache, max_unreadable=options.max_unreadable)
@@ -152,7 +158,7 @@ def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
             say_near_duplicates(presized, space.split_seed, folder.near_duplicates)
     return Prepared(
         options=options, asked=asked, space=space, images=images, groups=groups, left_out=left_out, known=known,
-        files=files, mirror=mirror,
+        files=files, mirror=mirror, warm_start=warm_start,
     )  # fmt: skip
 
 
@@ -199,6 +205,7 @@ def connect(prepared: Prepared, folder: "RunFolder", argv: Sequence[str], began:
         group_size=size,
         num_workers=num_workers,
         shared_sizes=shared_sizes(options, nodes),
+        warm_start=prepared.warm_start,
         began=began,
     )
     write_record(prepared, run, argv, nodes)
@@ -217,6 +224,8 @@ def write_record(prepared: Prepared, run: "RunOptions", argv: Sequence[str], nod
     from search.runs.trust import signature
 
     folder, options = run.folder, run.options
+    if run.warm_start and not options.resume:
+        run.warm_start.save(folder)
     before = CommandRecord.load(folder.path) if options.resume else None
     run_id = before.run_id if before and before.run_id else uuid4().hex
     packages = ("finetune-search", "ray", "torch", "torchvision", "timm", "optuna")
@@ -266,6 +275,8 @@ def announce(run: "RunOptions", nodes: "list[Node]", *, num_images: int) -> None
     )
     if note := sharing_note(run.shared_sizes, measures=measures):
         say(note)
+    if run.warm_start and not options.resume:
+        say(run.warm_start.line(run.space))
     say(f"results: {folder}/")
     concat_pool = True in setting_values(run.space, "concat_pool")
     # Those of the screen and its views; a range may have other image sizes, too.

@@ -35,6 +35,8 @@ examples:
       extend a search, also one that has ended, to 40 trials in all
   python -m search.run --resume --name NAME --storage s3://bucket/runs --address auto
       resume it on another cluster, from the copy that --storage made of it
+  python -m search.run --data ~/my_images --warm-start results/first --name second
+      learn from an earlier search, on the same images or others
   python -m search.run --space pets --recipes book
       the runs of fastai's book, each once, with the published errors beside ours
   python -m search.run --space pets --describe
@@ -61,7 +63,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> SearchOptions:
     _add_results(parser.add_argument_group("results"))
     values = vars(parser.parse_args(argv))
     columns, images = values.pop("columns"), values.pop("images")
-    lists = {name: tuple(values[name]) for name in ("set", "workers_per_trial")}
+    lists = {name: tuple(values[name]) for name in ("set", "workers_per_trial", "warm_start")}
     try:
         values["data"] = with_table_options(values["data"], columns, images)
         return SearchOptions(**values | lists, given=_given(parser, argv))
@@ -103,6 +105,11 @@ def _add_what(group: Group) -> None:
     group.add_argument("--recipes", metavar="NAME", help=(
         "run only the space's recipes of that name, such as book, each once and to its end; ignores --searcher and "
         "--scheduler"
+    ))  # fmt: skip
+    group.add_argument("--warm-start", type=absolute, nargs="+", action="extend", default=[], metavar="RUN", help=(
+        "folders of earlier runs to learn from: on the same images and split, with the same weights and metric, their "
+        "trials that are in this space count as if the search had made them before its first one; of all others the "
+        "best three configs are tried after trial 0"
     ))  # fmt: skip
     group.add_argument("--describe", action="store_true", help="print the space and all settings, and stop")
     add_max_unreadable(group)

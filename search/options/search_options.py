@@ -35,6 +35,7 @@ class SearchOptions:
     group: str | None = None  # parent, column, duplicates or a regular expression, see `groups.grouped`
     leave_out: Path | None = None  # a CSV file
     recipes: str | None = None
+    warm_start: tuple[Path, ...] = ()  # the folders of earlier runs
     describe: bool = False
     max_unreadable: float = MAX_UNREADABLE
     trials: int | None = None
@@ -79,6 +80,8 @@ class SearchOptions:
             raise ValueError(f"--trials cannot be combined with --recipes: {recipes}")
         if self.recipes and self.lr_range == "auto":
             raise ValueError("--lr-range auto has nothing to narrow: --recipes fixes the rates of every trial")
+        if self.recipes and self.warm_start:
+            raise ValueError(f"--warm-start cannot be combined with --recipes: {recipes}")
         if self.recipes and (self.target_seconds or self.objective != "error"):
             raise ValueError(f"--objective and --target-seconds cannot be combined with --recipes: {recipes}")
         self._check_sharing()
@@ -167,7 +170,9 @@ class SearchOptions:
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def folder_or_uri(text: str) -> Path | str:
@@ -186,6 +191,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "weights": folder_or_uri,
     "test_split": lambda value: value if isinstance(value, float) else Path(value),
     "leave_out": Path,
+    "warm_start": lambda paths: tuple(map(Path, paths)),
     "scheduler": lambda name: OLD_SCHEDULERS.get(name, name),
     "max_concurrent": lambda number: None if number == "auto" else number,
     "results": Path,

@@ -2,11 +2,12 @@
 
 import warnings
 
-from optuna import Study
+from optuna import Study, create_study
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
 from search.runs.run_record import RunRecord
+from search.runs.study_journal import own_trials
 from search.spaces.space import SWITCH
 
 MIN_TRIALS = 5  # completed; fewer say nothing
@@ -20,9 +21,16 @@ def importances(run: RunRecord) -> dict[str, float]:
     if len(run.whole) < MIN_TRIALS or not run.folder.journal.is_file():
         return {}
     try:
-        return study_importances(run.study)
+        return study_importances(_own(run.study))
     except (ValueError, RuntimeError):  # for example, all trials are alike
         return {}
+
+
+def _own(study: Study) -> Study:
+    """A study without the trials of earlier runs."""
+    own = create_study(directions=study.directions)
+    own.add_trials(own_trials(study, *TrialState))
+    return own
 
 
 def study_importances(study: Study, best_share: float = BEST_SHARE) -> dict[str, float]:

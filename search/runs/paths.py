@@ -25,6 +25,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.journal = self.path / "study.journal"
         self.rungs = self.path / "rungs.json"
+        self.warm_start = self.path / "warm_start.json"
         self.lr_find = self.path / "lr_find"
         self.near_duplicates = self.path / "near_duplicates.csv"
         self.interpretation = self.path / "interpretation"

@@ -39,7 +39,8 @@ MAX_NAMES = 3
 
 def is_begun(folder: RunFolder) -> bool:
     """Whether it holds more than what a search leaves that ended before its first trial."""
-    return folder.path.is_dir() and not {folder.lr_find, folder.near_duplicates}.issuperset(folder.path.iterdir())
+    left = {folder.lr_find, folder.near_duplicates, folder.warm_start}
+    return folder.path.is_dir() and not set(folder.path.iterdir()) <= left
 
 
 def is_same_command(folder: RunFolder, options: SearchOptions) -> bool:

@@ -5,16 +5,26 @@ import os
 from pathlib import Path
 from typing import Any
 
+import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.storages.journal._file import get_lock_file
 from optuna.storages.journal._storage import JournalOperation
+from optuna.trial import FrozenTrial, TrialState
 
 from search.runs.atomic_files import append_whole
 from trainables.system.full_disk import when_there_is_room
 
 UNSYNCED = (JournalOperation.CREATE_TRIAL, JournalOperation.SET_TRIAL_PARAM)
 """Operations that another one of the same trial follows before it starts: that one is flushed to the disk."""
+WARM_START = "warm_start"
+"""The attribute that marks a trial of an earlier run, see `search.tuning.warm_start`: that run and its number there."""
+
+
+def own_trials(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
+    """The trials in these states that the search itself has made."""
+    found = study.get_trials(deepcopy=False, states=states)
+    return [trial for trial in found if WARM_START not in trial.user_attrs]
 
 
 def open_journal(path: Path) -> JournalStorage:

@@ -15,7 +15,7 @@ from search.cluster.concurrency import Capacity
 from search.options.strategy import Strategy
 from search.runs.csv_file import Row
 from search.runs.kinds import PROBE
-from search.runs.study_journal import open_journal
+from search.runs.study_journal import WARM_START, open_journal, own_trials
 from search.runs.time_budget import TimeBudget
 from search.spaces.space import Choice, Range, Space, ends
 from search.tuning.pace import Pace
@@ -26,6 +26,7 @@ from search.tuning.study_configs import Config, config_of, params_of, propose
 from search.tuning.study_end import fail
 from search.tuning.time_left import TimeLeft
 from trainables.ray.trial import DEADLINE, OBJECTIVE, REFIT_TEMPERATURE, REFITS, SCREENS, text_id
+from search.tuning.warm_start import WarmStart
 
 FORGOTTEN = "forgotten when the search was killed"
 
@@ -44,6 +45,9 @@ class OptunaSearcher(Searcher):
 
     A `screen` comes first. Its probes are trials of a study of their own in the same journal: they have other
     parameters, and a sampler is to learn from fine-tunings.
+
+    With a `warm_start`, the study has the trials of earlier runs before the first proposal, and their configs follow
+    trial 0.
 
     Where a `budget` limits the time, nothing is proposed that is not expected to end in it.
 
@@ -65,6 +69,7 @@ class OptunaSearcher(Searcher):
         budget: TimeBudget | None = None,
         num_classes: int = 1,
         winner: Callable[[], Row | None] | None = None,
+        warm_start: WarmStart | None = None,
     ) -> None:
         super().__init__(metric=OBJECTIVE, mode="min")
         self.space = space
@@ -72,6 +77,7 @@ class OptunaSearcher(Searcher):
         self.strategy = strategy or Strategy()
         self.sampler = new_sampler(self.strategy, seed)
         self.num_trials = num_trials
+        self.warm_start = warm_start
         self.first_configs = self._first_configs()
         self.numbers: dict[str, int] = {}  # Tune's trial id -> Optuna's trial number
         self.retrained: dict[str, tuple[str, int]] = {}  # Tune's id of a retraining -> see `retraining.key`
@@ -122,6 +128,7 @@ class OptunaSearcher(Searcher):
             return self._retrain(trial_id)
         if self._waiting is None and not self._has_time():
             return self._refit(trial_id)
+        self._add_earlier_trials()
         trial, config = self._waiting = self._waiting or self._ask()
         num_workers = self._num_workers(config)
         if not self._has_room(num_workers):
@@ -161,8 +168,22 @@ class OptunaSearcher(Searcher):
 
     def _first_configs(self) -> list[Config]:
         """What is proposed before the sampler is asked."""
-        first = self.space.first_configs()
+        first = self._before_archs()
         return first + (_default_per_arch(self.space, first) if self.strategy.target_seconds else [])
+
+    def _before_archs(self) -> list[Config]:
+        """Trial 0, the configs of earlier runs, and the space's own."""
+        first, *others = self.space.first_configs()
+        earlier = self.warm_start.configs(self.space) if self.warm_start else []
+        return [first, *(config for config in earlier if config not in (first, *others)), *others]
+
+    def _add_earlier_trials(self) -> None:
+        """Give the study the trials of earlier runs, once: a killed search may have added some of them."""
+        if self.warm_start and not self.numbers:
+            known = {trial.user_attrs.get(WARM_START) for trial in self.study.get_trials(deepcopy=False)}
+            for trial in self.warm_start.trials(self.space, self.strategy):
+                if trial.user_attrs[WARM_START] not in known:
+                    self.study.add_trial(trial)
 
     @property
     def _time(self) -> TimeLeft:
@@ -207,7 +228,7 @@ class OptunaSearcher(Searcher):
     def _skip_slow_archs(self) -> None:
         """While one config per architecture is tried, skip those that follow one above `target_seconds`."""
         num_proposed, limit = len(self.numbers), self.strategy.target_seconds
-        if limit is None or not len(self.space.first_configs()) <= num_proposed < len(self.first_configs):
+        if limit is None or not len(self._before_archs()) <= num_proposed < len(self.first_configs):
             return
         archs = _archs(self.space)
         trials = self.study.get_trials(deepcopy=False)
@@ -266,7 +287,7 @@ class OptunaSearcher(Searcher):
 
     def _ranked(self) -> list[tuple[str, Config]]:
         """The table's id and config of the completed trials, best first: lowest objective, ties by validation loss."""
-        done = self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        done = own_trials(self.study, TrialState.COMPLETE)
         done = sorted(done, key=lambda trial: (trial.values[0], trial.user_attrs[_LOSS]))
         return [(text_id(trial.user_attrs[_TUNE_ID]), config_of(self.space, trial.params)) for trial in done]
 

@@ -1,10 +1,11 @@
 """Configs of a space as parameters of an Optuna study, and back."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from search.spaces.space import SWITCH, Choice, Dimension, Range, Space
 from trainables.recipe import has_effect, spec_of
@@ -56,5 +57,27 @@ def params_of(space: Space, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_of(space: Space, params: Mapping[str, Any]) -> Config:
     """The config that `propose` returned with these parameters."""
-    off = {name: 0 for name in space.dimensions if params.get(name + SWITCH) is False}
-    return off | {name: value for name, value in params.items() if name in space.dimensions}
+    return config_of_names(space.dimensions, params)
+
+
+def config_of_names(names: Iterable[str], params: Mapping[str, Any]) -> Config:
+    """The same of a space whose dimensions have these names."""
+    names = set(names)
+    off = {name: 0 for name in names if params.get(name + SWITCH) is False}
+    return off | {name: value for name, value in params.items() if name in names}
+
+
+def distributions_of(space: Space, config: Mapping[str, Any]) -> dict[str, BaseDistribution]:
+    """Of each of `params_of`, as `propose` draws it."""
+    return {name: _distribution(space, name) for name in params_of(space, config)}
+
+
+def _distribution(space: Space, name: str) -> BaseDistribution:
+    if name.endswith(SWITCH):
+        return CategoricalDistribution((True, False))
+    dimension = space.dimensions[name]
+    if isinstance(dimension, Choice):
+        return CategoricalDistribution(dimension.values)
+    if spec_of(name).type is int:
+        return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
+    return FloatDistribution(float(dimension.low), float(dimension.high), log=dimension.log)

@@ -33,6 +33,7 @@ from search.tuning.early_stopping import new_scheduler
 from search.tuning.halving import new_searcher
 from search.tuning.screen import Screen, new_screen
 from search.tuning.searcher import OptunaSearcher
+from search.tuning.warm_start import WarmStart
 from trainables.data.held_out_images import ImageSource
 from trainables.data.source import folder_of
 from trainables.ray.retry_limits import ACTOR_RETRIES, MAX_CONSECUTIVE_FAILURES
@@ -53,6 +54,7 @@ class RunOptions:
     group_size: GroupSize
     num_workers: dict[str, int] = field(default_factory=dict)  # of architectures by pattern, see `GroupSize`
     shared_sizes: dict[int, GroupSize] = field(default_factory=dict)  # see `search.cluster.resources`
+    warm_start: WarmStart | None = None
     began: float | None = None  # when the command did, by `time.monotonic`; its time budget counts from then
 
     @property
@@ -106,6 +108,7 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
         budget=budget,
         num_classes=len(run.labels),
         winner=partial(winner_to_refit, table) if run.refits else None,
+        warm_start=run.warm_start,
     )
     num_shown = run.num_trials + strategy.num_retrainings + run.num_probes
     callbacks = [
