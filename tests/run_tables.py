@@ -134,10 +134,14 @@ def _write_study(folder: Path, name: str, trials: list[dict]) -> None:
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(folder / "study.journal"))), study_name=name
     )
-    done = [row for row in trials if row["status"] == COMPLETED and row["arch"] in ("resnet18", "resnet34")]
-    for row in done:
-        params = {name: row[name] for name in DIMENSIONS}
-        study.add_trial(optuna.trial.create_trial(value=row["error_rate"], params=params, distributions=DISTRIBUTIONS))
+    for row in (row for row in trials if row["arch"] in ("resnet18", "resnet34")):
+        of_row = {"params": {name: row[name] for name in DIMENSIONS}, "distributions": DISTRIBUTIONS}
+        of_row["user_attrs"] = {"trial_id": str(row["number"]), "seconds": row["seconds"]}  # Tune's id
+        if row["status"] == COMPLETED:
+            study.add_trial(optuna.trial.create_trial(value=row["error_rate"], **of_row))
+        elif row["status"] == STOPPED:
+            of_row["intermediate_values"] = {50: row["error_rate"]}
+            study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.PRUNED, **of_row))
 
 
 def _write_winner(folder: Path, row: dict, labels: Sequence[str]) -> None:

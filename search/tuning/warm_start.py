@@ -196,9 +196,7 @@ def _trials_of(run: RunRecord) -> tuple[EarlierTrial, ...]:
         own = []
     place = {trial_id: place for place, trial_id in enumerate(run.whole["trial_id"])}
     if not own:
-        raise ValueError(
-            f"no trial of {run.folder} has completed or was stopped early, so there is nothing to start from"
-        )
+        raise ValueError(f"no trial of {run.folder} has completed or was stopped early: there is nothing to learn from")
     own.sort(key=lambda t: (t.state != TrialState.COMPLETE, place.get(_table_id(t), len(place)), t.values or []))
     return tuple(_earlier_trial(run, trial) for trial in own)
 
