@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     name = options.name or f"{options.space}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = RunFolder(options.results / name)
+    if options.dry_run:
+        return plan(options, folder)
     with alone_in(folder):
         if options.resume and options.storage and not is_begun(folder):
             from search.runs.remote_run import bring_back
@@ -71,6 +73,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = options_to_resume(options, folder)
             say(f"resuming {folder}/{said_changes(folder, options)}")
         return search(options, folder, argv, began)
+
+
+def plan(options: SearchOptions, folder: "RunFolder") -> int:
+    """`--dry-run`: all steps up to the start of Ray, and what the others would do."""
+    from search.runs.resume import require_new
+    from search.tuning.dry_run import say_plan
+
+    require_new(folder)
+    prepared = prepare(options, folder)
+    say_plan(prepared.options, prepared.space, prepared.images, folder, prepared.warm_start)
+    return 0
 
 
 def search(options: SearchOptions, folder: "RunFolder", argv: Sequence[str], began: float) -> int:
@@ -150,7 +163,7 @@ def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
     else:
         warm_start = new_warm_start(options, space, known, groups, files)
     options = pinned(options)
-    if options.address is None:
+    if options.address is None and not options.dry_run:
         presized = presize_here(space, images, cache=options.cache, max_unreadable=options.max_unreadable)
         if not options.resume:
             from search.reporting.leakage import say_near_duplicates  # OpenCV takes a moment to import
@@ -164,7 +177,7 @@ def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
 
 def mirror_of(options: SearchOptions, folder: "RunFolder") -> AbstractContextManager[object]:
     """What copies the run to `--storage`, as a context; one that does nothing without it."""
-    if options.storage is None:
+    if options.storage is None or options.dry_run:
         return nullcontext()
     from search.runs.remote_copy import Mirror
 
@@ -255,8 +268,7 @@ def write_record(prepared: Prepared, run: "RunOptions", argv: Sequence[str], nod
 
 def announce(run: "RunOptions", nodes: "list[Node]", *, num_images: int) -> None:
     from search.cluster.resources import memory_note, sharing_note, trials_at_once
-    from search.options.preparation import setting_values
-    from search.runs.disk_space import features_needed, largest_weights, needs
+    from search.tuning.tuner import disk_needs
 
     size, folder, options = run.group_size, run.folder, run.options
     measures = options.max_trials_per_gpu is None and bool(run.shared_sizes)
@@ -278,18 +290,7 @@ def announce(run: "RunOptions", nodes: "list[Node]", *, num_images: int) -> None
     if run.warm_start and not options.resume:
         say(run.warm_start.line(run.space))
     say(f"results: {folder}/")
-    concat_pool = True in setting_values(run.space, "concat_pool")
-    # Those of the screen and its views; a range may have other image sizes, too.
-    num_sets = len(screen.pairs) * (1 + screen.views) if screen else 0
-    say(
-        needs(
-            folder,
-            largest_weights(run.space, run.weights),
-            at_once=at_once * (max(run.shared_sizes, default=1) if measures else 1),
-            kept=options.keep + (options.test_split is not None) + run.refits,
-            features=features_needed(num_images, num_sets, concat_pool=concat_pool),
-        )
-    )
+    say(disk_needs(run, at_once * (max(run.shared_sizes, default=1) if measures else 1), num_images))
     say(f"watch: {shell_command('search.dashboard', folder)}")
 
 

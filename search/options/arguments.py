@@ -35,6 +35,8 @@ examples:
       extend a search, also one that has ended, to 40 trials in all
   python -m search.run --resume --name NAME --storage s3://bucket/runs --address auto
       resume it on another cluster, from the copy that --storage made of it
+  python -m search.run --data ~/my_images --time-budget 8h --dry-run
+      what this would do, how long it takes and what it needs; nothing is trained
   python -m search.run --data ~/my_images --warm-start results/first --name second
       learn from an earlier search, on the same images or others
   python -m search.run --space pets --recipes book
@@ -112,6 +114,10 @@ def _add_what(group: Group) -> None:
         "best three configs are tried after trial 0"
     ))  # fmt: skip
     group.add_argument("--describe", action="store_true", help="print the space and all settings, and stop")
+    group.add_argument("--dry-run", action="store_true", help=(
+        "check everything, measure this machine for half a minute, say what the search would do (trials, epochs, "
+        "minutes, disk, memory), and stop"
+    ))  # fmt: skip
     add_max_unreadable(group)
 
 

@@ -11,7 +11,7 @@ from trainables.data.fetch import is_uri
 from trainables.data.labelled_images import MAX_UNREADABLE
 from trainables.system.gpu_share import num_sharing
 
-OF_THIS_START = ("given", "describe", "resume", "trust")
+OF_THIS_START = ("given", "describe", "dry_run", "resume", "trust")
 """Options that say how this command starts; a run does not keep them."""
 MAX_TRIALS_PER_GPU = 48
 """The processes that CUDA's MPS serves on a GPU."""
@@ -37,6 +37,7 @@ class SearchOptions:
     recipes: str | None = None
     warm_start: tuple[Path, ...] = ()  # the folders of earlier runs
     describe: bool = False
+    dry_run: bool = False
     max_unreadable: float = MAX_UNREADABLE
     trials: int | None = None
     time_budget: float | None = None  # seconds
@@ -76,6 +77,8 @@ class SearchOptions:
             object.__setattr__(self, "space", space_name(self.space, self.data))
         if self.resume and self.name is None:
             raise ValueError("--resume requires --name, the folder of the run to resume")
+        if self.dry_run and self.resume:
+            raise ValueError("--dry-run plans a new search; it cannot be combined with --resume")
         if self.recipes and self.trials:
             raise ValueError(f"--trials cannot be combined with --recipes: {recipes}")
         if self.recipes and self.lr_range == "auto":

@@ -43,6 +43,12 @@ def is_begun(folder: RunFolder) -> bool:
     return folder.path.is_dir() and not set(folder.path.iterdir()) <= left
 
 
+def require_new(folder: RunFolder) -> None:
+    """Raises `ValueError` where a run has this name already."""
+    if is_begun(folder):
+        raise ValueError(f"{folder} exists. Add --resume to resume it, or give another --name.")
+
+
 def is_same_command(folder: RunFolder, options: SearchOptions) -> bool:
     """Whether the run was begun with these options; then they resume it."""
     if not folder.command.is_file():
@@ -55,7 +61,7 @@ def options_to_resume(options: SearchOptions, folder: RunFolder) -> SearchOption
     """The options with which `--resume`, or the command that began it, resumes a run. Raises `ValueError` for another
     command, for one that asks for something else, and for a run that another user or an earlier version began."""
     if not options.resume and not is_same_command(folder, options):
-        raise ValueError(f"{folder} exists. Add --resume to resume it, or give another --name.")
+        require_new(folder)
     saved = saved_options(folder, options)
     require_own(folder, trust=options.trust)
     if "trials" in changes(folder, saved) and (saved.trials or 0) < (begun := _num_begun(folder)):

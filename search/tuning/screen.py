@@ -184,7 +184,7 @@ def new_screen(space: Space, keep: int | None, weights: Path | None) -> Screen |
     if "probe" not in starts or not settings["pretrained"]:
         return None
     archs, sizes = _archs(space), _sizes(space)
-    costs = dict(zip(archs, _costs(archs, weights), strict=True))
+    costs = dict(zip(archs, costs_of(archs, weights), strict=True))
     pairs = sorted((costs[arch] * size**2, arch, size) for arch, size in itertools.product(archs, sizes))
     return Screen(
         pairs=[{"arch": arch, "image_size": size} for _, arch, size in pairs],
@@ -210,7 +210,7 @@ def _sizes(space: Space) -> list[int]:
     return sorted({low, min(max(middle, low), high), high})
 
 
-def _costs(archs: Sequence[str], folder: Path | None) -> list[float]:
+def costs_of(archs: Sequence[str], folder: Path | None) -> list[float]:
     """Of a forward pass at the same size: as the bytes of their weights, or else by their order in the space."""
     files = [find_weights(arch, folder) for arch in archs]
     if all(files):

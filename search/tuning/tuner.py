@@ -18,10 +18,11 @@ from ray.tune.stopper import CombinedStopper
 from search.cluster.concurrency import Capacity, CapacityNews
 from search.cluster.orphaned_placement_groups import PlacementGroupCleanup
 from search.cluster.ray_dashboard import RayDashboard
+from search.options.preparation import setting_values
 from search.options.search_options import SearchOptions
 from search.reporting.live_report import LiveReport
 from search.reporting.live_table import Leaderboard
-from search.runs.disk_space import DiskWatch
+from search.runs.disk_space import DiskWatch, features_needed, largest_weights, needs
 from search.runs.paths import RunFolder
 from search.runs.refit import Refit, winner_to_refit
 from search.runs.remote_copy import Mirroring
@@ -89,6 +90,21 @@ class RunOptions:
     def weights(self) -> str | None:
         """The source of the pretrained weights."""
         return str(self.options.weights) if self.options.weights else None
+
+
+def disk_needs(run: RunOptions, at_once: int, num_images: int) -> str:
+    """What the search says about its disk."""
+    options, screen = run.options, run.screen
+    concat_pool = True in setting_values(run.space, "concat_pool")
+    # Those of the screen and its views; a range may have other image sizes, too.
+    num_sets = len(screen.pairs) * (1 + screen.views) if screen else 0
+    return needs(
+        run.folder,
+        largest_weights(run.space, run.weights),
+        at_once=at_once,
+        kept=options.keep + (options.test_split is not None) + run.refits,
+        features=features_needed(num_images, num_sets, concat_pool=concat_pool),
+    )
 
 
 def new_tuner(run: RunOptions) -> tune.Tuner:

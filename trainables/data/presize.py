@@ -92,6 +92,30 @@ def presize(
         >>> images = presize(find_images("birds"), 128)
         >>> train, valid = images.split(seed=0)
     """
+    job = _job(folder, size, method, storage, max_unreadable, white_level, cache, num_threads)
+    images = _open(job) or _build_once(job, progress)
+    _require_few(job, dict.fromkeys(images.unreadable, ""))  # an earlier search may have tolerated more
+    return _with_groups(images, folder)
+
+
+def presized_before(
+    folder: ImageFolder, size: int, method: str = "crop", *, storage: str = "auto"
+) -> PresizedImages | None:
+    """The images that `presize` would open; None where it would have to build them."""
+    images = _open(_job(folder, size, method, storage))
+    return images and _with_groups(images, folder)
+
+
+def _job(
+    folder: ImageFolder,
+    size: int,
+    method: str,
+    storage: str,
+    max_unreadable: float = MAX_UNREADABLE,
+    white_level: int | None = None,
+    cache: Path | None = None,
+    num_threads: int | None = None,
+) -> "_Job":
     if size < 1:
         raise ValueError(f"size is {size}; expected pixels, such as 460.")
     if storage not in STORAGES:
@@ -102,9 +126,10 @@ def presize(
     white_level = folder.white_level if white_level is None else white_level
     content = f"{labelled_images.fingerprint(folder)} {white_level} {size} {method} {FORMAT_VERSION}"
     key = sha256(content.encode()).hexdigest()[:KEY_LENGTH]
-    job = _Job(folder, size, method, white_level, storage, caches, key, num_threads or num_cpus(), max_unreadable)
-    images = _open(job) or _build_once(job, progress)
-    _require_few(job, dict.fromkeys(images.unreadable, ""))  # an earlier search may have tolerated more
+    return _Job(folder, size, method, white_level, storage, caches, key, num_threads or num_cpus(), max_unreadable)
+
+
+def _with_groups(images: PresizedImages, folder: ImageFolder) -> PresizedImages:
     if folder.groups is not None:
         group_of = dict(zip(folder.paths, folder.groups, strict=True))
         images.groups = tuple(group_of[path] for path in images.paths)
