@@ -37,8 +37,8 @@ STARTS = 2.0
 """The start of Ray, of a trial and of its worker, by that of one process that imports torch."""
 ENDS = 1.5
 """The end of Ray and the report, likewise."""
-PLANS = 5
-"""Courses of the search, with other errors."""
+PLANS, PLAN_SECONDS = 5, 10.0
+"""Courses of the search, with other errors; no further one is planned after so many seconds."""
 SPREAD = 1.2
 """A range of times is said where the longest one is this much longer than the shortest one."""
 FINDER_STEPS = 100
@@ -135,10 +135,11 @@ def say_plan(
     costs: MeasuredCosts | NoCosts = measured_costs(run, machine, images, counts[0]) if machine else NoCosts()
     at_once = machine.at_once if machine else options.max_concurrent or 1
     limit = for_trials(options.time_budget) if machine else None
-    plans = [
-        plan_search(run, costs, counts, at_once=at_once, limit=limit, seed=seed, features=cached)
-        for seed in range(PLANS)
-    ]
+    plans: list[Plan] = []
+    began = time.monotonic()
+    while len(plans) < PLANS and (not plans or time.monotonic() - began < PLAN_SECONDS):
+        plan = plan_search(run, costs, counts, at_once=at_once, limit=limit, features=cached, seed=len(plans))
+        plans.append(plan)
     plans.sort(key=lambda plan: plan.seconds)
     for line in (*work_lines(run, plans, cached), *time_lines(run, plans, machine, costs, at_once)):
         say(line)
@@ -181,7 +182,8 @@ def measured_costs(run: RunOptions, machine: Machine, images: ImageFolder, num_t
     """What this machine takes, measured in a process of its own, the cheapest architecture first."""
     space, options = run.space, run.options
     archs = setting_values(space, "arch")
-    relative = dict(zip(archs, costs_of(archs, folder_of(run.weights) if run.weights else None), strict=True))
+    weights = folder_of(run.weights) if run.weights and True in setting_values(space, "pretrained") else None
+    relative = dict(zip(archs, costs_of(archs, weights), strict=True))
     archs = sorted(archs, key=lambda arch: relative[arch])
     say(f"measuring this machine with {archs[0]}{', and others while there is time' if len(archs) > 1 else ''}")
     began = time.time()
@@ -306,6 +308,9 @@ def presized_bytes(space: Space, images: ImageFolder, storage: str) -> str:
 
 
 def about(seconds: float) -> str:
-    """A duration in as many digits as an estimate has."""
-    unit = 1 if seconds < 20 else 10 if seconds < 600 else 60
-    return duration(round(seconds / unit) * unit)
+    """A duration in the two digits that an estimate has, such as 8 s, 3.5 min or 12 h."""
+    unit, size = next(
+        (name, size) for name, size in (("s", 1), ("min", 60), ("h", 3600)) if seconds < 90 * size or name == "h"
+    )
+    number = seconds / size
+    return f"{number:.0f} {unit}" if unit == "s" or number >= 10 else f"{number:.1f} {unit}"

@@ -8,7 +8,7 @@ import heapq
 import random
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -132,11 +132,14 @@ class _Simulation:
         self.clock = Clock(limit, spent=costs.start)
         self.best: dict[str, Any] | None = None
         self.folds = run.options.folds
+        strategy = run.options.strategy
+        if strategy.searcher == "gp":  # which imports torch, and would take long
+            strategy = replace(strategy, searcher="tpe")
         self.searcher = new_searcher(
             run.space,
             folder / "study.journal",
             seed=run.space.seed,
-            strategy=run.options.strategy,
+            strategy=strategy,
             num_trials=run.num_trials,
             screen=run.screen,
             budget=self.clock,
