@@ -32,7 +32,8 @@ def planned(folder, data, *arguments: object) -> Plan:
     images = find_images(data)
     split = train_and_valid(images.labels, images.valid, images.groups, seed=0)
     run = RunOptions(
-        options=options, space=searched_space(options), folder=RunFolder(folder), data=str(data), labels=[],
+        options=options, space=searched_space(options), folder=RunFolder(folder), data="",
+        labels=list(images.classes),
         group_size=GroupSize(),
     )  # fmt: skip
     return plan_search(run, NoCosts(), (len(split[0]), len(split[1])), at_once=1, limit=None, seed=0)
