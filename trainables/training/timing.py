@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from trainables.data.labelled_images import ImageFolder
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 IMAGES = {"cpu": 64, "cuda": 256}
 """That a measured epoch trains on, or one batch of a larger size."""
 ROUNDS = 3
-"""The quickest counts: the first one makes much that is kept, and another process may disturb one."""
+"""The middle one counts: the first makes much that is kept, and another process may disturb one."""
 TTA_VIEWS = 4
 """Forward passes are measured by this many views of the validation images, and the centre one."""
 MOST_FITTED = 2000
@@ -142,15 +143,15 @@ def _speed(recipe: Recipe, images: "PresizedImages", device: str, num_threads: i
         return []
     num_features = int(getattr(training.network.model, "num_features", 1)) * (1 + recipe.concat_pool)
     training.close()
-    forward = min(views) / len(training.valid_indices) / (1 + TTA_VIEWS)
+    forward = median(views) / len(training.valid_indices) / (1 + TTA_VIEWS)
     return [
         Speed(
             arch=recipe.arch,
             image_size=recipe.image_size,
             forward=forward,
-            training=min(trained),
+            training=median(trained),
             building=building,
-            judging=max(0.0, min(judged) - forward * len(training.valid_indices)),
+            judging=max(0.0, median(judged) - forward * len(training.valid_indices)),
             memory=torch.cuda.max_memory_reserved() if device == "cuda" else _process_memory(),
             num_features=num_features,
         )
