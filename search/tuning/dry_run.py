@@ -35,8 +35,8 @@ MEASURE_SECONDS = 30.0
 """After which no further architecture is measured."""
 STARTS = 2.0
 """The start of Ray, of a trial and of its worker, by that of one process that imports torch."""
-ENDS = 1.5
-"""The end of Ray and the report, likewise."""
+ENDS = {"full": 4.0, "tables": 1.0, "off": 0.5}
+"""The end of Ray and the report, likewise; a full one labels the validation images."""
 PLANS, PLAN_SECONDS = 5, 10.0
 """Courses of the search, with other errors; no further one is planned after so many seconds."""
 SPREAD = 1.2
@@ -201,7 +201,7 @@ def measured_costs(run: RunOptions, machine: Machine, images: ImageFolder, num_t
         raise ValueError(f"{archs[0]} cannot be measured: the GPU has too little free memory for a batch")
     ready = found.ready - began
     presizing = sum(found.presizing * len(images.paths) for _ in _to_presize(space, images, options.cache))
-    costs = MeasuredCosts(found, relative, start=presizing + STARTS * ready, end=ENDS * ready)
+    costs = MeasuredCosts(found, relative, start=presizing + STARTS * ready, end=ENDS[options.report] * ready)
     if options.lr_range == "space":
         return costs
     return MeasuredCosts(
