@@ -25,8 +25,8 @@ from search.tuning.screen import Probe, Screen
 from search.tuning.study_configs import Config, config_of, params_of, propose
 from search.tuning.study_end import fail
 from search.tuning.time_left import TimeLeft
-from trainables.ray.trial import DEADLINE, OBJECTIVE, REFIT_TEMPERATURE, REFITS, SCREENS, text_id
 from search.tuning.warm_start import WarmStart
+from trainables.ray.trial import DEADLINE, OBJECTIVE, REFIT_TEMPERATURE, REFITS, SCREENS, text_id
 
 FORGOTTEN = "forgotten when the search was killed"
 
