@@ -75,7 +75,8 @@ class OptunaSearcher(Searcher):
         self.space = space
         self.journal = Path(journal)
         self.strategy = strategy or Strategy()
-        self.sampler = new_sampler(self.strategy, seed)
+        # With the seed of an earlier run it would repeat that one's random proposals.
+        self.sampler = new_sampler(self.strategy, seed + (warm_start.num_trials if warm_start else 0))
         self.num_trials = num_trials
         self.warm_start = warm_start
         self.first_configs = self._first_configs()

@@ -105,6 +105,10 @@ class WarmStart:
 
     runs: tuple[EarlierRun, ...]
 
+    @property
+    def num_trials(self) -> int:
+        return sum(len(run.trials) for run in self.runs)
+
     def configs(self, space: Space) -> list[Config]:
         """What is proposed after trial 0, each once."""
         found: list[Config] = []

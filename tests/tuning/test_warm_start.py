@@ -122,6 +122,14 @@ def test_the_sampler_learns_from_them(tmp_path):
     assert rates["warm"] < rates["cold"] - 0.3
 
 
+def test_random_proposals_are_not_those_of_a_run_with_the_same_seed(tmp_path):
+    run = earlier_run(tmp_path / "first", num_trials=2)
+    cold, warmed = made(tmp_path / "cold", None), made(tmp_path / "warm", warm(run))
+    proposals = [[run_trial(searcher, str(number)) for number in range(3)] for searcher in (cold, warmed)]
+    assert proposals[0][0] == proposals[1][0] == DEFAULT
+    assert all(config not in proposals[0] for config in proposals[1][1:])
+
+
 def test_of_more_choices_those_of_this_space_count(tmp_path, journal):
     run = earlier_run(tmp_path / "first")
     space = replace(SPACE, dimensions=SPACE.dimensions | {"arch": Choice(("resnet34", "resnet50"))})

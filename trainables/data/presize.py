@@ -95,27 +95,23 @@ def presize(
     job = _job(folder, size, method, storage, max_unreadable, white_level, cache, num_threads)
     images = _open(job) or _build_once(job, progress)
     _require_few(job, dict.fromkeys(images.unreadable, ""))  # an earlier search may have tolerated more
-    return _with_groups(images, folder)
+    if folder.groups is not None:
+        group_of = dict(zip(folder.paths, folder.groups, strict=True))
+        images.groups = tuple(group_of[path] for path in images.paths)
+    return images
 
 
 def presized_before(
     folder: ImageFolder, size: int, method: str = "crop", *, storage: str = "auto"
 ) -> PresizedImages | None:
-    """The images that `presize` would open; None where it would have to build them."""
-    images = _open(_job(folder, size, method, storage))
-    return images and _with_groups(images, folder)
+    """The images that `presize` would open, without their groups; None where it would have to build them."""
+    return _open(_job(folder, size, method, storage))
 
 
 def _job(
-    folder: ImageFolder,
-    size: int,
-    method: str,
-    storage: str,
-    max_unreadable: float = MAX_UNREADABLE,
-    white_level: int | None = None,
-    cache: Path | None = None,
-    num_threads: int | None = None,
-) -> "_Job":
+    folder: ImageFolder, size: int, method: str, storage: str, max_unreadable: float = MAX_UNREADABLE,
+    white_level: int | None = None, cache: Path | None = None, num_threads: int | None = None,
+) -> "_Job":  # fmt: skip
     if size < 1:
         raise ValueError(f"size is {size}; expected pixels, such as 460.")
     if storage not in STORAGES:
@@ -127,13 +123,6 @@ def _job(
     content = f"{labelled_images.fingerprint(folder)} {white_level} {size} {method} {FORMAT_VERSION}"
     key = sha256(content.encode()).hexdigest()[:KEY_LENGTH]
     return _Job(folder, size, method, white_level, storage, caches, key, num_threads or num_cpus(), max_unreadable)
-
-
-def _with_groups(images: PresizedImages, folder: ImageFolder) -> PresizedImages:
-    if folder.groups is not None:
-        group_of = dict(zip(folder.paths, folder.groups, strict=True))
-        images.groups = tuple(group_of[path] for path in images.paths)
-    return images
 
 
 def caches_folder() -> Path:
