@@ -13,9 +13,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from PIL import Image
 
+from search.runs.csv_file import as_csv
 from search.runs.kinds import PROBE, TRIAL
 from search.runs.result_rows import COMPLETED, EPOCH_COLUMNS, FAILED, METRICS, STOPPED, UNFINISHED
-from search.runs.results_table import as_csv
 from trainables.network.calibration import calibration_of
 from trainables.recipe import Recipe
 

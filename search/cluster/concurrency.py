@@ -217,11 +217,10 @@ class CapacityNews(tune.Callback):
 
     def _workers(self, trials: list[Trial]) -> int:
         """Of the running trials, see `Capacity.weighed`."""
-        running = {
-            trial.trial_id: self.capacity.group_size((self.settings | trial.config)["arch"]).num_workers
-            for trial in trials
-            if trial.status == trial.RUNNING
-        }
+        default = self.settings["arch"]
+        archs = {t.trial_id: t.config.get("arch", default) for t in trials if t.status == t.RUNNING}
+        workers_of = {arch: self.capacity.group_size(arch).num_workers for arch in set(archs.values())}
+        running = {trial_id: workers_of[arch] for trial_id, arch in archs.items()}
         return math.ceil(sum(self.capacity.weighed(running)) - ROUNDING)
 
     def _wait(self, present: int, wanted: int) -> None:

@@ -85,9 +85,12 @@ class DiskWatch(tune.Callback):
         self.largest_state = max(self.largest_state, size)
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        free = free_bytes(self.folder.path)
+        if free >= RESERVE + self.largest_state * max(1, len(trials)):
+            return  # there would be room for all of them
         running = sum(trial.status == trial.RUNNING for trial in trials)
         wanted = RESERVE + self.largest_state * max(1, running)
-        if (free := free_bytes(self.folder.path)) >= wanted:
+        if free >= wanted:
             return
         say(
             f"DISK FULL: {megabytes(free)} left for {self.folder}/, which needs {megabytes(wanted)}. The search waits, "

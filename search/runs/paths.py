@@ -1,11 +1,11 @@
 """Where things are in the folder of one run."""
 
-import json
 import os
 from functools import cached_property
 from pathlib import Path
 
 from search.runs.command import FILE, CommandRecord
+from search.runs.rungs_file import RungsFile
 from trainables.inference.model_folder import METRICS_FILE, read_json
 
 
@@ -55,8 +55,8 @@ class RunFolder:
 
     def stop_reasons(self) -> dict[str, str]:
         """Why trials were stopped early, by trial id, as the scheduler keeps it in its state file."""
-        return dict(json.loads(self.rungs.read_text())["reasons"]) if self.rungs.is_file() else {}
+        return RungsFile(self.rungs).read()["reasons"]
 
     def stop_rungs(self) -> dict[str, int]:
         """The rung, in percent, at which trials were stopped early, by trial id; empty for runs of earlier versions."""
-        return dict(json.loads(self.rungs.read_text()).get("rungs", {})) if self.rungs.is_file() else {}
+        return RungsFile(self.rungs).read()["rungs"]

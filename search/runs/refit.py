@@ -14,7 +14,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from search.runs.csv_file import Row
-from search.runs.result_rows import COMPLETED, leaders
+from search.runs.result_rows import COMPLETED
 from search.runs.results_table import ResultsTable
 from trainables.inference.model_folder import read_model
 from trainables.ray.trial import REFITS, table_id
@@ -55,13 +55,13 @@ def is_plausible(winner: Row, result: dict[str, Any]) -> bool:
 def winner_to_refit(table: ResultsTable) -> Row | None:
     """The row of the best trial or probe, if it has made all its epochs, with the temperature of its model: the table
     has fewer digits."""
-    best = leaders(table.rows.values())[:1]
-    if not best or best[0]["status"] != COMPLETED:
+    best = table.ranking.best()
+    if best is None or best["status"] != COMPLETED:
         return None
     try:
-        return best[0] | {"temperature": _temperature(table.folder.models / str(best[0]["number"]))}
+        return best | {"temperature": _temperature(table.folder.models / str(best["number"]))}
     except ValueError:  # an earlier version kept no models there
-        return best[0]
+        return best
 
 
 @lru_cache(maxsize=1)  # a search with a time budget asks for its winner again and again

@@ -117,10 +117,14 @@ def rank(row: Row) -> tuple[float, ...]:
     return math.isnan(confirmed(row)), expected_objective(row), objective(row), row["valid_loss"], row["number"]
 
 
+def is_ranked(row: Row) -> bool:
+    """Whether a trial has completed, or is unfinished and has made an epoch."""
+    return row["status"] in RANKED and not math.isnan(row["error_rate"])
+
+
 def leaders(rows: Iterable[Row]) -> list[Row]:
-    """The completed trials, best first, among them the unfinished ones that have made an epoch."""
-    ranked = (row for row in rows if row["status"] in RANKED and not math.isnan(row["error_rate"]))
-    return sorted(ranked, key=rank)
+    """The ranked trials, best first."""
+    return sorted(filter(is_ranked, rows), key=rank)
 
 
 def pareto_front(rows: Iterable[Row]) -> list[Row]:

@@ -10,12 +10,12 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from search.options.strategy import CONFIRM_SEEDS
-from search.runs.atomic_files import append_line, write_atomically
-from search.runs.csv_file import Row, as_csv
+from search.runs.csv_file import Row
 from search.runs.kept_models import KeptModels
 from search.runs.kinds import PROBE, TRIAL
 from search.runs.objective import Objective
 from search.runs.paths import RunFolder
+from search.runs.ranking import Ranking
 from search.runs.result_rows import (
     COMPLETED,
     CONFIRMED,
@@ -31,13 +31,11 @@ from search.runs.result_rows import (
     UNFINISHED,
     expected_alone,
     is_whole,
-    leaders,
     objective,
-    pareto_front,
-    rank,
-    read_epochs,
     read_trials,
 )
+from search.runs.rungs_file import RungsFile
+from search.runs.table_files import EpochsFile, TrialsFile
 from trainables.ray.trial import EXPECTED_OBJECTIVE, FOLD, OBJECTIVE, REFITS, RETRAINS, SCREENS, recipe_of, table_id
 from trainables.recipe import Recipe
 from trainables.system.text import last_line
@@ -48,6 +46,9 @@ from trainables.training.checkpoint import WEIGHTS_FILE
 class ResultsTable(tune.Callback):
     """Writes the tables during a search. The files on disk are complete even after a kill, and `setup` reads them when
     the search is resumed.
+
+    A long `trials.csv` is written every half second instead of after each event. Until an end is in it, the trial keeps
+    its state on the disk, and Tune's saved state does not have the end either: a kill loses nothing that has ended.
 
     A trial's metrics are those of its last epoch, or, with `keep_epoch` best, of its best one once it has ended;
     `tta_error_rate`, with test-time augmentation, is known only at its end. `seconds` is the time of training and
@@ -89,8 +90,12 @@ class ResultsTable(tune.Callback):
         self.epoch_columns = [*EPOCH_COLUMNS, *self.of_objective]
         self.models = KeptModels(folder, first=keep_first)
         self.rows: dict[str, Row] = {}
-        self.lines: dict[str, str] = {}  # of trials.csv, by trial: formatting all rows for each event would be slow
-        self.epoch_rows: dict[tuple[str, int], Row] = {}  # by trial and epoch
+        self.trials = TrialsFile(folder.trials, self.columns)
+        self.epochs = EpochsFile(folder.epochs, self.epoch_columns)
+        self.rungs = RungsFile(folder.rungs)
+        self.ended: list[str] = []  # trials whose end may not be in `trials.csv` yet
+        self.last_number = -1
+        self.ranking = self._ranked()
         self.running: dict[str, Trial] = {}  # by trial id in the table
         self.repeating: set[str] = set()  # trials that had ended before a kill without Tune having saved that
         self.consecutive_failures = 0  # since this start of the search
@@ -113,10 +118,23 @@ class ResultsTable(tune.Callback):
 
     def setup(self, *args: Any, **info: Any) -> None:
         self.rows = {row["trial_id"]: row for row in read_trials(self.folder.trials)}
-        self.epoch_rows = {(row["trial_id"], row["epoch"]): row for row in read_epochs(self.folder.epochs)}
+        self._load_epochs()
         self.restored = False
-        self._write_all()
-        self.models.retain(self._kept())  # fewer if a search is resumed with a smaller --keep
+        self.ranking = self._ranked()
+        self.trials.write_all(self.rows.values())
+        self.models.retain(self.ranking.kept())  # fewer if a search is resumed with a smaller --keep
+
+    def _load_epochs(self) -> None:
+        running = {trial_id for trial_id, row in self.rows.items() if row["status"] == RUNNING}
+        # Epochs count, too: they remain if the user has removed a damaged row of `trials.csv`.
+        self.last_number = max([self.epochs.load(running), *(int(row["number"]) for row in self.rows.values())])
+
+    def _ranked(self) -> Ranking:
+        return Ranking(self.rows.values(), keep=self.keep, confirm=self.confirm, front=self.front)
+
+    def get_state(self) -> None:
+        """Tune asks for it before it saves its own state, which must not know more than `trials.csv`."""
+        self.flush()
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Before the first step, drop the trials that started after Tune last saved its state: it has lost them in a
@@ -131,17 +149,19 @@ class ResultsTable(tune.Callback):
         if not lost:
             return
         self.rows = {i: row for i, row in self.rows.items() if i not in lost}
-        self.epoch_rows = {key: row for key, row in self.epoch_rows.items() if key[0] not in lost}
-        self._write_all()
+        self.epochs.remove(lost)
+        self._load_epochs()
+        self.trials.write_all(self.rows.values())
         for trial_id in lost:
             shutil.rmtree(self.folder.checkpoints / trial_id, ignore_errors=True)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         if REFITS in trial.config:  # see `search.runs.refit`
-            return
+            return self.flush()
         row = self._row(trial)
         if row["status"] != RUNNING:  # killed before Tune saved its end: Tune will repeat its last result
             self.repeating.add(row["trial_id"])
+            self.epochs.reopen(row["trial_id"])
         self.running[row["trial_id"]] = trial
         self._write_trials(row)
 
@@ -154,6 +174,7 @@ class ResultsTable(tune.Callback):
                 return
             self.repeating.remove(row["trial_id"])  # its files were lost, so it starts again
             row |= {"status": RUNNING, "reason": ""}
+            self._write_trials(*self.ranking.update(row))
         if result["failure"]:
             return fail(row, result["failure"])
         measured = (*self.of_objective, *SCORES, *COSTS, "best_error_rate", "epochs_total")
@@ -171,7 +192,7 @@ class ResultsTable(tune.Callback):
         if row["status"] == RUNNING:  # else it has failed, or had ended before a kill
             if is_whole(row):
                 row["status"] = COMPLETED if row[RETRAINS] == "" else RETRAINED
-            elif reason := self.folder.stop_reasons().get(trial.trial_id):
+            elif reason := self.rungs.read()["reasons"].get(trial.trial_id):
                 row |= {"status": STOPPED, "reason": reason}
             else:
                 self._end_unfinished(trial, row)
@@ -189,6 +210,11 @@ class ResultsTable(tune.Callback):
         """A search that stops (time budget, too many failures) terminates its trials without calling callbacks."""
         for trial in [trial for trial in self.running.values() if trial.status == trial.TERMINATED]:
             self.on_trial_complete(iteration, trials, trial)
+        if self.trials.is_due:
+            self.flush()
+
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        self.flush()
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         if REFITS in trial.config:
@@ -202,19 +228,9 @@ class ResultsTable(tune.Callback):
             self.consecutive_failures = self.consecutive_failures + 1 if row["status"] == FAILED else 0
         self.repeating.discard(row["trial_id"])
         self.running.pop(row["trial_id"], None)
-        self._write_trials(row, *self._mark_front())
-        checkpoint.drop(self.folder.checkpoints / row["trial_id"])
-        self.models.retain(self._kept())
-
-    def _mark_front(self) -> list[Row]:
-        """Mark the Pareto front. Returns the rows that changed."""
-        if not self.front:
-            return []
-        front = {row["trial_id"] for row in pareto_front(self.rows.values())}
-        changed = [row for row in self.rows.values() if (row["front"] == "yes") != (row["trial_id"] in front)]
-        for row in changed:
-            row["front"] = "yes" if row["trial_id"] in front else ""
-        return changed
+        self.epochs.close(row["trial_id"])
+        self.ended.append(row["trial_id"])
+        self._write_trials(row, *self.ranking.update(row))
 
     def _confirm(self, number: int) -> None:
         """Rank a trial by its retrainings when the last of them has ended."""
@@ -225,8 +241,12 @@ class ResultsTable(tune.Callback):
             # In all folds together each image has been validated once, so there is nothing to correct.
             values = [objective(r) for r in (row, *again)] if self.folds else list(map(expected_alone, again))
             row[self.confirmed] = sum(values) / len(values)
-            self._write_trials(row, *self._confirmed_probes())
-            self.models.retain(self._kept())
+            changed = row, *self._confirmed_probes()
+            for ranked in changed:
+                self.ranking.update(ranked)
+            self._write_trials(*changed)
+            self.flush()
+            self.models.retain(self.ranking.kept())
 
     def _confirmed_probes(self) -> list[Row]:
         """Probes depend on no seed, so their errors need no confirmation. Returns their rows."""
@@ -235,21 +255,13 @@ class ResultsTable(tune.Callback):
             row[self.confirmed] = expected_alone(row)
         return probes
 
-    def _kept(self, *more: Row) -> list[int]:
-        """The trials, with `more`, that keep their models: first the best, then those that are to be confirmed next,
-        and the probe that may win when they are."""
-        ranked = leaders([*self.rows.values(), *more])
-        by_error = sorted(ranked, key=lambda row: rank(row | {self.confirmed: math.nan})) if self.confirm else []
-        probes = [row for row in by_error if row["kind"] == PROBE]
-        kept = (*ranked[: self.keep], *by_error[: self.confirm], *probes[:1])
-        return list(dict.fromkeys(row["number"] for row in kept))
-
     def _row(self, trial: Trial) -> Row:
         trial_id = table_id(trial)
         if trial_id not in self.rows:
             recipe = self.settings | trial.config
             total = recipe["epochs"] + recipe["freeze_epochs"]
-            number = recipe[SCREENS] if SCREENS in recipe else self._next_number()
+            number = recipe[SCREENS] if SCREENS in recipe else self.last_number + 1
+            self.last_number = max(self.last_number, number)
             retrains = self.rows[recipe[RETRAINS]]["number"] if recipe.get(RETRAINS) in self.rows else ""
             self.rows[trial_id] = {
                 **{"number": number, "trial_id": trial_id, "kind": TRIAL if total else PROBE, "status": RUNNING},
@@ -260,36 +272,32 @@ class ResultsTable(tune.Callback):
             }
         return self.rows[trial_id]
 
-    def _next_number(self) -> int:
-        """Epochs count, too: they remain if the user has removed a damaged row of `trials.csv`."""
-        numbers = [int(row["number"]) for row in (*self.rows.values(), *self.epoch_rows.values())]
-        return 1 + max([-1, *numbers])
-
     def _keep_weights(self, trial: Trial, row: Row) -> None:
         found = checkpoint.newest(self.folder.checkpoints / row["trial_id"])
         # Without weights, it had ended before a kill that made Tune forget it.
         if not found or not (found / WEIGHTS_FILE).is_file():
             return
         if self.keep_epoch == "best" and row["best_epoch"] not in ("", row["epochs_done"]):
-            best = self.epoch_rows[row["trial_id"], row["best_epoch"]]
+            best = self.epochs.rows[row["trial_id"]][row["best_epoch"]]
             row |= {name: best.get(name, math.nan) for name in (*self.of_objective, *SCORES)}
         status = COMPLETED if is_whole(row) else UNFINISHED
         known = {name: row[name] for name in row if name not in ("front", self.confirmed, RETRAINS, FOLD)}
         searched = {name: trial.config[name] for name in self.dimensions if name in trial.config}
         metrics = known | searched | {"status": status}  # a row that was read back has its dimensions as texts
         recipe = Recipe.from_dict(recipe_of(self.settings, trial.config)).to_dict()
-        kept = self._kept(row | {"status": status})
+        kept = self.ranking.kept(row | {"status": status})
         self.models.add(found, kept=kept, recipe=recipe, labels=self.labels, metrics=metrics)
 
     def deliver_running(self) -> None:
         """Make the last epoch of a trial that still runs the best model, if it is: the search has been interrupted. The
         trial stays in the table as running, since a resumed search continues it."""
+        self.flush()
         unfinished = {
             row["trial_id"]: row | {"status": UNFINISHED}
             for row in (self.rows[trial_id] for trial_id in self.running)
             if row[RETRAINS] == ""
         }
-        best = leaders([*leaders(self.rows.values())[:1], *unfinished.values()])[:1]
+        best = self.ranking.all.best(1, *unfinished.values())
         if best and (row := unfinished.get(best[0]["trial_id"])):
             self._keep_weights(self.running[row["trial_id"]], row)
 
@@ -297,25 +305,21 @@ class ResultsTable(tune.Callback):
         finished_at = datetime.now().astimezone().isoformat(timespec="seconds")
         epoch = {name: result[name] for name in self.epoch_columns if name in result}
         epoch |= {"number": row["number"], "trial_id": row["trial_id"], "finished_at": finished_at}
-        key = row["trial_id"], result["epoch"]
-        repeated = key in self.epoch_rows  # its trial was resumed from before it
-        self.epoch_rows[key] = epoch
-        if repeated:
-            self._write_epochs()
-        else:
-            append_line(self.folder.epochs, as_csv(self.epoch_columns, [epoch], header=False))
-
-    def _write_epochs(self) -> None:
-        write_atomically(self.folder.epochs, as_csv(self.epoch_columns, self.epoch_rows.values()))
+        self.epochs.add(epoch)
 
     def _write_trials(self, *changed: Row) -> None:
-        self.lines |= {row["trial_id"]: as_csv(self.columns, [row], header=False) for row in changed}
-        write_atomically(self.folder.trials, as_csv(self.columns, []) + "".join(self.lines.values()))
+        self.trials.note(changed)
+        if self.trials.is_due:
+            self.flush()
 
-    def _write_all(self) -> None:
-        self._write_epochs()
-        self.lines = {}
-        self._write_trials(*self.rows.values())
+    def flush(self) -> None:
+        """Write what has changed. Then the trials that have ended leave the disk, unless they are kept."""
+        self.trials.write()
+        ended, self.ended = self.ended, []
+        for trial_id in ended:
+            checkpoint.drop(self.folder.checkpoints / trial_id)
+        if ended:
+            self.models.retain(self.ranking.kept())
 
 
 _tables: dict[str, ResultsTable] = {}

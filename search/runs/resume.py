@@ -179,8 +179,7 @@ def require_whole(folder: RunFolder, dimensions: Iterable[str]) -> None:
     check_tables(folder, dimensions)
     if folder.journal.is_file():
         repair(folder.journal)
-    if folder.rungs.is_file():
-        read_json(folder.rungs)
+    folder.stop_reasons()
 
 
 def images_record(images: "ImageFolder") -> ImagesRecord:

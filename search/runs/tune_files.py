@@ -5,6 +5,7 @@ system that replaces files atomically.
 """
 
 import os
+import time
 from functools import partial
 from io import BufferedWriter, FileIO
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]  # no hints
 from ray import tune
-from ray.tune.experiment import Trial
 
 from search.runs.atomic_files import append_whole
 from search.runs.paths import RunFolder
@@ -72,18 +72,6 @@ def atomic_filesystem() -> pyarrow.fs.FileSystem:
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(_AtomicFileSystem()))
 
 
-class ShortState(tune.Callback):
-    """Removes the metric statistics of ended trials. They are not used, but half of the state that Tune writes each
-    second."""
-
-    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        trial.run_metadata.metric_analysis = {}
-        trial.run_metadata.metric_n_steps = {}
-
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self.on_trial_complete(iteration, trials, trial)
-
-
 class EventFiles(tune.logger.TBXLoggerCallback):
     """Writes TensorBoard's event files directly into the run's folder. From Tune's own location it would copy the files
     of all trials each second."""
@@ -93,12 +81,48 @@ class EventFiles(tune.logger.TBXLoggerCallback):
         self._summary_writer_cls = partial(_event_writer, folder.tune)
 
 
-def _event_writer(tune_folder: Path, trial_folder: str, **options: Any) -> Any:
-    from tensorboardX import SummaryWriter  # type: ignore[import-untyped]  # no hints
-    from tensorboardX.record_writer import register_writer_factory  # type: ignore[import-untyped]  # no hints
+def _event_writer(tune_folder: Path, trial_folder: str, **options: Any) -> "_EventWriter":
+    return _EventWriter(f"{EVENTS}:{tune_folder / Path(trial_folder).name}")
 
-    register_writer_factory(EVENTS, _EventFile)
-    return SummaryWriter(f"{EVENTS}:{tune_folder / Path(trial_folder).name}", **options)
+
+class _EventWriter:
+    """What Tune's logger asks of tensorboardX's `SummaryWriter`. That has a thread, a pipe and an exit handler for each
+    trial; with a thousand trials at once they are more files than a process may open. A flush writes one event."""
+
+    def __init__(self, path: str) -> None:
+        from tensorboardX.event_file_writer import EventsWriter  # type: ignore[import-untyped]  # no hints
+        from tensorboardX.record_writer import register_writer_factory  # type: ignore[import-untyped]  # no hints
+
+        register_writer_factory(EVENTS, _EventFile)
+        _EventFile.directory_check(path)
+        self.writer = EventsWriter(f"{path}/events")
+        self.scalars: dict[str, float] = {}
+        self.step = 0
+        self.file_writer = self  # which Tune tells of the hyperparameters
+
+    def add_scalar(self, tag: str, value: float, global_step: int) -> None:
+        self.scalars[tag], self.step = float(value), global_step
+
+    def add_histogram(self, *args: Any, **options: Any) -> None:
+        """No result of ours has a list."""
+
+    def add_summary(self, summary: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event  # type: ignore[import-untyped]  # no hints
+
+        self.writer.write_event(Event(summary=summary, wall_time=time.time(), step=self.step))
+
+    def flush(self) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[import-untyped]  # no hints
+
+        if self.scalars:
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in self.scalars.items()]
+            self.add_summary(Summary(value=values))
+        self.scalars = {}
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self.writer.close()
 
 
 class _EventFile:

@@ -1,6 +1,5 @@
 """Early stopping for one-cycle schedules: trials are compared late, by forecasts of their final metric."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from search.runs.atomic_files import write_atomically
+from search.runs.rungs_file import Known, RungsFile
 from search.spaces.space import Space
 from search.tuning.forecast import AtRung, forecast
 from trainables.ray.trial import REFITS, RETRAINS
@@ -105,24 +104,20 @@ class ProgressHalvingScheduler(FIFOScheduler):
         super().__init__()  # type: ignore[no-untyped-call]  # Ray's
         self.watched = metric
         self.space = space
-        self.state_file = Path(state_file)
+        self.file = RungsFile(state_file)
         self.rungs = rungs
         self.keep = keep
         self.forecasts = forecasts
         self.curves: dict[str, Curve] = {}
-        self.texts: dict[str, str] = {}  # of the curves: formatting a thousand for each result would be slow
         self.reasons: dict[str, str] = {}
         self.stop_rungs: dict[str, int] = {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Load the saved state. Tune calls this once, when a search starts or resumes."""
-        if self.state_file.is_file():
-            saved = json.loads(self.state_file.read_text())
-            curves = saved.get("curves", {})  # older versions saved none
-            self.curves = {trial: Curve.from_json(curve) for trial, curve in curves.items()}
-            self.texts = {trial: self._text(trial) for trial in self.curves}
-            self.reasons = saved["reasons"]
-            self.stop_rungs = saved.get("rungs", {})
+        saved = self.file.read()
+        self.file.tidy()
+        self.curves = {trial: Curve.from_json(curve) for trial, curve in saved["curves"].items()}
+        self.reasons, self.stop_rungs = dict(saved["reasons"]), dict(saved["rungs"])
         return True
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
@@ -177,12 +172,9 @@ class ProgressHalvingScheduler(FIFOScheduler):
         return f"{self.watched} {curve.results[rung][1]:.4f}{final} above the cut-off {limit:.4f} of rung {rung} %"
 
     def _save(self, changed: str) -> None:
-        self.texts[changed] = self._text(changed)
-        curves, stops = ", ".join(self.texts.values()), json.dumps({"reasons": self.reasons, "rungs": self.stop_rungs})
-        write_atomically(self.state_file, f'{{"curves": {{{curves}}}, {stops[1:]}')
-
-    def _text(self, trial_id: str) -> str:
-        """A trial's entry in the state file."""
-        curve = self.curves[trial_id]
-        known = {"point": curve.point, "results": curve.results, "final": curve.final, "probe": curve.probe}
-        return f"{json.dumps(trial_id)}: {json.dumps(known)}"
+        curve = self.curves[changed]
+        known = {"point": curve.point, "results": dict(curve.results), "final": curve.final, "probe": curve.probe}
+        more: Known = {"curves": {changed: known}}
+        if changed in self.reasons:
+            more |= {"reasons": {changed: self.reasons[changed]}, "rungs": {changed: self.stop_rungs[changed]}}
+        self.file.add(more)

@@ -405,7 +405,8 @@ class OptunaSearcher(Searcher):
         number = self.numbers.get(trial_id)
         if number is None:
             return None
-        frozen = self.study.get_trials(deepcopy=False)[number]
+        storage, study_id = self.study._storage, self.study._study_id
+        frozen = storage.get_trial(storage.get_trial_id_from_study_id_trial_number(study_id, number))
         return frozen if frozen.state == TrialState.RUNNING else None
 
     def _trial(self, frozen: FrozenTrial) -> optuna.Trial:

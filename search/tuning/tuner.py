@@ -28,8 +28,9 @@ from search.runs.refit import Refit, winner_to_refit
 from search.runs.remote_copy import Mirroring
 from search.runs.results_table import ResultsTable, TooManyFailures
 from search.runs.time_budget import TimeBudget, for_trials
-from search.runs.tune_files import EventFiles, ShortState, atomic_filesystem
+from search.runs.tune_files import EventFiles, atomic_filesystem
 from search.spaces.space import NamedRecipe, Space
+from search.tuning.controller import use_short_controller
 from search.tuning.early_stopping import new_scheduler
 from search.tuning.halving import new_searcher
 from search.tuning.screen import Screen, new_screen
@@ -112,6 +113,7 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
     settings = run.space.full_settings
     table = table_of(run)
     import_tensorboardx()
+    use_short_controller()
     budget, capacity = TimeBudget(folder, for_trials(options.time_budget), run.began), capacity_of(run)
     searcher = new_searcher(
         run.space,
@@ -135,7 +137,6 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
         CapacityNews(capacity, settings),
         PlacementGroupCleanup(),
         RayDashboard(folder),
-        ShortState(),
         EventFiles(folder),
         *([] if options.report == "off" else [LiveReport(folder)]),
         Mirroring(folder),

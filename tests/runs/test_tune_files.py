@@ -1,7 +1,6 @@
 """Where Tune writes its state: at every moment the old file is there, or the new one."""
 
 import gc
-import json
 import os
 import pickle
 import subprocess
@@ -10,12 +9,11 @@ from pathlib import Path
 
 import pyarrow.fs
 import pytest
-from ray.tune.experiment import Trial
 
 from search.runs import tune_files
 from search.runs.atomic_files import append_whole
 from search.runs.paths import RunFolder
-from search.runs.tune_files import EventFiles, ShortState, _AtomicFile, atomic_filesystem
+from search.runs.tune_files import EventFiles, _AtomicFile, atomic_filesystem
 from trainables.system import full_disk
 
 
@@ -72,20 +70,6 @@ def test_a_file_that_nobody_finished_is_not_taken(tmp_path):
     del stream
     gc.collect()
     assert file.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["state.json"]
-
-
-def test_an_ended_trial_takes_less_of_the_state_and_keeps_its_last_result():
-    trial = Trial("trainable", stub=True)
-    result = {"training_iteration": 1, "error_rate": 0.5, "valid_loss": 1.5}
-    trial.update_last_result(result)
-    running = trial.get_json_state()[1]
-    ShortState().on_trial_complete(1, [trial], trial)
-    ended = trial.get_json_state()[1]
-    assert len(ended) < 0.5 * len(running)
-    assert json.loads(ended)["last_result"] == json.loads(running)["last_result"] == result
-    trial.restore_run_metadata(ended)
-    trial.update_last_result(result | {"error_rate": 0.25})  # a trial that a kill made Tune forget ends once more
-    assert trial.metric_analysis["error_rate"]["min"] == 0.25
 
 
 class LoggedTrial:

@@ -22,6 +22,7 @@ from tiny_run import draw_images
 
 from search.runs.remote_run import RemoteRun
 from search.runs.run_record import load
+from search.runs.rungs_file import RungsFile
 from search.spaces.space import load_space
 from search.tuning.searcher import FORGOTTEN
 
@@ -92,7 +93,7 @@ def test_the_tables_hold_every_trial_and_every_epoch(undisturbed):
 def test_forecasts_know_how_every_trial_ended(undisturbed):
     """But those of a single unfrozen epoch, which were never on their way."""
     rows = [row for row in completed(undisturbed.folder) if int(row["epochs"]) > 1]
-    curves = json.loads((undisturbed.folder / "rungs.json").read_text())["curves"]
+    curves = RungsFile(undisturbed.folder / "rungs.json").read()["curves"]
     finals = {"t" + trial_id: curve["final"] for trial_id, curve in curves.items() if curve["final"] is not None}
     assert rows and finals == {row["trial_id"]: pytest.approx(float(row["error_rate"]), abs=1e-5) for row in rows}
 
