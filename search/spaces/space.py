@@ -163,7 +163,7 @@ class Space:
     def _defaults(self) -> dict[str, Any]:
         return Recipe.from_dict(self.settings).to_dict()
 
-    @property
+    @cached_property
     def full_settings(self) -> dict[str, Any]:
         """Every setting of a trial, searched or not, as trial 0 has it."""
         return Recipe.from_dict(self.settings | self.first_configs()[0]).to_dict()

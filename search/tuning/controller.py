@@ -1,7 +1,7 @@
 """Tune's loop, whose state and steps do not grow with the trials that have ended.
 
-Tune keeps each trial of a search in memory and writes all of them to its state once a second: with ten thousand trials
-that is a core's work. Nothing needs an ended trial of it: its results are in the tables and in the study.
+Tune keeps each trial of a search in memory and writes all of them to its state each time: with ten thousand trials that
+is a core's work. Nothing needs an ended trial of it: its results are in the tables and in the study.
 """
 
 import importlib
@@ -14,6 +14,8 @@ from ray.tune.trainable.metadata import _TrainingRunMetadata
 
 FORGET_SECONDS = 60.0
 """After a trial's last result. By then the tables have its end even if the machine crashes."""
+SAVE_SHARE = 0.05
+"""Of the driver's time, that saves of its state may take. What a kill costs a running trial is what it did since."""
 
 
 class ShortController(TuneController):
@@ -26,7 +28,10 @@ class ShortController(TuneController):
 
     def save_to_dir(self) -> None:
         self.forget_ended()
+        started = time.thread_time()
         super().save_to_dir()  # type: ignore[no-untyped-call]  # Ray's
+        shortest = float(self._checkpoint_period)
+        self._checkpoint_manager._checkpoint_period = max(shortest, (time.thread_time() - started) / SAVE_SHARE)
 
     def forget_ended(self) -> None:
         """Forget the trials whose end the callbacks have heard of some time ago. One always stays: Tune cannot restore
