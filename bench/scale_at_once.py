@@ -30,8 +30,6 @@ SLICE_SECONDS = 10.0
 """Of a row of the table."""
 MOST_BEHIND = 1.0
 """Seconds that a running trial's row may be behind."""
-START = 0.5
-"""Of an epoch's time, at least: how long a trial's first one takes."""
 
 
 class Slots:
@@ -42,15 +40,16 @@ class Slots:
         self.trials: dict[int, tuple[dict[str, Any], int]] = {}  # by slot: the config, and how many epochs are done
 
     async def begin(self, slot: int, config: dict[str, Any], **options: Any) -> bool:
-        self.trials[slot] = {name: value for name, value in config.items() if not name.startswith("__")}, 0
+        # As in the middle of a search: the first trials are anywhere in their schedules.
+        done = 0 if slot in self.trials else random.randrange(EPOCHS)
+        self.trials[slot] = {name: value for name, value in config.items() if not name.startswith("__")}, done
         return True
 
     async def train(self, slot: int) -> dict[str, Any]:
         from trainables.recipe import Recipe
 
         config, done = self.trials[slot]
-        low = START if done == 0 else 0.9
-        await asyncio.sleep(self.epoch_seconds * random.uniform(low, 2 - low if done else 1.0))
+        await asyncio.sleep(self.epoch_seconds * random.uniform(0.9, 1.1))
         recipe, done = Recipe.from_dict(self.settings | config), done + 1
         self.trials[slot] = config, done
         own = {"seconds": 0.002 * done, "overhead_seconds": 0.1, "epochs_total": recipe.total_epochs, "failure": "",
@@ -83,7 +82,9 @@ def slots_for_actors(slots: Any) -> None:
             actor = TrackedActor(len(self._live_actors_to_ray_actors_resources), **callbacks)
             self._live_actors_to_ray_actors_resources[actor] = Handle(actor.actor_id), None
             future = slots.begin.remote(actor.actor_id, kwargs["config"])
-            self._actor_state_events.track_future(future, on_result=lambda _: actor._on_start and actor._on_start(actor))
+            self._actor_state_events.track_future(
+                future, on_result=lambda _: actor._on_start and actor._on_start(actor)
+            )
             return actor
 
         def remove_actor(self, tracked_actor: TrackedActor, **how: Any) -> bool:

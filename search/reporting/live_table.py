@@ -1,4 +1,7 @@
-"""What a running search shows: a live table on a terminal, or a line per event in a log file."""
+"""What a running search shows: a live table on a terminal, or a line per event in a log file.
+
+Where more trials run than a person can follow, both show what they do together, see `many_trials`.
+"""
 
 import math
 import time
@@ -14,11 +17,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from search.reporting.many_trials import MANY, ManyTrials, running_rows
 from search.runs.csv_file import Row
 from search.runs.kinds import PROBE, name_of, short_name
 from search.runs.objective import Objective
 from search.runs.result_rows import (
     COMPLETED,
+    FAILED,
     PROBED,
     RUNNING,
     better_epoch,
@@ -33,6 +38,7 @@ from trainables.ray.trial import REFITS, table_id
 from trainables.system.text import duration, percent
 
 MAX_SHOWN = 8  # completed trials
+MOST_LEADING = 100  # of the ranked ones, from which they are taken
 MAX_PROBES = 3
 """Of them: where no trial is better than its probe yet, the trials are to be seen as well."""
 
@@ -40,13 +46,16 @@ MAX_PROBES = 3
 class Leaderboard(tune.Callback):
     """Reads the results table, so it must follow it in the list of callbacks."""
 
-    def __init__(self, table: ResultsTable, *, num_trials: int, time_budget: float | None) -> None:
+    def __init__(
+        self, table: ResultsTable, *, num_trials: int, time_budget: float | None, rungs: Sequence[int] = ()
+    ) -> None:
         self.table = table
         self.num_trials = num_trials
         self.time_budget = time_budget
         self.started = time.monotonic()
         self.spent_before = 0.0
         self.live: Live | None = None
+        self.many = ManyTrials(rungs)
         self.refit = ""  # how far the winner's training on all images is
 
     def setup(self, *args: Any, **info: Any) -> None:
@@ -65,6 +74,8 @@ class Leaderboard(tune.Callback):
         if REFITS in trial.config:
             return self._note_refit(trial, "starts")
         row = self._row(trial)
+        if self._has_many():
+            return self._say_many()
         self._say(row, f"starts: {_recipe(row, self.table.dimensions)}")
 
     def on_trial_result(
@@ -75,6 +86,9 @@ class Leaderboard(tune.Callback):
         row = self._row(trial)
         if result["failure"]:
             return
+        self.many.note_epoch()
+        if self._has_many():
+            return self._say_many()
         epoch = "probe" if result["stage"] == PROBE else f"epoch {_epochs(row)} ({result['stage']})"
         losses = f"train loss {result['train_loss']:.3f}, valid loss {row['valid_loss']:.3f}"
         parts = result.get("batch_parts", 1)
@@ -92,6 +106,11 @@ class Leaderboard(tune.Callback):
         if REFITS in trial.config:
             return
         row = self._row(trial)
+        self.many.note_end(row["status"])
+        best = self.table.ranking.best()
+        is_best = best is not None and best["number"] == row["number"]
+        if self._has_many() and not is_best and row["status"] != FAILED:
+            return self._say_many()
         outcome = row["reason"] or self._score(row)
         if better := better_epoch(row):
             outcome += f" ({percent(better[1])} at epoch {better[0]})"
@@ -116,6 +135,16 @@ class Leaderboard(tune.Callback):
             line = f"{time.strftime('%H:%M:%S')}  {name_of(row['number']):<9} {text}"
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    def _has_many(self) -> bool:
+        return len(self.table.running) > MANY
+
+    def _say_many(self) -> None:
+        """A line about all trials, from time to time."""
+        if self.live is None and self.many.is_due:
+            running = running_rows(self.table.rows.values())
+            text = f"{self.many.log_line(running, self.table.settings)}. {self._summary()}"
+            self.console.print(f"{time.strftime('%H:%M:%S')}  {text}", highlight=False, markup=False, soft_wrap=True)
+
     def _score(self, row: Row) -> str:
         """Such as "error 5.0 %", with the objective where it is another."""
         error, what = f"error {_percent(row['error_rate'])}", self.table.objective
@@ -128,10 +157,8 @@ class Leaderboard(tune.Callback):
         return sum(row["status"] != RUNNING and row["number"] >= 0 for row in self.table.rows.values())
 
     def _summary(self) -> str:
-        best = leaders(self.table.rows.values())
-        incumbent = "no trial completed yet"
-        if best:
-            incumbent = f"best {self._score(best[0])} ({name_of(best[0]['number'])})"
+        best = self.table.ranking.best()
+        incumbent = f"best {self._score(best)} ({name_of(best['number'])})" if best else "no trial completed yet"
         total = max(self.num_trials, len(self.table.rows))  # after an extension, more trials may be trained again
         what = "probes and trials" if _has_probes(self.table.rows.values()) else "trials"
         refit = f", {self.refit}" if self.refit else ""
@@ -149,15 +176,21 @@ class Leaderboard(tune.Callback):
 
     def _render(self) -> Group:
         """At most as high as the terminal: half for the running trials, the rest for the best ones."""
-        rows = list(self.table.rows.values())
-        running = [row for row in rows if row["status"] == RUNNING]
+        running = running_rows(list(self.table.rows.values()))
         height = self.console.size.height
-        shown = running[: max(1, height // 2 - 3)]
-        best = _leading(rows)[: max(0, height - len(shown) - 7)]  # two or three lines follow
+        has_many = len(running) > MANY
+        shown = [] if has_many else running[: max(1, height // 2 - 3)]
+        # Two or three lines follow, and some about many trials.
+        best = _leading(self.table.ranking.all.best(MOST_LEADING))[: max(0, height - len(shown) - 7 - 2 * has_many)]
         parts: list[RenderableType] = [
             rows_table([*shown, *best], self.table.dimensions, self.table.objective, fold=False)
         ]
-        if len(shown) < len(running):
+        if has_many:
+            grid = Table.grid(padding=(0, 2))
+            for name, text in self.many.lines(running, self.table.settings):
+                grid.add_row(Text(name, style="bold"), Text(text, no_wrap=True, overflow="ellipsis"))
+            parts.append(grid)
+        elif len(shown) < len(running):
             parts.append(Text(f"and {len(running) - len(shown)} more running", style="dim"))
         bar = Table.grid(expand=True)
         bar.add_row(ProgressBar(total=self.num_trials, completed=self._num_ended()))

@@ -43,6 +43,11 @@ def new_scheduler(name: str, metric: str, space: Space, state_file: Path) -> Tri
     return FIFOScheduler()
 
 
+def rungs_of(name: str) -> Sequence[int]:
+    """The rungs of the scheduler for `--scheduler`, in percent."""
+    return {"rungs": RUNGS, "median": MEDIAN_RUNGS}.get(name, ())
+
+
 @dataclass
 class Curve:
     """A trial's results that are used for forecasts."""

@@ -31,7 +31,7 @@ from search.runs.time_budget import TimeBudget, for_trials
 from search.runs.tune_files import EventFiles, atomic_filesystem
 from search.spaces.space import NamedRecipe, Space
 from search.tuning.controller import use_short_controller
-from search.tuning.early_stopping import new_scheduler
+from search.tuning.early_stopping import new_scheduler, rungs_of
 from search.tuning.halving import new_searcher
 from search.tuning.screen import Screen, new_screen
 from search.tuning.searcher import OptunaSearcher
@@ -133,7 +133,7 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
         table,
         Refit(table),
         DiskWatch(folder),
-        Leaderboard(table, num_trials=num_shown, time_budget=options.time_budget),
+        Leaderboard(table, num_trials=num_shown, time_budget=options.time_budget, rungs=rungs_of(strategy.scheduler)),
         CapacityNews(capacity, settings),
         PlacementGroupCleanup(),
         RayDashboard(folder),
