@@ -1,6 +1,7 @@
 """Writes a run as one self-contained HTML file: `python -m search.report RUN`. Every search also does as it runs."""
 
 import argparse
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from search.reporting.error_analysis import ErrorAnalysis, analyse, read_analysi
 from search.reporting.summary import model
 from search.runs.atomic_files import write_atomically
 from search.runs.command import CommandRecord
+from search.runs.csv_file import Row
 from search.runs.kinds import PROBE, how_many, name_of, short_name
 from search.runs.result_rows import (
     COMPLETED,
@@ -33,7 +35,7 @@ from search.runs.result_rows import (
     better_epoch,
     objective,
 )
-from search.runs.run_record import RunRecord, load
+from search.runs.run_record import RunRecord, load, records
 from search.spaces.space import dimension_text
 from trainables.system.command_line import run_cli
 from trainables.system.full_disk import require_writable_file
@@ -42,6 +44,9 @@ from trainables.system.text import duration, many, percent, shell_command
 
 BEST_EPOCH = ("best_epoch", "best_error_rate")
 """Shown of the trials whose best epoch is not their last."""
+MOST_ROWS, NUM_SHOWN = 1000, 200
+"""A longer table shows so many rows at first, and more of them on demand."""
+MOST_FAILURES = 100
 STATUSES = (COMPLETED, UNFINISHED, RETRAINED, STOPPED, FAILED, RUNNING)
 
 EXAMPLES = """
@@ -114,6 +119,7 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
     failed = run.trials[run.trials["status"] == FAILED]
     found_charts, about_winner = charts.search_charts(run), winner_figures(run, found)
     judged = found.calibration if found else None
+    rows = table(run)
     return html_page.render(
         "report.html",
         [*found_charts, *about_winner, *([calibration_charts.reliability(judged)] if judged else [])],
@@ -135,9 +141,10 @@ def render(run: RunRecord, *, no_analysis: str = "") -> str:
         suspects=suspects.pictures(run),
         about_suspects=suspects.lines(run.folder),
         columns=columns(run),
-        rows=table(run),
+        rows=rows[:NUM_SHOWN] if len(rows) > MOST_ROWS else rows,
+        later_rows=later_rows(rows),
         statuses=sorted(run.trials["status"].unique()),
-        failures=[(name_of(row["number"]), row["reason"]) for _, row in failed.iterrows()],
+        failures=failures(failed),
         command=shell_command("search.run", *run.command.argv),
         later_commands=run.later_commands,
         environment=environment(run),
@@ -299,7 +306,7 @@ def columns(run: RunRecord) -> list[Column]:
         shown.append(Column(run.objective.name, run.objective.column, is_share=is_share))
     if _has(run, run.objective.expected_column):
         shown.append(Column("expected", run.objective.expected_column, is_share=is_share))
-    if any(better_epoch(row) for _, row in run.trials.iterrows()):
+    if any(map(better_epoch, records(run.trials))):
         shown.append(Column("best epoch", "best_epoch"))
         shown.append(Column("error then", "best_error_rate", is_share=True))
     if run.trials["tta_error_rate"].notna().any():
@@ -332,9 +339,33 @@ def table(run: RunRecord) -> list[dict[str, Any]]:
     keys = ["expected", run.objective.column, "valid_loss", "number"]
     order = run.trials.assign(expected=run.expected).sort_values(keys)
     return [
-        {"status": row["status"], "is_best": number == best, "cells": [_cell(row, column) for column in shown]}
-        for number, row in order.assign(**_without_idle_settings(run, order)).iterrows()
+        {
+            "status": row["status"],
+            "is_best": bool(row["number"] == best),
+            "cells": [_cell(row, column) for column in shown],
+        }
+        for row in records(order.assign(**_without_idle_settings(run, order)))
     ]
+
+
+def later_rows(rows: list[dict[str, Any]]) -> str:
+    """The rows that the page makes itself when they are to be seen, as JSON: whether it is the best, its status, and
+    the value and text of each cell. Ten thousand rows of HTML would keep a browser busy for half a minute."""
+    later = [
+        [row["is_best"], row["status"], [[cell["value"], cell["text"]] for cell in row["cells"]]]
+        for row in (rows[NUM_SHOWN:] if len(rows) > MOST_ROWS else [])
+    ]
+    return html_page.script_json(json.dumps(later))
+
+
+def failures(failed: pd.DataFrame) -> list[tuple[str, str]]:
+    """Failed trials and why; of many a line for each reason."""
+    if len(failed) <= MOST_FAILURES:
+        return [(name_of(row["number"]), row["reason"]) for _, row in failed.iterrows()]
+    groups = failed.groupby("reason")["number"]
+    found = [(reason, numbers.tolist()) for reason, numbers in groups]
+    largest = sorted(found, key=lambda group: -len(group[1]))[:MOST_FAILURES]
+    return [(f"{many(len(numbers), 'trial')}, such as {numbers[-1]}", str(reason)) for reason, numbers in largest]
 
 
 def _without_idle_settings(run: RunRecord, rows: pd.DataFrame) -> "dict[str, pd.Series[Any]]":
@@ -344,7 +375,7 @@ def _without_idle_settings(run: RunRecord, rows: pd.DataFrame) -> "dict[str, pd.
     return {name: rows[name].astype(object).mask(probes, math.nan) for name in names} if probes.any() else {}
 
 
-def _cell(row: "pd.Series[Any]", column: Column) -> dict[str, str]:
+def _cell(row: Row, column: Column) -> dict[str, str]:
     value = row[column.source]
     if column.source in BEST_EPOCH and better_epoch(row) is None:
         value = math.nan

@@ -1,5 +1,6 @@
 """What charts are made of: colours and symbols, points and curves of trials, axes."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -27,6 +28,10 @@ STATUS_MARKERS = {
     RUNNING: {"color": GREY, "symbol": "circle-open"},
 }
 FAMILIES = [(BLUE, "circle"), (ORANGE, "square"), (GREEN, "diamond"), (PURPLE, "cross"), (SKY, "triangle-up")]
+
+
+MAX_DRAWN = 1000
+"""Trials that a chart draws. With ten thousand, a browser would take half a minute."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,27 @@ class Axis:
         self.ticks = [(0.0, f"{low:.3g}"), (1.0, f"{high:.3g}")]
 
 
+def drawn(run: RunRecord) -> "pd.Index[Any]":
+    """The numbers of the trials that charts draw: of very many the best half of `MAX_DRAWN`, the winner among them, and
+    as many of the others, evenly over the search. A probe is always drawn."""
+    numbers = run.trials.index
+    if len(numbers) <= MAX_DRAWN:
+        return numbers
+    best = run.completed.index[: MAX_DRAWN // 2]
+    others = numbers.difference(best)
+    step = math.ceil(len(others) / (MAX_DRAWN // 2))
+    probes = numbers[run.trials["kind"] == PROBE]
+    return best.union(others[::step]).union(probes)
+
+
+def drawn_note(run: RunRecord) -> str:
+    """What a caption says of it; empty where all are drawn."""
+    number = len(drawn(run))
+    if number == len(run.trials):
+        return ""
+    return f" {number:,} of the {len(run.trials):,} are drawn: the {MAX_DRAWN // 2} best, and some of all others."
+
+
 def add_families(figure: go.Figure, rows: pd.DataFrame, run: RunRecord, x: str, where: str) -> None:
     """Points in a colour and a shape per architecture, if these are searched."""
     families = rows["arch"].astype(str) if "arch" in run.dimensions else pd.Series("trials", index=rows.index)
@@ -74,6 +100,7 @@ def add_points(
     figure: go.Figure, rows: pd.DataFrame, run: RunRecord, x: str, where: str, *, name: str, marker: dict[str, Any]
 ) -> None:
     """A marker per trial at the column `x` and its objective; `where` says the former when hovering."""
+    rows = rows[rows.index.isin(drawn(run))]
     figure.add_scatter(
         x=rows[x],
         y=rows[run.objective.column],
@@ -95,7 +122,8 @@ def add_curves(
     width: float = 1.5,
 ) -> None:
     """The curves of some trials as one trace, with gaps between: a thousand traces would be slow."""
-    groups = epochs[epochs["number"].isin(numbers)].sort_values("epoch").groupby("number")
+    shown = drawn(run).intersection(list(numbers))
+    groups = epochs[epochs["number"].isin(shown)].sort_values("epoch").groupby("number")
     if not len(groups):
         return
     column = run.objective.column

@@ -5,7 +5,7 @@ show a setting that can be off as two, and draw each trial as a trace of its own
 """
 
 import math
-from itertools import accumulate
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from search.reporting.chart_parts import (
     BLUE,
     GREEN,
     GREY,
+    MAX_DRAWN,
     ORANGE,
     SKY,
     STATUS_MARKERS,
@@ -24,6 +25,8 @@ from search.reporting.chart_parts import (
     add_curves,
     add_families,
     add_points,
+    drawn,
+    drawn_note,
     joined,
     objective_axis,
     objective_ticks,
@@ -34,7 +37,7 @@ from search.reporting.importance import importances
 from search.reporting.summary import describe_front
 from search.runs.kinds import PROBE, TRIAL, how_many, name_of
 from search.runs.result_rows import RANKED, RUNNING, STOPPED
-from search.runs.run_record import RunRecord
+from search.runs.run_record import RunRecord, records
 from trainables.system.text import many, percent
 
 QUARTERS = [("worst", 3, GREY), ("third", 2, SKY), ("second", 1, BLUE), ("best", 0, ORANGE)]
@@ -81,10 +84,11 @@ def incumbent(run: RunRecord) -> Chart | None:
     for name, marker in STATUS_MARKERS.items():
         if len(rows := scored[groups == name]):
             add_points(figure, rows, run, "minutes", "after %{x:.1f} min", name=name, marker=marker | {"size": 9})
-    best = list(accumulate(done[run.objective.column], min))
+    best = done[run.objective.column].cummin()
+    better = best.diff().fillna(-1) < 0 if len(done) > MAX_DRAWN else best.notna()  # else the line is the same
     figure.add_scatter(
-        x=[*done["minutes"], float(scored["minutes"].max())],
-        y=[*best, best[-1]],
+        x=[*done["minutes"][better], float(scored["minutes"].max())],
+        y=[*best[better], best.iloc[-1]],
         mode="lines",
         name="best so far",
         line={"color": GREEN, "width": 3, "shape": "hv"},
@@ -99,6 +103,7 @@ def incumbent(run: RunRecord) -> Chart | None:
     )
     caption = f"The first model was that of {first}"
     caption += f"; the best so far is {last}." if last != first else ", and no later one has beaten it."
+    caption += drawn_note(run)
     return Chart("incumbent", "Error of the best trial over time", caption, figure)
 
 
@@ -118,13 +123,14 @@ def learning_curves(run: RunRecord) -> Chart | None:
         add_curves(figure, run, epochs, numbers, status, marker["color"])
     stopped = run.trials[(run.trials["status"] == STOPPED) & (run.trials["epochs_done"] > 0)]
     if len(stopped):
+        shown = stopped[stopped.index.isin(drawn(run))]
         figure.add_scatter(
-            x=stopped["epochs_done"],
-            y=stopped[run.objective.column],
+            x=shown["epochs_done"],
+            y=shown[run.objective.column],
             mode="markers",
             name="where it was stopped",
             marker=STATUS_MARKERS[STOPPED] | {"size": 10},
-            text=[f"{name_of(row['number'])}: {plain(row['reason'])}" for _, row in stopped.iterrows()],
+            text=[f"{name_of(row['number'])}: {plain(row['reason'])}" for _, row in shown.iterrows()],
             hovertemplate="%{text}<extra></extra>",
         )
     if best is not None:
@@ -132,7 +138,7 @@ def learning_curves(run: RunRecord) -> Chart | None:
     step = max(1, math.ceil(epochs["epoch"].max() / 10))
     figure.update_xaxes(title_text="epoch", rangemode="tozero", tick0=0, dtick=step)
     objective_axis(figure, run)
-    caption = f"Validation error after each epoch of {many(epochs['number'].nunique(), 'trial')}."
+    caption = f"Validation error after each epoch of {many(epochs['number'].nunique(), 'trial')}.{drawn_note(run)}"
     if (epochs["epoch"] == 0).any():
         caption += " Epoch 0 is the probe that a trial starts from."
     if len(stopped):
@@ -168,6 +174,7 @@ def probes_and_fine_tuned(run: RunRecord) -> Chart | None:
     )
     if len(alone):
         caption += f" Circles on the diagonal: {many(len(alone), 'probe')} that no trial was fine-tuned from."
+    caption += drawn_note(run)
     return Chart("probes", "What fine-tuning adds to a probe", caption, figure)
 
 
@@ -179,15 +186,16 @@ def own_probes(run: RunRecord) -> "pd.Series[float]":
     best_last = _probes(run)[::-1]  # the screen probes its best pair twice
     of_screen = {_backbone(run, row): row[run.objective.column] for _, row in best_last.iterrows()}
     errors = {
-        number: own.get(number, of_screen.get(_backbone(run, row), math.nan)) for number, row in run.tuned.iterrows()
+        row["number"]: own.get(row["number"], of_screen.get(_backbone(run, row), math.nan))
+        for row in records(run.tuned)
     }
     return pd.Series(errors, dtype=float).dropna()
 
 
 def _only_probed(run: RunRecord) -> pd.DataFrame:
     """The probes of what no completed trial was fine-tuned from."""
-    tuned, probes = {_backbone(run, row) for _, row in run.tuned.iterrows()}, _probes(run)
-    alone = [_backbone(run, row) not in tuned for _, row in probes.iterrows()]
+    probes, tuned = _probes(run), {_backbone(run, row) for row in records(run.tuned)}
+    alone = [_backbone(run, row) not in tuned for row in records(probes)]
     return probes[np.array(alone, dtype=bool)]  # an empty list would select no columns instead of no rows
 
 
@@ -195,7 +203,7 @@ def _probes(run: RunRecord) -> pd.DataFrame:
     return run.completed[run.completed["kind"] == PROBE]
 
 
-def _backbone(run: RunRecord, row: "pd.Series[Any]") -> tuple[str, str]:
+def _backbone(run: RunRecord, row: "Mapping[str, Any] | pd.Series[Any]") -> tuple[str, str]:
     """Architecture and image size."""
     return str(run.setting(row, "arch")), str(run.setting(row, "image_size"))
 
@@ -211,10 +219,10 @@ def parallel_coordinates(run: RunRecord) -> Chart | None:
     axes.append(Axis(run.objective.column, scored[run.objective.column], log=False))
     positions = np.column_stack([axis.positions for axis in axes])
     quarters = (4 * (scored[run.objective.column].rank(method="first") - 1) // len(scored)).to_numpy()
-    figure = go.Figure()
+    figure, shown = go.Figure(), scored.index.isin(drawn(run))
     for name, quarter, colour in QUARTERS:
         lines = ((range(len(axes)), positions[i], [name_of(scored.index[i])] * len(axes))
-                 for i in np.flatnonzero(quarters == quarter).tolist())  # fmt: skip
+                 for i in np.flatnonzero((quarters == quarter) & shown).tolist())  # fmt: skip
         x, y, text = joined(lines)
         figure.add_scatter(
             x=x,
@@ -236,7 +244,7 @@ def parallel_coordinates(run: RunRecord) -> Chart | None:
     caption = (
         f"Each line is one of {len(scored)} trials with a score; it crosses the axis of every searched setting at its "
         "value. Choose a quarter in the legend to hide or show it."
-    )
+    ) + drawn_note(run)
     return Chart("parallel", "Settings and their error", caption, figure)
 
 
@@ -286,4 +294,5 @@ def cost(run: RunRecord) -> Chart | None:
     figure.update_xaxes(title_text="seconds of training and validation", rangemode="tozero")
     objective_axis(figure, run)
     caption = f"Of {how_many(done['kind'])}, none is better and cheaper than these: {describe_front(run)}."
+    caption += drawn_note(run)
     return Chart("cost", "Error against cost", caption, figure)

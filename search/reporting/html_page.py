@@ -36,7 +36,7 @@ def render(template: str, charts: Sequence[Chart], **context: Any) -> str:
 
 
 def chart_data(chart: Chart) -> str:
-    """A chart for the page's script, as JSON that cannot close its HTML element."""
+    """A chart for the page's script."""
     figure = go.Figure(chart.figure)
     figure.update_layout(
         template=go.layout.Template(),
@@ -48,6 +48,11 @@ def chart_data(chart: Chart) -> str:
         plot_bgcolor="rgba(0,0,0,0)",
     )
     text: str = figure.to_json()
+    return script_json(text)
+
+
+def script_json(text: str) -> str:
+    """JSON for the page's script, which cannot close its HTML element."""
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class RunRecord:
         saved = self.space["dimensions"][dimension]
         return isinstance(saved, dict) and saved.get("log", False)
 
-    @property
+    @cached_property
     def completed(self) -> pd.DataFrame:
         """The completed trials and, by their last epoch, the unfinished ones, best first, see `result_rows.rank`."""
         return self._rows_of(leaders(self._records))
@@ -104,9 +104,9 @@ class RunRecord:
         seen = self.trials[self.objective.column]
         return self.trials.get(self.objective.expected_column, seen).fillna(seen)
 
-    @property
+    @cached_property
     def _records(self) -> list[Row]:
-        return [{str(name): value for name, value in row.items()} for row in self.trials.to_dict("records")]
+        return records(self.trials)
 
     def _rows_of(self, records: Iterable[Row]) -> pd.DataFrame:
         return self.trials.loc[[row["number"] for row in records]]
@@ -122,12 +122,12 @@ class RunRecord:
         at = self.completed["number"] == 0
         return self.completed[at].iloc[0] if at.any() else None
 
-    @property
+    @cached_property
     def tuned(self) -> pd.DataFrame:
         """Those of `completed` that were fine-tuned."""
         return self.completed[self.completed["kind"] == TRIAL]
 
-    @property
+    @cached_property
     def whole(self) -> pd.DataFrame:
         """Those of `tuned` that have made all their epochs: what the study has learned from."""
         return self.tuned[self.tuned["status"] == COMPLETED]
@@ -138,7 +138,7 @@ class RunRecord:
         probes = self.completed[self.completed["kind"] == PROBE]
         return None if probes.empty else probes.iloc[0]
 
-    @property
+    @cached_property
     def pareto_front(self) -> pd.DataFrame:
         """The completed trials that no other one beats in both objective and seconds, cheapest first."""
         return self._rows_of(pareto_front(self._records))
@@ -214,7 +214,7 @@ class RunRecord:
             return self.objective.lead(*errors, than=than)
         return describe_lead(*errors, self.num_valid, among=among, count=count, than=than)
 
-    def setting(self, row: pd.Series, name: str) -> Any:
+    def setting(self, row: Mapping[str, Any] | pd.Series, name: str) -> Any:
         """A row's value of a setting, searched or not; empty where it is not known."""
         return row[name] if name in row else self.space.get("settings", {}).get(name, "")
 
@@ -225,6 +225,12 @@ class RunRecord:
             raise ValueError(f"{self.folder} has no study yet: no trial has started.")
         storage = JournalStorage(JournalFileBackend(str(self.folder.journal)))
         return optuna.load_study(study_name=self.space["name"], storage=storage)
+
+
+def records(table: pd.DataFrame) -> list[Row]:
+    """Its rows; a row of pandas takes a hundred times as long to make."""
+    names = list(map(str, table.columns))
+    return [dict(zip(names, row, strict=True)) for row in table.itertuples(index=False, name=None)]
 
 
 def _read_table(path: Path, parsers: dict[str, Parser], needed: Iterable[str], key: str | None = None) -> pd.DataFrame:

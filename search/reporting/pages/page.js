@@ -65,37 +65,76 @@ addEventListener("afterprint", () => {
 // --- The table ---
 
 const table = document.getElementById("trials-table");
+const PAGE = 200;  // rows that "Show more" adds
+
+// Each trial as its values and its row; of a long table, most rows are made when they are to be seen.
+class Entry {
+  constructor(status, values, text, make) {
+    Object.assign(this, {status, values, text, make});
+  }
+
+  get row() { return (this.made ||= this.make()); }
+}
+
+function entryOf(row) {
+  const values = [...row.cells].map((cell) => cell.dataset.value);
+  return new Entry(row.dataset.status, values, row.textContent.toLowerCase(), () => row);
+}
+
+function laterEntry([isBest, status, cells], like) {
+  const text = cells.map(([, shown]) => shown).join(" ").toLowerCase();
+  return new Entry(status, cells.map(([value]) => value), text, () => {
+    const row = like.cloneNode(true);
+    row.dataset.status = status;
+    row.className = isBest ? "best" : "";
+    cells.forEach(([value, shown], i) => {
+      row.cells[i].dataset.value = value;
+      row.cells[i].textContent = shown;
+    });
+    return row;
+  });
+}
+
+let entries = [], matching = [], limit = Infinity;
 
 function sortBy(column, ascending) {
-  const key = (row) => row.cells[column].dataset.value;
-  const numeric = [...table.tBodies[0].rows].every((row) => key(row) === "" || !isNaN(key(row)));
-  const rows = [...table.tBodies[0].rows].sort((a, b) => {
+  const key = (entry) => entry.values[column];
+  const numeric = entries.every((entry) => key(entry) === "" || !isNaN(key(entry)));
+  entries.sort((a, b) => {
     const [x, y] = [key(a), key(b)];
     if (x === "" || y === "") return (x === "") - (y === "");  // what has no value comes last, either way
     const order = numeric ? Number(x) - Number(y) : x.localeCompare(y);
     return ascending ? order : -order;
   });
-  table.tBodies[0].append(...rows);
   [...table.tHead.rows[0].cells].forEach((cell, i) => {
     if (i === column) cell.setAttribute("aria-sort", ascending ? "ascending" : "descending");
     else cell.removeAttribute("aria-sort");
   });
+  filterRows();
 }
 
 function filterRows() {
   const words = document.getElementById("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
   const status = document.getElementById("status-filter").value;
-  let shown = 0;
-  const rows = [...table.tBodies[0].rows];
-  for (const row of rows) {
-    const text = row.textContent.toLowerCase();
-    row.hidden = !(words.every((word) => text.includes(word)) && (!status || row.dataset.status === status));
-    shown += !row.hidden;
-  }
-  document.getElementById("shown").textContent = `${shown} of ${rows.length} trials`;
+  matching = entries.filter((entry) =>
+    words.every((word) => entry.text.includes(word)) && (!status || entry.status === status));
+  if (limit !== Infinity) limit = PAGE;
+  showRows();
+}
+
+function showRows() {
+  table.tBodies[0].replaceChildren(...matching.slice(0, limit).map((entry) => entry.row));
+  const hidden = Math.max(0, matching.length - limit);
+  const first = hidden ? `, the first ${limit} of them here` : "";
+  document.getElementById("shown").textContent = `${matching.length} of ${entries.length} trials${first}`;
+  document.getElementById("more").hidden = !hidden;
 }
 
 if (table) {
+  const rows = [...table.tBodies[0].rows];
+  const later = JSON.parse(document.getElementById("later-rows").textContent);
+  entries = [...rows.map(entryOf), ...later.map((saved) => laterEntry(saved, rows[0]))];
+  if (later.length) limit = PAGE;
   [...table.tHead.rows[0].cells].forEach((cell, column) => {
     cell.querySelector("button").addEventListener("click", () => {
       sortBy(column, cell.getAttribute("aria-sort") !== "ascending");
@@ -103,6 +142,7 @@ if (table) {
   });
   document.getElementById("filter").addEventListener("input", filterRows);
   document.getElementById("status-filter").addEventListener("change", filterRows);
+  document.getElementById("more").addEventListener("click", () => { limit += PAGE; showRows(); });
   filterRows();
 }
 
