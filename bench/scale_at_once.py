@@ -267,6 +267,37 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epoch-seconds", type=float, default=60, help="with --at-once: of an epoch (60 without it)")
 
 
+def markdown(result: dict[str, Any]) -> str:
+    slices, left = result["slices"], result["after_kill"]
+    seconds = sum(row["seconds"] for row in slices)
+    cores = sum(row["cores"] * row["seconds"] for row in slices) / seconds
+    rate = sum(row["results"] for row in slices) / seconds
+    rows = [
+        f"| {row['at']:.0f} | {row['results'] / row['seconds']:.1f} | {row['ended'] / row['seconds']:.1f} | "
+        f"{row['cores']:.2f} | {row['mb']:.0f} | {row['waiting']} | {row['delay_p50']:.2f} | {row['delay_p95']:.2f} |"
+        for row in slices
+    ]
+    return f"""# Many trials at once: the driver
+
+`{result["command"]}`
+
+{result["at_once"]} trials at once of {EPOCHS} epochs of {result["epoch_seconds"]:g} s (± 10 %), which one actor
+answers for; the driver, its tables, its study and Ray's calls are real. **{rate:.1f} results a second, {cores:.2f}
+cores, at most {max(row["mb"] for row in slices):.0f} MB.**
+
+| second | results a second | trials ended a second | cores of the driver | MB | results waiting | delay, median, s | 95th percentile, s |
+|---|---|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+Cores are CPU seconds of all threads of the driver's process by seconds. A delay is from the end of an epoch until the
+driver is done with its result; results that wait at a slice's end are the queue. The trials are anywhere in their
+schedules when the first slice begins, when all of them run. The report that a search renews while it runs is off.
+
+After `kill -9` the tables were whole: {left["trials"]} trials, {left["ended"]} of them ended, and {left["epochs"]}
+epochs, none missing that the driver had handled, and no trial's row more than {MOST_BEHIND:g} s behind.
+"""
+
+
 def main() -> None:
     """Of the driver's process."""
     parser = argparse.ArgumentParser()

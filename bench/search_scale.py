@@ -1,13 +1,17 @@
 """Does a search of a thousand trials slow down, or fill the memory, as it goes on?
 
     python bench/search_scale.py --trials 1000
+    python bench/search_scale.py --at-once 1000
 
 Trials that train nothing (`empty_trials`) go through this project's own search: Optuna's TPE with its journal, early
 termination, tables, checkpoints, TensorBoard files. They have the quickstart's dimensions, 1 to 3 epochs, and errors
 that follow from their settings, with noise. Seconds a trial are told per hundred trials, and the memory of this process
 and of the trials' actor at each hundred's end, after a garbage collection. The first trial, which starts the workers,
-counts nowhere. Memory grows from the end of trial 10 on. Writes search_scale.json and search_scale.md. Needs a machine
-with nothing else to do.
+counts nowhere. Memory grows from the end of trial 10 on. Writes search_scale.json and search_scale.md. Seconds need a
+machine with nothing else to do; CPU seconds hardly do.
+
+With `--at-once`, many trials run at a time, whose epochs take time and nothing else: can the driver handle their
+results, and what does it take? See `scale_at_once`. Writes search_at_once.json and search_at_once.md.
 """
 
 import argparse
@@ -20,6 +24,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import scale_at_once
 from common import RESULTS, command_line, footer, hardware, versions, write
 from empty_trials import CPUS_TOLD, run_search, search_options, start_ray
 
@@ -88,8 +93,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             ray.shutdown()
     parts = watch.parts()
     lists = {name: [part[name] for part in parts] for name in parts[0]}
-    per_trial, memory = lists["seconds_per_trial"], lists["rss_mb"]
+    per_trial, memory, cpu = lists["seconds_per_trial"], lists["rss_mb"], lists["cpu_seconds_per_trial"]
     return {
+        "cpu_last_over_first": cpu[-1] / cpu[0],
         "last_over_first": per_trial[-1] / per_trial[0],
         "rss_growth_mb": memory[-1] - watch.warm_mb,
         "rss_growth_from_trial": watch.num_warm,
@@ -120,7 +126,8 @@ trial had ended, which counts in no row.
 |---|---|---|---|---|
 {chr(10).join(lines)}
 
-The last row takes {result["last_over_first"]:.2f} times the seconds of the first one; from trial
+The last row takes {result["last_over_first"]:.2f} times the seconds of the first one, and
+{result["cpu_last_over_first"]:.2f} times its CPU seconds; from trial
 {result["rss_growth_from_trial"]} on the search's memory grew by {result["rss_growth_mb"]:.0f} MB.
 One worker of 1 CPU a trial, a Ray that is told of {CPUS_TOLD} CPUs.
 {footer(result)}"""
@@ -135,7 +142,10 @@ def main() -> None:
             f"--{name}", type=int, default=default, help=f"{helps[name]} ({default} without it)".strip()
         )
     parser.add_argument("--out", type=Path, default=RESULTS)
+    scale_at_once.add_options(parser)
     args = parser.parse_args()
+    if args.at_once is not None:
+        return many_at_once(args, parser)
     if not 1 <= args.concurrent <= CPUS_TOLD:
         parser.error(f"--concurrent {args.concurrent}: Ray has {CPUS_TOLD} CPUs here")
     if args.part < 2 or args.trials <= args.part:
@@ -145,6 +155,17 @@ def main() -> None:
     result = {**found, **settings, "command": command_line(), "hardware": hardware(),
               "versions": versions("ray", "optuna", "torch", "tensorboardX", "finetune-search")}  # fmt: skip
     write(args.out, "search_scale", result, markdown(result))
+
+
+def many_at_once(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.at_once < 2 or args.seconds < 2 * scale_at_once.SLICE_SECONDS or args.epoch_seconds <= 0:
+        parser.error(
+            f"--at-once: at least 2 trials, --seconds {2 * scale_at_once.SLICE_SECONDS:g} and epochs that last"
+        )
+    names = ("at_once", "seconds", "epoch_seconds", "seed")
+    result = {**scale_at_once.measure(args), **{name: getattr(args, name) for name in names},
+              "command": command_line(), "hardware": hardware(), "versions": versions("ray", "optuna", "finetune-search")}  # fmt: skip
+    write(args.out, "search_at_once", result, scale_at_once.markdown(result) + footer(result))
 
 
 if __name__ == "__main__":

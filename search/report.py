@@ -44,7 +44,7 @@ from trainables.system.text import duration, many, percent, shell_command
 
 BEST_EPOCH = ("best_epoch", "best_error_rate")
 """Shown of the trials whose best epoch is not their last."""
-MOST_ROWS, NUM_SHOWN = 1000, 200
+MOST_ROWS, NUM_SHOWN = 300, 200
 """A longer table shows so many rows at first, and more of them on demand."""
 MOST_FAILURES = 100
 STATUSES = (COMPLETED, UNFINISHED, RETRAINED, STOPPED, FAILED, RUNNING)

@@ -30,7 +30,7 @@ STATUS_MARKERS = {
 FAMILIES = [(BLUE, "circle"), (ORANGE, "square"), (GREEN, "diamond"), (PURPLE, "cross"), (SKY, "triangle-up")]
 
 
-MAX_DRAWN = 1000
+MAX_DRAWN = 500
 """Trials that a chart draws. With ten thousand, a browser would take half a minute."""
 
 

@@ -236,7 +236,8 @@ def test_names_of_others_are_shown_not_run(tmp_path):
     assert "<script>alert" not in html and "<img src=x" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     scripts = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', html, flags=re.DOTALL)
-    assert scripts and all(json.loads(script)["data"] for script in scripts)
+    found = [json.loads(script) for script in scripts]
+    assert found[-1] == [] and all(chart["data"] for chart in found[:-1])  # the last one has a long table's later rows
 
 
 def test_names_that_are_no_valid_utf8_do_not_cost_the_report(tmp_path):
@@ -277,7 +278,19 @@ def test_a_thousand_trials_are_still_one_small_file_in_seconds(tmp_path):
     started = time.monotonic()
     html = report.render(run)
     assert time.monotonic() - started < 60  # 2 s here; a search of a thousand trials has a thousand-row table
-    assert len(html) < 8e6 and len(Page(html).rows) == 1001
+    assert len(html) < 8e6 and len(Page(html).rows) == 1 + report.NUM_SHOWN
+    [later] = re.findall(r'id="later-rows">(.*?)</script>', html)
+    numbers = [int(cells[0][1]) for _, _, cells in json.loads(later)]
+    assert sorted([*numbers, *(int(row[0]) for row in Page(html).rows[1:])]) == list(range(1000))
+    assert "the 250 best, and some of all others" in html
+    assert re.search(r"<li>\d+ trials, such as \d+: loss is nan</li>", html)  # failures are many as well
+
+
+def test_a_long_table_cannot_be_left_by_a_trials_reason(tmp_path):
+    reason = "</script><img src=x onerror=alert(2)>"
+    html = report.render(load(write_run(tmp_path / "run", num_trials=400, reason=reason)))
+    [later] = re.findall(r'id="later-rows">(.*?)</script>', html)
+    assert reason in {cells[-1][1] for _, _, cells in json.loads(later)} and "<img src=x" not in html
 
 
 def test_an_analysis_of_an_earlier_winner_is_not_shown(tmp_path):

@@ -184,4 +184,9 @@ def test_a_thousand_trials_are_drawn_and_sorted_in_seconds(browser, tmp_path, co
     assert report([str(folder)]) == 0
     with opened(browser, (folder / "report.html").as_uri(), complaints) as page:
         page.locator("#trials-table th", has_text="trial").get_by_role("button").click()
-        assert shown_trials(page)[:3] == [0, 1, 2]
+        assert shown_trials(page)[:3] == [0, 1, 2] and len(shown(page)) == 200
+        assert page.inner_text("#shown") == "1000 of 1000 trials, the first 200 of them here"
+        page.locator("#more").click()
+        assert shown_trials(page) == list(range(400))
+        page.fill("#filter", "resnet34 failed")
+        assert 0 < len(shown(page)) < 100 and not page.locator("#more").is_visible()
