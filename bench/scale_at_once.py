@@ -285,7 +285,7 @@ def markdown(result: dict[str, Any]) -> str:
 answers for; the driver, its tables, its study and Ray's calls are real. **{rate:.1f} results a second, {cores:.2f}
 cores, at most {max(row["mb"] for row in slices):.0f} MB.**
 
-| second | results a second | trials ended a second | cores of the driver | MB | results waiting | delay, median, s | 95th percentile, s |
+| second | results a second | trials ended a second | cores | MB | results waiting | delay, median, s | 95 %, s |
 |---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 

@@ -163,8 +163,9 @@ def many_at_once(args: argparse.Namespace, parser: argparse.ArgumentParser) -> N
             f"--at-once: at least 2 trials, --seconds {2 * scale_at_once.SLICE_SECONDS:g} and epochs that last"
         )
     names = ("at_once", "seconds", "epoch_seconds", "seed")
-    result = {**scale_at_once.measure(args), **{name: getattr(args, name) for name in names},
-              "command": command_line(), "hardware": hardware(), "versions": versions("ray", "optuna", "finetune-search")}  # fmt: skip
+    found = scale_at_once.measure(args) | {name: getattr(args, name) for name in names}
+    packages = versions("ray", "optuna", "finetune-search")
+    result = found | {"command": command_line(), "hardware": hardware(), "versions": packages}
     write(args.out, "search_at_once", result, scale_at_once.markdown(result) + footer(result))
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
+from search.runs import table_files
 from search.runs.atomic_files import replace_folder, write_atomically
 from search.runs.csv_file import read_rows
 from search.runs.kinds import name_of
@@ -926,3 +927,63 @@ def test_in_folds_a_trial_is_ranked_by_the_mean_over_all_of_them(folder):
     assert [(row["retrains"], row["fold"]) for row in rows[2:]] == [(0, 1), (0, 2), (1, 1), (1, 2)]
     assert [row["trial_id"] for row in leaders(rows)] == ["tb", "ta"]
     assert best(folder)[0] == b"b"
+
+
+# --- A long table -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def long(folder, monkeypatch):
+    """A table that is long from its second row on, and is not written again by itself."""
+    monkeypatch.setattr(table_files, "AT_ONCE", 1)
+    monkeypatch.setattr(table_files, "WRITE_SECONDS", 1e6)
+    table = made(folder)
+    complete(table, "first", 0.5)
+    return table
+
+
+def test_a_long_table_is_written_from_time_to_time_and_before_tune_saves_its_state(long, folder):
+    running = FakeTrial("a")
+    long.on_trial_start(0, [], running)
+    run_epochs(long, running, 0.9)
+    long.on_step_end(0, [])
+    assert [row["trial_id"] for row in read_trials(folder.trials)] == ["tfirst"]
+    long.trials.written_at -= 2e6
+    long.on_step_end(0, [])
+    assert [row["epochs_done"] for row in read_trials(folder.trials)] == [3, 1]
+    complete(long, "b", 0.1)
+    long.get_state()
+    assert [row["status"] for row in read_trials(folder.trials)] == [COMPLETED, RUNNING, COMPLETED]
+    complete(long, "c", 0.2)
+    long.on_experiment_end([])
+    assert read_trials(folder.trials)[-1]["status"] == COMPLETED
+
+
+def test_a_kill_before_a_long_table_is_written_loses_no_trial_that_has_ended(long, folder):
+    """Tune's state does not have the end either: its trial says its last result once more, from what is on the disk."""
+    running = FakeTrial("a")
+    long.on_trial_start(0, [], running)
+    long.flush()
+    run_epochs(long, running, 0.9, 0.8, 0.1)
+    long.on_trial_complete(0, [], running)
+    assert read_trials(folder.trials)[-1]["status"] == RUNNING
+    assert checkpoint.newest(folder.checkpoints / "ta") is not None
+    later = made(folder)
+    later.on_step_begin(0, [running])
+    repeat(later, running, result(3, 0.1))
+    later.flush()
+    row = read_trials(folder.trials)[-1]
+    assert (row["status"], row["error_rate"], row["number"]) == (COMPLETED, 0.1, 1)
+    assert not list(folder.checkpoints.rglob(TRAINING_FILE)) and best(folder)[0] == b"a"
+    epochs = [row["epoch"] for row in read_rows(folder.epochs) if row["trial_id"] == "ta"]
+    assert epochs == ["1", "2", "3"]
+
+
+def test_epochs_of_ended_trials_stay_on_the_disk_and_leave_the_memory(table, folder):
+    for name in "abc":
+        complete(table, name, 0.5)
+    assert table.epochs.rows == {} and len(read_rows(folder.epochs)) == 9
+    later = made(folder)
+    assert later.epochs.rows == {}
+    complete(later, "d", 0.5)
+    assert read_trials(folder.trials)[-1]["number"] == 3
