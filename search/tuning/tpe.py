@@ -11,6 +11,9 @@ from optuna.samplers import TPESampler
 from optuna.samplers._tpe.sampler import _split_trials, default_gamma, default_gamma_multiobjective
 from optuna.trial import FrozenTrial, TrialState
 
+Floats = npt.NDArray[np.float64]
+Numbers = npt.NDArray[np.int64]
+UNSEEN = -np.inf
 STATES = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
 
@@ -26,10 +29,11 @@ class CachedTPESampler(TPESampler):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, multivariate=False, group=False)
         self._split: tuple[list[FrozenTrial], list[FrozenTrial]] | None = None
-        self._values: dict[tuple[str, BaseDistribution], dict[int, float]] = {}  # by trial number
+        self._numbers: dict[int, Numbers] = {}  # of the trials in both lists of the split, by their identity
+        self._values: dict[tuple[str, BaseDistribution], Floats] = {}  # by trial number
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_split": None, "_values": {}}
+        return self.__dict__ | {"_split": None, "_numbers": {}, "_values": {}}
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         super().before_trial(study, trial)
@@ -41,6 +45,7 @@ class CachedTPESampler(TPESampler):
             gamma = default_gamma if len(study.directions) == 1 else default_gamma_multiobjective
             ended = sum(t.state != TrialState.RUNNING for t in others)
             self._split = _split_trials(study, others, gamma(ended))
+            self._numbers = {id(part): np.array([t.number for t in part], dtype=int) for part in self._split}
         below = self._build_parzen_estimator(study, search_space, self._split[0], handle_below=True)
         above = self._build_parzen_estimator(study, search_space, self._split[1], handle_below=False)
         samples = below.sample(self._rng.rng, self._n_ei_candidates)
@@ -55,12 +60,13 @@ class CachedTPESampler(TPESampler):
     def _internal_values(
         self, trials: Sequence[FrozenTrial], name: str, distribution: BaseDistribution
     ) -> npt.NDArray[np.float64]:
-        known = self._values.setdefault((name, distribution), {})
-        values = []
-        for trial in trials:
-            value = known.get(trial.number)
-            if value is None and name in trial.params:
-                value = known[trial.number] = distribution.to_internal_repr(trial.params[name])
-            if value is not None:
-                values.append(value)
-        return np.asarray(values)
+        numbers = self._numbers[id(trials)]
+        known = self._values.get((name, distribution), np.empty(0))
+        if numbers.size and numbers.max() >= known.size:
+            known = np.append(known, np.full(numbers.max() + 1, UNSEEN))  # about twice as many
+        self._values[name, distribution] = known
+        for place in np.flatnonzero(known[numbers] == UNSEEN).tolist():
+            params = trials[place].params
+            known[numbers[place]] = distribution.to_internal_repr(params[name]) if name in params else np.nan
+        values = known[numbers]
+        return values[~np.isnan(values)]

@@ -11,7 +11,7 @@ from search.runs.result_rows import read_epochs, read_trials
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
-import scale_at_once  # noqa: E402
+import scale_at_once
 
 KILLED_AT = 1000.0
 
