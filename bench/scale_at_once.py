@@ -292,6 +292,7 @@ cores, at most {max(row["mb"] for row in slices):.0f} MB.**
 Cores are CPU seconds of all threads of the driver's process by seconds. A delay is from the end of an epoch until the
 driver is done with its result; results that wait at a slice's end are the queue. The trials are anywhere in their
 schedules when the first slice begins, when all of them run. The report that a search renews while it runs is off.
+CPU seconds hardly depend on what else the machine does, as it did here; delays do.
 
 After `kill -9` the tables were whole: {left["trials"]} trials, {left["ended"]} of them ended, and {left["epochs"]}
 epochs, none missing that the driver had handled, and no trial's row more than {MOST_BEHIND:g} s behind.

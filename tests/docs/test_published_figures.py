@@ -63,7 +63,16 @@ def performance() -> list[str]:
         f"| {cells(*(model['ratio'] for model in models), digits=2)} |",
         f"{largest['memory']} trials), then its disk ({largest['disk']})",
         f"would carry {largest['driver']}.",
+        driver_at_once(),
     ]
+
+
+def driver_at_once() -> str:
+    slices = measured("search_at_once")["slices"]
+    seconds = sum(row["seconds"] for row in slices)
+    rate = sum(row["results"] for row in slices) / seconds
+    cores = sum(row["cores"] * row["seconds"] for row in slices) / seconds
+    return f"{rate:.1f} results a second with {cores:.2f} cores and {max(row['mb'] for row in slices):.0f} MB."
 
 
 def epochs_of(arch: str) -> list[str]:
