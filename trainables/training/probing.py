@@ -43,7 +43,7 @@ PIECE = 8192
 """Rows that a worker gives to the others at a time: a collective copies several times what it passes on."""
 TINY = 1e-7
 """Probabilities below it count as this: float16 has nothing between."""
-FORWARD_SHARE = 0.5
+FORWARD_SHARE = 0.6
 """Of the time until a deadline, for features; the rest is for the head and for what comes after it."""
 HEAD_VERSION = 4
 """Raise it when the same features give another head, or when more is kept with it."""
