@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from search.tuning.tuner import RunOptions
     from search.tuning.warm_start import WarmStart
     from trainables.data.labelled_images import ImageFolder
+    from trainables.data.presized_images import PresizedImages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,6 +110,7 @@ class Prepared:
     asked: SearchOptions  # before names, epochs and rates were decided, and addresses pinned
     space: Space
     images: "ImageFolder"  # those that the search may know
+    presized: "PresizedImages | None"  # where this machine trains on them
     groups: str  # of all images, as text
     left_out: tuple[str, ...]
     known: "ImagesRecord"
@@ -163,15 +166,12 @@ def prepare(options: SearchOptions, folder: "RunFolder") -> Prepared:
     else:
         warm_start = new_warm_start(options, space, known, groups, files)
     options = pinned(options)
+    presized = None
     if options.address is None and not options.dry_run:
         presized = presize_here(space, images, cache=options.cache, max_unreadable=options.max_unreadable)
-        if not options.resume:
-            from search.reporting.leakage import say_near_duplicates  # OpenCV takes a moment to import
-
-            say_near_duplicates(presized, space.split_seed, folder.near_duplicates)
     return Prepared(
-        options=options, asked=asked, space=space, images=images, groups=groups, left_out=left_out, known=known,
-        files=files, mirror=mirror, warm_start=warm_start,
+        options=options, asked=asked, space=space, images=images, presized=presized, groups=groups, left_out=left_out,
+        known=known, files=files, mirror=mirror, warm_start=warm_start,
     )  # fmt: skip
 
 
@@ -191,7 +191,7 @@ def mirror_of(options: SearchOptions, folder: "RunFolder") -> AbstractContextMan
 def connect(prepared: Prepared, folder: "RunFolder", argv: Sequence[str], began: float) -> "RunOptions":
     """Start Ray or connect to it, size the trials, and write down what runs."""
     options, space, images = prepared.options, prepared.space, prepared.images
-    nodes = start_ray(options.address)
+    nodes = start_ray_and_look(prepared, folder)
     from search.cluster.resources import shared_sizes, sizes
     from search.options.preparation import setting_values
     from search.reporting.test_set import source_of
@@ -224,6 +224,21 @@ def connect(prepared: Prepared, folder: "RunFolder", argv: Sequence[str], began:
     write_record(prepared, run, argv, nodes)
     announce(run, nodes, num_images=len(images.paths))
     return run
+
+
+def start_ray_and_look(prepared: Prepared, folder: "RunFolder") -> "list[Node]":
+    """Start Ray or connect to it. That takes seconds, in which another thread looks for near-duplicates."""
+    with ThreadPoolExecutor(1) as pool:
+        looking = None
+        if prepared.presized and not prepared.options.resume:
+            from search.reporting.leakage import say_near_duplicates  # OpenCV takes a moment to import
+
+            seed = prepared.space.split_seed
+            looking = pool.submit(say_near_duplicates, prepared.presized, seed, folder.near_duplicates)
+        nodes = start_ray(prepared.options.address)
+    if looking:
+        looking.result()
+    return nodes
 
 
 def write_record(prepared: Prepared, run: "RunOptions", argv: Sequence[str], nodes: "list[Node]") -> None:

@@ -184,7 +184,6 @@ def test_epochs_that_were_asked_for_stay(asked):
 
 def without_presizing(monkeypatch) -> None:
     monkeypatch.setattr("search.run.presize_here", lambda *args, **kwargs: None)
-    monkeypatch.setattr("search.reporting.leakage.say_near_duplicates", lambda *args: None)
 
 
 def test_what_was_decided_is_in_the_options_of_a_run_and_what_was_asked_for_too(lites, tmp_path, monkeypatch, capsys):

@@ -322,7 +322,6 @@ def test_the_option_takes_several_runs_and_stays_with_a_run(tmp_path):
 def test_a_search_finds_out_by_itself_whether_the_images_are_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_SEARCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("search.run.presize_here", lambda *args, **kwargs: None)
-    monkeypatch.setattr("search.reporting.leakage.say_near_duplicates", lambda *args: None)
     settings = ("pretrained=false", "arch=resnet18,resnet34", "presize=64", "image_size=48", "head_init=zeros")
     options = SearchOptions(space="quickstart", data=draw_images(tmp_path / "images", each=3), set=settings)
     folder = RunFolder(tmp_path / "run")
