@@ -98,10 +98,12 @@ def check_against_table(
         print(f"{not_checked}: the run's images are no longer there. {error}", file=sys.stderr)
         return
     trained_on_gpu = bool(command.group_size.get("gpus_per_worker"))
-    error_rate = metrics.get(REFIT, metrics)["error_rate"]  # of a model that has trained on these images, its own
+    # A model that was trained again on all images is not in the table.
+    error_rate = metrics.get(REFIT, metrics)["error_rate"]
+    source = "after its training on them" if REFIT in metrics else "in the run's table"
     for result in found.results:
         require_same(result, found, error_rate, trained_on_gpu, data)
-    print(outcome_table(found, error_rate))
+    print(outcome_table(found, error_rate, source))
     note = "" if found.on_gpu == trained_on_gpu else "; a GPU and a CPU round differently, so 1 % is allowed"
     print(f"check passed{note}")
 
@@ -143,14 +145,14 @@ def tolerance(found: Check, trained_on_gpu: bool) -> int:
     return 1 if found.on_gpu == trained_on_gpu else max(1, found.num_images // 100)
 
 
-def outcome_table(found: Check, error_rate: float) -> str:
-    """The outcome as text: a line for each way to load the export."""
+def outcome_table(found: Check, error_rate: float, source: str) -> str:
+    """The outcome as text: a line for each way to load the export. `source` says where the error rate is from."""
 
     def share(wrong: float) -> str:
         return f"{wrong:.0f} of {found.num_images} wrong ({percent(wrong / found.num_images, 2)})"
 
     in_table = share(error_rate * found.num_images)
-    rows = [("", "on the validation images", "in the run's table", "largest difference of a probability")]
+    rows = [("", "on the validation images", source, "largest difference of a probability")]
     for result in found.results:
         rows.append((result.name, share(result.num_wrong), in_table, f"{result.probability_difference:.2g}"))
     if found.fp32_wrong is not None:

@@ -248,7 +248,9 @@ def test_a_training_that_validated_in_bf16_is_compared_in_fp32(tmp_path, data):
     assert found.results[0].num_wrong == round(12 * metrics["error_rate"])  # the checkpoint in bf16 gives the table
     assert found.fp32_wrong == next(result.num_wrong for result in found.results if result.name == "onnx")
     assert re.search(
-        rf"^  checkpoint in fp32 +{found.fp32_wrong} of 12 wrong", verification.outcome_table(found, 0.5), re.MULTILINE
+        rf"^  checkpoint in fp32 +{found.fp32_wrong} of 12 wrong",
+        verification.outcome_table(found, 0.5, "in the run's table"),
+        re.MULTILINE,
     )
 
 
