@@ -33,14 +33,21 @@ class Pace:
         """Learn from an epoch's result."""
         pair = recipe["arch"], recipe["image_size"]
         if result.get("stage") == "probe":
-            self.images = result["train_images"], result["valid_images"]
-            self.forward[pair] = result["feature_seconds"] / sum(self.images)
-            if not recipe["probe_views"]:  # they take forward passes of their own
-                fitting = result["train_seconds"] + result["valid_seconds"] - result["feature_seconds"]
-                self.fitting = max(self.fitting, fitting)
+            self._add_probe(pair, recipe["probe_views"], result)
         elif result.get("stage") == "unfrozen" and (forward := self.forward.get(pair)):
             seconds = result["train_seconds"] / self.images[0] / forward
             self.training[pair] = max(seconds, self.training.get(pair, 0.0))
+
+    def _add_probe(self, pair: Pair, views: int, result: Mapping[str, Any]) -> None:
+        train, valid, skipped = result["train_images"], result["valid_images"], result.get("skipped_images", 0)
+        self.images = train + skipped, valid
+        self.forward[pair] = result["feature_seconds"] / (train + valid)
+        if views:  # they take forward passes of their own
+            return
+        fitting = result["train_seconds"] + result["valid_seconds"] - result["feature_seconds"]
+        if skipped:  # the features of all images are still to be computed before it can be fitted to them
+            fitting = fitting * (train + skipped) / train + self.forward[pair] * sum(self.images)
+        self.fitting = max(self.fitting, fitting)
 
     def probe_seconds(self, screen: Screen, place: int) -> float:
         """That a probe of the screen is expected to take; the last one sees images for training alone."""

@@ -25,6 +25,14 @@ def test_a_probe_is_expected_to_take_its_features_and_what_a_fit_has_taken():
     assert probed(fitting=5.0).probe_seconds(screen, 7) == pytest.approx(0.2 * 80 + 5)
 
 
+def test_after_a_probe_of_some_images_its_refit_is_expected_to_begin_anew():
+    pace = Pace()
+    spent = {"feature_seconds": 5.0, "train_seconds": 7.0, "valid_seconds": 1.0}
+    pace.add(RECIPE, {"stage": "probe", **spent, "train_images": 30, "valid_images": 20, "skipped_images": 50})
+    assert pace.images == (80, 20) and pace.forward["a", 100] == pytest.approx(0.1)
+    assert pace.fitting == pytest.approx(3.0 * 80 / 30 + 0.1 * 100)
+
+
 def test_without_a_probe_any_number_of_epochs_fits():
     assert Pace().epochs_within(1.0, RECIPE) == math.inf
 
