@@ -24,6 +24,7 @@ from search.runs.kinds import PROBE, TRIAL
 from search.runs.paths import RunFolder
 from search.runs.time_budget import TimeBudget
 from search.spaces.space import Choice, Range, Space
+from search.tuning import pace
 from search.tuning.screen import new_screen
 from search.tuning.searcher import OptunaSearcher
 from search.tuning.study_configs import config_of, params_of
@@ -625,6 +626,7 @@ def clock(monkeypatch):
     """Seconds that pass only when a test says so."""
     now = SimpleNamespace(seconds=1000.0)
     monkeypatch.setattr(time_budget.time, "monotonic", lambda: now.seconds)
+    monkeypatch.setattr(pace, "TRAINING_COST", 3.0)
     return now
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from search.spaces.space import Range, Space
+from search.tuning import pace
 from search.tuning.pace import Pace
 from search.tuning.screen import Probe
 from search.tuning.time_left import GAIN, TimeLeft
@@ -20,16 +21,23 @@ SPACE = Space(
 IMAGES = {"train_images": 80, "valid_images": 20}
 
 
+@pytest.fixture(autouse=True)
+def training_costs_three_passes(monkeypatch):
+    monkeypatch.setattr(pace, "TRAINING_COST", 3.0)
+
+
 def probed(seconds: float) -> dict:
     return {"stage": "probe", "feature_seconds": seconds, "train_seconds": seconds, "valid_seconds": 0.0, **IMAGES}
 
 
 def time_left(seconds: float, num_classes: int = 1, refit: float | None = None) -> TimeLeft:
     """Where a forward pass of 100 images takes 1 s with `quick` and 10 s with `slow`."""
-    pace = Pace()
+    known_pace = Pace()
     for known, forward in (("quick", 1.0), ("slow", 10.0)):
-        pace.add(SPACE.full_settings | {"arch": known, "probe_views": 0}, probed(forward))
-    return TimeLeft(None if math.isinf(seconds) else SimpleNamespace(seconds_left=seconds), pace, num_classes, refit)
+        known_pace.add(SPACE.full_settings | {"arch": known, "probe_views": 0}, probed(forward))
+    return TimeLeft(
+        None if math.isinf(seconds) else SimpleNamespace(seconds_left=seconds), known_pace, num_classes, refit
+    )
 
 
 def promised(arch: str, error: float, *, seconds_left: float = math.inf) -> float:
