@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import ray
 from trainables.ray import trial as module
 from trainables.ray.messages import Outcome
 from trainables.ray.retry_limits import MAX_HOSTS
-from trainables.ray.trial import FineTuneTrial, TrialOptions
+from trainables.ray.trial import DEADLINE, FineTuneTrial, TrialOptions
 from trainables.ray.worker_group import GroupSize
 from trainables.recipe import Recipe
 from trainables.training import checkpoint
@@ -111,6 +112,13 @@ def test_a_trial_takes_the_share_of_a_gpu_that_it_was_proposed_with(tmp_path):
     for config, size in (({"trials_per_gpu": 2}, shares[2]), ({"trials_per_gpu": 1}, shares[1]), ({}, GroupSize())):
         trial._begin(config)
         assert trial.size == size and "trials_per_gpu" not in trial.recipe
+
+
+def test_a_deadline_that_passed_while_the_search_was_dead_counts_no_more(tmp_path):
+    trial, now = stepping(tmp_path, {}), time.time()
+    for config, deadline in (({DEADLINE: now + 60}, now + 60), ({DEADLINE: now - 60}, None), ({}, None)):
+        trial._begin(config)
+        assert trial._spec().probe_deadline == deadline and DEADLINE not in trial.recipe
 
 
 def kept(tmp_path) -> dict[str, bytes]:

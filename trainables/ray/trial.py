@@ -6,6 +6,7 @@ The actor does not train and does not import torch. It drives a warm worker grou
 
 import math
 import random
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,7 +126,9 @@ class FineTuneTrial(tune.Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         self.recipe = recipe_of(self.options.settings, config)
         self.fold = config.get(FOLD, 0), self.options.folds
-        self.deadline = config.get(DEADLINE)
+        deadline = config.get(DEADLINE)
+        # One that has passed is of a search that was killed and resumed.
+        self.deadline = deadline if deadline and deadline > time.time() else None
         winner = Path(self.options.checkpoints) / config[REFITS] if REFITS in config else None
         self.refit: dict[str, Any] = {
             "all_images": winner is not None,
