@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from ray.air.execution import FixedResourceManager
+from ray.air.execution import PlacementGroupResourceManager
 from ray.train._internal.storage import StorageContext
 from ray.tune.experiment import Trial
 from ray.tune.search import SearchGenerator
@@ -23,7 +23,7 @@ def tune_controller(tmp_path):
     storage = StorageContext(str(tmp_path), experiment_dir_name="tune", storage_filesystem=atomic_filesystem())
     return ShortController(
         search_alg=SearchGenerator(OptunaSearcher(SPACE, tmp_path / "study.journal", seed=0)),
-        resource_manager_factory=lambda: FixedResourceManager({"CPU": 1}),
+        resource_manager_factory=PlacementGroupResourceManager,  # the fixed one would start a Ray
         checkpoint_period=1,
         storage=storage,
     )
