@@ -43,8 +43,8 @@ PIECE = 8192
 """Rows that a worker gives to the others at a time: a collective copies several times what it passes on."""
 TINY = 1e-7
 """Probabilities below it count as this: float16 has nothing between."""
-FORWARD_SHARE = 0.6
-"""Of the time until a deadline, for features; the rest is for the head and for what comes after it."""
+FORWARD_SHARE, LAST_SECONDS = 0.6, 3.0
+"""Of the time until a deadline: the share for features, where the rest is for the head, and the seconds after both."""
 HEAD_VERSION = 4
 """Raise it when the same features give another head, or when more is kept with it."""
 
@@ -106,7 +106,7 @@ class Probing:
         began = time.perf_counter()
         self._forward(first)
         each = (time.perf_counter() - began) / len(first[0][0])
-        fitting = int(FORWARD_SHARE * (deadline - time.time()) / each)
+        fitting = int(FORWARD_SHARE * (deadline - LAST_SECONDS - time.time()) / each)
         if fitting >= len(self.images):
             return self.features(view), train
         labels = self.inputs.labels[torch.as_tensor(train)].numpy()
