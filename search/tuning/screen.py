@@ -79,19 +79,26 @@ class Screen:
         """Of the probe that can begin now; None where none is left, or the second one has to wait for the others."""
         taken = {*self.begun.values(), *self.skipped}
         if left := set(range(self.last)) - taken:
-            return min(left, key=self._turn)
+            smallest, best = self._archs()
+            return min(left, key=lambda place: self._turn(place, smallest, best))
         can_refine = self.views and self.last not in taken and self._all_ended and self.probes
         return self.last if can_refine else None
 
-    def _turn(self, place: int) -> tuple[bool, float, int]:
+    def _archs(self) -> tuple[dict[str, int], dict[str, float]]:
+        """Of each architecture the place of its smallest size, and the best objective of its probes so far."""
+        smallest: dict[str, int] = {}
+        best: dict[str, float] = {}
+        for place, pair in enumerate(self.pairs):
+            arch, probe = pair["arch"], self.ended.get(place)
+            smallest.setdefault(arch, place)
+            best[arch] = min(best.get(arch, math.inf), probe.expected_objective if probe else math.inf)
+        return smallest, best
+
+    def _turn(self, place: int, smallest: dict[str, int], best: dict[str, float]) -> tuple[bool, float, int]:
         """Orders the pairs: each architecture at its smallest size, then the other sizes of the best ones so far. A
         time budget may leave no time for all, and the architecture decides more than the size."""
-        pair = self.pairs[place]
-        of_arch = [i for i, other in enumerate(self.pairs) if other["arch"] == pair["arch"]]
-        if place == of_arch[0]:
-            return False, 0.0, place
-        found = (probe.expected_objective for i in of_arch if (probe := self.ended.get(i)))
-        return True, min(found, default=math.inf), place
+        arch = self.pairs[place]["arch"]
+        return (False, 0.0, place) if place == smallest[arch] else (True, best[arch], place)
 
     @property
     def is_over(self) -> bool:

@@ -455,6 +455,15 @@ def test_memory_that_is_scarce_splits_the_forward_passes_too(colour_images, weig
     assert sizes == [16, 16, 4]
 
 
+def test_the_pass_that_tells_how_long_one_takes_is_split_too(colour_images, weights):
+    sizes: list[int] = []
+    deadline = time.time() + 3600
+    training = FineTune(Recipe(**SMALL), colour_images, weights=weights, batch_parts=16, probe_deadline=deadline)
+    training.network.model.register_forward_pre_hook(lambda model, inputs: sizes.append(len(inputs[0])))
+    training.run_epoch()
+    assert set(sizes) == {4}
+
+
 # --- Several workers --------------------------------------------------------------------------------------------------
 
 SHARED = {

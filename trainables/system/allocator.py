@@ -12,14 +12,14 @@ import os
 LARGEST_KEPT = 2**30
 """Bytes of a block from which it is still given back at once: data sets, no activations."""
 NEVER = -1
-MALLOPT = {"M_MMAP_THRESHOLD": (-3, LARGEST_KEPT), "M_TRIM_THRESHOLD": (-1, NEVER), "M_ARENA_MAX": (-8, 1)}
-"""Parameters of glibc's `mallopt` as in malloc.h, with our values."""
-ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": str(LARGEST_KEPT),
-    "MALLOC_TRIM_THRESHOLD_": str(NEVER),
-    "MALLOC_ARENA_MAX": "1",
+SETTINGS = {
+    "MALLOC_MMAP_THRESHOLD_": (-3, LARGEST_KEPT),
+    "MALLOC_TRIM_THRESHOLD_": (-1, NEVER),
+    "MALLOC_ARENA_MAX": (-8, 1),
 }
-"""The same for processes that begin with these variables."""
+"""By its variable, each parameter of glibc's `mallopt` as in malloc.h, with our value."""
+ENVIRONMENT = {variable: str(value) for variable, (_, value) in SETTINGS.items()}
+"""For processes that begin with these variables."""
 
 
 def keep_freed_memory() -> None:
@@ -31,5 +31,5 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
-    for parameter, value in MALLOPT.values():
+    for parameter, value in SETTINGS.values():
         mallopt(parameter, value)

@@ -101,11 +101,12 @@ class Probing:
         view = centre_view(len(self.images), self.recipe)
         if self.world.size > 1 or self._opened_by_all(self.path(view)):
             return self.features(view), train
-        first = [(valid[:CHUNK], part_of_centre_view(valid[:CHUNK], self.recipe).augmentations)]
-        self._forward(first)  # the first pass of a process is slower
+        first = part_of_centre_view(valid[: self._chunk], self.recipe)
+        plan = [(first.indices, first.augmentations)]
+        self._forward(plan)  # the first pass of a process is slower
         began = time.perf_counter()
-        self._forward(first)
-        each = (time.perf_counter() - began) / len(first[0][0])
+        self._forward(plan)
+        each = (time.perf_counter() - began) / len(first.indices)
         fitting = int(FORWARD_SHARE * (deadline - LAST_SECONDS - time.time()) / each)
         if fitting >= len(self.images):
             return self.features(view), train
@@ -154,6 +155,11 @@ class Probing:
     def _backbone(self) -> str:
         return backbone_digest(self.network, self.inputs.device, self.amp_dtype)
 
+    @property
+    def _chunk(self) -> int:
+        """Images of a forward pass, fewer where memory is scarce."""
+        return max(1, CHUNK // self.batch_parts)
+
     # --- Features -----------------------------------------------------------------------------------------------------
 
     def _opened_by_all(self, path: Path, *, warn: bool = False) -> FeatureSet | None:
@@ -183,8 +189,7 @@ class Probing:
     def _computed(self, view: View, path: Path) -> FeatureSet:
         """The features of a view, of which each worker computes its share of chunks."""
         started = time.perf_counter()
-        chunk = max(1, CHUNK // self.batch_parts)
-        chunks = [slice(start, start + chunk) for start in range(0, len(view.indices), chunk)]
+        chunks = [slice(start, start + self._chunk) for start in range(0, len(view.indices), self._chunk)]
         mine = [(view.indices[rows], view.augmentations[rows]) for rows in chunks[self.world.shard(len(chunks))]]
         rows = self._gathered(self._forward(mine))
         return FeatureSet(rows=rows, seconds=time.perf_counter() - started, path=path)
