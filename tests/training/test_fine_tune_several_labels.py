@@ -85,7 +85,7 @@ def test_a_probe_tells_lights_apart_and_some_are_off(lights, weights, settings):
 
 @pytest.mark.parametrize("settings", [{}, HARD], ids=["plain", "hard"])
 def test_a_training_from_scratch_learns_lights(lights, settings):
-    training, metrics = trained(lights, **settings, epochs=8)
+    training, metrics = trained(lights, **settings, epochs=16)
     assert metrics["auroc"] > 0.9
     assert np.isfinite([metrics["train_loss"], metrics["tta_error_rate"]]).all()
     assert training.preprocessing.thresholds == training.thresholds and len(training.thresholds) == 3

@@ -65,6 +65,7 @@ class Predictor:
     ) -> None:
         import torch
 
+        from trainables.network.fused_convolutions import fuse_convolutions
         from trainables.network.precision import autocast_dtype
 
         if batch_size < 1 or tta < 0:
@@ -78,12 +79,13 @@ class Predictor:
         self.preprocessing = folder.preprocessing
         self.several_labels = folder.preprocessing.several_labels
         self.model = load_model(folder).eval().to(self.device).to(memory_format=torch.channels_last)
+        fuse_convolutions(self.model, self.preprocessing.image_size)
         self.temperature = folder.temperature
         self.mean, self.std = (
             255 * torch.tensor(values, device=self.device).view(1, 3, 1, 1)
             for values in (self.preprocessing.mean, self.preprocessing.std)
         )
-        self.amp_dtype = autocast_dtype(folder.recipe, self.device)
+        self.amp_dtype = autocast_dtype(folder.recipe, self.device, self.model)
 
     def predict(self, images: Path | str | Iterable[Path | str], *, top: int | None = None) -> list[Prediction]:
         """Predicts image files.

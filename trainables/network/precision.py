@@ -1,15 +1,17 @@
 """The floating-point type in which a network computes."""
 
 import torch
+from torch import nn
 
 from trainables.recipe import Recipe
 
 MIN_CPU_BF16_SIZE = 160
-"""px; an EfficientNet-Lite trains no faster in bf16 on smaller images."""
+"""px; smaller images gain nothing from bf16 on a CPU."""
 
 
-def autocast_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
-    """The type of the forward pass under `torch.autocast`; None for plain fp32."""
+def autocast_dtype(recipe: Recipe, device: torch.device, model: nn.Module | None = None) -> torch.dtype | None:
+    """The type of the forward pass under `torch.autocast`; None for plain fp32. It depends on the `model`, too, where
+    that is known."""
     precision = recipe.precision
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -18,5 +20,15 @@ def autocast_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
         # oneDNN leaves most of the weight gradient of a 3 x 3 convolution unset in bf16 (torch 2.14).
         has, smallest = torch.cpu.get_capabilities(), min(recipe.start_size or recipe.image_size, recipe.image_size)
         has_bf16 = has.get("avx512_bf16") or has.get("amx_bf16")
-        precision = "bf16" if has_bf16 and smallest >= MIN_CPU_BF16_SIZE else "fp32"
+        gains = has_bf16 and smallest >= MIN_CPU_BF16_SIZE and not (model and _has_depthwise_with_norms(model))
+        precision = "bf16" if gains else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
+def _has_depthwise_with_norms(model: nn.Module) -> bool:
+    """Whether it is like MobileNet and EfficientNet, whose steps are up to twice as fast in fp32, with fused
+    convolutions, as in bf16 with AMX: oneDNN computes the gradients of most depthwise convolutions more slowly in bf16.
+    ConvNeXt's, without batch norms, are faster in bf16."""
+    modules = list(model.modules())
+    has_norms = any(isinstance(module, nn.BatchNorm2d) for module in modules)
+    return has_norms and any(isinstance(m, nn.Conv2d) and 1 < m.groups == m.in_channels for m in modules)

@@ -18,7 +18,7 @@ from trainables.probe.feature_files import Features, features_folder
 from trainables.probe.views import View
 from trainables.recipe import Recipe
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raise it when the same settings give other features."""
 LARGEST = 65504.0
 """The largest float16."""

@@ -25,6 +25,7 @@ from trainables.data.presized_images import PresizedImages
 from trainables.network import loss, model, normalization, optimizer, schedule
 from trainables.network.calibration import calibration_metrics
 from trainables.network.dropout import WholeBatch
+from trainables.network.fused_convolutions import NORMS, fuse_convolutions
 from trainables.network.precision import autocast_dtype
 from trainables.probe.cross_validation import are_wrong
 from trainables.probe.expected_error import Reference, reference
@@ -41,7 +42,7 @@ from trainables.training.checkpoint import (
     Files,
     Preprocessing,
 )
-from trainables.training.distributed import World, require_same_images, shard, share_batch_norm
+from trainables.training.distributed import CpuSyncBatchNorm, World, require_same_images, shard, share_batch_norm
 from trainables.training.inputs import Inputs
 from trainables.training.label_set_metrics import (
     EVEN,
@@ -150,6 +151,7 @@ class FineTune:
         if self.world.size > 1:
             self.network = self.network.with_model(share_batch_norm(self.network.model, self.device))
         self.network.model.to(self.device).to(memory_format=torch.channels_last)
+        fuse_convolutions(self.network.model, recipe.image_size, norms=(*NORMS, CpuSyncBatchNorm))
         if normalization.from_data(recipe):
             mean, std = normalization.channel_statistics(images, self.train_indices)
             self.network = replace(self.network, mean=mean, std=std)
@@ -164,7 +166,7 @@ class FineTune:
         self.class_weights = None if weights_of is None else weights_of.to(self.device)
         priors = loss.log_priors(self.inputs.truth[self.train_indices], self.num_classes, recipe.logit_adjustment)
         self.log_priors = None if priors is None else priors.to(self.device)
-        self.amp_dtype = autocast_dtype(recipe, self.device)
+        self.amp_dtype = autocast_dtype(recipe, self.device, self.network.model)
         self._enter_stage()
 
     # --- An epoch: training steps, then validation --------------------------------------------------------------------
