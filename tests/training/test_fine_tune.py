@@ -545,8 +545,11 @@ def test_automatic_precision_depends_on_what_the_cpu_has_and_gains(monkeypatch, 
     [("resnet18", torch.bfloat16), ("convnext_atto", torch.bfloat16), ("mobilenetv2_050", None)],
 )
 def test_automatic_precision_on_a_cpu_depends_on_what_the_network_gains(monkeypatch, arch, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    assert autocast_dtype(Recipe(), torch.device("cpu"), timm.create_model(arch)) is expected
+    cpu, network = torch.device("cpu"), timm.create_model(arch)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": True})
+    assert autocast_dtype(Recipe(), cpu, network) is expected
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert autocast_dtype(Recipe(), cpu, network) is torch.bfloat16
 
 
 # --- Several workers --------------------------------------------------------------------------------------------------

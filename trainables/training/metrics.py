@@ -87,15 +87,22 @@ def auroc(logits: npt.NDArray[np.floating], labels: Labels) -> float:
 def mean_area(scores: npt.NDArray[np.floating], truth: npt.NDArray[np.bool_]) -> float:
     """The mean over the classes of the area under the ROC curve of scores (images, classes), where `truth` says which
     images are of a class; those of all images and of none do not count."""
-    from scipy.stats import rankdata
-
     actual = truth.sum(0).astype(float)
     known = np.flatnonzero((actual > 0) & (actual < len(truth)))
     if not len(known):
         return float("nan")
-    ranks, positives = rankdata(scores[:, known], axis=0), actual[known]
+    ranks, positives = np.apply_along_axis(_ranks, 0, scores[:, known]), actual[known]
     sums = (ranks * truth[:, known]).sum(0) - positives * (positives + 1) / 2
     return float((sums / (positives * (len(truth) - positives))).mean())
+
+
+def _ranks(scores: npt.NDArray[np.floating]) -> Floats:
+    """From 1; equal scores have their mean rank. That is `scipy.stats.rankdata`, whose import takes half a second of
+    each worker's start."""
+    ordered = np.sort(scores)
+    below, up_to = np.searchsorted(ordered, scores, "left"), np.searchsorted(ordered, scores, "right")
+    ranks: Floats = (below + up_to + 1) / 2
+    return ranks
 
 
 def top_error(logits: npt.NDArray[np.floating], labels: Labels, count: int) -> float:
