@@ -17,7 +17,7 @@ from tiny_run import SETTINGS, draw_images, make_run
 from weights import draw_weights
 
 from search import report
-from search.reporting import error_analysis
+from search.reporting import error_analysis, run_facts, trials_table
 from search.reporting.summary import summary
 from search.runs.result_rows import COMPLETED
 from search.runs.run_record import load
@@ -116,15 +116,17 @@ def test_a_probes_row_has_only_what_it_depends_on_and_a_trials_its_best_epoch(pr
 
 
 def test_without_a_better_epoch_the_table_has_no_columns_for_it(run):
-    assert not {"best epoch", "error then", "kind", "best_epoch"} & {column.name for column in report.columns(run)}
+    assert not {"best epoch", "error then", "kind", "best_epoch"} & {
+        column.name for column in trials_table.columns(run)
+    }
 
 
 def test_a_best_epoch_that_was_kept_is_said_to_be_chosen(probed, tmp_path):
     folder = write_run(tmp_path / "run", probes=(0.1, 0.15, 0.3))
     command = json.loads((folder / "command.json").read_text())
     (folder / "command.json").write_text(json.dumps(command | {"arguments": {"keep_epoch": "best"}}))
-    assert "which also chose the best epoch of each trial" in report.verdict(load(folder))
-    assert "which also chose" not in report.verdict(probed)
+    assert "which also chose the best epoch of each trial" in run_facts.verdict(load(folder))
+    assert "which also chose" not in run_facts.verdict(probed)
 
 
 def test_what_ran_can_be_run_again(run):
@@ -278,7 +280,7 @@ def test_a_thousand_trials_are_still_one_small_file_in_seconds(tmp_path):
     started = time.monotonic()
     html = report.render(run)
     assert time.monotonic() - started < 60  # 2 s here; a search of a thousand trials has a thousand-row table
-    assert len(html) < 8e6 and len(Page(html).rows) == 1 + report.NUM_SHOWN
+    assert len(html) < 8e6 and len(Page(html).rows) == 1 + trials_table.NUM_SHOWN
     [later] = re.findall(r'id="later-rows">(.*?)</script>', html)
     numbers = [int(cells[0][1]) for _, _, cells in json.loads(later)]
     assert sorted([*numbers, *(int(row[0]) for row in Page(html).rows[1:])]) == list(range(1000))
