@@ -189,8 +189,8 @@ class Recipe:
 
     precision: str = setting(
         "auto",
-        "auto = bf16 on GPUs that have it and, from 160 px on, on CPUs that have it; fp16 with a loss scaler on older "
-        "GPUs, fp32 on other CPUs",
+        "auto = bf16 on GPUs that have it and, from 160 px on, on CPUs where the network gains from it; fp16 with a "
+        "loss scaler on older GPUs, fp32 otherwise",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     seed: int = setting(0, "seed of everything random in this training", 0, 2**31 - 1)

@@ -1,4 +1,4 @@
-"""The arguments of `python -m search.run`."""
+"""The arguments of `python -m search.run`. (The file is long because the help of each stands beside it.)"""
 
 import argparse
 import re

@@ -1,4 +1,5 @@
-"""The results table: `trials.csv` with one row per trial, `epochs.csv` with one row per epoch."""
+"""The results table: `trials.csv` with one row per trial, `epochs.csv` with one row per epoch. (The file is long so
+that all that an event changes in a table stands in one place.)"""
 
 import math
 import shutil

@@ -1,4 +1,5 @@
-"""Space: a data set, the dimensions that a search varies, and the recipes that it tries first."""
+"""Space: a data set, the dimensions that a search varies, and the recipes that it tries first. (The file is long since
+everything about `--set` is here, too.)"""
 
 import importlib
 import itertools

@@ -1,4 +1,7 @@
-"""Optuna as Tune's searcher. It learns how every trial ended: finished, stopped early, or failed."""
+"""Optuna as Tune's searcher. It learns how every trial ended: finished, stopped early, or failed.
+
+(The file is long so that all decisions on what runs next stand in one place, in the order in which they are made.)
+"""
 
 import math
 import pickle

@@ -26,7 +26,7 @@ from trainables import finetune
 from trainables.data.layouts import find_images
 from trainables.data.presize import presize
 from trainables.data.presized_images import PresizedImages
-from trainables.probe import cross_validation, feature_files
+from trainables.probe import cross_validation, feature_files, head_files
 from trainables.probe.feature_files import FEATURES_FILE, lock_file
 from trainables.probe.logistic_regression import fit
 from trainables.probe.views import centre_view
@@ -375,7 +375,7 @@ def no_folder(cache: Path, monkeypatch) -> None:
 
 
 def full_disk(cache: Path, monkeypatch) -> None:
-    for each in (feature_files, module):
+    for each in (feature_files, head_files):
         monkeypatch.setattr(each, "flush", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
 
 

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 DECISIVE = ("arch", "head", "head_init", "concat_pool", "image_size", "start_size")
 """The settings that decide whether a network can be built and trained."""
+ANY_SIZE_FILE = Path(__file__).with_name("any_size.json")
+"""The architectures that train at every size with every head, as bench/any_size.py has tried for a version of timm."""
 STRIDE = 32
 """px; most networks that do not accept every size accept multiples of it."""
 NUM_SUGGESTED = 2
@@ -46,9 +48,11 @@ def untrainable(recipes: Iterable[dict[str, Any]]) -> dict[str, str]:
     """The first problem of each architecture with which one of `recipes`, given by their `DECISIVE` settings, cannot be
     trained. Raises `ValueError` where that could not be found out.
 
-    Those that have passed with the same versions of torch and timm are not tried again.
+    Those that have passed with the same versions of torch and timm are not tried again, nor those that every setting
+    suits.
     """
-    untried = [recipe for recipe in recipes if not _pass(recipe).exists()]
+    at_any_size = _that_train_at_any_size()
+    untried = [recipe for recipe in recipes if recipe["arch"] not in at_any_size and not _pass(recipe).exists()]
     if not untried:
         return {}
     archs = ", ".join(dict.fromkeys(recipe["arch"] for recipe in untried))
@@ -63,6 +67,11 @@ def untrainable(recipes: Iterable[dict[str, Any]]) -> dict[str, str]:
                 _pass(recipe).parent.mkdir(parents=True, exist_ok=True)
                 _pass(recipe).touch()
     return problems
+
+
+def _that_train_at_any_size() -> set[str]:
+    tried = json.loads(ANY_SIZE_FILE.read_text())
+    return set(tried["names"]) if tried["timm"] == version("timm") else set()
 
 
 def _pass(recipe: dict[str, Any]) -> Path:

@@ -6,10 +6,9 @@ Pretrained Features and Underperform Out-of-Distribution", https://arxiv.org/abs
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
 
@@ -29,11 +27,12 @@ from trainables.network.loss import log_priors
 from trainables.network.model import Network, mlp_head
 from trainables.probe.feature_files import Features, FeatureSet, lock_file, open_features, write_features
 from trainables.probe.features import as_float16, backbone_digest, description, feature_path, pooled_features
+from trainables.probe.head_files import State, read_head, write_head
 from trainables.probe.logistic_regression import LinearHead, fit
 from trainables.probe.mlp_training import fit_mlp
 from trainables.probe.views import View, augmented_view, centre_view, part_of_centre_view
 from trainables.recipe import Recipe
-from trainables.system.cache import DamagedCache, flush, locked
+from trainables.system.cache import DamagedCache, locked
 from trainables.training.distributed import World
 from trainables.training.inputs import Inputs
 
@@ -49,8 +48,6 @@ HEAD_VERSION = 4
 """Raise it when the same features give another head, or when more is kept with it."""
 
 logger = logging.getLogger(__name__)
-
-State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +133,7 @@ class Probing:
         mlp = (recipe.hidden, recipe.dropout, recipe.seed) if recipe.head == "mlp" else ()
         train = np.concatenate(parts)
         file = self._head_file(features, train, recipe.head, recipe.probe_views, recipe.flip, *mlp)
-        state: State | None = self.world.gather(_read_head(file) if self.world.rank == 0 else None)[0]
+        state: State | None = self.world.gather(read_head(file) if self.world.rank == 0 else None)[0]
         if state is None:
             views = [
                 np.concatenate([self.features(augmented_view(number, part, recipe)).rows for part in parts])
@@ -144,7 +141,7 @@ class Probing:
             ]
             if self.world.rank == 0:
                 state = self._fitted([features.rows[train], *views], self._labels(train), linear)
-                _write_head(file, state)
+                write_head(file, state)
             state = self.world.gather(state)[0]
         return state
 
@@ -267,7 +264,7 @@ class Probing:
 
     def _linear_probe(self, features: FeatureSet, train: npt.NDArray[np.int64]) -> LinearHead:
         file = self._head_file(features, train, "linear", 0)
-        if kept := _read_head(file):
+        if kept := read_head(file):
             error_rate = kept["out_of_fold_error_rate"].item()
             known = None if math.isnan(error_rate) else error_rate
             return LinearHead(kept["weight"], kept["bias"], kept["l2"].item(), known, kept.get("out_of_fold"))
@@ -277,7 +274,7 @@ class Probing:
         numbers = {"l2": found.l2, "out_of_fold_error_rate": error_rate}
         scalars = {name: torch.tensor(number, dtype=torch.float64) for name, number in numbers.items()}
         unseen = {} if found.out_of_fold is None else {"out_of_fold": found.out_of_fold}
-        _write_head(file, {"weight": found.weight, "bias": found.bias, **scalars, **unseen})
+        write_head(file, {"weight": found.weight, "bias": found.bias, **scalars, **unseen})
         return found
 
     def _log_priors(self, labels: torch.Tensor) -> torch.Tensor | None:
@@ -329,27 +326,3 @@ def _opened(path: Path, *, warn: bool = False) -> FeatureSet | None:
         if warn:
             logger.warning("the cached features are damaged and will be computed again: %s", error)
         return None
-
-
-def _read_head(file: Path) -> State | None:
-    """A kept head; None if there is none, or none that is as it was written."""
-    try:
-        content = file.read_bytes()
-    except OSError:
-        return None
-    digest, state = content[:32], content[32:]
-    return safetensors.torch.load(state) if sha256(state).digest() == digest else None
-
-
-def _write_head(file: Path, state: State) -> None:
-    """Keeps a head beside its features, if that is possible: it is quick to compute."""
-    content = safetensors.torch.save({name: value.contiguous() for name, value in state.items()})
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    with suppress(OSError):
-        try:
-            with partial.open("wb") as opened:
-                opened.write(sha256(content).digest() + content)
-                flush(opened)
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
