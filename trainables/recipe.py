@@ -107,6 +107,13 @@ class Recipe:
     lr_ratio: float = setting(
         100.0, "lr_max / rate of the earliest layers, geometric between", 1, 1e6, log=True, needs="epochs"
     )
+    frozen_layers: float = setting(
+        0.0,
+        "share of the backbone's layer groups, from the input on, that stay frozen once the others are unfrozen",
+        0,
+        0.9,
+        needs="epochs",
+    )
     pct_start_frozen: float = setting(
         0.99, "share of the frozen stage in which the rate rises", 0.01, 0.99, needs="freeze_epochs"
     )

@@ -23,7 +23,7 @@ class Pace:
     forward: dict[Pair, float] = field(default_factory=dict)
     """Seconds of an image through the backbone."""
     training: dict[Pair, float] = field(default_factory=dict)
-    """Seconds of training on an image, by those of a forward pass: the slowest epoch."""
+    """Seconds of training on an image without frozen layers, by those of a forward pass: the slowest epoch."""
     fitting: float = 0.0
     """Seconds of a probe beside its features: the slowest."""
     images: tuple[int, int] = 0, 0
@@ -35,8 +35,10 @@ class Pace:
         if result.get("stage") == "probe":
             self._add_probe(pair, recipe["probe_views"], result)
         elif result.get("stage") == "unfrozen" and (forward := self.forward.get(pair)):
-            seconds = result["train_seconds"] / self.images[0] / forward
-            self.training[pair] = max(seconds, self.training.get(pair, 0.0))
+            ratio = result["train_seconds"] / self.images[0] / forward
+            # Frozen layers have a forward pass alone. They are at least as much work as their share says.
+            whole = max(1.0, 1 + (ratio - 1) / (1 - recipe["frozen_layers"]))
+            self.training[pair] = max(whole, self.training.get(pair, 0.0))
 
     def _add_probe(self, pair: Pair, views: int, result: Mapping[str, Any]) -> None:
         train, valid, skipped = result["train_images"], result["valid_images"], result.get("skipped_images", 0)
@@ -66,7 +68,8 @@ class Pace:
         if not forward:
             return math.inf
         train, valid = self.images
-        ratio = self.training.get(pair) or max(self.training.values(), default=TRAINING_COST)
+        whole = self.training.get(pair) or max(self.training.values(), default=TRAINING_COST)
+        ratio = 1 + (whole - 1) * (1 - float(recipe["frozen_layers"]))
         epoch = forward * (ratio * train + valid)
         once = forward * (valid * recipe["tta_views"] + train * (recipe["probe_views"] + recipe["freeze_epochs"]))
         return max(0.0, float(SLACK * seconds - once) / epoch)

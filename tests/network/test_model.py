@@ -82,6 +82,26 @@ def test_unfreezing_trains_everything_batch_norms_included():
     assert any("running_mean" in name for name in moved)
 
 
+@pytest.mark.parametrize("arch", ["test_resnet", "test_vit"])
+def test_frozen_layers_next_to_the_image_neither_train_nor_change(arch):
+    net = network(arch)
+    *body, _ = (names_of(net, group) for group in net.layer_groups("blocks"))
+    frozen = {name for group in body[: len(body) // 2] for name in group}
+    assert frozen and len(frozen) < len(list(net.model.parameters()))
+    net.unfreeze(frozen_layers=len(body) // 2 / len(body))
+    net.train(frozen=False, train_bn="unfrozen")
+    before = {name: value.clone() for name, value in net.model.state_dict().items()}
+    optimizer = adamw(net.layer_groups("blocks"), [0.1] * (len(body) + 1), Recipe())
+    F.cross_entropy(net.model(BATCH), TARGETS).backward()
+    assert {name for name, parameter in net.model.named_parameters() if parameter.grad is None} == frozen
+    optimizer.step()
+    layers = tuple({name.rpartition(".")[0] + "." for name in frozen if "." in name})
+    moved = {name for name, value in net.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and not any(name in frozen or name.startswith(layers) for name in moved)
+    net.unfreeze()
+    assert all(parameter.requires_grad for parameter in net.model.parameters())
+
+
 def test_frozen_batch_norms_keep_their_statistics_but_the_head_does_not():
     net = network("test_resnet", head="mlp")
     net.unfreeze()

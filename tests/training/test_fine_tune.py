@@ -562,6 +562,7 @@ SHARED = {
     "fused norms": {"arch": "test_efficientnet", "mixup_alpha": 0.2},
     "frozen norms": {"train_bn": "never", "freeze_epochs": 0},
     "frozen norms that train": {"train_bn": "always", "layer_groups": "fastai", "lr_ratio_frozen": 5},
+    "frozen layers": {"frozen_layers": 0.5, "train_bn": "unfrozen", "freeze_epochs": 0},
     "progressive resizing": {"start_size": 16, "start_share": 0.5},
     "layer norms": {"arch": "test_vit", "batch_size": 5},
     "weights": {"class_weights": "inverse", "sampler": "balanced", "batch_size": 9, "freeze_epochs": 0} | HARD,

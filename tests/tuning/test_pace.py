@@ -7,7 +7,7 @@ import pytest
 
 from search.tuning.pace import SLACK, TRAINING_COST, Pace
 
-RECIPE = {"arch": "a", "image_size": 100, "tta_views": 0, "freeze_epochs": 0, "probe_views": 0}
+RECIPE = {"arch": "a", "image_size": 100, "tta_views": 0, "freeze_epochs": 0, "probe_views": 0, "frozen_layers": 0.0}
 IMAGES = {"train_images": 80, "valid_images": 20}
 
 
@@ -54,6 +54,16 @@ def test_measured_epochs_replace_the_guess():
     pace.add(RECIPE, {"stage": "unfrozen", "train_seconds": 80 * 0.1 * 6, **IMAGES})
     pace.add(RECIPE, {"stage": "unfrozen", "train_seconds": 80 * 0.1 * 5, **IMAGES})  # the slowest counts
     assert pace.epochs_within(50 / SLACK, RECIPE) == pytest.approx(1)
+
+
+def test_frozen_layers_have_a_forward_pass_alone():
+    half = RECIPE | {"frozen_layers": 0.5}
+    epochs = probed().epochs_within(50, RECIPE)
+    assert probed().epochs_within(50, half) == pytest.approx(epochs * (TRAINING_COST * 80 + 20) / (2.5 * 80 + 20))
+    pace = probed()
+    pace.add(half, {"stage": "unfrozen", "train_seconds": 80 * 0.1 * 3, **IMAGES})
+    assert pace.epochs_within(50 / SLACK, RECIPE) == pytest.approx(50 / (0.1 * (5 * 80 + 20)))
+    assert pace.epochs_within(50 / SLACK, half) == pytest.approx(50 / (0.1 * (3 * 80 + 20)))
 
 
 def test_test_time_augmentation_frozen_epochs_and_a_probes_views_need_their_share():

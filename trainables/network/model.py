@@ -66,14 +66,20 @@ class Network:
                     module.requires_grad_(True)
         self.classifier.requires_grad_(True)
 
-    def unfreeze(self) -> None:
+    def unfreeze(self, frozen_layers: float = 0.0, kind: str = "blocks") -> None:
+        """All train but the first layer groups of the backbone, a share of them; `kind` as for `layer_groups`."""
         self.model.requires_grad_(True)
+        *body, _ = self.layer_groups(kind)
+        for group in body[: round(frozen_layers * len(body))]:
+            for parameter in group:
+                parameter.requires_grad_(False)
 
     def train(self, *, frozen: bool, train_bn: str) -> None:
-        """Training mode; a frozen backbone whose batch norms do not train stays in evaluation mode."""
+        """Training mode; a frozen backbone whose batch norms do not train, and those of frozen layers, stay in
+        evaluation mode."""
         self.model.train(not frozen or train_bn == "always")
-        if train_bn == "never":
-            for module in _batch_norms(self.model):
+        for module in _batch_norms(self.model):
+            if train_bn == "never" or not all(parameter.requires_grad for parameter in module.parameters()):
                 module.eval()
         self.classifier.train()
 

@@ -487,7 +487,7 @@ class FineTune:
         if frozen:
             self.network.freeze_backbone(recipe.train_bn)
         else:
-            self.network.unfreeze()
+            self.network.unfreeze(recipe.frozen_layers, recipe.layer_groups)
         groups = self.network.layer_groups(recipe.layer_groups)
         rates = schedule.stage_rates(recipe, len(groups), frozen=frozen)
         self.optimizer = optimizer.adamw(groups, rates, recipe)

@@ -56,6 +56,7 @@ SPACE = Space(
         "batch_size": 32,
         "lr_max": 3e-4,
         "lr_ratio": 3.0,
+        "frozen_layers": 0.5,
         "train_bn": "never",
         "presize": 320,
         "image_size": 224,
@@ -67,13 +68,14 @@ SPACE = Space(
         "epochs": epochs_for(TYPICAL_IMAGES),
         "lr_max": Range(3e-5, 3e-3, log=True),
         "lr_ratio": Range(1, 100, log=True),
+        "frozen_layers": Range(0.1, 0.8, off=True),
         "head_softening": Range(0.0, 0.8),
         "train_bn": Choice(("never", "unfrozen")),
         "mixup_alpha": Range(0.05, 0.4, off=True),
         "smoothing": Range(0.0, 0.2),
     },
     # Few images that are like ImageNet's hardly move from the probe; many, or other ones, learn features of their own.
-    first=({"lr_max": 1e-3}, {"lr_max": 1e-4, "head_softening": 0.0}),
+    first=({"lr_max": 1e-3}, {"lr_max": 1e-4, "head_softening": 0.0}, {"lr_max": 1e-3, "frozen_layers": 0.0}),
     epochs_of=TYPICAL_IMAGES,
     num_trials=40,
 )
