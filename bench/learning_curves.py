@@ -1,11 +1,14 @@
 """Whole learning curves of many configurations of the quickstart space, which bench/search_quality.py replays.
 
     python bench/learning_curves.py
+    python bench/learning_curves.py --data DIR --weights DIR --name flowers17
 
 Each point of the other dimensions is trained with every number of epochs, so that what a short recipe says of a long
 one is in the table as well, and all of it with two seeds, so that the table knows how much of a difference is chance.
 Without Ray; a training takes about a minute of one core, or a few seconds on a GPU that several share. Ctrl-C keeps
 the trainings that have ended: the same command goes on.
+
+With `--data`, the curves are of the space `images` and of a folder's images, see image_curves.py.
 """
 
 import argparse
@@ -14,11 +17,12 @@ import gzip
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import image_curves
 from common import CPUS, RESULTS
 from empty_trials import BEFORE_PROBES
 
@@ -95,9 +99,9 @@ def train(job: tuple[int, Config, str]) -> tuple[int, Config, list[Config], str]
     return number, config, epochs, failure
 
 
-def train_all(jobs: Sequence[tuple[int, Config, str]], processes: int, partial: Path) -> Iterator[tuple]:
+def train_all(function: Callable, jobs: Sequence[tuple], processes: int, partial: Path) -> Iterator[tuple]:
     with multiprocessing.get_context("spawn").Pool(processes) as pool, partial.open("a") as file:
-        for ended in pool.imap_unordered(train, jobs):
+        for ended in pool.imap_unordered(function, jobs):
             file.write(json.dumps(ended) + "\n")
             file.flush()
             yield ended
@@ -113,8 +117,7 @@ def table(ended: Sequence[Sequence[Any]]) -> list[Config]:
     return rows
 
 
-def write_table(file: Path, rows: list[Config]) -> None:
-    columns = ["number", "seed", *space().dimensions, *METRICS, "seconds", "failure"]
+def write_table(file: Path, rows: list[Config], columns: Sequence[str]) -> None:
     with gzip.GzipFile(file, "wb", mtime=0) as out, gzip.io.TextIOWrapper(out, newline="") as text:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
@@ -129,23 +132,33 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=CPUS, help="trainings at once (one a core without it)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(cpu without it)")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    image_curves.add_arguments(parser)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    partial = args.out / "learning_curves.partial"
+    jobs: list[tuple]
+    if args.data:
+        function, columns = image_curves.train, image_curves.COLUMNS
+        file = args.out / FILE.replace(".csv", f"_{args.name or args.data.name}.csv")
+        shared: tuple = (args.device, image_curves.options(args))
+        jobs = [(number, config, *shared) for number, config in enumerate(image_curves.configurations(args))]
+    else:
+        function, columns = train, ("number", "seed", *space().dimensions, *METRICS, "seconds", "failure")
+        file = args.out / FILE
+        configs = seeded(configurations(args.points, args.seed))
+        jobs = [(number, config, args.device) for number, config in enumerate(configs)]
+    partial = file.with_name(file.name.replace(".csv.gz", ".partial"))
     ended = [json.loads(line) for line in partial.read_text().splitlines()] if partial.is_file() else []
-    jobs = enumerate(seeded(configurations(args.points, args.seed)))
-    jobs = [(number, config, args.device) for number, config in jobs]
     if any(config != jobs[number][1] for number, config, *_ in ended if number < len(jobs)):
-        parser.error(f"{partial} is of another --points or --seed: remove it, or go on with that")
+        parser.error(f"{partial} is of other configurations: remove it, or go on with those")
     have = {one[0] for one in ended}
     todo = [job for job in jobs if job[0] not in have]
     started = time.monotonic()
-    for count, one in enumerate(train_all(todo, args.jobs, partial), start=1):
+    for count, one in enumerate(train_all(function, todo, args.jobs, partial), start=1):
         ended.append(one)
         left = (time.monotonic() - started) / count * (len(todo) - count)
         became = f"error {one[2][-1]['error_rate']:.3f}" if not one[3] else one[3]
         print(f"{len(ended)}/{len(jobs)}  configuration {one[0]}: {became}  {left / 60:.0f} min left", flush=True)
-    write_table(args.out / FILE, table(ended))
+    write_table(file, table(ended), columns)
     partial.unlink()
 
 
