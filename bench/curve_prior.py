@@ -20,9 +20,9 @@ from common import RESULTS, command_line
 from search.tuning.curve_forecast import (
     FEATURES,
     KNOTS,
+    LEAST_NOISE,
     PRIOR_FILE,
     ROWS_PER_TRIAL,
-    LEAST_NOISE,
     Curve,
     Level,
     Prior,
@@ -106,7 +106,8 @@ def read(files: Sequence[Path]) -> dict[str, list[Curve]]:
 
 def to_json(prior: Prior, origin: str) -> str:
     numbers = {name: [round(float(v), 4) for v in getattr(prior, name)] for name in ("mean", "deviation", "noise")}
-    return json.dumps({"origin": origin, "knots": KNOTS, "features": FEATURES} | numbers, indent=1) + "\n"
+    entries = {"origin": origin, "knots": KNOTS, "features": FEATURES} | numbers
+    return "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items()) + "\n}\n"
 
 
 def main() -> None:

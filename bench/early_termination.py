@@ -9,6 +9,7 @@ early_termination.json and .md.
 
 import argparse
 import heapq
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -168,7 +169,7 @@ def reliability(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
     """What was said, and how often it came true, by what was said."""
     said, came = np.array([pair for one in outcomes for pair in one.chances], dtype=float).reshape(-1, 2).T
     found = []
-    for low, high in zip(BINS[:-1], BINS[1:], strict=True):
+    for low, high in itertools.pairwise(BINS):
         inside = (said >= low) & ((said < high) | (high == 1))
         if inside.any():
             entry = {"said": float(said[inside].mean()), "came_true": float(came[inside].mean())}

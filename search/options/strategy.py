@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 SEARCHERS = ("tpe", "random", "gp", "cmaes")
-SCHEDULERS = ("rungs", "halving", "median", "none")
+SCHEDULERS = ("forecast", "rungs", "halving", "median", "none")
 OBJECTIVES = ("error", "error,seconds")
 CONFIRM_SEEDS = 3
 """How often each of the best configs is trained again with `--confirm`."""
@@ -28,15 +28,15 @@ class Strategy:
             raise ValueError(
                 f"--objective {self.objective}: --searcher cmaes supports one objective only. Use tpe, gp or random."
             )
-        if self.num_objectives > 1 and self.scheduler != "none":
+        if self.num_objectives > 1 and self.scheduler not in ("forecast", "none"):
             raise ValueError(
                 f"--objective {self.objective}: --scheduler {self.scheduler} ends trials by their error, but a quick "
-                "one with a higher error may be wanted. Omit --scheduler."
+                "one with a higher error may be wanted. Use forecast or none."
             )
         if self.target_seconds and self.scheduler == "halving":
             raise ValueError(
                 "--target-seconds: --scheduler halving trains the best short trials for longer, however long that "
-                "takes. Use rungs, median or none."
+                "takes. Use forecast, rungs, median or none."
             )
         if self.target_seconds and self.searcher not in ("tpe", "gp"):
             raise ValueError(f"--target-seconds: --searcher {self.searcher} cannot prefer quick trials. Use tpe or gp.")

@@ -10,9 +10,11 @@ from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from search.runs.objective import Objective
 from search.runs.rungs_file import Known, RungsFile
 from search.spaces.space import Space
 from search.tuning.forecast import AtRung, forecast
+from search.tuning.forecast_stopping import ForecastScheduler, Goal
 from trainables.ray.trial import REFITS, RETRAINS
 
 RUNGS = (60, 80)
@@ -34,8 +36,10 @@ def rung_at(progress: int, rungs: Sequence[int]) -> int | None:
     return max((rung for rung in rungs if rung <= progress < 100), default=None)
 
 
-def new_scheduler(name: str, metric: str, space: Space, state_file: Path) -> TrialScheduler:
+def new_scheduler(name: str, metric: str, space: Space, state_file: Path, goal: Goal | None = None) -> TrialScheduler:
     """The scheduler for `--scheduler`; halving stops no trial early."""
+    if name == "forecast":
+        return ForecastScheduler(goal or Goal(metric, Objective("error_rate")), space, state_file)
     if name == "rungs":
         return ProgressHalvingScheduler(metric, space, state_file)
     if name == "median":
@@ -121,7 +125,11 @@ class ProgressHalvingScheduler(FIFOScheduler):
         """Load the saved state. Tune calls this once, when a search starts or resumes."""
         saved = self.file.read()
         self.file.tidy()
-        self.curves = {trial: Curve.from_json(curve) for trial, curve in saved["curves"].items()}
+        self.curves = {
+            trial: Curve.from_json(curve)
+            for trial, curve in saved["curves"].items()
+            if "results" in curve  # `forecast` keeps other curves
+        }
         self.reasons, self.stop_rungs = dict(saved["reasons"]), dict(saved["rungs"])
         return True
 

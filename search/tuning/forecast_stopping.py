@@ -130,7 +130,9 @@ class ForecastScheduler(FIFOScheduler):
     def _lost(self, curve: Curve, result: dict[str, Any]) -> str:
         """Why a trial has lost what its probe knew, or learned nothing; empty if it has not."""
         guessing, _, progress, metric, _ = self.goal.guessing, *curve.epochs[-1]
-        if guessing is None or result.get("stage") != "unfrozen" or (curve.probe is None and progress < HALF):
+        one_label = "balanced_error" in result  # of images with several, guessing has another error
+        too_soon = result.get("stage") != "unfrozen" or (curve.probe is None and progress < HALF)
+        if guessing is None or too_soon or not one_label:
             return ""
         start = min(curve.probe or 0.0, guessing)
         if metric < start + LOST * (guessing - start):
@@ -178,5 +180,6 @@ class ForecastScheduler(FIFOScheduler):
 
 def expected_seconds(result: dict[str, Any]) -> float:
     """That the whole training takes, if it goes on as it has begun."""
-    share = max(1, result.get("epoch", 1)) / max(1, result.get("epochs_total", 1))
-    return float(result.get("seconds", 0.0)) / min(1.0, share)
+    share: float = max(1, result.get("epoch", 1)) / max(1, result.get("epochs_total", 1))
+    seconds: float = result.get("seconds", 0.0)
+    return seconds / min(1.0, share)

@@ -23,6 +23,7 @@ from search.options.search_options import SearchOptions
 from search.reporting.live_report import LiveReport
 from search.reporting.live_table import Leaderboard
 from search.runs.disk_space import DiskWatch, features_needed, largest_weights, needs
+from search.runs.objective import Objective
 from search.runs.paths import RunFolder
 from search.runs.refit import Refit, winner_to_refit
 from search.runs.remote_copy import Mirroring
@@ -32,6 +33,7 @@ from search.runs.tune_files import EventFiles, atomic_filesystem
 from search.spaces.space import NamedRecipe, Space
 from search.tuning.controller import use_short_controller
 from search.tuning.early_stopping import new_scheduler, rungs_of
+from search.tuning.forecast_stopping import Goal
 from search.tuning.halving import new_searcher
 from search.tuning.screen import Screen, new_screen
 from search.tuning.searcher import OptunaSearcher
@@ -145,7 +147,7 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
         trainable(run, settings),
         tune_config=tune.TuneConfig(
             search_alg=Resumable(searcher, budget),
-            scheduler=new_scheduler(strategy.scheduler, OBJECTIVE, run.space, folder.rungs),
+            scheduler=new_scheduler(strategy.scheduler, OBJECTIVE, run.space, folder.rungs, goal_of(run)),
             num_samples=num_shown + run.refits,
             reuse_actors=True,
             trial_name_creator=table_id,
@@ -162,6 +164,10 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
             verbose=0,
         ),
     )
+
+
+def goal_of(run: RunOptions) -> Goal:
+    return Goal(OBJECTIVE, Objective(run.options.metric), len(run.labels), both=run.options.strategy.num_objectives > 1)
 
 
 def table_of(run: RunOptions) -> ResultsTable:
