@@ -20,16 +20,20 @@ from ray.tune.schedulers import TrialScheduler
 from search.options.strategy import Strategy
 from search.reporting.importance import MIN_TRIALS, study_importances
 from search.spaces.space import Space
+from search.tuning.curve_forecast import Prior
 from search.tuning.early_stopping import Curve, ProgressHalvingScheduler, new_scheduler, rung_at
+from search.tuning.forecast_stopping import ForecastScheduler
 from search.tuning.halving import lengths, new_searcher
 from search.tuning.searcher import OptunaSearcher
 from trainables.ray.trial import OBJECTIVE
 
 WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0)
 """What a dimension may weigh in the distance of two configurations."""
+VALID_IMAGES = 120
+"""Of the quickstart."""
 MEMORY = Path("/dev/shm")
 """Where there is one, journals are written to memory: nothing here has to outlast a crash."""
-CURVES = ("progress", "error_rate", "valid_loss", "seconds")
+CURVES = ("stage", "progress", "error_rate", "valid_loss", "seconds")
 Config = dict[str, Any]
 
 
@@ -38,6 +42,7 @@ class Training:
     """One training's config, and its results, an entry an epoch."""
 
     config: Config
+    stage: tuple[str, ...]
     progress: tuple[int, ...]
     error_rate: tuple[float, ...]
     valid_loss: tuple[float, ...]
@@ -46,12 +51,14 @@ class Training:
     def result(self, epoch: int) -> dict[str, Any]:
         """After `epoch`, which counts from 1: the part of a trial's result that searchers and schedulers read."""
         return {
+            "stage": self.stage[epoch - 1],
             "progress": self.progress[epoch - 1],
             OBJECTIVE: self.error_rate[epoch - 1],
             "valid_loss": self.valid_loss[epoch - 1],
             "epoch": epoch,
             "epochs_total": len(self),
             "seconds": sum(self.seconds[:epoch]),
+            "valid_images": VALID_IMAGES,
         }
 
     def __len__(self) -> int:
@@ -208,15 +215,18 @@ def replay(
     budget: int,
     sampler: BaseSampler | None = None,
     forecasts: bool = True,
+    prior: Prior | None = None,
 ) -> Replay:
     """A search by `strategy`, of `slots` trials at once, until `budget` epochs are spent; or one with another
-    `sampler`, or with rungs that forecast nothing."""
+    `sampler`, with rungs that forecast nothing, or with another `prior` of forecasts."""
     with _journal() as journal:
         searcher = new_searcher(table.space, journal, seed=seed, strategy=strategy)
         searcher.sampler = sampler or searcher.sampler
         scheduler = new_scheduler(strategy.scheduler, OBJECTIVE, table.space, journal.with_name("rungs.json"))
         if isinstance(scheduler, ProgressHalvingScheduler):
             scheduler.forecasts &= forecasts
+        if isinstance(scheduler, ForecastScheduler):
+            scheduler.prior = prior or scheduler.prior
         done = _run(searcher, scheduler, table, np.random.default_rng(seed), slots, budget)
         done.completed = searcher.study.get_trials(states=[TrialState.COMPLETE])
         if isinstance(scheduler, ProgressHalvingScheduler):

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import curve_prior
 import numpy as np
 import optuna
 import pandas as pd
@@ -24,6 +25,7 @@ from scipy.stats import kendalltau
 
 from search.options.strategy import Strategy
 from search.reporting.importance import BEST_SHARE
+from search.tuning.curve_forecast import Prior
 from trainables.system.text import many
 
 BASELINE, TOP_K = "random", "random, top K after one epoch"
@@ -34,6 +36,7 @@ METHODS: dict[str, Strategy | None] = {
     TOP_K: None,
     "tpe": Strategy(scheduler="none"),
     "tpe, rungs": Strategy(scheduler="rungs"),
+    "tpe, forecast": Strategy(scheduler="forecast"),
     BY_ERROR_NOW: Strategy(scheduler="rungs"),
     "tpe, halving": Strategy(scheduler="halving"),
     "tpe, median": Strategy(scheduler="median"),
@@ -60,11 +63,15 @@ COLUMNS = {  # key: its heading and form
 }
 
 _table: CurveTable | None = None  # of a worker process
+_prior: Prior | None = None
 
 
 def load(file: Path) -> None:
-    global _table
+    """The table, and what the others tell of learning curves."""
+    global _table, _prior
     _table = CurveTable(pd.read_csv(file), space())
+    others = [other for other in sorted(RESULTS.glob("learning_curves_*.csv.gz")) if other.name != file.name]
+    _prior = curve_prior.fit(curve_prior.read(others)) if others else None
 
 
 def run(job: tuple[str, int, int, int]) -> tuple[str, int, Replay]:
@@ -73,7 +80,7 @@ def run(job: tuple[str, int, int, int]) -> tuple[str, int, Replay]:
     if method is None:
         return name, slots, replay_top_k(_table, seed=seed, budget=budget)
     sampler = optuna.samplers.TPESampler(seed=seed) if name == MULTIVARIATE else None
-    changes = {"sampler": sampler, "forecasts": name != BY_ERROR_NOW}
+    changes = {"sampler": sampler, "forecasts": name != BY_ERROR_NOW, "prior": _prior}
     return name, slots, replay(method, _table, seed=seed, slots=slots, budget=budget, **changes)
 
 
@@ -209,7 +216,8 @@ configuration reaches on average: the difference is luck that a search takes for
 share of the {budget} after which the incumbent is within {NEAR:.0%} (absolute) of the error at which random search ends. Best one
 stopped: in so many searches the trial that would have ended best was not trained to its end. τ: Kendall's, between
 what is compared at the rungs and the error at the end, over all trainings of the table that reach a rung; a forecast is
-that which the search makes when its epochs are spent. The constants of search/tuning/forecast.py were chosen on this table.
+that which the search makes when its epochs are spent. The constants of search/tuning/forecast.py were chosen on this
+table; the prior of the scheduler `forecast` comes from the tables of other images.
 
 How much is chance: two trainings of the same configuration differ by {about["repeat_mean_difference"]:.1%} on average and rank
 configurations alike with τ = {about["repeat_kendall_tau"]:.2f} ({about["repeat_kendall_tau_longest"]:.2f} among the longest).

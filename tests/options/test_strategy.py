@@ -14,8 +14,9 @@ def test_the_default_is_tpe_with_rungs():
     assert strategy() == Strategy(searcher="tpe", scheduler="rungs", objective="error")
 
 
-def test_with_two_objectives_nothing_is_stopped():
+def test_with_two_objectives_nothing_is_stopped_unless_it_is_asked_for():
     assert strategy("--objective", "error,seconds").scheduler == "none"
+    assert strategy("--objective", "error,seconds", "--scheduler", "forecast").scheduler == "forecast"
 
 
 def test_named_recipes_all_run_to_their_end():
@@ -35,7 +36,7 @@ def test_folds_validate_the_best_three_unless_another_number_is_given():
         (("--objective", "error,seconds", "--searcher", "cmaes"), "--searcher cmaes supports one objective"),
         (("--target-seconds", "60", "--searcher", "random"), "--searcher random cannot prefer quick trials"),
         (("--target-seconds", "60", "--searcher", "cmaes"), "Use tpe or gp"),
-        (("--target-seconds", "60", "--scheduler", "halving"), "Use rungs, median or none"),
+        (("--target-seconds", "60", "--scheduler", "halving"), "Use forecast, rungs, median or none"),
         (("--folds", "2"), "'2' is not a whole number from 3 to 20"),
     ],
 )
