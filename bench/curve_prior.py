@@ -27,6 +27,7 @@ from search.tuning.curve_forecast import (
     Level,
     Prior,
     binomial,
+    hats_at,
     progress_of,
     rows,
     targets,
@@ -79,7 +80,7 @@ def fit(tables: Mapping[str, Sequence[Curve]]) -> Prior:
     groups = [(search, 60 / len(curves)) for curves in tables.values() for search in searches(curves)]
     size = len(KNOTS) * len(FEATURES)
     mean, variance, own = np.zeros(size), np.full(size, 0.1), np.array(FIRST_NOISE)
-    heights = [(1 - np.abs(search[2][:, None] - KNOTS) / KNOTS[1]).clip(0) for search, _ in groups]
+    heights = [hats_at(search[2]) for search, _ in groups]
     for _ in range(ITERATIONS):
         means, spreads, above, below = [], [], np.zeros(len(KNOTS)), np.zeros(len(KNOTS))
         for (search, share), height in zip(groups, heights, strict=True):

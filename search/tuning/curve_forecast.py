@@ -28,7 +28,7 @@ POINT_DEVIATION = 0.15
 """Prior standard deviation of what a whole dimension of the space changes in the logarithm of the final metric."""
 ROWS_PER_TRIAL = 2.0
 """All epochs of a trial have the same end: together they count as so many trials."""
-PRIOR_TRIALS = 10.0
+PRIOR_TRIALS = 5.0
 """How many trials the prior's noise counts as."""
 PRIOR_FILE = Path(__file__).with_name("curve_prior.json")
 LEAST_NOISE = 1e-4
@@ -152,8 +152,8 @@ class Regression:
         self.mean = np.append(prior.mean, np.zeros(dimensions))
         deviation = np.append(prior.deviation, np.full(dimensions, POINT_DEVIATION))
         self.covariance = np.diag(deviation**2)
-        self.scale = 1.0
-        """How many times the prior's noise this search has."""
+        self.scale = np.ones(len(KNOTS))
+        """How many times the prior's noise this search has, at each knot."""
         if finished:
             self._fit(finished, deviation)
 
@@ -165,15 +165,18 @@ class Regression:
         weights = np.concatenate(shares) / np.concatenate(noise)
         self.covariance = np.linalg.inv(x.T @ (x * weights[:, None]) + np.diag(deviation**-2))
         self.mean = self.mean + self.covariance @ (x.T @ (weights * (y - x @ self.mean)))
-        misses = float(weights @ np.square(y - x @ self.mean)) / ROWS_PER_TRIAL
-        self.scale = (PRIOR_TRIALS + misses) / (PRIOR_TRIALS + len(finished))
+        misses = np.square(y - x @ self.mean) + np.einsum("ij,jk,ik->i", x, self.covariance, x)
+        hats = hats_at(np.concatenate([progress_of(curve) for curve in finished])) / ROWS_PER_TRIAL
+        trials = np.concatenate(shares) @ hats
+        self.scale = (PRIOR_TRIALS + (weights * misses) @ hats) / (PRIOR_TRIALS + trials)
 
     def forecast(self, curve: Curve) -> Forecast:
         """From the last of its epochs."""
         asked = rows(curve, self.level)[-1]
         mean = curve.log(curve.epochs[-1][2]) + float(asked @ self.mean)
-        noise = self._noise(progress_of(curve)[-1:], math.exp(mean), curve.num_images)[0]
-        return Forecast(mean, math.sqrt(float(asked @ self.covariance @ asked) + self.scale * float(noise)))
+        progress = progress_of(curve)[-1:]
+        noise = self._noise(progress, math.exp(mean), curve.num_images) * np.interp(progress, KNOTS, self.scale)
+        return Forecast(mean, math.sqrt(float(asked @ self.covariance @ asked) + float(noise[0])))
 
     def _noise(self, progress: Floats, final: float, num_images: int) -> Floats:
         """(epochs,) variance that no regression explains; part of it is that of an error rate on so many images."""
@@ -213,11 +216,17 @@ def rows(curve: Curve, level: Level) -> Floats:
         np.diff(now, prepend=now[:1]),
         np.full_like(now, math.log10(curve.rate / REFERENCE_RATE)),
     ], axis=1).clip(-LARGEST, LARGEST)  # fmt: skip
-    hats = (1 - np.abs(progress[:, None] - KNOTS) / KNOTS[1]).clip(0)  # of an interpolation between the knots
+    hats = hats_at(progress)
     point = [0.0 if place is None else place - 0.5 for place in curve.point]
     left = (1 - progress / 100)[:, None]
     by_knot = (hats[:, :, None] * features[:, None, :]).reshape(len(now), -1)
     return np.concatenate([by_knot, left * point], axis=1) if point else by_knot
+
+
+def hats_at(progress: Floats) -> Floats:
+    """(epochs, knots) the weights of the knots in an interpolation."""
+    found: Floats = (1 - np.abs(progress[:, None] - np.array(KNOTS)) / KNOTS[1]).clip(0)
+    return found
 
 
 def log_loss(loss: float) -> float:

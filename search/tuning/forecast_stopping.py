@@ -1,5 +1,6 @@
 """Early stopping by forecasts: after every epoch, how likely is it that this trial ends better than the incumbent?"""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ MOST_FINISHED = 200
 """Of the last trials, from which forecasts learn: a decision takes no longer in a long search."""
 LOST = 0.85
 """How far a trial is from its probe, or from 0, to guessing: no curve of the published tables came back from there."""
+SMALLEST = 1e-9
 HALF = 50
 """Percent of the schedule after which a trial without a probe should have learned something."""
 
@@ -153,7 +155,7 @@ class ForecastScheduler(FIFOScheduler):
         if incumbent not in self._regressions:
             self._regressions[incumbent] = Regression(self.prior, finished, Level.of(best))
         forecast = self._regressions[incumbent].forecast(curve)
-        chance = forecast.chance_below(curve.log(best.final[0]))
+        chance = forecast.chance_below(math.log(max(best.final[0], SMALLEST)))  # by an image at least
         self.chances.append((trial_id, curve.epochs[-1][1], chance))
         if chance >= self.least_chance:
             return ""
