@@ -20,7 +20,7 @@ LEAST_CHANCE = 0.05
 """Of ending better than the incumbent: trials below it stop. See results/bench/early_termination.md."""
 MIN_FINISHED = 2
 """Trials that a search trains to their ends before a forecast stops one: only they show what the prior cannot know."""
-MOST_FINISHED = 200
+MOST_FINISHED = 100
 """Of the last trials, from which forecasts learn: a decision takes no longer in a long search."""
 LOST = 0.85
 """How far a trial is from its probe, or from 0, to guessing: no curve of the published tables came back from there."""
@@ -77,6 +77,7 @@ class ForecastScheduler(FIFOScheduler):
         self.reasons: dict[str, str] = {}
         self.chances: list[tuple[str, int, float]] = []
         """Trial, progress and chance of each decision since the start, for measurements."""
+        self._finished: dict[str, Curve] = {}
         self._regressions: dict[str, Regression] = {}  # by incumbent, until another trial has finished
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
@@ -89,7 +90,7 @@ class ForecastScheduler(FIFOScheduler):
             if "epochs" in curve  # other schedulers keep other curves
         }
         self.reasons = dict(saved["reasons"])
-        self._regressions.clear()
+        self._learn()
         return True
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
@@ -115,8 +116,13 @@ class ForecastScheduler(FIFOScheduler):
         curve = self.curves.setdefault(trial.trial_id, self._new_curve(trial, result))
         curve.final = (result[self.goal.column], result["valid_loss"])
         curve.seconds = expected_seconds(result)
-        self._regressions.clear()
+        self._learn()
         self._save(trial.trial_id)
+
+    def _learn(self) -> None:
+        """To be called when another trial has finished."""
+        self._finished = {trial: curve for trial, curve in self.curves.items() if curve.final is not None}
+        self._regressions.clear()
 
     def _counts(self, trial: Trial, result: dict[str, Any]) -> bool:
         """Whether a result tells how trials go: retrainings have other seeds, and failed ones no metric."""
@@ -146,14 +152,15 @@ class ForecastScheduler(FIFOScheduler):
     def _unlikely(self, trial_id: str, curve: Curve) -> str:
         """Why the trial is unlikely to become the incumbent; empty if it is not."""
         incumbent = self._incumbent(curve)
-        finished = [other for other in self.curves.values() if other.final is not None and other.epochs]
-        finished = finished[-MOST_FINISHED:]
-        if incumbent is None or len(finished) < MIN_FINISHED:
+        if incumbent is None:
             return ""
         best = self.curves[incumbent]
         assert best.final is not None
         if incumbent not in self._regressions:
-            self._regressions[incumbent] = Regression(self.prior, finished, Level.of(best))
+            trained = [other for other in self._finished.values() if other.epochs]
+            if len(trained) < MIN_FINISHED:
+                return ""
+            self._regressions[incumbent] = Regression(self.prior, trained[-MOST_FINISHED:], Level.of(best))
         forecast = self._regressions[incumbent].forecast(curve)
         chance = forecast.chance_below(math.log(max(best.final[0], SMALLEST)))  # by an image at least
         self.chances.append((trial_id, curve.epochs[-1][1], chance))
@@ -168,8 +175,8 @@ class ForecastScheduler(FIFOScheduler):
         """The best that has finished; with two objectives, of those that take no longer than this one."""
         done = [
             (other.final, trial)
-            for trial, other in self.curves.items()
-            if other.final is not None and (not self.goal.both or other.seconds <= curve.seconds)
+            for trial, other in self._finished.items()
+            if not self.goal.both or other.seconds <= curve.seconds
         ]
         return min(done)[1] if done else None
 

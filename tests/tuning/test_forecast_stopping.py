@@ -260,6 +260,7 @@ def test_a_decision_takes_no_longer_after_a_thousand_trials(scheduler, monkeypat
                 epoch, told["progress"], error, 3 * error
             )
         scheduler.curves[trial.trial_id].final = (error, 3 * error)
+    scheduler._learn()
     scheduler._unlikely("0", scheduler.curves["0"])
     fitted = scheduler._regressions.values()
     assert len(list(fitted)) == 1
