@@ -37,7 +37,8 @@ REFERENCES = (1, 1, 2, 3, 5, 8, 12, 20)
 """How many trials the incumbent of each search is the best of."""
 WEAK = 1.0
 """Deviation of the mean coefficients, before any table is seen."""
-LEAST_DEVIATION = 0.03
+DEVIATION, SETS = 0.1, 2.0
+"""What is expected of the deviations, and how many sets that counts as: a few tables cannot tell how sets differ."""
 ITERATIONS = 30
 FIRST_NOISE = (0.15, 0.1, 0.06, 0.03)
 
@@ -93,9 +94,9 @@ def fit(tables: Mapping[str, Sequence[Curve]]) -> Prior:
             misses = np.square(y - x @ mine) - chance
             above += share * (height * (misses * weights)[:, None]).sum(0)
             below += share * (height * weights[:, None]).sum(0)
-        precision = len(groups) / variance + 1 / WEAK**2
-        mean = np.sum(means, axis=0) / variance / precision
-        variance = np.mean(np.square(np.array(means) - mean) + spreads, axis=0).clip(LEAST_DEVIATION**2)
+        mean = len(tables) * np.mean(means, axis=0) / variance / (len(tables) / variance + 1 / WEAK**2)
+        seen = np.mean(np.square(np.array(means) - mean) + spreads, axis=0)
+        variance = (SETS * DEVIATION**2 + len(tables) * seen) / (SETS + len(tables))
         own = (above / below).clip(0.002)
     return Prior(mean, np.sqrt(variance), own)
 
