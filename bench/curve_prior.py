@@ -29,6 +29,7 @@ from search.tuning.curve_forecast import (
     binomial,
     hats_at,
     progress_of,
+    redrawn,
     rows,
     targets,
 )
@@ -72,7 +73,7 @@ def searches(curves: Sequence[Curve], seed: int = 0) -> list[tuple[np.ndarray, .
         drawn = rng.choice(len(curves), min(count, len(curves)), replace=False)
         level = Level.of(min((curves[i] for i in drawn), key=lambda curve: curve.final))
         x = np.concatenate([rows(curve, level) for curve in curves])
-        found.append((x, changes, progress, (1 - progress / 100) * noise, weights))
+        found.append((x, changes, progress, redrawn(progress) * noise, weights))
     return found
 
 
@@ -97,7 +98,7 @@ def fit(tables: Mapping[str, Sequence[Curve]]) -> Prior:
         mean = len(tables) * np.mean(means, axis=0) / variance / (len(tables) / variance + 1 / WEAK**2)
         seen = np.mean(np.square(np.array(means) - mean) + spreads, axis=0)
         variance = (SETS * DEVIATION**2 + len(tables) * seen) / (SETS + len(tables))
-        own = (above / below).clip(0.002)
+        own = (above / below).clip(0.001)
     return Prior(mean, np.sqrt(variance), own)
 
 

@@ -30,7 +30,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from search.runs.objective import Objective
 from search.tuning.early_stopping import new_scheduler
-from search.tuning.forecast_stopping import LEAST_CHANCE, ForecastScheduler, Goal
+from search.tuning.forecast_stopping import CHANCE_PER_EPOCH, MOST_CHANCE, ForecastScheduler, Goal
 from trainables.ray.trial import OBJECTIVE
 
 METHODS = ("none", "rungs", "median", "forecast")
@@ -130,7 +130,7 @@ def replay(curves: Sequence[Curve], scheduler: TrialScheduler, slots: int) -> Ou
 
 def run(job: tuple[str, Path, Any, str, int, int, int, float]) -> tuple[str, str, int, list[Outcome]]:
     """All searches of a set by a method."""
-    name, file, prior, method, slots, seeds, trials, least_chance = job
+    name, file, prior, method, slots, seeds, trials, chance_per_epoch = job
     space, curves = curves_of(file)
     outcomes = []
     for seed in range(seeds):
@@ -140,7 +140,7 @@ def run(job: tuple[str, Path, Any, str, int, int, int, float]) -> tuple[str, str
             if method == "forecast":
                 classes = QUICKSTART_CLASSES if file.name == FILE else None
                 goal = Goal(OBJECTIVE, Objective("error_rate"), classes)
-                scheduler = ForecastScheduler(goal, space, state, prior=prior, least_chance=least_chance)
+                scheduler = ForecastScheduler(goal, space, state, prior=prior, chance_per_epoch=chance_per_epoch)
             else:
                 scheduler = new_scheduler(method, OBJECTIVE, space, state)
             outcomes.append(replay([curves[i] for i in order], scheduler, slots))
@@ -203,7 +203,7 @@ curves](../README.md), in random order. Epochs saved: of those that
 training all of them to their ends takes. Best one stopped: in so many searches, the trial that would have ended best
 was stopped. True error: on test images that no training or validation saw (of the quickstart: on the same validation
 images with another seed), compared with the winner of `none`; ± standard error. `forecast` stops trials whose chance to
-beat the incumbent is below {result["least_chance"]:.0%}. Its prior comes from the tables of the other sets only.
+beat the incumbent is below {result["chance_per_epoch"]:.1%} for each epoch that they have left, and below {MOST_CHANCE:.0%}. Its prior comes from the tables of the other sets only.
 
 Is a chance what it says? At every decision of `forecast`, one at a time, whether the trial would have ended better than
 the incumbent had it been trained to its end. Several decisions are about the same trial.
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, nargs="+", default=sorted(RESULTS.glob("learning_curves*.csv.gz")))
     parser.add_argument("--seeds", type=int, default=40, help="searches of each method (40 without it)")
     parser.add_argument("--trials", type=int, default=40, help="of each search (40 without it)")
-    parser.add_argument("--least-chance", type=float, default=LEAST_CHANCE, help="(%(default)s without it)")
+    parser.add_argument("--chance-per-epoch", type=float, default=CHANCE_PER_EPOCH, help="(%(default)s without it)")
     parser.add_argument("--jobs", type=int, default=CPUS, help="at once (one a core without it)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -228,7 +228,7 @@ def main() -> None:
     for name, file in zip(tables, args.tables, strict=True):
         prior = fit({other: curves for other, curves in tables.items() if other != name})
         jobs += [
-            (name, file, prior, method, slots, args.seeds, args.trials, args.least_chance)
+            (name, file, prior, method, slots, args.seeds, args.trials, args.chance_per_epoch)
             for slots in SLOTS
             for method in METHODS
         ]
@@ -244,7 +244,7 @@ def main() -> None:
     result = {
         "sets": sets,
         "reliability": {name: reliability(found[name, 1, "forecast"]) for name in tables},
-        "least_chance": args.least_chance,
+        "chance_per_epoch": args.chance_per_epoch,
         "seeds": args.seeds,
         "trials": args.trials,
         "hardware": hardware(),

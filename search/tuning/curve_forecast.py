@@ -28,7 +28,7 @@ POINT_DEVIATION = 0.15
 """Prior standard deviation of what a whole dimension of the space changes in the logarithm of the final metric."""
 ROWS_PER_TRIAL = 2.0
 """All epochs of a trial have the same end: together they count as so many trials."""
-PRIOR_TRIALS = 5.0
+PRIOR_TRIALS = 2.0
 """How many trials the prior's noise counts as."""
 PRIOR_FILE = Path(__file__).with_name("curve_prior.json")
 LEAST_NOISE = 1e-4
@@ -181,13 +181,19 @@ class Regression:
     def _noise(self, progress: Floats, final: float, num_images: int) -> Floats:
         """(epochs,) variance that no regression explains; part of it is that of an error rate on so many images."""
         own = np.interp(progress, (*KNOTS, 100), (*self.prior.noise, 0.0))
-        noise: Floats = own + (1 - progress / 100) * binomial(final, num_images) + LEAST_NOISE
+        noise: Floats = own + redrawn(progress) * binomial(final, num_images) + LEAST_NOISE
         return noise
 
 
 def binomial(metric: float, num_images: int) -> float:
     """Variance of the logarithm of an error rate on so many images, about."""
     return max(0.0, 1 - metric) / (max(metric, 0.5 / num_images) * num_images)
+
+
+def redrawn(progress: Floats) -> Floats:
+    """(epochs,) how much of the chance in an error rate is still open: at the end of a schedule, few answers change."""
+    share: Floats = (3 * (1 - progress / 100)).clip(0, 1)
+    return share
 
 
 def progress_of(curve: Curve) -> Floats:

@@ -16,9 +16,11 @@ from search.spaces.space import Space
 from search.tuning.curve_forecast import Curve, Level, Prior, Regression, default_prior
 from trainables.ray.trial import REFITS, RETRAINS
 
-LEAST_CHANCE = 0.05
-"""Of ending better than the incumbent: trials below it stop. See results/bench/early_termination.md."""
-MIN_FINISHED = 2
+CHANCE_PER_EPOCH, MOST_CHANCE = 0.01, 0.1
+"""Of ending better than the incumbent: a trial goes on where each epoch that it has left is worth so much of a chance,
+and always above the second one. Where little is left to save, a stop has to be surer, for it also takes from the
+searcher what the trial's end would have taught. See results/bench/early_termination.md."""
+MIN_FINISHED = 3
 """Trials that a search trains to their ends before a forecast stops one: only they show what the prior cannot know."""
 MOST_FINISHED = 100
 """Of the last trials, from which forecasts learn: a decision takes no longer in a long search."""
@@ -64,14 +66,14 @@ class ForecastScheduler(FIFOScheduler):
         space: Space,
         state_file: Path,
         *,
-        least_chance: float = LEAST_CHANCE,
+        chance_per_epoch: float = CHANCE_PER_EPOCH,
         prior: Prior | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # Ray's
         self.goal = goal
         self.space = space
         self.file = RungsFile(state_file)
-        self.least_chance = least_chance
+        self.chance_per_epoch = chance_per_epoch
         self.prior = prior or default_prior()
         self.curves: dict[str, Curve] = {}
         self.reasons: dict[str, str] = {}
@@ -104,7 +106,7 @@ class ForecastScheduler(FIFOScheduler):
         if result.get("stage") == "probe":
             curve.probe = result[self.goal.column]
         curve.seconds = expected_seconds(result)
-        reason = self._lost(curve, result) or self._unlikely(trial.trial_id, curve)
+        reason = self._lost(curve, result) or self._unlikely(trial.trial_id, curve, epochs_left(result))
         if reason:
             self.reasons[trial.trial_id] = reason
         self._save(trial.trial_id)
@@ -149,8 +151,8 @@ class ForecastScheduler(FIFOScheduler):
         began = "" if curve.probe is None else f", after {text(curve.probe)} of its probe"
         return f"{name} {text(metric)} at {progress} % of the schedule{began}: guessing has {text(guessing)}"
 
-    def _unlikely(self, trial_id: str, curve: Curve) -> str:
-        """Why the trial is unlikely to become the incumbent; empty if it is not."""
+    def _unlikely(self, trial_id: str, curve: Curve, epochs: int) -> str:
+        """Why the trial is too unlikely to become the incumbent for the epochs that it has left; empty if it is not."""
         incumbent = self._incumbent(curve)
         if incumbent is None:
             return ""
@@ -164,7 +166,7 @@ class ForecastScheduler(FIFOScheduler):
         forecast = self._regressions[incumbent].forecast(curve)
         chance = forecast.chance_below(math.log(max(best.final[0], SMALLEST)))  # by an image at least
         self.chances.append((trial_id, curve.epochs[-1][1], chance))
-        if chance >= self.least_chance:
+        if chance >= min(MOST_CHANCE, self.chance_per_epoch * epochs):
             return ""
         text = self.goal.objective.text
         likely = f"{100 * chance:.0f} %" if chance >= 0.005 else "less than 1 %"
@@ -185,6 +187,10 @@ class ForecastScheduler(FIFOScheduler):
         if changed in self.reasons:
             more |= {"reasons": {changed: self.reasons[changed]}}
         self.file.add(more)
+
+
+def epochs_left(result: dict[str, Any]) -> int:
+    return int(result.get("epochs_total", 1) - result.get("epoch", 0))
 
 
 def expected_seconds(result: dict[str, Any]) -> float:

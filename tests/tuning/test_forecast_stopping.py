@@ -13,7 +13,7 @@ from search.runs.objective import Objective
 from search.runs.paths import RunFolder
 from search.spaces.space import Range, Space
 from search.tuning.early_stopping import new_scheduler
-from search.tuning.forecast_stopping import LEAST_CHANCE, MOST_FINISHED, ForecastScheduler, Goal, expected_seconds
+from search.tuning.forecast_stopping import MOST_FINISHED, ForecastScheduler, Goal, expected_seconds
 
 SPACE = Space(
     name="small",
@@ -73,8 +73,9 @@ def curve(end: float, epochs: int = EPOCHS, start: float = 0.6) -> list[float]:
     return [end + (start - end) * (1 - n / epochs) ** 2 for n in range(1, epochs + 1)]
 
 
-def with_two_good_trials(scheduler):
-    assert [train(scheduler, name, curve(end)) for name, end in (("a", 0.1), ("b", 0.12))] == [EPOCHS] * 2
+def with_good_trials(scheduler):
+    ends = {"a": 0.1, "b": 0.12, "c": 0.11}
+    assert [train(scheduler, name, curve(end)) for name, end in ends.items()] == [EPOCHS] * 3
     return scheduler
 
 
@@ -83,13 +84,13 @@ def reasons(state_file) -> dict[str, str]:
 
 
 def test_a_hopeless_trial_stops_in_its_first_epochs_and_one_like_the_best_is_trained(scheduler):
-    with_two_good_trials(scheduler)
+    with_good_trials(scheduler)
     assert train(scheduler, "bad", [0.7, 0.68, 0.67, 0.66, 0.65]) <= 2
     assert train(scheduler, "good", curve(0.09)) == EPOCHS
 
 
 def test_the_reason_is_a_chance_and_what_is_expected(scheduler, state_file):
-    train(with_two_good_trials(scheduler), "bad", [0.7, 0.68, 0.67, 0.66, 0.65])
+    train(with_good_trials(scheduler), "bad", [0.7, 0.68, 0.67, 0.66, 0.65])
     found = re.fullmatch(
         r"(less than 1|\d+) % likely to beat 10\.0 %: expected (\d+\.\d) ± (\d+\.\d) %", reasons(state_file)["bad"]
     )
@@ -98,23 +99,24 @@ def test_the_reason_is_a_chance_and_what_is_expected(scheduler, state_file):
 
 def test_the_first_trials_of_a_search_are_trained_whatever_is_forecast(scheduler):
     train(scheduler, "a", curve(0.1))
-    assert train(scheduler, "b", [0.7, 0.68, 0.67, 0.66, 0.65]) == EPOCHS
+    train(scheduler, "b", curve(0.1))
+    assert train(scheduler, "c", [0.7, 0.68, 0.67, 0.66, 0.65]) == EPOCHS
 
 
 def test_a_probe_of_the_screen_is_an_incumbent(scheduler):
-    with_two_good_trials(scheduler)
+    with_good_trials(scheduler)
     report(scheduler, "probe", result(0, 0.01, 0, progress=100, stage="probe"), epochs=0)
     assert train(scheduler, "like the others", curve(0.11)) < EPOCHS
 
 
 def test_the_probe_and_frozen_epochs_count(scheduler):
-    with_two_good_trials(scheduler)
+    with_good_trials(scheduler)
     before = len(scheduler.chances)
-    report(scheduler, "c", result(0, 0.2, progress=0, stage="probe"))
+    report(scheduler, "d", result(0, 0.2, progress=0, stage="probe"))
     for epoch in (1, 2):
-        report(scheduler, "c", result(epoch, 0.2, progress=0, stage="frozen"))
-    assert [(trial, progress) for trial, progress, _ in scheduler.chances[before:]] == [("c", 0)] * 3
-    assert scheduler.curves["c"].probe == 0.2
+        report(scheduler, "d", result(epoch, 0.2, progress=0, stage="frozen"))
+    assert [(trial, progress) for trial, progress, _ in scheduler.chances[before:]] == [("d", 0)] * 3
+    assert scheduler.curves["d"].probe == 0.2
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_a_lost_trial_says_what_guessing_has(scheduler, state_file):
 def test_other_metrics_are_forecast_too_and_nobody_knows_what_guessing_has(metric, state_file):
     scheduler = made(state_file, metric)
     assert train(scheduler, "all bad", [0.95] * EPOCHS) == EPOCHS
-    with_two_good_trials(scheduler)
+    with_good_trials(scheduler)
     assert train(scheduler, "bad", [0.9, 0.9, 0.9, 0.9, 0.9]) <= 2
     assert "likely to beat 0.100: expected" in (text := reasons(state_file)["bad"]) or metric != "log_loss", text
 
@@ -157,7 +159,7 @@ def test_images_with_several_labels_have_no_guess(scheduler):
 
 def test_with_two_objectives_a_quick_trial_may_join_the_front(state_file):
     scheduler = made(state_file, both=True)
-    with_two_good_trials(scheduler)  # 2 seconds an epoch
+    with_good_trials(scheduler)  # 2 seconds an epoch
     bad = [0.7, 0.68, 0.67, 0.66, 0.65]
     quick = [result(n, error, seconds=0.1 * n) for n, error in enumerate(bad, start=1)]
     assert {report(scheduler, "quick", one) for one in quick} == {CONTINUE}
@@ -173,12 +175,12 @@ def test_the_seconds_of_a_whole_training_are_known_from_its_first_epochs():
 
 
 def test_nan_a_retraining_and_a_refit_neither_stop_nor_count(scheduler):
-    with_two_good_trials(scheduler)
+    with_good_trials(scheduler)
     assert report(scheduler, "nan", result(1, math.nan)) == CONTINUE
     assert report(scheduler, "inf", result(1, 0.5, valid_loss=math.inf)) == CONTINUE
     assert train(scheduler, "again", [0.8] * EPOCHS, retrains="a") == EPOCHS
     assert train(scheduler, "refit", [0.8] * EPOCHS, refits="a") == EPOCHS
-    assert set(scheduler.curves) == {"a", "b"}
+    assert set(scheduler.curves) == {"a", "b", "c"}
 
 
 # --- A search that was killed -----------------------------------------------------------------------------------------
@@ -220,14 +222,14 @@ def test_a_search_that_was_killed_decides_to_the_last_bit_as_it_would_have(sched
     asked = again.curves["t7"]
     forecasts = []
     for scheduler in (again, whole):
-        scheduler._unlikely("t7", asked)
+        scheduler._unlikely("t7", asked, 3)
         forecasts.append(scheduler.chances[-1])
     assert forecasts[0] == forecasts[1]
 
 
 def test_a_restored_trial_repeats_its_last_result_without_another_decision(scheduler, state_file):
     report(scheduler, "slow", result(1, 0.5))
-    with_two_good_trials(scheduler)
+    with_good_trials(scheduler)
     later = made(state_file)
     before = state_file.read_bytes()
     assert report(later, "slow", result(1, 0.9)) == CONTINUE
@@ -235,7 +237,7 @@ def test_a_restored_trial_repeats_its_last_result_without_another_decision(sched
 
 
 def test_a_stop_that_tune_had_not_saved_is_repeated(scheduler, state_file):
-    stopped_at = train(with_two_good_trials(scheduler), "bad", [0.7, 0.68, 0.67, 0.66, 0.65])
+    stopped_at = train(with_good_trials(scheduler), "bad", [0.7, 0.68, 0.67, 0.66, 0.65])
     assert report(made(state_file), "bad", result(stopped_at, 0.05)) == STOP
 
 
@@ -261,12 +263,15 @@ def test_a_decision_takes_no_longer_after_a_thousand_trials(scheduler, monkeypat
             )
         scheduler.curves[trial.trial_id].final = (error, 3 * error)
     scheduler._learn()
-    scheduler._unlikely("0", scheduler.curves["0"])
+    scheduler._unlikely("0", scheduler.curves["0"], 3)
     fitted = scheduler._regressions.values()
     assert len(list(fitted)) == 1
     monkeypatch.setattr("search.tuning.forecast_stopping.Regression", None)
     assert report(scheduler, "next", result(1, 0.2)) in (STOP, CONTINUE)  # asks what was fitted before
 
 
-def test_the_least_chance_is_a_small_one():
-    assert 0 < LEAST_CHANCE < 0.2
+def test_where_little_is_left_to_save_a_stop_has_to_be_surer(scheduler):
+    with_good_trials(scheduler)
+    told = [result(epoch, 0.3, 20) | {"progress": 50} for epoch in (10, 19)]
+    assert [report(scheduler, f"after {one['epoch']}", one) for one in told] == [STOP, CONTINUE]
+    assert scheduler.chances[-1][2] == scheduler.chances[-2][2] > 0.01
