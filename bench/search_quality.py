@@ -70,8 +70,13 @@ def load(file: Path) -> None:
     """The table, and what the others tell of learning curves."""
     global _table, _prior
     _table = CurveTable(pd.read_csv(file), space())
-    others = [other for other in sorted(RESULTS.glob("learning_curves_*.csv.gz")) if other.name != file.name]
-    _prior = curve_prior.fit(curve_prior.read(others)) if others else None
+    others = prior_tables(file)
+    _prior = curve_prior.fit(curve_prior.read([RESULTS / name for name in others])) if others else None
+
+
+def prior_tables(file: Path) -> list[str]:
+    """Those of other images."""
+    return [other.name for other in sorted(RESULTS.glob("learning_curves_*.csv.gz")) if other.name != file.name]
 
 
 def run(job: tuple[str, int, int, int]) -> tuple[str, int, Replay]:
@@ -278,6 +283,7 @@ def main() -> None:
     result = {
         "methods": methods,
         "default": DEFAULT,
+        "prior": prior_tables(args.table),
         "target_error": target,
         "seeds": args.seeds,
         "budget": args.budget,

@@ -66,8 +66,8 @@ ROOMS = (
     Fault(
         "trials with two objectives are stopped by their error",
         "search/options/search_options.py",
-        '"rungs" if self.objective == "error" else "none"',
-        '"none" if self.objective == "error" else "rungs"',
+        '"forecast" if self.objective == "error" else "none"',
+        '"none" if self.objective == "error" else "forecast"',
         "options/test_strategy.py",
     ),
     Fault(

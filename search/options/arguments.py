@@ -135,7 +135,7 @@ def _add_how(group: Group) -> None:
         "which trials end early: forecast = those that are unlikely to beat the best, by a forecast after each epoch; "
         "rungs = those that, late in their schedule, are expected to end badly; median = those "
         "that are worse than the median at any time; halving = none, but all except the space's own recipes start "
-        "short, and the best third of each length is trained again with the next one; none; default rungs, and none "
+        "short, and the best third of each length is trained again with the next one; none; default forecast, and none "
         "with --objective error,seconds"
     ))  # fmt: skip
     group.add_argument("--objective", choices=OBJECTIVES, default="error", help=(

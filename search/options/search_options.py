@@ -130,7 +130,7 @@ class SearchOptions:
             return Strategy(searcher="random", scheduler="none", confirm=self.num_confirmed, folds=self.folds)
         return Strategy(
             searcher=self.searcher,
-            scheduler=self.scheduler or ("rungs" if self.objective == "error" else "none"),
+            scheduler=self.scheduler or ("forecast" if self.objective == "error" else "none"),
             objective=self.objective,
             target_seconds=self.target_seconds,
             confirm=self.num_confirmed,

@@ -14,7 +14,7 @@ class Strategy:
     """Raises `ValueError` where its parts do not fit each other."""
 
     searcher: str = "tpe"
-    scheduler: str = "rungs"
+    scheduler: str = "forecast"
     objective: str = "error"
     target_seconds: float | None = None
     """Trials that train longer, validation included, are proposed only where nothing shorter is promising."""

@@ -10,8 +10,8 @@ def strategy(*words: str) -> Strategy:
     return parse_arguments(["--space", "pets", *words]).strategy
 
 
-def test_the_default_is_tpe_with_rungs():
-    assert strategy() == Strategy(searcher="tpe", scheduler="rungs", objective="error")
+def test_the_default_is_tpe_with_forecasts():
+    assert strategy() == Strategy(searcher="tpe", scheduler="forecast", objective="error")
 
 
 def test_with_two_objectives_nothing_is_stopped_unless_it_is_asked_for():
