@@ -337,6 +337,8 @@ class OptunaSearcher(Searcher):
         if result["epoch"] == result["epochs_total"]:
             self.study.tell(trial, [result[OBJECTIVE], seconds][: len(self.study.directions)])
         else:
+            if result["progress"] == 0 and len(self.study.directions) == 1:  # all that it had
+                trial.report(result[OBJECTIVE], 0)
             self.study.tell(trial, state=TrialState.PRUNED)
 
     def _end_probe(self, trial_id: str, screen: Screen, result: dict[str, Any]) -> None:

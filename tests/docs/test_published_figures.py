@@ -17,9 +17,9 @@ def measured(name: str) -> dict:
     return json.loads((ROOT / "results" / "bench" / f"{name}.json").read_text())
 
 
-def cells(*numbers: float, digits: int) -> str:
+def cells(*numbers: float, digits: int, sign: str = "") -> str:
     """Several numbers in one cell of a table."""
-    return " / ".join(f"{number:.{digits}f}" for number in numbers)
+    return " / ".join(f"{number:{sign}.{digits}f}" for number in numbers)
 
 
 def readme() -> list[str]:
@@ -87,7 +87,8 @@ def epochs_of(arch: str) -> list[str]:
 
 METHODS = {
     "random": "random",
-    "**tpe, rungs** (default)": "tpe, rungs",
+    "**tpe, forecast** (default)": "tpe, forecast",
+    "tpe, rungs": "tpe, rungs",
     "the same without a forecast, by the error at the rung": "tpe, rungs that forecast nothing",
     "rungs with Optuna's default, multivariate TPE": "tpe as Optuna has it (multivariate), rungs",
     "tpe, halving": "tpe, halving",
@@ -110,6 +111,19 @@ def early_stopping() -> list[str]:
         stopped = cells(*(100 * one["best_stopped_share"] for one in both), digits=0)
         lines.append(f"| {label} | {shares} | {stopped} % |")
     return lines + [f"| {label} | {replayed(name)['kendall_tau']:.2f} |" for label, name in TAUS.items()]
+
+
+def early_termination() -> list[str]:
+    lines = []
+    for name, by_slots in measured("early_termination")["sets"].items():
+        for method in ("forecast", "rungs", "median"):
+            both = [by_slots[slots][method] for slots in ("1", "4")]
+            saved, stopped = (
+                cells(*(100 * one[key] for one in both), digits=0) for key in ("epochs_saved", "best_stopped")
+            )
+            change = cells(*(100 * one["true_error_change"] for one in both), digits=2, sign="+")
+            lines.append(f"| {name} | {method} | {saved} % | {stopped} % | {change} |")
+    return lines
 
 
 def replayed(name: str) -> dict:
@@ -156,7 +170,7 @@ PAGES = {
     "docs/data.md": data(),
     "README.md": readme(),
     "docs/performance.md": performance(),
-    "docs/early-stopping.md": early_stopping(),
+    "docs/early-stopping.md": early_stopping() + early_termination(),
     "docs/reliability.md": reliability(),
     "docs/results-and-files.md": probabilities(),
 }

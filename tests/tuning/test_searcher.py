@@ -137,6 +137,14 @@ def test_a_stopped_trial_is_pruned_with_the_value_that_stopped_it(searcher, jour
     assert trial.intermediate_values == {50: 0.7}
 
 
+def test_a_trial_that_stops_before_its_unfrozen_stage_is_pruned_with_what_it_had(searcher, journal):
+    searcher.suggest("a")
+    searcher.on_trial_result("a", result(1, 3, 0.9) | {"progress": 0})
+    searcher.on_trial_complete("a", result=result(2, 3, 0.8) | {"progress": 0})
+    [trial] = on_record(journal)
+    assert (trial.state, trial.intermediate_values) == (TrialState.PRUNED, {0: 0.8})
+
+
 def test_a_failed_trial_has_failed_and_says_why(searcher, journal):
     searcher.suggest("a")
     failed = {"failure": "diverged: training loss is nan", "error_rate": math.nan, "done": True}
