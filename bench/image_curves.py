@@ -22,8 +22,8 @@ COUNTS = ("train_images", "valid_images", "test_images", "classes")
 DIMENSIONS = ("arch", "epochs", "head_init", "freeze_epochs", "lr_max", "lr_ratio", "head_softening", "train_bn",
               "mixup_alpha", "smoothing")  # fmt: skip
 COLUMNS = ("number", "seed", *DIMENSIONS, *METRICS, "seconds", *COUNTS, "test_error_rate", "failure")
-SEARCHED = ("head_init=probe,zeros", "freeze_epochs=0..1")
-"""Beside the dimensions of the space."""
+CHANGES = ("head_init=probe,zeros", "freeze_epochs=0..1", "frozen_layers=0")
+"""To the dimensions of the space: the published curves train all layers."""
 Config = dict[str, Any]
 
 
@@ -47,7 +47,7 @@ def space(archs: str = "mobilenetv2_100,tf_efficientnet_lite0", epochs: str = "3
     from search.spaces.space import load_space
 
     found = load_space("images")
-    texts = [f"arch={archs}", f"epochs={epochs}", f"image_size={size}", f"presize={presize}", *SEARCHED]
+    texts = [f"arch={archs}", f"epochs={epochs}", f"image_size={size}", f"presize={presize}", *CHANGES]
     return replace(found.with_settings(texts), first=())
 
 
