@@ -13,7 +13,7 @@ from search.spaces.architectures import known, to_try
 from search.spaces.space import load_space
 from trainables import finetune
 from trainables.network import architecture
-from trainables.network.architecture import require_trainable, try_out
+from trainables.network.architecture import require_trainable, try_out, untrainable
 from trainables.recipe import Recipe
 from trainables.training.fine_tune import FineTune
 
@@ -77,6 +77,26 @@ def test_the_projects_own_architectures_start_no_process(monkeypatch):
         assert load_space(name).settings["arch"] in known()
         require_trainable(to_try(load_space(name)))
         require_trainable(to_try(load_space(name).of_recipes("book")))
+
+
+def test_architectures_that_train_at_every_size_start_no_process(monkeypatch, search_cache):
+    """As long as timm has the version with which they were tried."""
+    space = load_space("images").with_settings(["arch=mobilenetv2_050,tf_efficientnet_lite0", "image_size=65,161"])
+    with monkeypatch.context() as patch:
+        patch.setattr(architecture, "run_module", lambda *args, **kwargs: pytest.fail("started a process"))
+        assert untrainable(to_try(space)) == {}
+    for name in ("mobilenetv2_050", "tf_efficientnet_lite0"):
+        try_out(Recipe(arch=name, image_size=97, head_init="probe"))  # as they do
+    tried = []
+    monkeypatch.setattr(architecture, "version", lambda package: "0")
+    monkeypatch.setattr(architecture, "run_module", lambda module, stdin: tried.extend(json.loads(stdin)) or Refused)
+    with pytest.raises(ValueError, match="mobilenetv2_050, tf_efficientnet_lite0 could not be checked"):
+        untrainable(to_try(space))
+    assert {recipe["arch"] for recipe in tried} == {"mobilenetv2_050", "tf_efficientnet_lite0"}
+
+
+class Refused:
+    returncode = 1
 
 
 def test_the_architectures_for_ones_own_images_are_tried_with_settings_that_their_space_lacks():
