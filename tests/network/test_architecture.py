@@ -90,9 +90,9 @@ def test_architectures_that_train_at_every_size_start_no_process(monkeypatch, se
     tried = []
     monkeypatch.setattr(architecture, "version", lambda package: "0")
     monkeypatch.setattr(architecture, "run_module", lambda module, stdin: tried.extend(json.loads(stdin)) or Refused)
-    with pytest.raises(ValueError, match="mobilenetv2_050, tf_efficientnet_lite0 could not be checked"):
+    with pytest.raises(ValueError, match="mobilenetv2_050 could not be checked"):
         untrainable(to_try(space))
-    assert {recipe["arch"] for recipe in tried} == {"mobilenetv2_050", "tf_efficientnet_lite0"}
+    assert {recipe["arch"] for recipe in tried} == {"mobilenetv2_050"}  # the other one is the quickstart's
 
 
 class Refused:
