@@ -17,6 +17,7 @@ from search.runs.csv_file import Row
 from search.runs.result_rows import COMPLETED
 from search.runs.results_table import ResultsTable
 from trainables.inference.model_folder import read_model
+from trainables.ray.node_states import bring_model, drop_state
 from trainables.ray.trial import REFITS, table_id
 from trainables.training import checkpoint
 
@@ -33,14 +34,15 @@ class Refit(tune.Callback):
         if REFITS not in trial.config or result["failure"] or result["epoch"] < result["epochs_total"]:
             return
         winner = self.table.rows.get(trial.config[REFITS])
-        found = checkpoint.newest(self.table.folder.checkpoints / table_id(trial))
-        if winner and found and is_plausible(winner, result):
+        states = self.table.folder.checkpoints / table_id(trial)
+        found = checkpoint.newest(states)
+        if winner and found and is_plausible(winner, result) and bring_model(states, self.table.folder.run_id):
             known = {"train_images": result["train_images"], "error_rate": result["error_rate"]}
             self.table.models.deliver_refit(found, winner["number"], known)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         if REFITS in trial.config:
-            checkpoint.drop(self.table.folder.checkpoints / table_id(trial))
+            drop_state(self.table.folder.checkpoints / table_id(trial), self.table.folder.run_id)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self.on_trial_complete(iteration, trials, trial)

@@ -37,6 +37,7 @@ from search.runs.result_rows import (
 )
 from search.runs.rungs_file import RungsFile
 from search.runs.table_files import EpochsFile, TrialsFile
+from trainables.ray.node_states import bring_model, drop_state
 from trainables.ray.trial import EXPECTED_OBJECTIVE, FOLD, OBJECTIVE, REFITS, RETRAINS, SCREENS, recipe_of, table_id
 from trainables.recipe import Recipe
 from trainables.system.text import last_line
@@ -216,6 +217,8 @@ class ResultsTable(tune.Callback):
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         self.flush()
+        if row := self._best_running():  # nodes may have its model, and the search leaves the cluster now
+            bring_model(self.folder.checkpoints / row["trial_id"], self.folder.run_id)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         if REFITS in trial.config:
@@ -274,9 +277,10 @@ class ResultsTable(tune.Callback):
         return self.rows[trial_id]
 
     def _keep_weights(self, trial: Trial, row: Row) -> None:
-        found = checkpoint.newest(self.folder.checkpoints / row["trial_id"])
+        states = self.folder.checkpoints / row["trial_id"]
+        found = checkpoint.newest(states)
         # Without weights, it had ended before a kill that made Tune forget it.
-        if not found or not (found / WEIGHTS_FILE).is_file():
+        if not found or not ((found / WEIGHTS_FILE).is_file() or checkpoint.elsewhere(states)):
             return
         if self.keep_epoch == "best" and row["best_epoch"] not in ("", row["epochs_done"]):
             best = self.epochs.rows[row["trial_id"]][row["best_epoch"]]
@@ -287,20 +291,27 @@ class ResultsTable(tune.Callback):
         metrics = known | searched | {"status": status}  # a row that was read back has its dimensions as texts
         recipe = Recipe.from_dict(recipe_of(self.settings, trial.config)).to_dict()
         kept = self.ranking.kept(row | {"status": status})
+        is_wanted = row["number"] in kept or (self.keep_first and row["number"] == 0)
+        if is_wanted and not bring_model(states, self.folder.run_id):
+            return fail(row, "its model was lost with its nodes")
         self.models.add(found, kept=kept, recipe=recipe, labels=self.labels, metrics=metrics)
 
     def deliver_running(self) -> None:
         """Make the last epoch of a trial that still runs the best model, if it is: the search has been interrupted. The
         trial stays in the table as running, since a resumed search continues it."""
         self.flush()
+        if row := self._best_running():
+            self._keep_weights(self.running[row["trial_id"]], row)
+
+    def _best_running(self) -> Row | None:
+        """The row of a trial that still runs, as if it ended now, if it is the best of all."""
         unfinished = {
             row["trial_id"]: row | {"status": UNFINISHED}
             for row in (self.rows[trial_id] for trial_id in self.running)
             if row[RETRAINS] == ""
         }
         best = self.ranking.all.best(1, *unfinished.values())
-        if best and (row := unfinished.get(best[0]["trial_id"])):
-            self._keep_weights(self.running[row["trial_id"]], row)
+        return unfinished.get(best[0]["trial_id"]) if best else None
 
     def _add_epoch(self, row: Row, result: dict[str, Any]) -> None:
         finished_at = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -318,7 +329,7 @@ class ResultsTable(tune.Callback):
         self.trials.write()
         ended, self.ended = self.ended, []
         for trial_id in ended:
-            checkpoint.drop(self.folder.checkpoints / trial_id)
+            drop_state(self.folder.checkpoints / trial_id, self.folder.run_id)
         if ended:
             self.models.retain(self.ranking.kept())
 

@@ -18,6 +18,7 @@ from ray.tune.stopper import CombinedStopper
 from search.cluster.concurrency import Capacity, CapacityNews
 from search.cluster.orphaned_placement_groups import PlacementGroupCleanup
 from search.cluster.ray_dashboard import RayDashboard
+from search.cluster.state_keepers import StateKeepers
 from search.options.preparation import setting_values
 from search.options.search_options import SearchOptions
 from search.reporting.live_report import LiveReport
@@ -138,6 +139,7 @@ def new_tuner(run: RunOptions) -> tune.Tuner:
         Leaderboard(table, num_trials=num_shown, time_budget=options.time_budget, rungs=rungs_of(strategy.scheduler)),
         CapacityNews(capacity, settings),
         PlacementGroupCleanup(),
+        *([] if options.address is None else [StateKeepers(table)]),
         RayDashboard(folder),
         EventFiles(folder),
         *([] if options.report == "off" else [LiveReport(folder)]),
@@ -244,13 +246,15 @@ def capacity_of(run: RunOptions) -> Capacity:
 
 
 def trainable(run: RunOptions, settings: dict[str, Any]) -> Any:
-    """The trainable with the options that all trials share, pinned to the head node, which writes the checkpoints."""
+    """The trainable with the options that all trials share, pinned to the head node, which has the run's folder."""
     shared = TrialOptions(
         settings=settings,
         data=run.data,
         data_digest=run.data_digest,
         weights=run.weights,
         checkpoints=str(run.folder.checkpoints),
+        keepers=None if run.options.address is None else run.folder.run_id,
+        keeps_here=run.options.storage is not None,  # which copies what is there
         cache=run.options.cache,
         max_unreadable=run.options.max_unreadable,
         group_size=run.group_size,

@@ -4,8 +4,8 @@ The actor does not train and does not import torch. It drives a warm worker grou
 `reuse_actors=True` Tune gives the next trial to the same actor through `reset_config`.
 """
 
+import logging
 import math
-import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,12 +18,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from trainables.data.held_out_images import ImageSource
 from trainables.data.labelled_images import MAX_UNREADABLE
-from trainables.ray.messages import Outcome, TrialSpec
-from trainables.ray.retry_limits import MAX_HOSTS
-from trainables.ray.worker_group import GroupEnded, GroupHost, GroupReleased, GroupSize, living_nodes
+from trainables.ray.messages import KeepOrder, Kept, Outcome, TrialSpec
+from trainables.ray.node_states import LOST, NodeStates, is_head
+from trainables.ray.retry_limits import MAX_HOSTS, MAX_LOST_NODES
+from trainables.ray.worker_group import GroupEnded, GroupHost, GroupReleased, GroupSize, living_nodes, node_with_room
 from trainables.recipe import Recipe
 from trainables.training import checkpoint
 from trainables.training.metrics import to_minimise
+
+logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 10.0
 """How long a trial waits for its workers to leave."""
@@ -52,7 +55,9 @@ class TrialOptions:
     data: ImageSource  # source of the images, see `source`
     data_digest: str | None = None  # of the images that every node must have
     weights: str | None  # source of pretrained weights
-    checkpoints: str  # folder of all trials' checkpoints
+    checkpoints: str  # folder of all trials' checkpoints, on the head
+    keepers: str | None = None  # the id of the search whose keepers may have training states, see `keeper`
+    keeps_here: bool = False  # whether the head's disk gets all states, also where there are other nodes
     group_size: GroupSize
     num_workers: Mapping[str, int] = field(default_factory=dict)  # by pattern of architectures, see `GroupSize`
     shared_sizes: Mapping[int, GroupSize] = field(default_factory=dict)  # by the trials that share a GPU
@@ -69,6 +74,8 @@ OBJECTIVE, EXPECTED_OBJECTIVE = "objective", "expected_objective"
 """In a result: what the search minimises, and what of it to expect on new images, as far as a probe tells."""
 RANKED = (OBJECTIVE, "valid_loss")
 """What makes an epoch the best of its trial, the first one first."""
+LOST_EPOCHS = "lost_epochs"
+"""In a result: how many epochs before it were trained again, because their states were lost with their nodes."""
 BEST = tuple(f"best_{name}" for name in ("epoch", "error_rate", *RANKED))
 
 
@@ -104,11 +111,20 @@ class FineTuneTrial(tune.Trainable):
     It keeps its own checkpoint of its last epoch, because Tune would write the state of all trials with each of its
     own, which dominated the cost after some hundred trials. A trial that finds a checkpoint first reports that epoch's
     result again, since the search may have been killed before it recorded the result, and then continues.
+
+    Where a cluster has more nodes than the head, these keep the states (see `keeper`), and the trial its results and
+    where the states are. An epoch whose state is lost is trained again, but not reported again: it is the same.
     """
 
     host: Any = None  # the handle of a `GroupHost`
     host_size: GroupSize | None = None
     host_node: str | None = None
+    states: NodeStates | None = None
+    on_nodes = False  # whether the nodes have the states, and not the head
+    look_for_state = False  # before the next epoch: where the newest state is
+    found: Any = None  # the reference of its files
+    later: dict[str, Any] | None = None  # its result, if it is of an epoch that has not been reported
+    lost_epochs = 0  # since the last result
 
     def setup(self, config: dict[str, Any], options: TrialOptions) -> None:  # type: ignore[override]
         # Tune passes `options` by keyword, see `tune.with_parameters`.
@@ -141,33 +157,104 @@ class FineTuneTrial(tune.Trainable):
         self.folder = Path(self.options.checkpoints) / table_id(self)
         self.handed_over = False  # whether the host has this trial
         self.files: checkpoint.Files | None
-        saved = checkpoint.last_whole(self.folder)
-        self.files, self.last_result = saved or (None, {})
-        if "error_rate" in self.last_result:  # of an earlier version, which knew no other metric
-            self.last_result.setdefault(OBJECTIVE, self.last_result["error_rate"])
+        saved, elsewhere = checkpoint.last_whole(self.folder), checkpoint.elsewhere(self.folder)
+        self.lost_epochs = 0
+        if saved and elsewhere and options.keepers is None:  # a cluster's search that goes on without the cluster
+            self.lost_epochs = saved[1]["epoch"]
+            saved, elsewhere = None, None
+        files, self.last_result = saved or (None, {})
+        self.files = None if elsewhere else files
         self.repeat = saved is not None
-        self.epochs_done = self.last_result.get("epoch", before_first_epoch(self.recipe))
-        self.best = {name: self.last_result[name] for name in BEST if name in self.last_result}
+        self.has_ended = checkpoint.TRAINING_FILE not in (elsewhere.crc32 if elsewhere else files or {})
+        self.on_nodes = self.look_for_state = elsewhere is not None
+        if options.keepers is not None:
+            self.states = NodeStates(options.keepers, table_id(self), elsewhere.nodes if elsewhere else ())
+        self._continue_after(self.last_result)
+
+    def _continue_after(self, result: dict[str, Any]) -> None:
+        """Make the epoch with this result the last one; without a result, begin anew."""
+        if "error_rate" in result:  # of an earlier version, which knew no other metric
+            result.setdefault(OBJECTIVE, result["error_rate"])
+        self.epochs_done = result.get("epoch", before_first_epoch(self.recipe))
+        self.best = {name: result[name] for name in BEST if name in result}
         if self.best:
             self.best.setdefault(f"best_{OBJECTIVE}", self.best["best_error_rate"])
-        self.overhead_seconds = self.last_result.get("overhead_seconds", 0.0)
-        self.seconds = self.last_result.get("seconds", 0.0)
+        self.overhead_seconds = result.get("overhead_seconds", 0.0)
+        self.seconds = result.get("seconds", 0.0)
 
     def step(self) -> dict[str, Any]:
         if self.repeat:
             self.repeat = False
-            ended = checkpoint.TRAINING_FILE not in (self.files or {})
-            return self.last_result | {"done": ended}
-        result = self._next_result()
-        checkpoint.save(self.folder, self.epochs_done + bool(result["failure"]), self.files or {}, result)
-        return result
+            return self.last_result | {"done": self.has_ended}
+        reported, losses, is_news = self.epochs_done, 0, False
+        while not is_news:
+            result = self._next_result()
+            if not self._save(result):
+                losses += 1
+                if losses < MAX_LOST_NODES:
+                    continue
+                result = self._failed(f"lost its state {losses} times after epoch {result['epoch']}")
+                self._save(result)
+            is_news = bool(result["failure"]) or result["epoch"] > reported
+        lost, self.lost_epochs = self.lost_epochs, 0
+        return result | ({LOST_EPOCHS: lost} if lost else {})
+
+    # --- Its state, on the head's disk or on the nodes ----------------------------------------------------------------
+
+    def _save(self, result: dict[str, Any]) -> bool:
+        """Save the result and the state after it; whether there still is a state: it may be lost with its node."""
+        if result["failure"] or not self.on_nodes:
+            checkpoint.save(self.folder, self.epochs_done + bool(result["failure"]), self.files or {}, result)
+            if self.on_nodes and self.states is not None:
+                self.states.drop()
+            return True
+        assert self.states is not None and self.host_node is not None
+        second = self.states.second(self.host_node)
+        is_best = self.best["best_epoch"] == self.epochs_done if self.options.keep_epoch == "best" else None
+        order = KeepOrder(
+            search=self.states.search, trial=self.states.trial, result=result, second=second, is_best=is_best,
+            finished=result["done"],
+        )  # fmt: skip
+        try:
+            kept: Kept = ray.get(self.host.keep.remote(order))
+        except (*LOST, GroupEnded) as error:
+            logger.warning("the state of %s after epoch %d is lost: %s", self.folder.name, self.epochs_done, error)
+            self.host, self.handed_over, self.look_for_state = None, False, True
+            return False
+        self.files = None
+        checkpoint.save(self.folder, self.epochs_done, {}, result, self.states.note(kept, second))
+        return True
+
+    def _choose_place(self) -> None:
+        """Leave the next state on the nodes from now on, if there are others than the head."""
+        if self.on_nodes or self.states is None or self.options.keeps_here:
+            return
+        self.on_nodes = not all(map(is_head, living_nodes().values()))
+        if self.on_nodes and self.files:  # the host lacks what the trial has added
+            self.handed_over = False
+
+    def _look_for_state(self) -> None:
+        """Continue after the newest state that there is, on the nodes or here, or else from the beginning."""
+        assert self.states is not None
+        self.look_for_state, before = False, self.epochs_done
+        self.found, result = (self.states.newest() if self.states.nodes else None) or (None, {})
+        if self.found is None:
+            files, result = checkpoint.last_whole(self.folder) or ({}, {})
+            self.files, result = (files, result) if checkpoint.TRAINING_FILE in files else (None, {})
+        self._continue_after(result)
+        self.lost_epochs = max(self.lost_epochs, before - self.epochs_done)
+        self.later = result if self.epochs_done > before else None
 
     def _next_result(self) -> dict[str, Any]:
         try:
             recipe = Recipe.from_dict(self.recipe)
         except ValueError as error:
             return self._failed(str(error))
+        self._choose_place()
         outcome = self._run_epoch()
+        if self.later is not None:
+            result, self.later = self.later, None
+            return result
         if outcome.failure:
             self.handed_over = False
             return self._failed(outcome.failure)
@@ -195,11 +282,7 @@ class FineTuneTrial(tune.Trainable):
         if is_best:
             self.best = ours
         if self.options.keep_epoch == "best" and outcome.state:
-            before = self.files or {}
-            best = outcome.state[checkpoint.WEIGHTS_FILE] if is_best else before[checkpoint.BEST_FILE]
-            outcome.state[checkpoint.BEST_FILE] = best
-            if not is_best and checkpoint.PREPROCESSING_FILE in before:  # with the thresholds of that epoch
-                outcome.state[checkpoint.PREPROCESSING_FILE] = before[checkpoint.PREPROCESSING_FILE]
+            outcome.state.update(checkpoint.with_best(outcome.state, self.files or {}, is_best=is_best))
 
     def _failed(self, reason: str) -> dict[str, Any]:
         self.files = None
@@ -222,18 +305,27 @@ class FineTuneTrial(tune.Trainable):
             host = self.host or self._start_host()
             try:
                 if not self.handed_over:
-                    self.host_node = ray.get(host.node.remote())
-                    ray.get(host.begin.remote(self._spec(), self.epochs_done, self.files))
-                    self.handed_over = True
-                outcome: Outcome = ray.get(host.run_epoch.remote())
+                    self._hand_over(host)
+                    if self.later is not None:
+                        return Outcome()
+                outcome: Outcome = ray.get(host.run_epoch.remote(not self.on_nodes))
                 return outcome
             except GroupReleased:
                 self.host = None
             except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, GroupEnded) as error:
                 self.host, reason = None, str(error)
                 lost_on.append(self.host_node)
-            self.handed_over = False
+            self.handed_over, self.look_for_state = False, self.on_nodes and self.files is None
         return Outcome(failure=f"lost its worker group {MAX_HOSTS} times: {reason}")
+
+    def _hand_over(self, host: Any) -> None:
+        """Give the trial to a host, with its last state, which goes from node to node where nodes have it."""
+        self.host_node = ray.get(host.node.remote())
+        if self.look_for_state:
+            self._look_for_state()
+        state, self.found = self.found or self.files, None
+        ray.get(host.begin.remote(self._spec(), self.epochs_done, state))
+        self.handed_over = True
 
     def _spec(self) -> TrialSpec:
         names = ("data", "data_digest", "weights", "cache", "max_unreadable", "split_seed")
@@ -244,7 +336,7 @@ class FineTuneTrial(tune.Trainable):
     def _start_host(self) -> Any:
         # It reserves no CPU: the workers reserve what the training uses. Any strategy but the default one keeps it out
         # of Tune's placement group, which is pinned to the head node.
-        node = _node_with_room(self.size)
+        node = node_with_room(self.size)
         strategy: Any = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]
         if node is not None:
             strategy = NodeAffinitySchedulingStrategy(node, soft=True)
@@ -268,12 +360,3 @@ def _num_that_count(lost_on: list[str | None]) -> int:
     loss that counts at first may not count later."""
     nodes = living_nodes() if lost_on else {}
     return sum(node is None or node in nodes for node in lost_on)
-
-
-def _node_with_room(size: GroupSize) -> str | None:
-    """A node on which a worker could run. (Not the head by default: it runs the trials, and a host and Ray Train need
-    0.4 GB.)"""
-    needed = {"CPU": size.cpus_per_worker, "GPU": size.gpus_per_worker}
-    nodes = living_nodes()
-    fitting = [node for node, has in nodes.items() if all(has.get(name, 0) >= n for name, n in needed.items())]
-    return random.choice(fitting) if fitting else None

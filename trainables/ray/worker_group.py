@@ -9,8 +9,12 @@ the trial and repeat the command. Workers that stop making progress are killed a
 """
 
 import asyncio
+import contextlib
 import fnmatch
+import logging
 import math
+import pickle
+import random
 import shutil
 import tempfile
 import threading
@@ -20,10 +24,15 @@ from typing import Any
 
 import ray
 
-from trainables.ray.messages import Command, Outcome, TrialSpec
+from trainables.ray.keeper import keeper_on
+from trainables.ray.messages import Command, KeepOrder, Kept, Outcome, TrialSpec
 from trainables.ray.retry_limits import MAX_LOST_NODES, MAX_START_FAILURES, MAX_TRIES
-from trainables.training.checkpoint import Files
+from trainables.training.checkpoint import Files, model_only, with_best
 
+logger = logging.getLogger(__name__)
+
+KEEPER_SECONDS = 60.0
+"""How long a host waits for its node's keeper, which the search starts when the node has come."""
 IDLE_SECONDS = 30.0
 """Workers that have been idle for this long leave, so that others can have their CPUs and GPUs."""
 
@@ -55,6 +64,15 @@ def living_nodes() -> dict[str, dict[str, float]]:
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
+def node_with_room(size: GroupSize) -> str | None:
+    """A node on which a worker could run. (Not the head by default: it runs the trials, and a host and Ray Train need
+    0.4 GB.)"""
+    needed = {"CPU": size.cpus_per_worker, "GPU": size.gpus_per_worker}
+    nodes = living_nodes()
+    fitting = [node for node, has in nodes.items() if all(has.get(name, 0) >= n for name, n in needed.items())]
+    return random.choice(fitting) if fitting else None
+
+
 class GroupHost:
     """Async actor between a trial slot and its workers."""
 
@@ -63,6 +81,8 @@ class GroupHost:
         self._trial: TrialSpec | None = None
         self._epochs_done = 0
         self._state: Files | None = None
+        self._before: Files | None = None  # the state before that
+        self._copying: Any = None  # the other node's answer when it has the state, too
         self._command: Command | None = None
         self._num_workers = size.num_workers
         self._tries = self._lost_nodes = 0
@@ -95,11 +115,13 @@ class GroupHost:
         """Make `trial` the current one, at the end of `epochs_done` epochs with `state`."""
         if self._closing:
             raise GroupReleased("the worker group was idle and has left")
-        self._trial, self._epochs_done, self._state = trial, epochs_done, state
+        self._trial, self._epochs_done = trial, epochs_done
+        self._state = self._before = state
         self._batch_parts = 1
 
-    async def run_epoch(self) -> Outcome:
-        """Train the current trial's next epoch. Raises `GroupEnded` if the workers are gone for good."""
+    async def run_epoch(self, with_state: bool = True) -> Outcome:
+        """Train the current trial's next epoch. Without the state, which stays here, if it is to be kept on the nodes.
+        Raises `GroupEnded` if the workers are gone for good."""
         if self._closing:
             raise GroupReleased("the worker group was idle and has left")
         if self._idle:
@@ -114,8 +136,47 @@ class GroupHost:
         self._rest()
         if outcome.failure is None:
             self._epochs_done += 1
-            self._state = outcome.state
-        return outcome
+            self._before, self._state = self._state, outcome.state
+        return outcome if with_state else replace(outcome, state=None)
+
+    async def keep(self, order: KeepOrder) -> Kept:
+        """Returns when this node has the state; the copy to the other node goes on meanwhile, until the next call."""
+        state, node = self._state, await self.node()
+        assert state is not None  # of the epoch that has just ended
+        if order.is_best is not None:
+            self._state = state = with_best(state, self._before or {}, is_best=order.is_best)
+        self._before = None  # which frees its memory
+        if order.finished:
+            state = model_only(state)
+        copied = await self._copied()
+        # Outside of the pickle, so that the keepers write from Ray's shared memory.
+        files = ray.put({name: pickle.PickleBuffer(content) for name, content in state.items()})
+        keeper = await self._keeper(order.search, node)
+        crc32 = await keeper.save.remote(order.trial, files, order.result)
+        if order.second is not None:
+            with contextlib.suppress(ValueError):  # it has no keeper yet: the next epoch tries again
+                other = keeper_on(order.search, order.second)
+                self._copying = other.save.remote(order.trial, files, order.result, crc32)
+        return Kept(node=node, crc32=crc32, before_copied=copied)
+
+    async def _copied(self) -> bool:
+        """Wait until the other node has the state before; whether it has."""
+        copying, self._copying = self._copying, None
+        try:
+            return bool(copying is not None and await copying)
+        except (ray.exceptions.RayError, ValueError, OSError) as error:
+            logger.warning("the copy of a state on another node failed: %s", error)
+            return False
+
+    async def _keeper(self, search: str, node: str) -> Any:
+        deadline = self._loop.time() + KEEPER_SECONDS
+        while True:
+            try:
+                return keeper_on(search, node)
+            except ValueError as error:
+                if self._loop.time() > deadline:
+                    raise GroupEnded(f"no keeper of states on its node: {error}") from error
+                await asyncio.sleep(0.2)
 
     async def _give_command(self) -> None:
         self._numbers += 1
