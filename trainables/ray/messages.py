@@ -50,12 +50,12 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class KeepOrder:
-    """Keep the state that the current trial's last epoch has left on the host's node, and copy it to another one."""
+    """Keep the state after the current trial's last epoch on the nodes."""
 
     search: str  # see `keeper`
     trial: str  # its name there
     result: dict[str, Any]  # of the epoch
-    second: str | None  # the other node, if there is one
+    places: tuple[str, ...]  # a node, and another one for the copy, if there is one
     is_best: bool | None = None  # whether its model is the trial's best one; None: which is not kept
     finished: bool = False  # then the model is kept, and not the training's state
 
@@ -64,6 +64,5 @@ class KeepOrder:
 class Kept:
     """What came of a `KeepOrder`."""
 
-    node: str  # that has the state
     crc32: dict[str, int]  # of its files
     before_copied: bool  # whether the state of the epoch before had reached its second node

@@ -39,25 +39,21 @@ class NodeStates:
         self.nodes = set(nodes)  # that may have a state of the trial
         self.last = tuple(nodes[:2])  # those to which the last epoch's state went
 
-    def second(self, first: str) -> str | None:
-        """The node for the copy of a state that `first` has: the one before if it is alive, so that none has more than
-        it must; else any but the head, unless there is no other. None where `first` is alone."""
+    def places(self, host: str) -> tuple[str, ...]:
+        """The node for the next state and the one for its copy, if there is another one: that of the trial's host and
+        the one before, so that no node has more states than it must. The head only where there are too few others."""
         nodes = living_nodes()
-        others = nodes.keys() - {first}
-        before = [node for node in self.last if node in others]
-        workers = [node for node in others if not is_head(nodes[node])]
-        if before and (not is_head(nodes[before[0]]) or not workers):
-            return before[0]
-        return random.choice(workers or list(others) or [None])
+        workers = [node for node, resources in nodes.items() if not is_head(resources)]
+        wanted = [host, *reversed(self.last), *random.sample(workers, len(workers)), *nodes]
+        found = [node for node in dict.fromkeys(wanted) if node in nodes]
+        return tuple(sorted(found, key=lambda node: is_head(nodes[node]))[:2])
 
-    def note(self, kept: Kept, second: str | None) -> Elsewhere:
-        """A newer state is on a node, and on its way to a second one. Returns where it is."""
-        now = (kept.node,) if second is None else (kept.node, second)
-        needed = {*now, *(self.last if kept.before_copied else self.nodes)}
+    def note(self, kept: Kept, places: tuple[str, ...]) -> Elsewhere:
+        """A newer state is at the first of these places and on its way to the second. Returns where it is."""
+        needed = {*places, *(self.last if kept.before_copied else self.nodes)}
         self._tell(self.nodes - needed, "forget")
-        self.nodes, self.last = needed, now
-        # The newest first, so that a trial that goes on finds it at once.
-        return Elsewhere(nodes=(*now, *sorted(needed - {*now})), crc32=kept.crc32)
+        self.nodes, self.last = needed, places
+        return Elsewhere(nodes=(*places, *sorted(needed - {*places})), crc32=kept.crc32)
 
     def newest(self) -> tuple[ray.ObjectRef[Any], dict[str, Any]] | None:
         """The newest undamaged state, left where it is, and its result; None if all are lost."""

@@ -209,10 +209,10 @@ class FineTuneTrial(tune.Trainable):
                 self.states.drop()
             return True
         assert self.states is not None and self.host_node is not None
-        second = self.states.second(self.host_node)
+        places = self.states.places(self.host_node)
         is_best = self.best["best_epoch"] == self.epochs_done if self.options.keep_epoch == "best" else None
         order = KeepOrder(
-            search=self.states.search, trial=self.states.trial, result=result, second=second, is_best=is_best,
+            search=self.states.search, trial=self.states.trial, result=result, places=places, is_best=is_best,
             finished=result["done"],
         )  # fmt: skip
         try:
@@ -222,7 +222,7 @@ class FineTuneTrial(tune.Trainable):
             self.host, self.handed_over, self.look_for_state = None, False, True
             return False
         self.files = None
-        checkpoint.save(self.folder, self.epochs_done, {}, result, self.states.note(kept, second))
+        checkpoint.save(self.folder, self.epochs_done, {}, result, self.states.note(kept, places))
         return True
 
     def _choose_place(self) -> None:

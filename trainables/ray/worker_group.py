@@ -32,7 +32,7 @@ from trainables.training.checkpoint import Files, model_only, with_best
 logger = logging.getLogger(__name__)
 
 KEEPER_SECONDS = 60.0
-"""How long a host waits for its node's keeper, which the search starts when the node has come."""
+"""How long a host waits for a node's keeper, which the search starts when the node has come."""
 IDLE_SECONDS = 30.0
 """Workers that have been idle for this long leave, so that others can have their CPUs and GPUs."""
 
@@ -140,8 +140,9 @@ class GroupHost:
         return outcome if with_state else replace(outcome, state=None)
 
     async def keep(self, order: KeepOrder) -> Kept:
-        """Returns when this node has the state; the copy to the other node goes on meanwhile, until the next call."""
-        state, node = self._state, await self.node()
+        """Returns when the first node has the state. The copy to the other one goes on meanwhile, until the next call
+        waits for it."""
+        state = self._state
         assert state is not None  # of the epoch that has just ended
         if order.is_best is not None:
             self._state = state = with_best(state, self._before or {}, is_best=order.is_best)
@@ -151,13 +152,12 @@ class GroupHost:
         copied = await self._copied()
         # Outside of the pickle, so that the keepers write from Ray's shared memory.
         files = ray.put({name: pickle.PickleBuffer(content) for name, content in state.items()})
-        keeper = await self._keeper(order.search, node)
+        keeper = await self._keeper(order.search, order.places[0])
         crc32 = await keeper.save.remote(order.trial, files, order.result)
-        if order.second is not None:
+        for node in order.places[1:]:
             with contextlib.suppress(ValueError):  # it has no keeper yet: the next epoch tries again
-                other = keeper_on(order.search, order.second)
-                self._copying = other.save.remote(order.trial, files, order.result, crc32)
-        return Kept(node=node, crc32=crc32, before_copied=copied)
+                self._copying = keeper_on(order.search, node).save.remote(order.trial, files, order.result, crc32)
+        return Kept(crc32=crc32, before_copied=copied)
 
     async def _copied(self) -> bool:
         """Wait until the other node has the state before; whether it has."""
@@ -175,7 +175,7 @@ class GroupHost:
                 return keeper_on(search, node)
             except ValueError as error:
                 if self._loop.time() > deadline:
-                    raise GroupEnded(f"no keeper of states on its node: {error}") from error
+                    raise GroupEnded(f"no keeper of states on a node: {error}") from error
                 await asyncio.sleep(0.2)
 
     async def _give_command(self) -> None:
