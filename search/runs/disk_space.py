@@ -1,5 +1,6 @@
 """The disk of a run: how much space the search needs, and waiting while it is full."""
 
+import math
 import shutil
 import time
 from pathlib import Path
@@ -30,13 +31,21 @@ def needed(weights: int, *, at_once: int, kept: int) -> int:
     return weights * (2 * STATE * at_once + kept) + RESERVE
 
 
+def needed_on_nodes(weights: int, *, at_once: int, nodes: int) -> int:
+    """The most bytes that each of so many nodes needs for training states, where these have them: those of its trials
+    and as many copies of others', each twice while a new one replaces the old one."""
+    copies = min(2, nodes)
+    return weights * STATE * 2 * math.ceil(at_once * copies / nodes)
+
+
 def features_needed(num_images: int, num_sets: int, *, concat_pool: bool) -> int:
     """The most bytes that so many sets of features take in the cache, in float16; concat pooling doubles them."""
     return 2 * num_images * num_sets * MOST_FEATURES * (1 + concat_pool)
 
 
-def needs(folder: RunFolder, weights: int | None, *, at_once: int, kept: int, features: int = 0) -> str:
-    """What a search says about its disk at its start; `weights` are the bytes of the largest network, if known.
+def needs(folder: RunFolder, weights: int | None, *, at_once: int, kept: int, features: int = 0, nodes: int = 0) -> str:
+    """What a search says about its disk at its start; `weights` are the bytes of the largest network, if known, and
+    `nodes` the number of nodes besides the head that keep training states, if they do.
 
     The bytes of its `features` are counted as if the cache were on the same disk, as it is by default on one machine.
     """
@@ -44,9 +53,13 @@ def needs(folder: RunFolder, weights: int | None, *, at_once: int, kept: int, fe
     cached = f"; up to {megabytes(features)} in each machine's cache for features" if features else ""
     if weights is None:
         return f"disk: {megabytes(free)} free; the size of a trial is known after its first epoch{cached}"
-    wanted = needed(weights, at_once=at_once, kept=kept)
+    wanted = needed(weights, at_once=0 if nodes else at_once, kept=kept)
+    if nodes:
+        each = megabytes(needed_on_nodes(weights, at_once=at_once, nodes=nodes))
+        cached = f", up to {each} in each node's cache for training states{cached}"
     short = "" if free > wanted + features else ": TOO LITTLE, the search will wait for space"
-    return f"disk: up to {megabytes(wanted)} for checkpoints and {kept} models{cached}, {megabytes(free)} free{short}"
+    what = f"{kept} models" if nodes else f"checkpoints and {kept} models"
+    return f"disk: up to {megabytes(wanted)} for {what}{cached}, {megabytes(free)} free{short}"
 
 
 def largest_weights(space: Space, weights: str | None) -> int | None:

@@ -10,6 +10,7 @@ from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.execution import class_cache
 from ray.tune.search import SearchGenerator
@@ -41,9 +42,10 @@ from search.tuning.searcher import OptunaSearcher
 from search.tuning.warm_start import WarmStart
 from trainables.data.held_out_images import ImageSource
 from trainables.data.source import folder_of
+from trainables.ray.node_states import is_head
 from trainables.ray.retry_limits import ACTOR_RETRIES, MAX_CONSECUTIVE_FAILURES
 from trainables.ray.trial import OBJECTIVE, FineTuneTrial, TrialOptions, table_id
-from trainables.ray.worker_group import GroupSize
+from trainables.ray.worker_group import GroupSize, living_nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,15 @@ def disk_needs(run: RunOptions, at_once: int, num_images: int) -> str:
         at_once=at_once,
         kept=options.keep + (options.test_split is not None) + run.refits,
         features=features_needed(num_images, num_sets, concat_pool=concat_pool),
+        nodes=num_keeping_nodes(options),
     )
+
+
+def num_keeping_nodes(options: SearchOptions) -> int:
+    """How many nodes besides the head keep training states now; 0 where the head's disk has them."""
+    if options.address is None or options.storage is not None or not ray.is_initialized():
+        return 0
+    return sum(not is_head(resources) for resources in living_nodes().values())
 
 
 def new_tuner(run: RunOptions) -> tune.Tuner:
@@ -254,7 +264,7 @@ def trainable(run: RunOptions, settings: dict[str, Any]) -> Any:
         weights=run.weights,
         checkpoints=str(run.folder.checkpoints),
         keepers=None if run.options.address is None else run.folder.run_id,
-        keeps_here=run.options.storage is not None,  # which copies what is there
+        keeps_here=run.options.storage is not None,  # it copies what is on this disk
         cache=run.options.cache,
         max_unreadable=run.options.max_unreadable,
         group_size=run.group_size,

@@ -11,7 +11,7 @@ from processes import as_user, open_to_all
 
 from search.runs import disk_space as search_disk
 from search.runs.atomic_files import append_line, write_atomically
-from search.runs.disk_space import DiskWatch, features_needed, needed, needs
+from search.runs.disk_space import DiskWatch, features_needed, needed, needed_on_nodes, needs
 from search.runs.paths import RunFolder
 from trainables.system import full_disk
 from trainables.training import checkpoint
@@ -144,6 +144,14 @@ def test_a_search_says_what_it_will_need(tmp_path, monkeypatch):
         "1.0 GB free: TOO LITTLE, the search will wait for space"
     )
     assert needs(folder, None, at_once=2, kept=3).startswith("disk: 1.0 GB free; the size of a trial is known")
+
+
+def test_where_nodes_keep_the_training_states_the_head_needs_room_for_models_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(search_disk, "free_bytes", lambda folder: 1000 * MB)
+    assert needs(RunFolder(tmp_path), 20 * MB, at_once=8, kept=3, nodes=4) == (
+        "disk: up to 92 MB for 3 models, up to 480 MB in each node's cache for training states, 1.0 GB free"
+    )
+    assert needed_on_nodes(20 * MB, at_once=1, nodes=64) == needed_on_nodes(20 * MB, at_once=1, nodes=1) == 120 * MB
 
 
 def test_the_features_of_a_screen_count_too(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ ANSWER_SECONDS = 60.0
 """How long a keeper may take to say what it has, or to send it."""
 LOST = (
     ray.exceptions.RayActorError,
+    ray.exceptions.ActorUnschedulableError,  # of an actor that was to start again on a node that is gone
     ray.exceptions.ObjectLostError,
     ray.exceptions.GetTimeoutError,
     OSError,
