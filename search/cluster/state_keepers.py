@@ -9,7 +9,7 @@ from ray.tune.experiment import Trial
 
 from search.cli.messages import say
 from search.runs.results_table import ResultsTable
-from trainables.ray.keeper import start_keeper
+from trainables.ray.keeper import folder_of, start_keeper
 from trainables.ray.node_states import is_head
 from trainables.ray.trial import LOST_EPOCHS, REFITS, table_id
 from trainables.ray.worker_group import living_nodes
@@ -22,7 +22,7 @@ END_SECONDS = 5.0
 
 
 class StateKeepers(tune.Callback):
-    """Has a keeper on each node, once there are others than the head; says when states were lost."""
+    """Has a keeper on each node, once there are others than the head or it has states; says when some were lost."""
 
     def __init__(self, table: ResultsTable) -> None:
         self.table = table
@@ -33,7 +33,7 @@ class StateKeepers(tune.Callback):
         if time.monotonic() - self.looked >= LOOK_SECONDS:
             self.looked = time.monotonic()
             keepers, nodes = _keepers.setdefault(self.search, {}), living_nodes()
-            if keepers or not all(map(is_head, nodes.values())):
+            if keepers or folder_of(self.search).is_dir() or not all(map(is_head, nodes.values())):
                 _keepers[self.search] = {n: keepers.get(n) or start_keeper(self.search, n) for n in nodes}
 
     def on_trial_result(

@@ -241,6 +241,8 @@ class FineTuneTrial(tune.Trainable):
         if self.found is None:
             files, result = checkpoint.last_whole(self.folder) or ({}, {})
             self.files, result = (files, result) if checkpoint.TRAINING_FILE in files else (None, {})
+            self.on_nodes = False
+            self._choose_place()  # there may be no nodes any more
         self._continue_after(result)
         self.lost_epochs = max(self.lost_epochs, before - self.epochs_done)
         self.later = result if self.epochs_done > before else None
