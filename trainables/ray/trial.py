@@ -1,7 +1,8 @@
 """One trial as Ray Tune sees it: a `tune.Trainable` whose step is one epoch.
 
 The actor does not train and does not import torch. It drives a warm worker group, which outlives the trial: with
-`reuse_actors=True` Tune gives the next trial to the same actor through `reset_config`.
+`reuse_actors=True` Tune gives the next trial to the same actor through `reset_config`. (The file is long so that all
+that may happen to a trial's state stands in one place.)
 """
 
 import logging
