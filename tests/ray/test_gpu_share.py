@@ -3,6 +3,7 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from dataclasses import replace
 
 import pytest
 import ray
@@ -44,7 +45,10 @@ def test_two_trials_share_a_gpu_and_a_third_one_waits(told_gpu, colour_folder, t
         group_size=GroupSize(gpus_per_worker=1),
         shared_sizes={2: GroupSize(cpus_per_worker=1, gpus_per_worker=0.5)},
     )
-    trials = [tune.with_parameters(FineTuneTrial, options=options)({"trials_per_gpu": 2, "seed": n}) for n in range(3)]
+    trials = []
+    for n in range(3):
+        own = replace(options, checkpoints=str(tmp_path / str(n)))  # outside of Tune, all have one id
+        trials.append(tune.with_parameters(FineTuneTrial, options=own)({"trials_per_gpu": 2, "seed": n}))
     pool = ThreadPoolExecutor()
     try:
         epochs = [pool.submit(trial.step) for trial in trials]
