@@ -1,6 +1,7 @@
 """Where the nodes of a cluster have the states of a trial, and getting them from there."""
 
 import random
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,10 @@ class NodeStates:
         self.nodes, self.last = needed, places
         return Elsewhere(nodes=(*places, *sorted(needed - {*places})), crc32=kept.crc32)
 
-    def newest(self) -> tuple[ray.ObjectRef[Any], dict[str, Any]] | None:
-        """The newest undamaged state, left where it is, and its result; None if all are lost."""
-        for keeper in self._newest_first():
+    def newest(self, enough: int) -> tuple[ray.ObjectRef[Any], dict[str, Any]] | None:
+        """An undamaged state of epoch `enough` or later, or else the newest one, left where it is, and its result; None
+        if all are lost."""
+        for keeper in self._newest_first(enough):
             files, result = keeper.load.remote(self.trial)
             try:
                 return files, ray.get(result, timeout=ANSWER_SECONDS)
@@ -68,7 +70,7 @@ class NodeStates:
 
     def model(self, epoch: int) -> Files | None:
         """The files of the model of an epoch, if the newest state is of that one."""
-        for keeper in self._newest_first():
+        for keeper in self._newest_first(epoch):
             try:
                 files, result = ray.get(keeper.load_model.remote(self.trial), timeout=ANSWER_SECONDS)
             except NOT_THERE:
@@ -82,18 +84,20 @@ class NodeStates:
         self._tell(self.nodes, "drop")
         self.nodes, self.last = set(), ()
 
-    def _newest_first(self) -> Iterator[Any]:
-        """Keepers that have a state of the trial. Nodes that it does not know of are asked if none of the others has
-        one: a cluster that was started anew gives its nodes other ids."""
+    def _newest_first(self, enough: int) -> Iterator[Any]:
+        """Keepers that have a state of the trial. One of epoch `enough` need not wait for the others' answers: Ray
+        takes many seconds to notice that a node is gone. Nodes that the trial does not know of are asked if none of the
+        others has a state: a cluster that was started anew gives its nodes other ids."""
         living = living_nodes().keys()
         for nodes in (self.nodes & living, living - self.nodes):
-            keepers = list(self._keepers(nodes))
-            asked = [keeper.newest.remote(self.trial) for keeper in keepers]
-            if asked:
-                ray.wait(asked, num_returns=len(asked), timeout=ANSWER_SECONDS)
-            answers = ((_now(answer), keeper) for answer, keeper in zip(asked, keepers, strict=True))
-            found = [(epoch, keeper) for epoch, keeper in answers if epoch is not None]
-            yield from (keeper for _, keeper in sorted(found, key=lambda each: -each[0]))
+            asked = {keeper.newest.remote(self.trial): keeper for keeper in self._keepers(nodes)}
+            waiting, deadline = list(asked), time.monotonic() + ANSWER_SECONDS
+            found: dict[Any, int] = {}
+            while waiting and time.monotonic() < deadline:
+                answered, waiting = ray.wait(waiting, timeout=ANSWER_SECONDS)
+                found |= {asked[answer]: epoch for answer in answered if (epoch := _now(answer)) is not None}
+                yield from (asked[answer] for answer in answered if found.get(asked[answer], -2) >= enough)
+            yield from sorted((keeper for keeper in found if found[keeper] < enough), key=lambda each: -found[each])
             if found:
                 break
 

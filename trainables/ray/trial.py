@@ -238,7 +238,7 @@ class FineTuneTrial(tune.Trainable):
         """Continue after the newest state that there is, on the nodes or here, or else from the beginning."""
         assert self.states is not None
         self.look_for_state, before = False, self.epochs_done
-        self.found, result = (self.states.newest() if self.states.nodes else None) or (None, {})
+        self.found, result = (self.states.newest(before) if self.states.nodes else None) or (None, {})
         if self.found is None:
             files, result = checkpoint.last_whole(self.folder) or ({}, {})
             self.files, result = (files, result) if checkpoint.TRAINING_FILE in files else (None, {})
