@@ -22,6 +22,7 @@ from typing import Any
 # Before torch is imported: its threads would spin while they wait, and keep the cores from fastai's data processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import timm
 import torch
 from common import CPUS, RESULTS, command_line, footer, hardware, versions, write
 from fastai.vision import all as fastai
@@ -165,6 +166,12 @@ def parse_args() -> tuple[argparse.Namespace, Any]:
         parser.error(str(error))
 
 
+def precision_of(arch: str, image_size: int) -> str:
+    """What automatic precision chooses here."""
+    found = autocast_dtype(Recipe(image_size=image_size), DEVICE, timm.create_model(arch))
+    return f"{found or torch.float32} ({arch})".removeprefix("torch.")
+
+
 def main() -> None:
     args, folder = parse_args()
     with tempfile.TemporaryDirectory() as cache:  # of its own, so that presizing is timed and all files are warm
@@ -177,7 +184,7 @@ def main() -> None:
             for arch in args.arch
         }
     settings = {name: value for name, value in vars(args).items() if name not in ("data", "weights", "out")}
-    precision = str(autocast_dtype(Recipe(image_size=args.image_size), DEVICE) or torch.float32).removeprefix("torch.")
+    precision = " and ".join(precision_of(arch, args.image_size) for arch in args.arch)
     gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else None
     result = {**ratios(archs), "archs": archs, "precision": precision, "presize_seconds": seconds,
               "data": folder.root.name, "command": command_line(), "settings": settings, "hardware": hardware(gpu),

@@ -172,11 +172,12 @@ def words_to_show(argv: Sequence[str]) -> list[str]:
 
 
 def require_whole(folder: RunFolder, dimensions: Iterable[str]) -> None:
-    """Raises `ValueError` where the tables, the journal or the rungs are damaged, before anything is written."""
+    """Raises `ValueError` where the tables, the journal or the rungs are damaged, before anything is written. The
+    tables have the `dimensions` of the run's own space, if that is known: `require_same` compares them."""
     from search.runs.result_rows import check_tables
     from search.runs.study_journal import repair
 
-    check_tables(folder, dimensions)
+    check_tables(folder, read_json(folder.space)["dimensions"] if folder.space.is_file() else dimensions)
     if folder.journal.is_file():
         repair(folder.journal)
     folder.stop_reasons()

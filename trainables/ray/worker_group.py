@@ -136,7 +136,7 @@ class GroupHost:
         self._rest()
         if outcome.failure is None:
             self._epochs_done += 1
-            self._before, self._state = self._state, outcome.state
+            self._before, self._state = None if with_state else self._state, outcome.state
         return outcome if with_state else replace(outcome, state=None)
 
     async def keep(self, order: KeepOrder) -> Kept:
