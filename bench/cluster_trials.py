@@ -64,7 +64,7 @@ class Elsewhere:
 
         self.trials[slot] = [Recipe.from_dict(trial.recipe), epochs_done]
 
-    async def run_epoch(self, slot: str):
+    async def run_epoch(self, slot: str, with_state: bool = True):
         from trainables.ray.messages import Outcome
 
         await asyncio.sleep(self.epoch_seconds * random.uniform(0.9, 1.1))

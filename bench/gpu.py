@@ -147,7 +147,8 @@ def measure(args: argparse.Namespace, images: PresizedImages, row: dict[str, Any
         row["pipeline_over_step"] = row["pipeline_images_per_second"] / row["step_images_per_second"]
         if args.device == "cuda":
             row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        with FlopCounterMode(display=False) as counter:
+        # torch does not count what oneDNN computes for a fused convolution.
+        with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
             training._step(batch, step)
         row["gflops_per_image"] = counter.get_total_flops() / len(batch) / 1e9
         row["tflops"] = counter.get_total_flops() / eager / 1e12
