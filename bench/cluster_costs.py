@@ -224,14 +224,14 @@ def time_the_parts() -> None:
     from ray.tune.logger import TBXLoggerCallback
 
     from search.runs.results_table import ResultsTable
-    from search.tuning.early_stopping import ProgressHalvingScheduler
+    from search.tuning.forecast_stopping import ForecastScheduler
     from search.tuning.searcher import OptunaSearcher
 
     for owner, part in ((ResultsTable, "table"), (TBXLoggerCallback, "tensorboard")):
         for event, kind in (("start", "trial"), ("complete", "trial"), ("result", "result")):
             timed(owner, f"on_trial_{event}", kind, part)
-    timed(ProgressHalvingScheduler, "on_trial_result", "result", "scheduler")
-    timed(ProgressHalvingScheduler, "on_trial_complete", "trial", "scheduler")
+    timed(ForecastScheduler, "on_trial_result", "result", "scheduler")
+    timed(ForecastScheduler, "on_trial_complete", "trial", "scheduler")
     timed(OptunaSearcher, "on_trial_result", "result", "searcher")
     timed(OptunaSearcher, "_ask", "trial", "searcher")
     timed(OptunaSearcher, "on_trial_complete", "trial", "searcher")

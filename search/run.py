@@ -8,7 +8,6 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -191,7 +190,8 @@ def mirror_of(options: SearchOptions, folder: "RunFolder") -> AbstractContextMan
 def connect(prepared: Prepared, folder: "RunFolder", argv: Sequence[str], began: float) -> "RunOptions":
     """Start Ray or connect to it, size the trials, and write down what runs."""
     options, space, images = prepared.options, prepared.space, prepared.images
-    nodes = start_ray_and_look(prepared, folder)
+    look_for_near_duplicates(prepared, folder)
+    nodes = start_ray(options.address)
     from search.cluster.resources import shared_sizes, sizes
     from search.options.preparation import setting_values
     from search.reporting.test_set import source_of
@@ -226,19 +226,16 @@ def connect(prepared: Prepared, folder: "RunFolder", argv: Sequence[str], began:
     return run
 
 
-def start_ray_and_look(prepared: Prepared, folder: "RunFolder") -> "list[Node]":
-    """Start Ray or connect to it. That takes seconds, in which another thread looks for near-duplicates."""
-    with ThreadPoolExecutor(1) as pool:
-        looking = None
-        if prepared.presized and not prepared.options.resume:
-            from search.reporting.leakage import say_near_duplicates  # OpenCV takes a moment to import
+def look_for_near_duplicates(prepared: Prepared, folder: "RunFolder") -> None:
+    """Say which images of the split are nearly the same, before a new search on this machine.
 
-            seed = prepared.space.split_seed
-            looking = pool.submit(say_near_duplicates, prepared.presized, seed, folder.near_duplicates)
-        nodes = start_ray(prepared.options.address)
-    if looking:
-        looking.result()
-    return nodes
+    Before Ray starts, never meanwhile: a process that is forked while a thread multiplies matrices may wait for ever
+    (OpenBLAS).
+    """
+    if prepared.presized and not prepared.options.resume:
+        from search.reporting.leakage import say_near_duplicates  # OpenCV takes a moment to import
+
+        say_near_duplicates(prepared.presized, prepared.space.split_seed, folder.near_duplicates)
 
 
 def write_record(prepared: Prepared, run: "RunOptions", argv: Sequence[str], nodes: "list[Node]") -> None:
