@@ -148,6 +148,8 @@ class FineTune:
         self.network = model.build(recipe, self.num_classes, weights, load_pretrained=load_pretrained)
         if recipe.starts_with_probe:
             model.check_probed(self.network, recipe)
+        # Before several workers share its batch norms, which makes other layers of them: all choose alike.
+        self.amp_dtype = autocast_dtype(recipe, self.device, self.network.model)
         if self.world.size > 1:
             self.network = self.network.with_model(share_batch_norm(self.network.model, self.device))
         self.network.model.to(self.device).to(memory_format=torch.channels_last)
@@ -166,7 +168,6 @@ class FineTune:
         self.class_weights = None if weights_of is None else weights_of.to(self.device)
         priors = loss.log_priors(self.inputs.truth[self.train_indices], self.num_classes, recipe.logit_adjustment)
         self.log_priors = None if priors is None else priors.to(self.device)
-        self.amp_dtype = autocast_dtype(recipe, self.device, self.network.model)
         self._enter_stage()
 
     # --- An epoch: training steps, then validation --------------------------------------------------------------------
