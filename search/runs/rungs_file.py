@@ -48,6 +48,13 @@ class RungsFile:
             write_atomically(self.path, text)
             self.size = len(text.encode())
 
+    def restored(self, own: str) -> Known:
+        """What is known when a search starts or resumes, in a tidy file. Of the curves those with the field `own`: each
+        scheduler keeps other ones."""
+        known = self.read()
+        self.tidy()
+        return known | {"curves": {trial: curve for trial, curve in known["curves"].items() if own in curve}}
+
     def add(self, more: Known) -> None:
         """Add a line to a tidy file."""
         self.path.touch()

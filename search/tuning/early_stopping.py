@@ -123,13 +123,8 @@ class ProgressHalvingScheduler(FIFOScheduler):
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Load the saved state. Tune calls this once, when a search starts or resumes."""
-        saved = self.file.read()
-        self.file.tidy()
-        self.curves = {
-            trial: Curve.from_json(curve)
-            for trial, curve in saved["curves"].items()
-            if "results" in curve  # `forecast` keeps other curves
-        }
+        saved = self.file.restored("results")
+        self.curves = {trial: Curve.from_json(curve) for trial, curve in saved["curves"].items()}
         self.reasons, self.stop_rungs = dict(saved["reasons"]), dict(saved["rungs"])
         return True
 

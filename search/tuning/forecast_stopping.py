@@ -84,13 +84,8 @@ class ForecastScheduler(FIFOScheduler):
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Load the saved state. Tune calls this once, when a search starts or resumes."""
-        saved = self.file.read()
-        self.file.tidy()
-        self.curves = {
-            trial: Curve.from_json(curve)
-            for trial, curve in saved["curves"].items()
-            if "epochs" in curve  # other schedulers keep other curves
-        }
+        saved = self.file.restored("epochs")
+        self.curves = {trial: Curve.from_json(curve) for trial, curve in saved["curves"].items()}
         self.reasons = dict(saved["reasons"])
         self._learn()
         return True
