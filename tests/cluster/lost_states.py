@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from outcome import expect, say
 from ray.cluster_utils import Cluster
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -146,17 +147,6 @@ def exactly(search: OnNodes) -> tuple:
     trials, epochs = tables(search.folder)
     weights = hashlib.sha256((search.folder / "best" / "model.safetensors").read_bytes()).hexdigest()
     return without(trials, TIMES), without(epochs, EPOCH_TIMES), weights
-
-
-def expect(held: object, what: str) -> None:
-    """Raises `SystemExit` unless it held."""
-    say(f"{'held' if held else 'NOT SO'}: {what}")
-    if not held:
-        sys.exit(1)
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from collections import Counter
 from pathlib import Path
 
 from hosts import OUTSIDE, Host, Hosts, arguments_of, network, ray_start, require, wait_until
+from outcome import expect, say
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -157,17 +158,6 @@ def expect_same_losses(one: Run, other: Run, tolerance: float, what: str) -> Non
     expect(len(pairs) == 6 * TRIALS and all(a[:2] == b[:2] for a, b in pairs), f"{len(pairs)} epochs in both tables")
     largest = max(abs(x - y) / abs(x) for a, b in pairs for x, y in zip(a[2:], b[2:], strict=True))
     expect(largest <= tolerance, f"{what}: largest relative difference {largest:.1e}")
-
-
-def expect(held: bool, what: str) -> None:
-    """Raises `SystemExit` unless it held."""
-    say(f"{'held' if held else 'NOT SO'}: {what}")
-    if not held:
-        sys.exit(1)
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":
