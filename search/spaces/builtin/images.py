@@ -60,6 +60,8 @@ SPACE = Space(
         "train_bn": "never",
         "presize": 320,
         "image_size": 224,
+        # It would take half an epoch of every trial, and decides nothing.
+        "tta_views": 0,
     },
     dimensions={
         "arch": Choice((*SMALL, *MEDIUM, *LARGE)),
