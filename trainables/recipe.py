@@ -11,6 +11,8 @@ from typing import Any
 
 MIN_SIZE = 16
 """px; of all images."""
+WISE_ALPHAS = (0.75, 0.5, 0.25)
+"""Shares of the way from a training's start to its end, at which WiSE-FT looks for a lower validation loss."""
 
 
 def setting(
@@ -194,6 +196,12 @@ class Recipe:
     )
     tta_beta: float = setting(0.25, "weight of the centre view; the others have the rest", 0, 1, needs="tta_views")
 
+    wise_ft: bool = setting(
+        False,
+        "after the last epoch, go back from the last weights towards the first ones, as far as that helps on the "
+        "images for validation (WiSE-FT)",
+        needs="pretrained",
+    )
     precision: str = setting(
         "auto",
         "auto = bf16 on GPUs that have it and, from 160 px on, on CPUs where the network gains from it; fp16 with a "
@@ -239,6 +247,11 @@ class Recipe:
     def before_first_epoch(self) -> int:
         """The number of the epoch before the first one: -1 with a probe, which is epoch 0."""
         return -1 if self.starts_with_probe else 0
+
+    @property
+    def passes_at_end(self) -> int:
+        """The most passes over the images for validation after the last epoch, besides its own."""
+        return self.tta_views + len(WISE_ALPHAS) * self.wise_ft
 
     def image_size_at(self, epoch: int) -> int:
         """px; side of the images in epoch 0, 1, ... with progressive resizing, and in a probe (-1)."""

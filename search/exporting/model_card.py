@@ -227,6 +227,10 @@ def _errors(metrics: dict[str, Any], run: RunRecord | None) -> str:
             rows.append((name.replace("_", " "), f"{value:.4f}"))
     if refit := metrics.get(REFIT):
         rows.append(("images that trained it again, those for validation among them", refit["train_images"]))
+        if refit.get("averaged", 1) > 1:
+            rows.append(
+                ("trainings whose weights were averaged (arXiv:2203.05482), this one among them", refit["averaged"])
+            )
     rows += _calibration(metrics, run)
     trials = "" if run is None else f" {how_many(run.completed['kind'], 'completed trial')} of"
     epoch = ", and its epoch," if run is not None and run.command.arguments.keep_epoch == "best" else ""

@@ -207,15 +207,16 @@ def _add_results(group: Group) -> None:
         "--storage resumes it from there on another head node"
     ))  # fmt: skip
     group.add_argument("--keep", type=positive, default=3, metavar="N", help=(
-        "number of best trials that keep their weights, for search.export --trial; default 3"
+        "number of best trials that keep their weights, for search.export --trial and for --refit; default 3"
     ))  # fmt: skip
     group.add_argument("--keep-epoch", choices=("last", "best"), default="last", help=(
         "whose model and error a trial leaves: those of its last epoch, or of its best one, whose error is lower than "
         "on new images, because it was chosen by it; default last"
     ))  # fmt: skip
     group.add_argument("--refit", choices=("on", "off"), default="on", help=(
-        "at the end, train the winner again on all images, those for validation included: that is the model in best/, "
-        "and the one whose error is known stays in models/; default on"
+        "at the end, train the winner again on all images, those for validation included, and average its weights with "
+        "those of the best trials of the same network: that is the model in best/, and the one whose error is known "
+        "stays in models/; default on"
     ))  # fmt: skip
     group.add_argument("--report", choices=("full", "tables", "off"), default="full", help=(
         "write report.html during the search and at its end: full labels the validation images with the winner, for "

@@ -13,7 +13,7 @@ from search.runs.kinds import name_of
 from search.runs.result_rows import FAILED, better_epoch, confirmed, objective
 from search.runs.run_record import RunRecord
 from trainables.ray.trial import RETRAINS
-from trainables.system.text import duration, percent
+from trainables.system.text import duration, many, percent
 
 MAX_SETTINGS = 4  # named
 
@@ -27,9 +27,11 @@ def summary(run: RunRecord) -> list[str]:
         cells = ((what, scores(run, row), interval(run, row), model(run, row)) for what, row in rows)
         lines += _aligned(list(cells))
     if refit := run.refit:
+        others = refit.get("averaged", 1) - 1
+        averaged = f" and averaged with {many(others, 'trial')}" if others else ""
         lines.append(
-            f"refit: best/ is {name_of(refit['number'])}, trained again on all {refit['train_images']} images; its own "
-            "error cannot be known, and is expected to be a little lower"
+            f"refit: best/ is {name_of(refit['number'])}, trained again on all {refit['train_images']} images"
+            f"{averaged}; its own error cannot be known, and is expected to be a little lower"
         )
     if run.fine_tuning:
         lines.append(f"fine-tuning: {run.fine_tuning}")

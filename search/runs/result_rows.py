@@ -34,7 +34,7 @@ PROBED = ("arch", "image_size")
 """The searched settings that a probe of the screen depends on."""
 EXPECTED = "expected_error_rate"  # on new images, where a probe tells it: see `trainables.probe.expected_error`
 CALIBRATION = ("temperature", "calibration_error_before", "calibration_error")  # see `trainables.network.calibration`
-SCORES = ("error_rate", EXPECTED, "tta_error_rate", "valid_loss", "accuracy", *MORE_METRICS, *CALIBRATION)
+SCORES = ("error_rate", EXPECTED, "tta_error_rate", "wise_alpha", "valid_loss", "accuracy", *MORE_METRICS, *CALIBRATION)
 """None without a finished epoch."""
 METRICS = (*SCORES, "best_epoch", "best_error_rate", "epochs_done", "epochs_total")
 COSTS = ("seconds", "overhead_seconds", "images_per_second")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from search.tuning.screen import Screen
+from trainables.recipe import WISE_ALPHAS
 
 TRAINING_COST = 4.0
 """Seconds of training on an image by those of a forward pass, until epochs have been measured."""
@@ -56,6 +57,10 @@ class Pace:
         train, valid = self.images
         return screen.expected_seconds(place) * (train if place == screen.last else train + valid) + self.fitting
 
+    def validation_seconds(self, pair: Pair) -> float:
+        """Of all images for validation."""
+        return self.forward.get(pair, 0.0) * self.images[1]
+
     def refit_seconds(self, seconds: float) -> float:
         """That something is expected to take on all images which took so many on those for training."""
         train, valid = self.images
@@ -71,7 +76,8 @@ class Pace:
         whole = self.training.get(pair) or max(self.training.values(), default=TRAINING_COST)
         ratio = 1 + (whole - 1) * (1 - float(recipe["frozen_layers"]))
         epoch = forward * (ratio * train + valid)
-        once = forward * (valid * recipe["tta_views"] + train * (recipe["probe_views"] + recipe["freeze_epochs"]))
+        at_end = recipe["tta_views"] + len(WISE_ALPHAS) * recipe["wise_ft"]
+        once = forward * (valid * at_end + train * (recipe["probe_views"] + recipe["freeze_epochs"]))
         return max(0.0, float(SLACK * seconds - once) / epoch)
 
     def _scaled(self, pair: Pair) -> float:

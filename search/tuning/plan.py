@@ -217,8 +217,8 @@ class _Simulation:
             result |= {"train_seconds": max(0.0, done.seconds - judged), "progress": 0}
             if epoch in (recipe.total_epochs - 1, recipe.freeze_epochs):
                 results.append(result)
-        if recipe.total_epochs and recipe.tta_views:
-            self._forward(work, recipe, valid * (1 + recipe.tta_views))
+        if recipe.total_epochs:
+            self._forward(work, recipe, valid * (bool(recipe.tta_views) + recipe.passes_at_end))
         results[-1] |= {"progress": 100} if recipe.total_epochs else {}
         return work, [result | {"seconds": work.seconds} for result in results]
 

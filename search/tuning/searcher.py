@@ -29,7 +29,7 @@ from search.tuning.study_configs import Config, config_of, params_of, propose
 from search.tuning.study_end import fail
 from search.tuning.time_left import TimeLeft
 from search.tuning.warm_start import WarmStart
-from trainables.ray.trial import DEADLINE, OBJECTIVE, REFIT_TEMPERATURE, REFITS, SCREENS, text_id
+from trainables.ray.trial import AVERAGES, DEADLINE, OBJECTIVE, REFIT_ALPHA, REFIT_TEMPERATURE, REFITS, SCREENS, text_id
 
 FORGOTTEN = "forgotten when the search was killed"
 
@@ -201,7 +201,10 @@ class OptunaSearcher(Searcher):
         if self.budget is None or self.budget.limit is None or not (best := self.winner()):
             return 0.0
         training = 0.0 if best["kind"] == PROBE else best["seconds"]
-        return self.pace.refit_seconds(self.pace.fitting + training)
+        settings = self.space.full_settings | best
+        judging = self.pace.validation_seconds((settings["arch"], int(settings["image_size"])))
+        averaging = judging * (len(best[AVERAGES]) + 1) if best.get(AVERAGES) else 0.0
+        return self.pace.refit_seconds(self.pace.fitting + training) + averaging
 
     def _has_time(self) -> bool:
         """Whether an epoch of any trial fits into what is left of the time budget."""
@@ -271,9 +274,13 @@ class OptunaSearcher(Searcher):
             return None
         self.refitted[trial_id] = winner["trial_id"]
         self.live[trial_id] = num_workers
-        temperature = winner.get("temperature", math.nan)
-        known = {} if math.isnan(temperature) else {REFIT_TEMPERATURE: temperature}
-        return config | {REFITS: winner["trial_id"]} | known
+        chosen = {
+            REFIT_TEMPERATURE: winner.get("temperature", math.nan),
+            REFIT_ALPHA: winner.get("wise_alpha", math.nan),
+        }
+        known = {name: value for name, value in chosen.items() if not math.isnan(value)}
+        averages = {AVERAGES: winner[AVERAGES]} if winner.get(AVERAGES) else {}
+        return config | {REFITS: winner["trial_id"]} | known | averages
 
     def _config_of(self, winner: str) -> Config:
         """Of a trial or a probe by the table's id."""

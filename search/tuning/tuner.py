@@ -263,6 +263,7 @@ def trainable(run: RunOptions, settings: dict[str, Any]) -> Any:
         data_digest=run.data_digest,
         weights=run.weights,
         checkpoints=str(run.folder.checkpoints),
+        models=str(run.folder.models),
         keepers=None if run.options.address is None else run.folder.run_id,
         keeps_here=run.options.storage is not None,  # it copies what is on this disk
         cache=run.options.cache,

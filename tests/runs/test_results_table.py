@@ -128,8 +128,8 @@ def best(folder) -> tuple[bytes, dict, dict, list]:
 def test_the_tables_are_there_and_whole_from_the_first_moment(table, folder):
     assert read_trials(folder.trials) == read_rows(folder.epochs) == []
     assert folder.trials.read_text().startswith(
-        "number,trial_id,kind,status,error_rate,expected_error_rate,tta_error_rate,valid_loss,accuracy,balanced_error,"
-        "macro_f1,auroc,top5_error,map,temperature,calibration_error_before,calibration_error,best_epoch,"
+        "number,trial_id,kind,status,error_rate,expected_error_rate,tta_error_rate,wise_alpha,valid_loss,accuracy,"
+        "balanced_error,macro_f1,auroc,top5_error,map,temperature,calibration_error_before,calibration_error,best_epoch,"
     )
     assert folder.epochs.read_text().splitlines() == [",".join(EPOCH_COLUMNS)]
 
@@ -357,7 +357,7 @@ def test_a_torn_last_line_is_gone_when_the_search_goes_on(table, folder):
 
 DAMAGES = {
     "text for a number": ("trials", "0.3,", "0.3?,", r"line 2 has '0\.3\?' for error_rate"),
-    "a lost field": ("trials", "completed,", "", "line 2 has 26 fields, expected 27"),
+    "a lost field": ("trials", "completed,", "", "line 2 has 27 fields, expected 28"),
     "another status": ("trials", "completed", "complete", "line 2 has 'complete' for status"),
     "a setting renamed": ("trials", ",lr_max,", ",lr_mix,", "line 1 has no column lr_max"),
     "a metric renamed": ("trials", ",epochs_done,", ",epochs-done,", "line 1 has no column epochs_done"),
@@ -910,6 +910,15 @@ def test_an_unfinished_winner_is_not_trained_again(table):
     assert winner_to_refit(table)["trial_id"] == "ta"
     table.rows["ta"]["status"] = UNFINISHED
     assert winner_to_refit(table) is None
+
+
+def test_a_refit_is_averaged_with_the_kept_trials_of_the_same_network(folder):
+    table = made(folder, keep=3)
+    complete(table, "a", 0.4)
+    complete(table, "b", 0.2)
+    complete(table, "c", 0.3, arch="resnet34")
+    complete(table, "d", 0.25)
+    assert winner_to_refit(table)["averages"] == [1, 3]
 
 
 def test_in_folds_a_trial_is_ranked_by_the_mean_over_all_of_them(folder):

@@ -7,7 +7,8 @@ import pytest
 
 from search.tuning.pace import SLACK, TRAINING_COST, Pace
 
-RECIPE = {"arch": "a", "image_size": 100, "tta_views": 0, "freeze_epochs": 0, "probe_views": 0, "frozen_layers": 0.0}
+RECIPE = {"arch": "a", "image_size": 100, "tta_views": 0, "wise_ft": False, "freeze_epochs": 0, "probe_views": 0}
+RECIPE |= {"frozen_layers": 0.0}
 IMAGES = {"train_images": 80, "valid_images": 20}
 
 
@@ -66,7 +67,7 @@ def test_frozen_layers_have_a_forward_pass_alone():
     assert pace.epochs_within(50 / SLACK, half) == pytest.approx(50 / (0.1 * (3 * 80 + 20)))
 
 
-def test_test_time_augmentation_frozen_epochs_and_a_probes_views_need_their_share():
-    more = RECIPE | {"tta_views": 4, "freeze_epochs": 1, "probe_views": 2}
+def test_test_time_augmentation_wise_ft_frozen_epochs_and_a_probes_views_need_their_share():
+    more = RECIPE | {"tta_views": 4, "wise_ft": True, "freeze_epochs": 1, "probe_views": 2}
     left = probed().epochs_within(100 / SLACK, more)
-    assert left == pytest.approx((100 - 0.1 * (4 * 20 + 3 * 80)) / (0.1 * (TRAINING_COST * 80 + 20)))
+    assert left == pytest.approx((100 - 0.1 * ((4 + 3) * 20 + 3 * 80)) / (0.1 * (TRAINING_COST * 80 + 20)))

@@ -799,6 +799,17 @@ def test_a_refit_for_which_the_time_does_not_suffice_is_left_out(journal, clock)
         clock.seconds = 1000.0
 
 
+def test_a_refit_takes_the_models_that_it_is_averaged_with_and_time_to_validate_them(journal, clock):
+    searcher = budgeted(journal, 1000.0, winner=lambda: row("a", seconds=60.0) | {"averages": [0, 2]})
+    searcher.screen = None
+    searcher.pace.add(PROBED.full_settings | {"probe_views": 0}, PROBED_IN_30_S)
+    assert searcher._refit_seconds == pytest.approx((1.0 + 60.0) * 1.25 / 0.9 + 3 * 0.29 * 20)
+    searcher.suggest("a")
+    searcher.on_trial_complete("a", result(3, 3, 0.1))
+    searcher.num_trials = 1
+    assert searcher.suggest("b")["averages"] == [0, 2]
+
+
 def test_a_probe_is_fitted_again_where_there_is_no_time_for_its_features(journal, clock):
     searcher = budgeted(journal, 100.0, winner=lambda: row("probe0", PROBE, number=-4, seconds=30.0))
     searcher.pace.add(PROBED.full_settings | {"probe_views": 0}, PROBED_IN_30_S)

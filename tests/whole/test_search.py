@@ -112,6 +112,7 @@ def test_best_is_the_best_completed_trial(undisturbed):
     assert metrics["error_rate"] == pytest.approx(float(best["error_rate"]), abs=1e-5)
     assert (recipe["arch"], recipe["epochs"], recipe["presize"]) == (best["arch"], int(best["epochs"]), 40)
     assert labels == ["blue_tit", "robin", "wren"]
+    assert metrics["refit"]["averaged"] >= 2  # with the winner itself
     assert (undisturbed.folder / "best" / "model.safetensors").stat().st_size > 10_000
 
 

@@ -25,6 +25,8 @@ class TrialSpec:
     probe_deadline: float | None = None  # see `FineTune`
     temperature: float = 1.0  # then
     thresholds: tuple[float, ...] | None = None  # where these cannot choose them, see `Preprocessing.thresholds`
+    wise_alpha: float = 1.0  # and how far from its start it ends, see `FineTune`
+    earlier: Any = None  # the reference of earlier models' weights to average it with, see `weight_averaging.stir_in`
 
 
 @dataclass(frozen=True)

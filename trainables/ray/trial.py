@@ -39,13 +39,15 @@ FOLD = "fold"
 """In a config: the number of the fold that validates, above 0. Not a setting of the recipe either."""
 REFITS = "refits"
 """In a config: the table's id of the winner that is trained again on all images. Not a setting of the recipe either."""
-REFIT_TEMPERATURE = "refit_temperature"
-"""In such a config: the winner's, which was fitted on images that it had not seen."""
+REFIT_TEMPERATURE, REFIT_ALPHA = "refit_temperature", "refit_alpha"
+"""In such a config: the winner's, which were chosen by images that it had not seen."""
+AVERAGES = "averages"
+"""In such a config: the numbers of the trials whose kept models it is averaged with, best first."""
 DEADLINE = "deadline"
 """In the config of a probe: the `time.time` by which it must have ended, see `FineTune`."""
 TRIALS_PER_GPU = "trials_per_gpu"
 """In a config: how many trials shared a GPU when it was proposed. Not a setting of the recipe either."""
-OF_TRIAL = (RETRAINS, FOLD, SCREENS, REFITS, REFIT_TEMPERATURE, DEADLINE, TRIALS_PER_GPU)
+OF_TRIAL = (RETRAINS, FOLD, SCREENS, REFITS, REFIT_TEMPERATURE, REFIT_ALPHA, AVERAGES, DEADLINE, TRIALS_PER_GPU)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,7 @@ class TrialOptions:
     data_digest: str | None = None  # of the images that every node must have
     weights: str | None  # source of pretrained weights
     checkpoints: str  # folder of all trials' checkpoints, on the head
+    models: str = ""  # folder of the kept models, by the numbers of their trials, there too
     keepers: str | None = None  # the id of the search whose keepers may have training states, see `keeper`
     keeps_here: bool = False  # whether the head's disk gets all states, also where there are other nodes
     group_size: GroupSize
@@ -150,8 +153,10 @@ class FineTuneTrial(tune.Trainable):
         self.refit: dict[str, Any] = {
             "all_images": winner is not None,
             "temperature": config.get(REFIT_TEMPERATURE, 1.0),
+            "wise_alpha": config.get(REFIT_ALPHA, 1.0),
             "thresholds": checkpoint.thresholds(winner) if winner else None,
         }
+        self.averages: list[int] = config.get(AVERAGES, [])
         options = self.options
         size = options.shared_sizes.get(config.get(TRIALS_PER_GPU, 0), options.group_size)
         self.size = size.for_arch(self.recipe["arch"], options.num_workers)
@@ -334,7 +339,13 @@ class FineTuneTrial(tune.Trainable):
         names = ("data", "data_digest", "weights", "cache", "max_unreadable", "split_seed")
         shared = {name: getattr(self.options, name) for name in names}
         own = {"trial_id": self.trial_id, "recipe": self.recipe, "fold": self.fold, "probe_deadline": self.deadline}
-        return TrialSpec(**own, **self.refit, **shared)
+        return TrialSpec(**own, **self.refit, **shared, earlier=self._earlier_models())
+
+    def _earlier_models(self) -> Any:
+        """The reference of the weights that this training is averaged with; None without any."""
+        files = [Path(self.options.models, str(number), checkpoint.WEIGHTS_FILE) for number in self.averages]
+        earlier = [file.read_bytes() for file in files if file.is_file()]
+        return ray.put(earlier) if earlier else None
 
     def _start_host(self) -> Any:
         # It reserves no CPU: the workers reserve what the training uses. Any strategy but the default one keeps it out

@@ -78,7 +78,7 @@ class _Slot:
             self.number = command.number
             training = self._ready(command)
             overhead = time.perf_counter() - self.idle_since
-            metrics = training.run_epoch()
+            metrics = training.run_epoch() | self._averaged(command)
             self.idle_since = time.perf_counter()
             # All workers have the same state: only the first one sends it.
             state = training.state() | self.split if training.world.rank == 0 else None
@@ -97,6 +97,18 @@ class _Slot:
             logger.exception("trial %s failed", command.trial.trial_id)
             self._drop()
             return Outcome(failure=f"{type(error).__name__}: {error}"), False
+
+    def _averaged(self, command: Command) -> dict[str, float]:
+        """After the last epoch, average the model with earlier ones, if there are any; the metrics of the mean."""
+        import ray
+
+        from trainables.training.weight_averaging import stir_in
+
+        training = self.training
+        assert training is not None  # it has just trained
+        if command.trial.earlier is None or training.epochs_done < training.recipe.total_epochs:
+            return {}
+        return stir_in(training, ray.get(command.trial.earlier))
 
     def _ready(self, command: Command) -> "FineTune":
         """The trial of `command` at the epoch that it starts from, built unless it is in memory."""
@@ -167,6 +179,7 @@ class _Slot:
             all_images=trial.all_images,
             temperature=trial.temperature,
             thresholds=trial.thresholds,
+            wise_alpha=trial.wise_alpha,
             load_pretrained=not continues,
             probe_deadline=trial.probe_deadline,
             batch_parts=command.batch_parts,

@@ -23,7 +23,7 @@ from trainables.batches import augmentation, tta
 from trainables.batches.epoch_plan import Step, plan_epoch
 from trainables.data.presized_images import PresizedImages
 from trainables.network import loss, model, normalization, optimizer, schedule
-from trainables.network.calibration import calibration_metrics
+from trainables.network.calibration import calibration_metrics, fit_temperature
 from trainables.network.dropout import WholeBatch
 from trainables.network.fused_convolutions import NORMS, fuse_convolutions
 from trainables.network.precision import autocast_dtype
@@ -53,6 +53,7 @@ from trainables.training.label_set_metrics import (
 )
 from trainables.training.metrics import balanced_error, more_metrics
 from trainables.training.probing import Probing
+from trainables.training.weight_averaging import Weights, between, pull_back, weights_of
 
 STEPS_PER_CHECK = 20
 """Steps between checks of the loss, each of which waits for the GPU and the other workers."""
@@ -79,6 +80,7 @@ class FineTune:
         all_images: Whether those for validation train, too. Then metrics say nothing about new images.
         temperature: What divides the logits, until the first epoch has fitted it; with `all_images` none does.
         thresholds: Of images with several labels; by default, each epoch chooses the best ones on those for validation.
+        wise_alpha: How far from the start the weights end up, with `all_images`; by default, those for validation tell.
         load_pretrained: Whether to load pretrained weights; not needed if `load_state` follows.
         probe_deadline: The `time.time` by which epoch 0 must have ended: its probe learns from as many of the images
             for training as there is time for. None: from all.
@@ -111,6 +113,7 @@ class FineTune:
         all_images: bool = False,
         temperature: float = 1.0,
         thresholds: Thresholds | None = None,
+        wise_alpha: float = 1.0,
         load_pretrained: bool = True,
         probe_deadline: float | None = None,
         batch_parts: int = 1,
@@ -131,6 +134,10 @@ class FineTune:
         """What the linear probe gets wrong, once it is known."""
         self.temperature = temperature
         """Of the probabilities, from the last evaluation."""
+        self.weights = weights
+        self.wise_alpha = wise_alpha
+        self.start_head: Weights = {}
+        """With which the unfrozen stage begins."""
         self.draws = True
         """Whether the network draws random numbers in training, as far as is known."""
         require_same_images(images, self.world)
@@ -169,6 +176,7 @@ class FineTune:
         priors = loss.log_priors(self.inputs.truth[self.train_indices], self.num_classes, recipe.logit_adjustment)
         self.log_priors = None if priors is None else priors.to(self.device)
         self._enter_stage()
+        self._note_start()
 
     # --- An epoch: training steps, then validation --------------------------------------------------------------------
 
@@ -188,9 +196,7 @@ class FineTune:
         started = time.perf_counter()
         train_loss = self._train()
         trained = time.perf_counter()
-        metrics = self.evaluate()
-        if self.epochs_done + 1 == self.recipe.total_epochs and self.recipe.tta_views:
-            metrics |= {"tta_error_rate": self.tta_error_rate()}
+        metrics = self._end_training() if self.epochs_done + 1 == self.recipe.total_epochs else self.evaluate()
         return self._end_epoch(
             **epoch,
             train_loss=train_loss,
@@ -199,6 +205,34 @@ class FineTune:
             valid_seconds=time.perf_counter() - trained,
             images_per_second=num_images / (trained - started),
         )
+
+    def _end_training(self) -> dict[str, float]:
+        """The metrics after the last epoch: with WiSE-FT, of weights between the start and the end."""
+        logits, alpha = self.valid_logits(), {}
+        if self.recipe.wise_ft and self.recipe.pretrained and self.recipe.epochs:
+            start = self._start()
+            if self.all_images:
+                self.network.model.load_state_dict(between(start, weights_of(self), self.wise_alpha))
+                logits = self.valid_logits()
+            else:
+                self.wise_alpha, logits = pull_back(self, start, logits)
+            alpha = {"wise_alpha": self.wise_alpha}
+        metrics = self._metrics(logits, self._my_validation_rows()[1])
+        tta_error = {"tta_error_rate": self.tta_error_rate()} if self.recipe.tta_views else {}
+        return metrics | alpha | tta_error
+
+    def _start(self) -> Weights:
+        """The weights with which the unfrozen stage began: the pretrained ones, and a head."""
+        begun = model.build(self.recipe, self.num_classes, self.weights).model
+        return {name: value.to(self.device) for name, value in begun.state_dict().items()} | self.start_head
+
+    def _note_start(self) -> None:
+        if self.epochs_done == self.recipe.freeze_epochs:
+            self.start_head = {
+                name: value.clone()
+                for name, value in self.network.model.state_dict().items()
+                if name.startswith(tuple(f"{each}." for each in model.classifier_names(self.network.model)))
+            }
 
     def _run_probe(self) -> dict[str, float | int | str]:
         """Epoch 0 of a training that starts with a probe: computes its head, and evaluates on the same features. Where
@@ -265,6 +299,7 @@ class FineTune:
         self.epochs_done += 1
         if self.epochs_done == self.recipe.freeze_epochs:
             self._enter_stage()
+            self._note_start()
         counts = {"train_images": len(self.train_indices), "valid_images": len(self.valid_indices)}
         return metrics | {"progress": self.progress} | counts
 
@@ -379,9 +414,25 @@ class FineTune:
     def evaluate(self) -> dict[str, float]:
         """Plain cross-entropy and error rate over the whole validation split, and how far its probabilities are to be
         trusted, the same on all workers."""
-        rows, targets = self._my_validation_rows()
+        return self._metrics(self.valid_logits(), self._my_validation_rows()[1])
+
+    def valid_logits(self) -> torch.Tensor:
+        """Logits (rows, classes) of this worker's validation images as they are."""
         augmentations = augmentation.centre(len(self.valid_indices), self.recipe.resize_method)
-        return self._metrics(self._valid_logits(augmentations[rows]), targets)
+        return self._valid_logits(augmentations[self._my_validation_rows()[0]])
+
+    def calibrated_loss(self, logits: torch.Tensor) -> tuple[float, float]:
+        """The validation loss at the temperature that fits best, and this temperature, of all workers' `valid_logits`;
+        infinite where these are not finite. Probabilities of images with several labels have no temperature."""
+        everywhere, truth = torch.cat(self.world.gather(logits.cpu())), self.inputs.truth[self.valid_indices]
+        loss_there, temperature = np.inf, 1.0
+        if everywhere.isfinite().all():
+            if not self.several_labels:
+                temperature = fit_temperature(everywhere.numpy(), truth.numpy())
+            loss_there = loss.log_loss(everywhere / temperature, truth).item()
+        # All workers have the first one's: the last bits may differ between machines.
+        found: tuple[float, float] = self.world.gather((loss_there, temperature))[0]
+        return found
 
     def _metrics(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
         """Validation metrics over all workers, from this worker's logits and labels. Keeps the temperature, which only
@@ -557,7 +608,7 @@ class FineTune:
         training = io.BytesIO()
         parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         known = {"reference": asdict(self.reference)} if self.reference else {}
-        progress = {"epochs_done": self.epochs_done, TEMPERATURE: self.temperature}
+        progress = {"epochs_done": self.epochs_done, TEMPERATURE: self.temperature, "start_head": self.start_head}
         torch.save({**progress, **parts, **known}, training)
         weights = {name: value.contiguous() for name, value in self.network.model.state_dict().items()}
         return {
@@ -577,6 +628,7 @@ class FineTune:
         if self.several_labels:
             self.thresholds = tuple(json.loads(state[PREPROCESSING_FILE])["thresholds"])
         self._enter_stage()
+        self.start_head = {name: value.to(self.device) for name, value in training.get("start_head", {}).items()}
         self.optimizer.load_state_dict(training["optimizer"])
         if training["scaler"]:  # empty if the worker that saved it had bf16
             self.scaler.load_state_dict(training["scaler"])

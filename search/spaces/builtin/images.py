@@ -60,6 +60,7 @@ SPACE = Space(
         "train_bn": "never",
         "presize": 320,
         "image_size": 224,
+        "wise_ft": True,
         # It would take half an epoch of every trial, and decides nothing.
         "tta_views": 0,
     },
