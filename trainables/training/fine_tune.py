@@ -208,18 +208,16 @@ class FineTune:
 
     def _end_training(self) -> dict[str, float]:
         """The metrics after the last epoch: with WiSE-FT, of weights between the start and the end."""
-        logits, alpha = self.valid_logits(), {}
-        if self.recipe.wise_ft and self.recipe.pretrained and self.recipe.epochs:
-            start = self._start()
-            if self.all_images:
-                self.network.model.load_state_dict(between(start, weights_of(self), self.wise_alpha))
-                logits = self.valid_logits()
-            else:
-                self.wise_alpha, logits = pull_back(self, start, logits)
-            alpha = {"wise_alpha": self.wise_alpha}
+        goes_back = self.recipe.wise_ft and self.recipe.pretrained and self.recipe.epochs > 0
+        start = self._start() if goes_back else {}
+        if goes_back and self.all_images:  # those for validation have trained it, and cannot tell how far
+            self.network.model.load_state_dict(between(start, weights_of(self), self.wise_alpha))
+        logits = self.valid_logits()
+        if goes_back and not self.all_images:
+            self.wise_alpha, logits = pull_back(self, start, logits)
         metrics = self._metrics(logits, self._my_validation_rows()[1])
-        tta_error = {"tta_error_rate": self.tta_error_rate()} if self.recipe.tta_views else {}
-        return metrics | alpha | tta_error
+        metrics |= {"wise_alpha": self.wise_alpha} if goes_back else {}
+        return metrics | ({"tta_error_rate": self.tta_error_rate()} if self.recipe.tta_views else {})
 
     def _start(self) -> Weights:
         """The weights with which the unfrozen stage began: the pretrained ones, and a head."""
@@ -227,6 +225,7 @@ class FineTune:
         return {name: value.to(self.device) for name, value in begun.state_dict().items()} | self.start_head
 
     def _note_start(self) -> None:
+        """Keep the head with which the unfrozen stage begins, if it begins now."""
         if self.epochs_done == self.recipe.freeze_epochs:
             self.start_head = {
                 name: value.clone()
