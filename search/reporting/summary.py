@@ -29,8 +29,9 @@ def summary(run: RunRecord) -> list[str]:
     if refit := run.refit:
         others = refit.get("averaged", 1) - 1
         averaged = f" and averaged with {many(others, 'trial')}" if others else ""
+        fewer = f" for {many(refit['epochs'], 'epoch')}" if "epochs" in refit else ""
         lines.append(
-            f"refit: best/ is {name_of(refit['number'])}, trained again on all {refit['train_images']} images"
+            f"refit: best/ is {name_of(refit['number'])}, trained again on all {refit['train_images']} images{fewer}"
             f"{averaged}; its own error cannot be known, and is expected to be a little lower"
         )
     if run.fine_tuning:

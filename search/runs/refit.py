@@ -42,6 +42,8 @@ class Refit(tune.Callback):
             known: dict[str, Any] = {
                 name: result[name] for name in ("train_images", "error_rate", "averaged") if name in result
             }
+            if result["epochs_total"] < winner["epochs_total"]:
+                known["epochs"] = result["epochs_total"]
             self.table.models.deliver_refit(found, winner["number"], known)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:

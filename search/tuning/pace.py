@@ -8,7 +8,7 @@ from typing import Any
 from search.tuning.screen import Screen
 from trainables.recipe import WISE_ALPHAS
 
-TRAINING_COST = 4.0
+TRAINING_COST = 5.0
 """Seconds of training on an image by those of a forward pass, until epochs have been measured."""
 SLACK = 0.9
 """Share of the time left that a trial may be expected to take."""

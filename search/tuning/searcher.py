@@ -31,6 +31,8 @@ from search.tuning.time_left import TimeLeft
 from search.tuning.warm_start import WarmStart
 from trainables.ray.trial import AVERAGES, DEADLINE, OBJECTIVE, REFIT_ALPHA, REFIT_TEMPERATURE, REFITS, SCREENS, text_id
 
+LEAST_REFIT = 0.5
+"""Share of the winner's epochs that its refit has at least."""
 FORGOTTEN = "forgotten when the search was killed"
 
 _TUNE_ID, _SECONDS, _LOSS = "trial_id", "seconds", "valid_loss"
@@ -191,16 +193,17 @@ class OptunaSearcher(Searcher):
 
     @property
     def _time(self) -> TimeLeft:
-        return TimeLeft(self.budget, self.pace, self.num_classes, self._refit_seconds)
+        whole, least = self._refit_seconds(), self._refit_seconds(LEAST_REFIT)
+        return TimeLeft(self.budget, self.pace, self.num_classes, whole, least)
 
-    @property
-    def _refit_seconds(self) -> float | None:
-        """That the winner's refit is expected to take; None without one. Most of its features are kept."""
+    def _refit_seconds(self, share: float = 1.0) -> float | None:
+        """That the winner's refit is expected to take with a share of its epochs; None without one. Most features are
+        kept."""
         if self.winner is None:
             return None
         if self.budget is None or self.budget.limit is None or not (best := self.winner()):
             return 0.0
-        training = 0.0 if best["kind"] == PROBE else best["seconds"]
+        training = 0.0 if best["kind"] == PROBE else share * best["seconds"]
         settings = self.space.full_settings | best
         judging = self.pace.validation_seconds((settings["arch"], int(settings["image_size"])))
         averaging = judging * (len(best[AVERAGES]) + 1) if best.get(AVERAGES) else 0.0
@@ -272,6 +275,7 @@ class OptunaSearcher(Searcher):
         num_workers = self._num_workers(config)
         if not self._has_room(num_workers):
             return None
+        config |= self._fewer_epochs((self.space.settings | config)["epochs"])
         self.refitted[trial_id] = winner["trial_id"]
         self.live[trial_id] = num_workers
         chosen = {
@@ -281,6 +285,14 @@ class OptunaSearcher(Searcher):
         known = {name: value for name, value in chosen.items() if not math.isnan(value)}
         averages = {AVERAGES: winner[AVERAGES]} if winner.get(AVERAGES) else {}
         return config | {REFITS: winner["trial_id"]} | known | averages
+
+    def _fewer_epochs(self, epochs: int) -> Config:
+        """What changes in a refit for which there is no time with all of its epochs."""
+        left, whole, without = self._time.all_seconds, self._refit_seconds(), self._refit_seconds(0.0)
+        assert whole is not None and without is not None
+        if whole <= left:
+            return {}
+        return {"epochs": max(1, int(epochs * (left - without) / (whole - without)))}
 
     def _config_of(self, winner: str) -> Config:
         """Of a trial or a probe by the table's id."""

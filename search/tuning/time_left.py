@@ -36,6 +36,8 @@ class TimeLeft:
     refit: float | None = None
     """Seconds to train the best trial or probe so far again, on all images, which is the end of a search; None: it is
     not."""
+    least_refit: float | None = None
+    """The same with as few epochs as are worth it; None: with all of its epochs."""
 
     @property
     def gain(self) -> float:
@@ -46,16 +48,17 @@ class TimeLeft:
     @property
     def seconds(self) -> float:
         """For probes and trials: without those of the refit, if it fits."""
-        return self._all_seconds - (self.refit or 0.0) if self.for_refit else self._all_seconds
+        return max(0.0, self.all_seconds - (self.refit or 0.0)) if self.for_refit else self.all_seconds
 
     @property
-    def _all_seconds(self) -> float:
+    def all_seconds(self) -> float:
         return self.budget.seconds_left if self.budget else math.inf
 
     @property
     def for_refit(self) -> bool:
-        """Whether the refit fits."""
-        return (self.refit or 0.0) <= self._all_seconds
+        """Whether the refit fits, if not with all of its epochs."""
+        least = self.refit if self.least_refit is None else self.least_refit
+        return (least or 0.0) <= self.all_seconds
 
     def epochs(self, settings: Mapping[str, Any], share: float = 1.0) -> float:
         """How many unfrozen epochs of a recipe fit into a share of it."""

@@ -785,8 +785,8 @@ def test_an_extended_search_trains_a_new_winner_again(journal):
 
 def test_a_refit_for_which_the_time_does_not_suffice_is_left_out(journal, clock):
     """The trial takes 60 s on 80 images, and its probe is fitted in a second: 85 s for all 100 images, with some
-    slack."""
-    for seconds_left, refits in ((90.0, "ta"), (80.0, None)):
+    slack; 43 s with half of its epochs."""
+    for seconds_left, refits in ((90.0, "ta"), (50.0, "ta"), (42.0, None)):
         searcher = budgeted(journal.with_name(f"{seconds_left}.journal"), 1000.0, winner=lambda: row("a", seconds=60.0))
         searcher.screen = None
         searcher.pace.add(PROBED.full_settings | {"probe_views": 0}, PROBED_IN_30_S)
@@ -799,11 +799,24 @@ def test_a_refit_for_which_the_time_does_not_suffice_is_left_out(journal, clock)
         clock.seconds = 1000.0
 
 
+def test_a_refit_has_as_many_epochs_as_there_is_time_for(journal, clock):
+    for seconds_left, epochs in ((90.0, 3), (66.0, 2), (50.0, 1)):
+        searcher = budgeted(journal.with_name(f"{seconds_left}.journal"), 1000.0, winner=lambda: row("a", seconds=60.0))
+        searcher.screen = None
+        searcher.pace.add(PROBED.full_settings | {"probe_views": 0}, PROBED_IN_30_S)
+        first = searcher.suggest("a")
+        searcher.on_trial_complete("a", result(3, 3, 0.1))
+        searcher.num_trials = 1
+        clock.seconds += 1000.0 - seconds_left
+        assert (first["epochs"], (first | searcher.suggest("b"))["epochs"]) == (3, epochs)
+        clock.seconds = 1000.0
+
+
 def test_a_refit_takes_the_models_that_it_is_averaged_with_and_time_to_validate_them(journal, clock):
     searcher = budgeted(journal, 1000.0, winner=lambda: row("a", seconds=60.0) | {"averages": [0, 2]})
     searcher.screen = None
     searcher.pace.add(PROBED.full_settings | {"probe_views": 0}, PROBED_IN_30_S)
-    assert searcher._refit_seconds == pytest.approx((1.0 + 60.0) * 1.25 / 0.9 + 3 * 0.29 * 20)
+    assert searcher._refit_seconds() == pytest.approx((1.0 + 60.0) * 1.25 / 0.9 + 3 * 0.29 * 20)
     searcher.suggest("a")
     searcher.on_trial_complete("a", result(3, 3, 0.1))
     searcher.num_trials = 1
@@ -813,7 +826,7 @@ def test_a_refit_takes_the_models_that_it_is_averaged_with_and_time_to_validate_
 def test_a_probe_is_fitted_again_where_there_is_no_time_for_its_features(journal, clock):
     searcher = budgeted(journal, 100.0, winner=lambda: row("probe0", PROBE, number=-4, seconds=30.0))
     searcher.pace.add(PROBED.full_settings | {"probe_views": 0}, PROBED_IN_30_S)
-    assert searcher._refit_seconds == pytest.approx(1.0 * 1.25 / 0.9)
+    assert searcher._refit_seconds() == pytest.approx(1.0 * 1.25 / 0.9)
 
 
 def test_a_proposal_says_how_many_trials_share_a_gpu_and_the_study_does_not_know(journal, monkeypatch):

@@ -1,6 +1,7 @@
 """What still fits into a time budget, and what that makes of a pair's promise."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -61,6 +62,13 @@ def test_a_trial_that_is_to_be_trained_again_on_all_images_leaves_time_for_it():
 def test_a_refit_that_fits_is_counted_in_and_one_that_does_not_costs_nothing():
     assert time_left(100, refit=30.0).seconds == 70 and time_left(100, refit=30.0).for_refit
     assert time_left(100, refit=101.0).seconds == 100 and not time_left(100, refit=101.0).for_refit
+
+
+def test_time_is_left_for_a_refit_with_all_epochs_where_one_with_fewer_fits():
+    left = replace(time_left(100, refit=150.0), least_refit=80.0)
+    assert left.seconds == 0 and left.for_refit
+    left = replace(time_left(100, refit=150.0), least_refit=110.0)
+    assert left.seconds == 100 and not left.for_refit
 
 
 def test_without_a_limit_the_better_probe_promises_more():
