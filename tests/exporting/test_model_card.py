@@ -134,6 +134,14 @@ def test_what_is_not_known_is_left_out(tta):
         assert words not in found
 
 
+def test_a_model_that_is_a_mean_of_several_says_so():
+    refit = {"train_images": 100, "error_rate": 0.0}
+    for known, said in ({}, False), ({"averaged": 3}, True):
+        found = card(metrics={"error_rate": 0.05, "refit": refit | known})
+        assert "trained again with them" in found.replace("\n", " ")
+        assert (" averaged (arXiv:2203.05482), this one among them | 3 |" in found) is said
+
+
 def test_an_older_run_without_the_number_of_images_has_no_interval(tmp_path):
     path = write_run(tmp_path / "run")
     epochs = path / "epochs.csv"

@@ -36,6 +36,19 @@ def test_the_winner_is_named_beside_trial_0_with_what_its_lead_is_worth(folder):
     assert noise == f"noise: {run.lead}" and " points better than trial 0 (95 % interval " in noise
 
 
+@pytest.mark.parametrize(("known", "words"), [
+    ({}, "on all 100 images; its"),
+    ({"averaged": 3}, "on all 100 images and averaged with 2 trials; its"),
+    ({"averaged": 2, "epochs": 1}, "on all 100 images for 1 epoch and averaged with 1 trial; its"),
+])  # fmt: skip
+def test_what_best_is_made_of_is_told(folder, known, words):
+    metrics = {"number": 3, "error_rate": 0.1, "refit": {"train_images": 100, "error_rate": 0.0} | known}
+    (folder / "best").mkdir(exist_ok=True)
+    (folder / "best" / "metrics.json").write_text(json.dumps(metrics))
+    [line] = [line for line in summary(load(folder)) if line.startswith("refit: ")]
+    assert line.startswith(f"refit: best/ is trial 3, trained again {words} own error cannot be known")
+
+
 def test_named_recipes_are_not_compared_with_trial_0(folder):
     command = json.loads((folder / "command.json").read_text())
     (folder / "command.json").write_text(json.dumps(command | {"arguments": {"recipes": "book"}}))
