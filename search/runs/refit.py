@@ -2,8 +2,8 @@
 
 Validation images choose the winner and tell its error. When both are known, they are as good as any to train on, and a
 fifth of the images is worth several tenths of a point on small sets. The new weights are averaged with those of the
-best trials of the same network, see `trainables.training.soup`. Nothing tells the error of the new model; that of the
-winner is what to expect at most.
+best trials of the same network, see `trainables.training.weight_averaging`. Nothing tells the error of the new model;
+that of the winner is what to expect at most.
 """
 
 import math
