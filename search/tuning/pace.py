@@ -25,6 +25,8 @@ class Pace:
     """Seconds of an image through the backbone."""
     training: dict[Pair, float] = field(default_factory=dict)
     """Seconds of training on an image without frozen layers, by those of a forward pass: the slowest epoch."""
+    viewed: set[Pair] = field(default_factory=set)
+    """Whose features of augmented views are cached."""
     fitting: float = 0.0
     """Seconds of a probe beside its features: the slowest."""
     images: tuple[int, int] = 0, 0
@@ -46,6 +48,7 @@ class Pace:
         self.images = train + skipped, valid
         self.forward[pair] = result["feature_seconds"] / (train + valid)
         if views:  # they take forward passes of their own
+            self.viewed.add(pair)
             return
         fitting = result["train_seconds"] + result["valid_seconds"] - result["feature_seconds"]
         if skipped:  # the features of all images are still to be computed before it can be fitted to them
@@ -77,7 +80,8 @@ class Pace:
         ratio = 1 + (whole - 1) * (1 - float(recipe["frozen_layers"]))
         epoch = forward * (ratio * train + valid)
         at_end = recipe["tta_views"] + len(WISE_ALPHAS) * recipe["wise_ft"]
-        once = forward * (valid * at_end + train * (recipe["probe_views"] + recipe["freeze_epochs"]))
+        views = 0 if pair in self.viewed else recipe["probe_views"]
+        once = forward * (valid * at_end + train * (views + recipe["freeze_epochs"]))
         return max(0.0, float(SLACK * seconds - once) / epoch)
 
     def _scaled(self, pair: Pair) -> float:

@@ -159,7 +159,7 @@ def test_a_node_that_goes_costs_one_epoch_at_most_and_changes_no_loss(search):
     files, _ = checkpoint.last_whole(folder)
     assert files == {WEIGHTS_FILE: b"weights 6", BEST_FILE: b"weights 2"}
     drop_state(folder, search.id)
-    assert NodeStates(search.id, folder.name, list(search.nodes)).newest(0) is None
+    until(lambda: NodeStates(search.id, folder.name, list(search.nodes)).newest(0) is None)
     until(lambda: search.on_nodes() == {})
 
 

@@ -71,3 +71,10 @@ def test_test_time_augmentation_wise_ft_frozen_epochs_and_a_probes_views_need_th
     more = RECIPE | {"tta_views": 4, "wise_ft": True, "freeze_epochs": 1, "probe_views": 2}
     left = probed().epochs_within(100 / SLACK, more)
     assert left == pytest.approx((100 - 0.1 * ((4 + 3) * 20 + 3 * 80)) / (0.1 * (TRAINING_COST * 80 + 20)))
+
+
+def test_views_of_a_pair_whose_features_are_cached_need_no_time():
+    pace, views = probed(), RECIPE | {"probe_views": 2}
+    before = pace.epochs_within(50, views)
+    pace.add(views, {"stage": "probe", "feature_seconds": 10.0, "train_seconds": 30.0, "valid_seconds": 0.0, **IMAGES})
+    assert before < pace.epochs_within(50, views) == pace.epochs_within(50, RECIPE)

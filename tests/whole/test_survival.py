@@ -177,7 +177,8 @@ def test_forty_trials_never_take_more_than_three_training_states_beside_the_cach
     assert {path.name for path in (search.folder / "models").iterdir()} == {row["number"] for row in best}
     metrics = json.loads((search.folder / "best" / "metrics.json").read_text())
     assert str(metrics["number"]) == best[0]["number"]
-    assert allocated(search.folder) < largest_state
+    # Two kept models and that of the refit, each a third of a state, and tables.
+    assert allocated(search.folder) < 1.1 * largest_state
 
 
 def allocated(folder: Path) -> int:
