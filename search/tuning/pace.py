@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from search.tuning.screen import Screen
-from trainables.recipe import WISE_ALPHAS
 
-TRAINING_COST = 5.0
+TRAINING_COST = 4.5
 """Seconds of training on an image by those of a forward pass, until epochs have been measured."""
+WISE_PASSES = 2
+"""Over the validation images, that WiSE-FT is expected to take: one that helps, and one that does not."""
 SLACK = 0.9
 """Share of the time left that a trial may be expected to take."""
 
@@ -79,7 +80,7 @@ class Pace:
         whole = self.training.get(pair) or max(self.training.values(), default=TRAINING_COST)
         ratio = 1 + (whole - 1) * (1 - float(recipe["frozen_layers"]))
         epoch = forward * (ratio * train + valid)
-        at_end = recipe["tta_views"] + len(WISE_ALPHAS) * recipe["wise_ft"]
+        at_end = recipe["tta_views"] + WISE_PASSES * recipe["wise_ft"]
         views = 0 if pair in self.viewed else recipe["probe_views"]
         once = forward * (valid * at_end + train * (views + recipe["freeze_epochs"]))
         return max(0.0, float(SLACK * seconds - once) / epoch)

@@ -31,6 +31,8 @@ from search.tuning.time_left import TimeLeft
 from search.tuning.warm_start import WarmStart
 from trainables.ray.trial import AVERAGES, DEADLINE, OBJECTIVE, REFIT_ALPHA, REFIT_TEMPERATURE, REFITS, SCREENS, text_id
 
+NEARLY = 0.25
+"""Share that may be missing from an epoch."""
 LEAST_REFIT = 0.5
 """Share of the winner's epochs that its refit has at least."""
 FORGOTTEN = "forgotten when the search was killed"
@@ -217,8 +219,9 @@ class OptunaSearcher(Searcher):
         return any(left.epochs(settings | pair) >= 1 for pair in pairs if pair["arch"] in archs)
 
     def _most_epochs(self, config: Config) -> float:
-        """That a trial may have in what is left of the time budget, at least 1."""
-        return max(1, self._time.most_epochs(self.space.full_settings | config))
+        """That a trial may have in what is left of the time budget, at least 1. It is rounded down later, but what is
+        nearly a whole epoch may use up the pace's slack."""
+        return max(1, self._time.most_epochs(self.space.full_settings | config) + NEARLY)
 
     def _ask(self) -> tuple[optuna.Trial, Config]:
         self._skip_slow_archs()
