@@ -1,13 +1,22 @@
-"""Other processes, as /proc tells of them."""
+"""Other processes: new ones, and what /proc tells of them."""
 
+import multiprocessing
 import os
 import re
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+def new_processes(number: int) -> ProcessPoolExecutor:
+    """Processes of their own, forked from one that imports torch for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainables.training.fine_tune"])
+    return ProcessPoolExecutor(number, mp_context=context)
 
 
 def open_to_all(folder: Path, mode: int = 0o755) -> Path:

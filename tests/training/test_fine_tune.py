@@ -1,14 +1,12 @@
 """The training loop: it learns, continues exactly from any epoch, and does not depend on the number of workers."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import weakref
-from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import timm
 import torch
 import torch.distributed as dist
 from conftest import COLOURS
+from processes import new_processes
 from several_labels import draw_lights
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -353,7 +352,7 @@ def test_a_training_continues_exactly_in_a_new_process_from_any_epoch(colour_ima
     for _ in range(4):
         expected.append(losses(straight))
         states.append(straight.state())
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with new_processes(1) as pool:
         found = [pool.submit(continued, str(colour_images.path), CONTINUED[name], state) for state in states[:-1]]
         assert [future.result(timeout=300) for future in found] == expected
     assert len({train_loss for train_loss, *_ in expected}) == 4
@@ -665,7 +664,7 @@ def two_workers(colour_images, lights, state_after_two_epochs, tmp_path_factory)
     photo = other_node / colour_images.paths[2]
     photo.write_bytes(bytes(photo.stat().st_size))  # as large as before
     damaged = presize(find_images(other_node), 48, max_unreadable=0.5)
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with new_processes(2) as pool:
         paths = (str(path) for path in (colour_images.path, damaged.path, lights.path))
         arguments = rendezvous, *paths, state_after_two_epochs[0]
         futures = [pool.submit(work, rank, *arguments) for rank in range(2)]

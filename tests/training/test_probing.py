@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock
 from PIL import Image
+from processes import new_processes
 from weights import draw_weights
 
 from search import lr_find
@@ -470,6 +471,7 @@ SHARED = {
     "linear head": {"epochs": 1},
     "mlp head": {"head": "mlp", "epochs": 1},
     "two views": {"probe_views": 2, "epochs": 1},
+    "back from a high rate": {"wise_ft": True, "epochs": 1, "lr_max": 0.1, "lr_ratio": 1},
 }
 
 
@@ -509,7 +511,7 @@ def groups(colour_images, weights, tmp_path_factory) -> list[list[dict]]:
     two nodes, on which the first workers of the two are different ones), and where it cannot be written."""
     folder = tmp_path_factory.mktemp("workers")
     (folder / "closed").touch()
-    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with new_processes(4) as pool:
         futures = []
         for group in range(2):
             for rank in range(2):
