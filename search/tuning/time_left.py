@@ -15,8 +15,8 @@ FINE_TUNING_SHARE = 0.5
 """Of a time budget, which the screen leaves to fine-tuning where much is expected of it."""
 WORTHWHILE_EPOCHS = 2
 """A budget that leaves less for fine-tuning is better spent on more probes."""
-ENOUGH_EPOCHS = 3
-"""Of a trial: with so many it has most of its gain, and the rest of the time is for others and the refit."""
+ENOUGH_EPOCHS = 5
+"""Of a trial: with so many it has nearly all of its gain, and the rest of the time is for others and the refit."""
 GAIN, EPOCHS_FOR_GAIN = 0.5, 2.0
 """The share of a probe's error that a long fine-tuning is expected to take away where there are `MANY` images a class,
 and the epochs for 63 % of that."""
