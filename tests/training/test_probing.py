@@ -471,7 +471,7 @@ SHARED = {
     "linear head": {"epochs": 1},
     "mlp head": {"head": "mlp", "epochs": 1},
     "two views": {"probe_views": 2, "epochs": 1},
-    "back from a high rate": {"wise_ft": True, "epochs": 1, "lr_max": 0.1, "lr_ratio": 1},
+    "back from a high rate": {"wise_ft": True, "epochs": 1, "lr_max": 0.02, "lr_ratio": 1},
 }
 
 
