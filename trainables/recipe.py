@@ -248,11 +248,6 @@ class Recipe:
         """The number of the epoch before the first one: -1 with a probe, which is epoch 0."""
         return -1 if self.starts_with_probe else 0
 
-    @property
-    def passes_at_end(self) -> int:
-        """The most passes over the images for validation after the last epoch, besides its own."""
-        return self.tta_views + len(WISE_ALPHAS) * self.wise_ft
-
     def image_size_at(self, epoch: int) -> int:
         """px; side of the images in epoch 0, 1, ... with progressive resizing, and in a probe (-1)."""
         return self.start_size if self._starting(epoch) else self.image_size

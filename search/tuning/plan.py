@@ -17,6 +17,7 @@ from ray.tune.search import Searcher
 
 from search.runs.kinds import PROBE, TRIAL
 from search.tuning.halving import new_searcher
+from search.tuning.pace import WISE_PASSES
 from search.tuning.tuner import RunOptions
 from trainables.ray.trial import FOLD, REFITS, RETRAINS, SCREENS, recipe_of, text_id
 from trainables.recipe import Recipe
@@ -218,7 +219,8 @@ class _Simulation:
             if epoch in (recipe.total_epochs - 1, recipe.freeze_epochs):
                 results.append(result)
         if recipe.total_epochs:
-            self._forward(work, recipe, valid * (bool(recipe.tta_views) + recipe.passes_at_end))
+            passes = bool(recipe.tta_views) + recipe.tta_views + WISE_PASSES * recipe.wise_ft
+            self._forward(work, recipe, valid * passes)
         results[-1] |= {"progress": 100} if recipe.total_epochs else {}
         return work, [result | {"seconds": work.seconds} for result in results]
 
