@@ -140,7 +140,7 @@ def test_fractions_are_averaged_and_counters_are_the_last_models():
 
 
 def test_the_network_becomes_the_mean_of_all_models_that_do_not_raise_the_validation_loss(on_all_images, learned):
-    own = {name: value.clone() for name, value in on_all_images.network.model.state_dict().items()}
+    own = weights_of(on_all_images)
     head = weights(learned)["fc.weight"]
     opposite = changed(learned, fc_weight=-3 * head)  # which takes all labels for others
     sharper = changed(learned, fc_weight=1.2 * head)  # only the temperature sees that
@@ -160,7 +160,7 @@ def test_the_temperature_is_that_of_the_models_that_have_not_seen_the_validation
 
 
 def test_models_of_other_shapes_are_left_out(on_all_images, learned):
-    own = {name: value.clone() for name, value in on_all_images.network.model.state_dict().items()}
+    own = weights_of(on_all_images)
     wider = changed(learned, fc_weight=torch.ones(7, 3))
     assert stir_in(on_all_images, [wider, b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])["averaged"] == 1
     assert on_all_images.temperature == 0.7

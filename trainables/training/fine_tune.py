@@ -137,7 +137,7 @@ class FineTune:
         self.weights = weights
         self.wise_alpha = wise_alpha
         self.start_head: Weights = {}
-        """With which the unfrozen stage begins."""
+        """With which the unfrozen stage begins; empty where nothing goes back to it."""
         self.draws = True
         """Whether the network draws random numbers in training, as far as is known."""
         require_same_images(images, self.world)
@@ -208,16 +208,20 @@ class FineTune:
 
     def _end_training(self) -> dict[str, float]:
         """The metrics after the last epoch: with WiSE-FT, of weights between the start and the end."""
-        goes_back = self.recipe.wise_ft and self.recipe.pretrained and self.recipe.epochs > 0
-        start = self._start() if goes_back else {}
-        if goes_back and self.all_images:  # those for validation have trained it, and cannot tell how far
+        start = self._start() if self._goes_back else {}
+        if self._goes_back and self.all_images:  # those for validation have trained it, and cannot tell how far
             self.network.model.load_state_dict(between(start, weights_of(self), self.wise_alpha))
         logits = self.valid_logits()
-        if goes_back and not self.all_images:
+        if self._goes_back and not self.all_images:
             self.wise_alpha, logits = pull_back(self, start, logits)
         metrics = self._metrics(logits, self._my_validation_rows()[1])
-        metrics |= {"wise_alpha": self.wise_alpha} if goes_back else {}
+        metrics |= {"wise_alpha": self.wise_alpha} if self._goes_back else {}
         return metrics | ({"tta_error_rate": self.tta_error_rate()} if self.recipe.tta_views else {})
+
+    @property
+    def _goes_back(self) -> bool:
+        """Whether WiSE-FT follows the last epoch."""
+        return self.recipe.wise_ft and self.recipe.pretrained and self.recipe.epochs > 0
 
     def _start(self) -> Weights:
         """The weights with which the unfrozen stage began: the pretrained ones, and a head."""
@@ -225,8 +229,8 @@ class FineTune:
         return {name: value.to(self.device) for name, value in begun.state_dict().items()} | self.start_head
 
     def _note_start(self) -> None:
-        """Keep the head with which the unfrozen stage begins, if it begins now."""
-        if self.epochs_done == self.recipe.freeze_epochs:
+        """Keep the head with which the unfrozen stage begins, if it begins now and WiSE-FT needs it at the end."""
+        if self._goes_back and self.epochs_done == self.recipe.freeze_epochs:
             self.start_head = {
                 name: value.clone()
                 for name, value in self.network.model.state_dict().items()
