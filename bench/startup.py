@@ -5,7 +5,7 @@
 
 Runs `python -m search.run --space quickstart` as a user does, with the images drawn and presized before, until the
 first batch of trial 0 is trained, and then interrupts it. The moments are told by a `sitecustomize` that all Python
-processes of the search import; the CPU seconds are those of all its processes, read from /proc (Linux only).
+processes of the search import; CPU seconds and memory are those of all its processes, read from /proc (Linux only).
 Writes startup.json and startup.md. Needs a machine with nothing else to do.
 """
 
@@ -119,6 +119,8 @@ KINDS = (
     ("ray::IDLE", "Ray: idle processes"),
     ("default_worker.py", "Ray: idle processes"),
 )
+OF_SLOT = ("trial actor", "group host", "Ray Train: controller", "Ray Train: reports", "worker")
+"""The processes that each trial which runs at the same time adds."""
 
 
 class Watch:
@@ -153,8 +155,29 @@ class Watch:
     def by_kind(self) -> dict[str, float]:
         sums: dict[str, float] = defaultdict(float)
         for pid, (words, seconds) in self.found.items():
-            sums["driver" if pid == self.root else kind_of(words)] += seconds
+            sums[self._kind(pid, words)] += seconds
         return dict(sums)
+
+    def memory(self) -> dict[str, tuple[int, float]]:
+        """By kind, how many processes live, and their MB; what several of them share counts for each in part."""
+        sums: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
+        for pid, (words, _) in self.found.items():
+            if (kilobytes := _kilobytes(pid)) is not None:
+                count, megabytes = sums[self._kind(pid, words)]
+                sums[self._kind(pid, words)] = count + 1, megabytes + kilobytes / 1e3
+        return dict(sums)
+
+    def _kind(self, pid: int, words: str) -> str:
+        return "driver" if pid == self.root else kind_of(words)
+
+
+def _kilobytes(pid: int) -> float | None:
+    """The proportional set size of a process; None where it has ended."""
+    try:
+        lines = (Path("/proc") / str(pid) / "smaps_rollup").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1.024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")), None)
 
 
 def kind_of(words: str) -> str:
@@ -171,8 +194,8 @@ def moments_in(path: Path, since: float) -> dict[str, float]:
 
 
 def start_once(repo: Path, *, cold: bool = False) -> dict[str, Any]:
-    """One start of the search in a checkout: seconds to each moment, and CPU seconds by kind of process until then.
-    `cold` is without images, which the search then draws and presizes first."""
+    """One start of the search in a checkout: seconds to each moment, and by kind of process the CPU seconds until then,
+    their number and their memory. `cold` is without images, which the search then draws and presizes first."""
     with tempfile.TemporaryDirectory() as folder:
         told, log = Path(folder) / "moments", Path(folder) / "log"
         (Path(folder) / "sitecustomize.py").write_text(SITECUSTOMIZE)
@@ -193,10 +216,11 @@ def start_once(repo: Path, *, cold: bool = False) -> dict[str, Any]:
                 watch.look()
                 time.sleep(LOOK_SECONDS)
             watch.look()
+            memory = watch.memory()
         finally:
             search.send_signal(signal.SIGINT)
             search.wait(60)
-    return {"moments": moments, "cpu_seconds": watch.by_kind(), "load": load}
+    return {"moments": moments, "cpu_seconds": watch.by_kind(), "memory": memory, "load": load}
 
 
 def summarise(runs: list[dict[str, Any]], sides: list[str]) -> dict[str, Any]:
@@ -211,6 +235,8 @@ def summarise(runs: list[dict[str, Any]], sides: list[str]) -> dict[str, Any]:
             "range": [f(run["moments"]["batch"] for run in of_side) for f in (min, max)],
             "cpu_seconds": {kind: median(run["cpu_seconds"].get(kind, 0.0) for run in of_side) for kind in kinds},
             "cpu_seconds_in_all": median(sum(run["cpu_seconds"].values()) for run in of_side),
+            "processes": {kind: median(run["memory"].get(kind, (0, 0.0))[0] for run in of_side) for kind in kinds},
+            "megabytes": {kind: median(run["memory"].get(kind, (0, 0.0))[1] for run in of_side) for kind in kinds},
         }
     return result
 
@@ -228,6 +254,8 @@ def markdown(result: dict[str, Any]) -> str:
     kinds.sort(key=lambda kind: -of[-1]["cpu_seconds"].get(kind, 0.0))
     processors = [row(kind, [side["cpu_seconds"].get(kind, 0.0) for side in of]) for kind in kinds]
     processors.append(row("**in all**", [side["cpu_seconds_in_all"] for side in of]))
+    held = [f"| {kind} | {_held(of, kind)} |" for kind in kinds]
+    held.append(f"| **of a slot: {', '.join(OF_SLOT)}** | {_held(of, *OF_SLOT)} |")
     cold = "; ".join(f"{side} {result['cold'][side]:.1f}" for side in sides)
     low, high = result["load"]
     ranges = "; ".join(f"{side} {low:.1f} to {high:.1f}" for side in sides for low, high in [result[side]["range"]])
@@ -251,7 +279,19 @@ CPU seconds that its processes have taken by then:
 |---|{"---|" * len(sides)}
 {line.join(processors)}
 
+How many of them live then: their memory in MB (proportional set size):
+
+| processes | {header} |
+|---|{"---|" * len(sides)}
+{line.join(held)}
+
 {footer(result)}"""
+
+
+def _held(sides: list[dict[str, Any]], *kinds: str) -> str:
+    """The cells of the sides: how many processes of these kinds, and their MB."""
+    sums = [[sum(side[what].get(kind, 0) for kind in kinds) for what in ("processes", "megabytes")] for side in sides]
+    return " | ".join(f"{processes:.0f}: {megabytes:.0f}" if processes else "-" for processes, megabytes in sums)
 
 
 def main() -> None:

@@ -41,10 +41,13 @@ def test_cpu_seconds_are_those_of_a_process_and_of_all_below_it(startup):
         watch = startup.Watch(process.pid)
         while watch.by_kind().get("worker", 0) < 0.2:
             watch.look()
+        memory = watch.memory()
         process.communicate(b"\n")
     watch.look()
     kinds = watch.by_kind()  # also when they have ended
     assert kinds.keys() == {"driver", "worker"} and kinds["worker"] >= 0.2
+    assert memory["worker"][0] == 1 and 1 < memory["worker"][1] < 100  # MB of an interpreter
+    assert not watch.memory()  # they have ended
 
 
 def test_the_table_has_the_medians_of_both_sides(startup):
@@ -52,7 +55,8 @@ def test_the_table_has_the_medians_of_both_sides(startup):
         return {
             "side": side,
             "moments": dict.fromkeys(startup.MOMENTS, seconds),
-            "cpu_seconds": {"worker": 2 * seconds},
+            "cpu_seconds": {"worker": 2 * seconds, "driver": 0.0},
+            "memory": {"worker": (1, 10 * seconds), "driver": (1, 80.0)},
         }
 
     runs = [run("before", 30), run("now", 10), run("before", 20), run("now", 11), run("before", 22), run("now", 18)]
@@ -62,4 +66,6 @@ def test_the_table_has_the_medians_of_both_sides(startup):
     table = startup.markdown(result | {"hardware": {"cpu": "none", "cores": 2, "gpu": None}})
     assert "| **the first batch is trained** | 22.0 | 11.0 |" in table
     assert "| worker | 44.0 | 22.0 |" in table and "| **in all** | 44.0 | 22.0 |" in table
+    assert "| worker | 1: 220 | 1: 110 |" in table and "| driver | 1: 80 | 1: 80 |" in table
+    assert "worker** | 1: 220 | 1: 110 |" in table
     assert "before 20.0 to 30.0; now 10.0 to 18.0" in table
